@@ -1,0 +1,1 @@
+"""ComfyUI finds its door here; importing this file does no work."""
