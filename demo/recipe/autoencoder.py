@@ -69,10 +69,12 @@ def encode_all(model: AutoencoderKL, images: Tensor, args) -> None:
     latents, errors = [], []
     for chunk in tqdm(images.split(64), desc="latents"):
         x = chunk.to(args.device).float() / 127.5 - 1
-        mean = model.encode(x).latent_dist.mean
-        errors.append((model.decode(mean).sample - x).square().mean(dim=(1, 2, 3)).cpu())
+        with torch.autocast(args.device, torch.bfloat16):
+            mean = model.encode(x).latent_dist.mean.float()
+            output = model.decode(mean).sample.float()
+        errors.append((output - x).square().mean(dim=(1, 2, 3)).cpu())
         latents.append(mean.cpu())
-    z = torch.cat(latents)
+    z = torch.cat(latents).contiguous()
     psnr = 10 * (4 / torch.cat(errors)).log10()
     print(f"PSNR {psnr.mean():.2f} dB (std {psnr.std():.2f}); latent std {z.std():.4f}, mean {z.mean():.4f}")
     weights = {k: v.contiguous().cpu() for k, v in model.state_dict().items()}

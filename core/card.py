@@ -1,0 +1,160 @@
+"""The student card: what a student file says of itself, in the header of its safetensors file.
+
+So that no user has to know that one family wants trailing timesteps, another x0-prediction and a
+third timestep 399: whoever loads the file reads the card and samples accordingly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .naming import is_diffusers, to_single_file
+
+KEY = "turbodistill.card"
+VERSION = 1
+KINDS = ("lora", "full")
+READINGS = ("eps", "v", "x0", "flow")
+
+
+class CardError(ValueError):
+    """A file that is no student of ours, or cannot be read: the message says what to do."""
+
+
+@dataclass(frozen=True)
+class StudentCard:
+    """How a student is sampled and where it comes from.
+
+    `prediction` is how its backbone's output is read; `timesteps` the start of each of one to four
+    steps' schedules (the first is where pure noise enters); `guidance` the teacher's scale that is
+    baked in: sample with cfg 1.
+    """
+
+    kind: str
+    base_model: str
+    base_hash: str
+    architecture: str
+    prediction: str
+    base_prediction: str
+    timesteps: tuple[int, ...]
+    guidance: float
+    resolution: tuple[int, int]
+    method: str = "ADD/LADD"
+    rank: int = 0
+    alpha: float = 0.0
+    targets: str = "all"
+    training: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise CardError(f"card: kind is {self.kind!r}, known are {', '.join(KINDS)}")
+        for value in (self.prediction, self.base_prediction):
+            if value not in READINGS:
+                raise CardError(f"card: prediction is {value!r}, known are {', '.join(READINGS)}")
+        if not self.timesteps or any(not 0 <= t < 1000 for t in self.timesteps):
+            raise CardError(f"card: timesteps are {self.timesteps}, they must lie between 0 and 999")
+
+    def to_metadata(self) -> dict[str, str]:
+        """The card as strings for a safetensors header, beside ModelSpec fields that other tools read."""
+        width, height = self.resolution
+        return {
+            KEY: json.dumps(asdict(self)),
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.architecture": self.architecture + ("/lora" if self.kind == "lora" else ""),
+            "modelspec.title": f"{self.base_model} one-step student",
+            "modelspec.implementation": "turbodistill",
+            "modelspec.resolution": f"{width}x{height}",
+            "modelspec.prediction_type": {"eps": "epsilon"}.get(self.prediction, self.prediction),
+            "modelspec.usage_hint": f"1 to 4 steps, cfg 1, first timestep {self.timesteps[0]}",
+        }
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str] | None, path: str | Path = "this file") -> StudentCard:
+        """Raises CardError if there is no card, it is from a later version, or a field is missing or wrong."""
+        if not metadata or KEY not in metadata:
+            raise CardError(f"{path} holds no student card: it was not made by TurboDistill")
+        try:
+            values = json.loads(metadata[KEY])
+        except json.JSONDecodeError as error:
+            raise CardError(f"{path}: the student card cannot be read ({error}): make or download the file again") from None
+        version = values.get("version")
+        if not isinstance(version, int) or version > VERSION:
+            raise CardError(f"{path}: card version {version}, this TurboDistill knows up to {VERSION}: update it")
+        known = {f.name for f in fields(cls)}
+        try:
+            values["timesteps"] = tuple(values["timesteps"])
+            values["resolution"] = tuple(values["resolution"])
+            return cls(**{k: v for k, v in values.items() if k in known})
+        except (KeyError, TypeError) as error:
+            raise CardError(f"{path}: the student card lacks a field ({error}): make the file again") from None
+
+    def in_words(self) -> str:
+        """The card as a person reads it."""
+        form = f"LoRA of rank {self.rank} ({self.targets})" if self.kind == "lora" else "full model"
+        width, height = self.resolution
+        lines = [
+            f"One-step student of {self.base_model}, a {form}, made by {self.method}.",
+            f"Base model: {self.architecture}, hash {self.base_hash}.",
+            f"Sampling: 1 to {len(self.timesteps)} steps at cfg 1 (a guidance of {self.guidance:g} is baked in; "
+            "negative prompts do nothing).",
+            f"  noise enters at timestep {self.timesteps[0]}; few steps run {list(self.timesteps)}.",
+            f"  the output is read as {self.prediction} (the base model predicts {self.base_prediction}).",
+            f"Resolution: {width} x {height}.",
+        ]
+        for title, table in (("Training", self.training), ("Metrics", self.metrics)):
+            if table:
+                lines.append(f"{title}: " + ", ".join(f"{k} {v}" for k, v in table.items()) + ".")
+        return "\n".join(lines)
+
+
+def fingerprint(backbone: nn.Module | Mapping[str, Tensor]) -> str:
+    """Hash of a base model's weights that no layout and no cast to float16 changes (16 hex digits).
+
+    Sixteen weights, spread over the model in the order of their single-file names, as float16: a
+    file in either precision, loaded in either, gives the same. A bfloat16 copy gives another.
+    """
+    weights = dict(backbone.named_parameters()) if isinstance(backbone, nn.Module) else dict(backbone)
+    if is_diffusers(weights):
+        table = to_single_file(weights)
+        weights = {table[k]: v for k, v in weights.items()}
+    names = sorted(n for n in weights if n.endswith("weight"))
+    digest = hashlib.sha256()
+    for i in range(16):
+        name = names[i * len(names) // 16]
+        values = weights[name].detach().flatten()[:64].half().cpu()
+        digest.update(f"{name}{tuple(weights[name].shape)}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def read(path: str | Path) -> tuple[dict[str, Tensor], StudentCard]:
+    """A student file's tensors and card.
+
+    Raises CardError for a file that is missing, truncated, no safetensors (a pickle), or without a card.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CardError(f"{path} does not exist: check the name")
+    try:
+        with safe_open(path, "pt") as file:
+            card = StudentCard.from_metadata(file.metadata(), path)
+            return {k: file.get_tensor(k) for k in file.keys()}, card
+    except SafetensorError as error:
+        raise CardError(
+            f"{path} is no complete safetensors file ({error}). If the download broke off, get it again; "
+            "pickle files (.ckpt, .pt) are not loaded, since they can run code"
+        ) from None
+
+
+def read_card(path: str | Path) -> StudentCard:
+    """The card alone; raises as `read` does."""
+    return read(path)[1]

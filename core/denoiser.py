@@ -1,0 +1,121 @@
+"""The one contract: `x0 = denoiser(x, sigma, cond)`. A host or an architecture is one adapter of it."""
+
+from __future__ import annotations
+
+import abc
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from .schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Cond:
+    """What a denoiser is conditioned on, with a leading batch dimension everywhere.
+
+    `context` (B, T, D) are the text-token states; `pooled` (B, P) the pooled text where the
+    architecture has one; `extra` holds further tensors (B, ...) by the backbone's own names.
+    """
+
+    context: Tensor
+    pooled: Tensor | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.context)
+
+    def map(self, function) -> Cond:
+        """Apply `function` to every tensor."""
+        pooled = None if self.pooled is None else function(self.pooled)
+        return Cond(function(self.context), pooled, {k: function(v) for k, v in self.extra.items()})
+
+    def rows(self, index) -> Cond:
+        """The given rows, as a batch."""
+        return self.map(lambda v: v[index])
+
+    def to(self, *args, **kwargs) -> Cond:
+        return self.map(lambda v: v.to(*args, **kwargs))
+
+    def repeat(self, count: int) -> Cond:
+        """A batch of one, `count` times."""
+        return self.map(lambda v: v.expand(count, *v.shape[1:]))
+
+    @staticmethod
+    def cat(parts: Sequence[Cond]) -> Cond:
+        """Batches one behind another; all must have the same fields."""
+        pooled = [p.pooled for p in parts if p.pooled is not None]
+        extra = {k: torch.cat([p.extra[k] for p in parts]) for k in parts[0].extra}
+        return Cond(torch.cat([p.context for p in parts]), torch.cat(pooled) if pooled else None, extra)
+
+    @property
+    def summary(self) -> Tensor:
+        """One vector a row (B, P): the pooled text, else the mean of the token states that are not padding."""
+        if self.pooled is not None:
+            return self.pooled.float()
+        used = self.context.abs().amax(-1, keepdim=True) > 0
+        return (self.context.float() * used).sum(1) / used.sum(1).clamp(min=1)
+
+
+class Denoiser(abc.ABC):
+    """Predicts x0 (B, C, H, W) from a noisy x at sigma (B,), in k-diffusion's space (see `schedule`).
+
+    `backbone` is the module in which LoRA and feature taps go; `prediction` is what it puts out.
+    """
+
+    schedule: Schedule
+    backbone: nn.Module
+    prediction: str
+
+    @abc.abstractmethod
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        """x (B, C, H, W), sigma (B,), cond of B rows -> x0 (B, C, H, W)."""
+
+    def output(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        """The backbone's own output (B, C, H, W): eps, v or flow, as `prediction` says."""
+        return self.schedule.from_x0(self.prediction, x, self(x, sigma, cond), sigma)
+
+    def with_backbone(self, backbone: nn.Module) -> Denoiser:
+        """The same adapter over another module of the same architecture."""
+        other = copy.copy(self)
+        other.backbone = backbone
+        return other
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.backbone.parameters()).device
+
+
+def guided(denoiser: Denoiser, x: Tensor, sigma: Tensor, cond: Cond, uncond: Cond | None, scale: float) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598): uncond + scale (cond - uncond), as x0 (B, C, H, W).
+
+    Two rows a sample in one pass; one where `scale` is 1 or there is no `uncond`.
+    """
+    if uncond is None or scale == 1:
+        return denoiser(x, sigma, cond)
+    both = Cond.cat([cond, uncond.repeat(len(cond)) if len(uncond) == 1 else uncond])
+    positive, negative = denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+    return negative + scale * (positive - negative)
+
+
+@dataclass(frozen=True)
+class Guided:
+    """A denoiser with guidance and conditioning bound in, as samplers call it: `model(x, sigma)`."""
+
+    denoiser: Denoiser
+    cond: Cond
+    uncond: Cond | None = None
+    scale: float = 1.0
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.denoiser.schedule
+
+    def __call__(self, x: Tensor, sigma: Tensor, **_) -> Tensor:
+        return guided(self.denoiser, x, sigma, self.cond, self.uncond, self.scale)
+
+    def rows(self, index) -> Guided:
+        return replace(self, cond=self.cond.rows(index))

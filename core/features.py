@@ -1,0 +1,100 @@
+"""Frozen features for the discriminator: taps on the teacher's own blocks (LADD, arXiv 2403.12015)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from .denoiser import Cond, Denoiser
+
+# Where to tap, by layout; in each, the last module of every group (first capture) is taken.
+UNET_TAPS = (
+    re.compile(r"^(down_blocks\.\d+)\.(?:resnets|attentions)\.\d+$"),
+    re.compile(r"^(mid_block)\.(?:resnets|attentions)\.\d+$"),
+    re.compile(r"^(input_blocks\.\d+)\.[01]$"),
+    re.compile(r"^(middle_block)\.\d+$"),
+)
+TRANSFORMER_TAPS = re.compile(r"^(?:joint_blocks|double_blocks|transformer_blocks|blocks|layers)\.\d+$")
+COUNT = 5
+
+
+class _Collected(Exception):
+    """Raised inside the backbone's forward when the last tap has fired: the rest is not needed."""
+
+
+def default_taps(backbone: nn.Module) -> list[str]:
+    """Names of the modules to tap: a UNet's encoder and middle, a transformer's blocks, at most five, evenly.
+
+    Raises ValueError for an architecture that is not known; name the taps in the settings then.
+    """
+    groups: dict[str, str] = {}
+    for name, _ in backbone.named_modules():
+        for pattern in UNET_TAPS:
+            if match := pattern.match(name):
+                groups[match[1]] = name
+    names = list(groups.values()) or [n for n, _ in backbone.named_modules() if TRANSFORMER_TAPS.match(n)]
+    if not names:
+        raise ValueError(
+            f"no known blocks in {type(backbone).__name__}: name the modules to tap with the setting 'taps'"
+        )
+    if len(names) <= COUNT:
+        return names
+    return [names[round((i + 1) * len(names) / COUNT) - 1] for i in range(COUNT)]
+
+
+class TeacherFeatures:
+    """Features (B, C_k, H_k, W_k) of the frozen teacher at K tapped modules, with gradients to the input.
+
+    The forward pass ends at the last tap. Token features (B, H W, C) are laid out as pictures.
+    """
+
+    def __init__(self, teacher: Denoiser, taps: Sequence[str] | None = None):
+        self.teacher = teacher
+        self.taps = list(taps or default_taps(teacher.backbone))
+        modules = dict(teacher.backbone.named_modules())
+        unknown = [t for t in self.taps if t not in modules]
+        if unknown:
+            raise ValueError(f"taps {unknown} are no modules of {type(teacher.backbone).__name__}")
+        self.modules = [modules[t] for t in self.taps]
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> list[Tensor]:
+        """x (B, C, H, W), already noised to sigma (B,) -> K feature maps, float32.
+
+        Raises RuntimeError if a tap never fires.
+        """
+        found: dict[int, Tensor] = {}
+
+        def collect(index: int):
+            def hook(_module, _args, output):
+                found[index] = output[0] if isinstance(output, tuple) else output
+                if len(found) == len(self.modules):
+                    raise _Collected
+
+            return hook
+
+        hooks = [m.register_forward_hook(collect(i)) for i, m in enumerate(self.modules)]
+        try:
+            self.teacher(x, sigma, cond)
+        except _Collected:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        silent = [t for i, t in enumerate(self.taps) if i not in found]
+        if silent:
+            raise RuntimeError(f"taps {silent} never fire in this backbone's forward: choose others")
+        return [as_picture(found[i], x).float() for i in range(len(self.modules))]
+
+
+def as_picture(features: Tensor, x: Tensor) -> Tensor:
+    """(B, N, C) tokens -> (B, C, H', W') in the aspect of x (B, _, H, W); pictures pass."""
+    if features.ndim == 4:
+        return features
+    batch, tokens, channels = features.shape
+    height, width = x.shape[-2:]
+    rows = round((tokens * height / width) ** 0.5)
+    if rows * (tokens // max(rows, 1)) != tokens:
+        raise ValueError(f"{tokens} tokens do not tile a picture of {height} x {width}")
+    return features.transpose(1, 2).reshape(batch, channels, rows, tokens // rows)

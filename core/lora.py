@@ -1,0 +1,158 @@
+"""Low-rank adaptation (arXiv 2106.09685) of a module that stays as it is.
+
+The low-rank branch rides on forward hooks, so that the weights, the host's own layer classes and
+the switched-off output stay the same to the bit, and quantised layers can carry one too.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .naming import is_diffusers, to_single_file
+
+# What is adapted, as patterns on module names; hosts' and diffusers' layouts, UNets and DiTs.
+TARGETS = {
+    "attention": r"attn\d?\.(to_[qkv]|to_out\.0|qkv|proj)$|attentions?\..*\.(to_[qkv]|to_out\.0)$",
+    "transformer": r"transformer_blocks|attn|attention|mlp|proj_(in|out)$|(single|double|joint)_?blocks",
+    "all": r"",
+}
+FORMATS = {"kohya": "lora_unet_", "comfy": "diffusion_model."}
+
+
+def adaptable(module: nn.Module) -> bool:
+    """Linear and 2-D convolution layers of any host's class, told by their weight."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or next(module.children(), None) is not None:
+        return False
+    return (weight.ndim == 2 and not isinstance(module, nn.Embedding)) or (
+        weight.ndim == 4 and getattr(module, "groups", 1) == 1
+    )
+
+
+class Branch(nn.Module):
+    """up(down(x)) alpha / rank beside one layer; down is (r, in, ...), up (out, r, ...)."""
+
+    def __init__(self, layer: nn.Module, rank: int, alpha: float):
+        super().__init__()
+        weight = layer.weight
+        rank = min(rank, weight.shape[0], math.prod(weight.shape[1:]))
+        self.scale = alpha / rank
+        spatial = weight.shape[2:]
+        device = weight.device
+        self.down = nn.Parameter(torch.empty(rank, *weight.shape[1:], device=device, dtype=torch.float32))
+        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, *(1 for _ in spatial), device=device))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+        self.options = {k: getattr(layer, k) for k in ("stride", "padding", "dilation")} if spatial else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        down, up = self.down, self.up
+        if not torch.is_autocast_enabled(x.device.type):
+            down, up = down.to(x.dtype), up.to(x.dtype)
+        if self.options is None:
+            return F.linear(F.linear(x, down), up) * self.scale
+        return F.conv2d(F.conv2d(x, down, **self.options), up) * self.scale
+
+    def delta(self) -> Tensor:
+        """The change of the weight that equals this branch, in the weight's shape, float32."""
+        product = self.up.flatten(1) @ self.down.flatten(1)
+        return (product * self.scale).reshape(self.up.shape[0], *self.down.shape[1:])
+
+
+class LoRA(nn.Module):
+    """Branches on the chosen layers of a backbone; `enabled` switches all of them.
+
+    `targets` is a key of TARGETS or a regular expression on module names. Call `remove` to take
+    the hooks out of the backbone again.
+    """
+
+    def __init__(self, backbone: nn.Module, rank: int = 16, alpha: float | None = None, targets: str = "all"):
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"LoRA rank is {rank}: give at least 1")
+        self.rank, self.alpha, self.targets = rank, float(alpha if alpha is not None else rank), targets
+        self.enabled = False
+        pattern = re.compile(TARGETS.get(targets, targets))
+        layers = {n: m for n, m in backbone.named_modules() if adaptable(m) and pattern.search(n)}
+        if not layers:
+            raise ValueError(f"LoRA targets {targets!r} match no layer: use one of {', '.join(TARGETS)}, or a pattern")
+        self.names = list(layers)
+        self.branches = nn.ModuleList(Branch(m, rank, self.alpha) for m in layers.values())
+        self._hooks = [m.register_forward_hook(self._hook(b)) for m, b in zip(layers.values(), self.branches, strict=True)]
+
+    def _hook(self, branch: Branch):
+        def add(_module, args, output):
+            return output + branch(args[0]) if self.enabled else None
+
+        return add
+
+    def remove(self) -> None:
+        """Take every hook out of the backbone."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def file_names(self, backbone: nn.Module, style: str = "kohya") -> list[str]:
+        """The key prefix of each branch in a LoRA file, in single-file names."""
+        names = self.names
+        if is_diffusers(names):
+            table = to_single_file(n for n, _ in backbone.named_parameters())
+            modules = {k.rpartition(".")[0]: v.rpartition(".")[0] for k, v in table.items()}
+            names = [modules[n] for n in names]
+        return [FORMATS[style] + (n.replace(".", "_") if style == "kohya" else n) for n in names]
+
+    def export(self, backbone: nn.Module, style: str = "kohya", dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
+        """Tensors of a LoRA file: `<name>.lora_down.weight`, `.lora_up.weight`, `.alpha`."""
+        tensors = {}
+        for name, branch in zip(self.file_names(backbone, style), self.branches, strict=True):
+            tensors[f"{name}.lora_down.weight"] = branch.down.detach().to(dtype).cpu().contiguous()
+            tensors[f"{name}.lora_up.weight"] = branch.up.detach().to(dtype).cpu().contiguous()
+            tensors[f"{name}.alpha"] = torch.tensor(branch.scale * branch.down.shape[0], dtype=dtype)
+        return tensors
+
+    @torch.no_grad()
+    def load(self, backbone: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Fill the branches from a LoRA file's tensors, kohya or comfy names.
+
+        Raises ValueError if a key of the file, or a branch, has no counterpart.
+        """
+        style = "comfy" if any(k.startswith(FORMATS["comfy"]) for k in tensors) else "kohya"
+        wanted = dict(zip(self.file_names(backbone, style), self.branches, strict=True))
+        check_match("LoRA", {k.removesuffix(".alpha") for k in tensors if k.endswith(".alpha")}, wanted)
+        for name, branch in wanted.items():
+            down, up = tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"]
+            if down.shape[1:] != branch.down.shape[1:] or up.shape[0] != branch.up.shape[0]:
+                raise ValueError(
+                    f"{name} in the file is for a layer of shape {(up.shape[0], *down.shape[1:])}, "
+                    f"this model's is {(branch.up.shape[0], *branch.down.shape[1:])}: it was made for another base"
+                )
+            branch.down = nn.Parameter(down.to(branch.down))
+            branch.up = nn.Parameter(up.to(branch.up))
+            branch.scale = float(tensors[f"{name}.alpha"]) / down.shape[0]
+
+    def merged(self, backbone: nn.Module) -> dict[str, Tensor]:
+        """The adapted weights by the backbone's parameter names: weight + delta, in the weight's dtype."""
+        weights = dict(backbone.named_parameters())
+        merged = {}
+        for name, branch in zip(self.names, self.branches, strict=True):
+            weight = weights[f"{name}.weight"]
+            merged[f"{name}.weight"] = (weight.detach().float() + branch.delta().detach()).to(weight.dtype)
+        return merged
+
+
+def check_match(what: str, given: Iterable[str], wanted: Iterable[str]) -> None:
+    """Raise ValueError unless both sets of names are the same; the message counts and shows them."""
+    given, wanted = set(given), set(wanted)
+    matched = given & wanted
+    if given != wanted:
+        stray, missing = sorted(given - wanted), sorted(wanted - given)
+        raise ValueError(
+            f"{what}: {len(matched)} of {len(wanted)} names match; "
+            f"{len(stray)} in the file are unknown here {stray[:2]}, {len(missing)} are missing {missing[:2]}. "
+            "It was made for another architecture: check the base model."
+        )

@@ -1,0 +1,162 @@
+"""Adversarial losses, gradient penalties, distillation and regression: pure functions.
+
+Logits come as a list of K tensors (B, N_k), one per head; each head counts the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .denoiser import Cond, Denoiser, guided
+from .schedule import Schedule, expand
+
+Logits = Sequence[Tensor]
+
+
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack([v.mean() for v in values]).mean()
+
+
+def _pairs(real: Logits, fake: Logits):
+    return list(zip(real, fake, strict=True))
+
+
+# Hinge (ADD, eq. 2 and 3). The means over positions keep it alive at batch 1.
+def hinge_discriminator(real: Logits, fake: Logits) -> Tensor:
+    return _mean([F.relu(1 - r) for r in real]) + _mean([F.relu(1 + f) for f in fake])
+
+
+def hinge_student(fake: Logits, real: Logits | None = None) -> Tensor:
+    return -_mean(fake)
+
+
+# Non-saturating (arXiv 1406.2661), as in StyleGAN.
+def nonsaturating_discriminator(real: Logits, fake: Logits) -> Tensor:
+    return _mean([F.softplus(-r) for r in real]) + _mean([F.softplus(f) for f in fake])
+
+
+def nonsaturating_student(fake: Logits, real: Logits | None = None) -> Tensor:
+    return _mean([F.softplus(-f) for f in fake])
+
+
+# Relativistic pairing (R3GAN, arXiv 2501.05441, eq. 2): a fake is judged against a real of the same condition.
+def relativistic_discriminator(real: Logits, fake: Logits) -> Tensor:
+    return _mean([F.softplus(f - r) for r, f in _pairs(real, fake)])
+
+
+def relativistic_student(fake: Logits, real: Logits | None = None) -> Tensor:
+    if real is None:
+        raise ValueError("the relativistic loss compares with real logits: give them")
+    return _mean([F.softplus(r - f) for r, f in _pairs(real, fake)])
+
+
+ADVERSARIAL: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "hinge": (hinge_discriminator, hinge_student),
+    "nonsaturating": (nonsaturating_discriminator, nonsaturating_student),
+    "relativistic": (relativistic_discriminator, relativistic_student),
+}
+
+
+def r1(logits: Logits, inputs: Sequence[Tensor]) -> Tensor:
+    """Exact R1 on the heads' inputs (ADD, eq. 3): sum over heads of E || grad_F D(F) ||^2 / 2.
+
+    `inputs` are the K maps (B, C_k, H_k, W_k) with requires_grad that gave `logits`.
+    """
+    gradients = torch.autograd.grad([x.mean(1).sum() for x in logits], list(inputs), create_graph=True)
+    return 0.5 * torch.stack([g.square().sum((1, 2, 3)).mean() for g in gradients]).sum()
+
+
+def approximate_r1(logits: Logits, perturbed: Logits) -> Tensor:
+    """|| D(x) - D(x + s e) ||^2 (APT, arXiv 2501.08316, eq. 4), of logits at the same noise and level."""
+    return _mean([(a - b).square() for a, b in _pairs(logits, perturbed)])
+
+
+# Weights c(t) of the distillation term (ADD, section 3.3).
+def exponential_weight(schedule: Schedule, sigma: Tensor) -> Tensor:
+    """c(t) = alpha_t, (B,)."""
+    return schedule.alpha_sigma(sigma)[0]
+
+
+def sds_weight(schedule: Schedule, sigma: Tensor) -> Tensor:
+    """c(t) = alpha_t / (2 sigma_t) w(t) with w(t) = sigma_t^2 (DreamFusion), (B,)."""
+    alpha, s = schedule.alpha_sigma(sigma)
+    return alpha / (2 * s) * s**2
+
+
+WEIGHTS: dict[str, Callable[[Schedule, Tensor], Tensor]] = {
+    "exponential": exponential_weight,
+    "sds": sds_weight,
+    "nfsd": exponential_weight,  # NFSD changes the target, not the weight
+}
+
+
+@torch.no_grad()
+def teacher_target(
+    teacher: Denoiser, x: Tensor, sigma: Tensor, cond: Cond, uncond: Cond | None, guidance: float, steps: int = 1
+) -> Tensor:
+    """The teacher's guided x0 (B, C, H, W) from x at sigma (B,), in `steps` Euler steps to 0 (ADD, table 1d)."""
+
+    def model(x: Tensor, s: Tensor) -> Tensor:
+        return guided(teacher, x, s, cond, uncond, guidance)
+
+    if steps == 1:
+        return model(x, sigma)
+    fractions = torch.linspace(1, 0, steps + 1)
+    timestep = teacher.schedule.timestep(sigma)
+    for fraction, following in zip(fractions[:-1], fractions[1:], strict=True):
+        now = sigma if fraction == 1 else teacher.schedule.sigma(timestep * fraction).to(sigma)
+        after = teacher.schedule.sigma(timestep * following).to(sigma) if following > 0 else torch.zeros_like(sigma)
+        denoised = model(x, now)
+        x = x + (x - denoised) / expand(now, x) * expand(after - now, x)
+    return x
+
+
+@torch.no_grad()
+def nfsd_target(
+    teacher: Denoiser,
+    x: Tensor,
+    x0: Tensor,
+    sigma: Tensor,
+    cond: Cond,
+    uncond: Cond,
+    guidance: float,
+    negative: Cond | None = None,
+) -> Tensor:
+    """Noise-free score distillation's target (arXiv 2310.17590, eq. 8-10), (B, C, H, W).
+
+    x0 moved against delta_D + s delta_C, where delta_C is the condition's direction and delta_D the
+    domain correction: the unconditional noise below timestep 200, above it the difference to a
+    `negative` prompt (none given: zero). The noise residue, which blurs SDS, is left out.
+    """
+    schedule = teacher.schedule
+    parts = [cond, uncond.repeat(len(x)) if len(uncond) == 1 else uncond]
+    if negative is not None:
+        parts.append(negative.repeat(len(x)) if len(negative) == 1 else negative)
+    n = len(parts)
+    denoised = teacher(torch.cat([x] * n), torch.cat([sigma] * n), Cond.cat(parts)).chunk(n)
+    eps = [schedule.noise_in(x, d, sigma) for d in denoised]
+    above = eps[1] - eps[2] if negative is not None else torch.zeros_like(x)
+    small = expand((schedule.timestep(sigma) < 200).float(), x)
+    correction = small * eps[1] + (1 - small) * above
+    alpha, s = schedule.alpha_sigma(sigma)
+    return x0 - expand(s / alpha, x) * (correction + guidance * (eps[0] - eps[1]))
+
+
+def distillation(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """E c(t) || x_hat - x_psi ||^2 (ADD, eq. 4), mean over elements; the target takes no gradient."""
+    return (weight * (output - target.detach()).square().mean((1, 2, 3))).mean()
+
+
+def regression(output: Tensor, target: Tensor, delta: float = 0.5) -> Tensor:
+    """Huber between the student's picture and the teacher's from the same noise, (B, C, H, W) each."""
+    return F.huber_loss(output, target.detach(), delta=delta)
+
+
+def feature_matching(fake: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
+    """Mean L1 between K standardised feature maps of the student's and of the teacher's picture."""
+    return _mean([(f - r.detach()).abs() for f, r in _pairs(fake, real)])
+

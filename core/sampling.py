@@ -1,0 +1,98 @@
+"""One-step and few-step samplers, and the two that a teacher needs, in k-diffusion's signature.
+
+`sample_x(model, x, sigmas, extra_args=None, callback=None, disable=None)`: `model(x, sigma)` gives
+x0, `x` (B, C, H, W) is noise already at `sigmas[0]`, `sigmas` (n + 1,) falls to 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .schedule import Schedule, expand, trailing_timesteps
+
+
+def sigmas_of(schedule: Schedule, timesteps: Sequence[float]) -> Tensor:
+    """Timesteps, falling -> sigmas (n + 1,) with the final 0."""
+    return torch.cat([schedule.sigma(torch.tensor(timesteps, dtype=torch.float64)), torch.zeros(1)])
+
+
+def trailing_sigmas(schedule: Schedule, steps: int, start: int | None = None) -> Tensor:
+    """Sigmas (steps + 1,) of trailing timesteps; for Stable Diffusion in one step [14.6146, 0]."""
+    last = schedule.timesteps - 1
+    return sigmas_of(schedule, trailing_timesteps(steps, last if start is None else start, schedule.timesteps))
+
+
+def seeded_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """Standard normal (B, *shape), row k from seed k alone: a batch equals its single seeds, on any device."""
+    rows = [torch.randn(*shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds]
+    return torch.stack(rows).to(device)
+
+
+def _levels(x: Tensor, sigmas: Tensor):
+    """Pairs (sigma, next) as (B,) tensors beside their index."""
+    ones = x.new_ones(x.shape[0])
+    for i in range(len(sigmas) - 1):
+        yield i, sigmas[i].to(x) * ones, sigmas[i + 1].to(x) * ones
+
+
+def _report(callback: Callable | None, x: Tensor, i: int, sigma: Tensor, denoised: Tensor) -> None:
+    if callback is not None:
+        callback({"x": x, "i": i, "sigma": sigma[0], "sigma_hat": sigma[0], "denoised": denoised})
+
+
+def sample_few_step(model, x, sigmas, extra_args=None, callback=None, disable=None, schedule=None, noise=None):
+    """Denoise to x0 and add fresh noise for the next level (ADD, section 4; consistency sampling).
+
+    With one step this is `sample_one_step`. `schedule` is the model's own if not given;
+    `noise(x, i)` draws the noise of step i, by default from torch's generator.
+    """
+    schedule = schedule or model.schedule
+    for i, sigma, following in _levels(x, sigmas):
+        denoised = model(x, sigma, **(extra_args or {}))
+        _report(callback, x, i, sigma, denoised)
+        x = denoised
+        if following[0] > 0:
+            fresh = torch.randn_like(x) if noise is None else noise(x, i)
+            x = schedule.add_noise(denoised, fresh, following)
+    return x
+
+
+def sample_one_step(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """One pass at the first sigma: its x0 is the picture."""
+    sigma = sigmas[0].to(x) * x.new_ones(x.shape[0])
+    denoised = model(x, sigma, **(extra_args or {}))
+    _report(callback, x, 0, sigma, denoised)
+    return denoised
+
+
+def sample_euler(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """Euler's method on the probability-flow ODE (arXiv 2206.00364, algorithm 2 without churn); DDIM's step."""
+    for i, sigma, following in _levels(x, sigmas):
+        denoised = model(x, sigma, **(extra_args or {}))
+        _report(callback, x, i, sigma, denoised)
+        x = x + (x - denoised) / expand(sigma, x) * expand(following - sigma, x)
+    return x
+
+
+def sample_dpmpp_2m(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), for variance-preserving models."""
+    previous, last_step = None, None
+    for i, sigma, following in _levels(x, sigmas):
+        denoised = model(x, sigma, **(extra_args or {}))
+        _report(callback, x, i, sigma, denoised)
+        if following[0] == 0:
+            return denoised
+        step = (sigma / following).log()
+        target = denoised
+        if previous is not None:
+            ratio = expand(step / last_step, x) / 2
+            target = (1 + ratio) * denoised - ratio * previous
+        x = expand(following / sigma, x) * x - expand(torch.expm1(-step), x) * target
+        previous, last_step = denoised, step
+    return x
+
+
+TEACHER_SAMPLERS: dict[str, Callable] = {"euler": sample_euler, "dpmpp_2m": sample_dpmpp_2m}

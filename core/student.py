@@ -1,0 +1,174 @@
+"""The student: the teacher's own weights plus LoRA, or a full trainable copy of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .card import CardError, StudentCard, fingerprint, read
+from .denoiser import Cond, Denoiser
+from .lora import LoRA, check_match
+from .naming import is_diffusers, to_single_file
+from .sampling import sample_few_step, sigmas_of
+from .schedule import Schedule, trailing_timesteps
+
+OUTPUTS = ("inherit", "x0")
+
+
+class Student(Denoiser):
+    """A denoiser that makes x0 in one step, over a frozen teacher that shares its weights.
+
+    `rank` > 0 trains a LoRA on the teacher's backbone; the teacher is the same tensors with the
+    LoRA off. `rank` 0 trains a full copy. `output` says how the backbone's output is read:
+    `inherit` as the teacher's (eps, v, flow), `x0` as the picture itself. `start` is the timestep
+    of pure noise, and the first of a few-step schedule.
+    """
+
+    def __init__(
+        self,
+        teacher: Denoiser,
+        rank: int = 16,
+        alpha: float | None = None,
+        targets: str = "all",
+        output: str = "inherit",
+        start: int | None = None,
+    ):
+        if output not in OUTPUTS:
+            raise ValueError(f"student output is {output!r}: use one of {', '.join(OUTPUTS)}")
+        self.teacher = teacher
+        self.schedule: Schedule = teacher.schedule
+        self.prediction = teacher.prediction
+        self.reading = "x0" if output == "x0" else teacher.prediction
+        self.start = self.schedule.timesteps - 1 if start is None else start
+        self.lora: LoRA | None = None
+        if rank > 0:
+            self.backbone = teacher.backbone
+            self.lora = LoRA(teacher.backbone, rank, alpha, targets)
+            self._network = teacher
+        else:
+            self.backbone = copy.deepcopy(teacher.backbone)
+            self._network = teacher.with_backbone(self.backbone)
+
+    @property
+    def trained(self) -> nn.Module:
+        """The module whose parameters are trained: the LoRA, or the copy."""
+        return self.backbone if self.lora is None else self.lora
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Freeze the teacher, let the student's parameters take gradients; restore every flag at the end."""
+        modules = [self.teacher.backbone] + ([] if self.lora else [self.backbone])
+        flags = [(p, p.requires_grad) for m in modules for p in m.parameters()]
+        try:
+            self.teacher.backbone.requires_grad_(False)
+            self.trained.requires_grad_(True)
+            yield
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+    @contextmanager
+    def switched_on(self) -> Iterator[None]:
+        """The shared backbone acts as the student within."""
+        if self.lora is None:
+            yield
+            return
+        before, self.lora.enabled = self.lora.enabled, True
+        try:
+            yield
+        finally:
+            self.lora.enabled = before
+
+    def output(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        with self.switched_on():
+            return self._network.output(x, sigma, cond)
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        """x (B, C, H, W) at sigma (B,) -> x0 (B, C, H, W)."""
+        return self.schedule.to_x0(self.reading, x, self.output(x, sigma, cond), sigma)
+
+    def sigmas(self, steps: int) -> Tensor:
+        """Sigmas (steps + 1,) of the student's own schedule: trailing from its start timestep."""
+        return sigmas_of(self.schedule, trailing_timesteps(steps, self.start, self.schedule.timesteps))
+
+    @torch.no_grad()
+    def generate(self, noise: Tensor, cond: Cond, steps: int = 1, seeds: Sequence[int] | None = None) -> Tensor:
+        """Unit noise (B, C, H, W) -> latents (B, C, H, W) in `steps`.
+
+        `seeds` (B,) fix the noise added between steps, each row by its own.
+        """
+        sigmas = self.sigmas(steps).to(noise)
+        x = self.schedule.add_noise(torch.zeros_like(noise), noise, sigmas[:1])
+
+        def between(x: Tensor, i: int) -> Tensor:
+            if seeds is None:
+                return torch.randn_like(x)
+            rows = [torch.Generator().manual_seed(int(s) + 1_000_003 * (i + 1)) for s in seeds]
+            return torch.stack([torch.randn(x.shape[1:], generator=g) for g in rows]).to(x)
+
+        return sample_few_step(lambda x, s: self(x, s, cond), x, sigmas, schedule=self.schedule, noise=between)
+
+    def release(self) -> None:
+        """Take the LoRA's hooks out of the shared backbone."""
+        if self.lora is not None:
+            self.lora.remove()
+
+
+FULL_PREFIX = "model.diffusion_model."
+
+
+def _full_names(backbone: nn.Module) -> dict[str, str]:
+    """Parameter and buffer names of a backbone -> those of a single-file checkpoint."""
+    names = list(backbone.state_dict())
+    table = to_single_file(names) if is_diffusers(names) else {n: n for n in names}
+    return {n: FULL_PREFIX + file_name for n, file_name in table.items()}
+
+
+def student_bytes(student: Student, card: StudentCard, dtype: torch.dtype = torch.float16) -> bytes:
+    """A student file: kohya LoRA, or the whole backbone in single-file names, with the card in its header."""
+    if student.lora is not None:
+        tensors = student.lora.export(student.backbone, "kohya", dtype)
+    else:
+        names = _full_names(student.backbone)
+        tensors = {names[k]: v.detach().to(dtype).cpu().contiguous() for k, v in student.backbone.state_dict().items()}
+    return save(tensors, card.to_metadata())
+
+
+def load_student(path: str | Path, teacher: Denoiser) -> tuple[Student, StudentCard, str]:
+    """A student file over its loaded base model: the student, its card, and a warning in words or "".
+
+    The warning says that the base is not the one the student was made for. Raises CardError for a
+    file that cannot be read, ValueError for one whose tensors do not fit this architecture.
+    """
+    tensors, card = read(path)
+    if card.base_prediction != teacher.prediction:
+        raise CardError(
+            f"{path} was made for a model that predicts {card.base_prediction}, this one predicts "
+            f"{teacher.prediction}: load {card.base_model}, its base"
+        )
+    output = "inherit" if card.prediction == card.base_prediction else "x0"
+    student = Student(teacher, card.rank, card.alpha, card.targets, output, card.timesteps[0])
+    try:
+        if student.lora is not None:
+            student.lora.load(student.backbone, tensors)
+        else:
+            names = _full_names(student.backbone)
+            check_match("student", tensors, names.values())
+            student.backbone.load_state_dict({k: tensors[v] for k, v in names.items()})
+    except (ValueError, RuntimeError, KeyError) as error:
+        student.release()
+        raise CardError(f"{path} does not fit this model: {error}") from None
+    found = fingerprint(teacher.backbone)
+    warning = ""
+    if found != card.base_hash:
+        warning = (
+            f"{path} was made for {card.base_model} ({card.base_hash}), the loaded model is another ({found}): "
+            "pictures may suffer"
+        )
+    return student, card, warning

@@ -1,0 +1,145 @@
+"""Every setting of a distillation, with its default, bounds and help: the only place that has them.
+
+The command line, the ComfyUI node and the WebUI tab are all made from the fields of `Config`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..core.losses import ADVERSARIAL, WEIGHTS
+from ..core.sampling import TEACHER_SAMPLERS
+from ..core.student import OUTPUTS
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be: the message names it, its value, and what would do."""
+
+
+def option(default: Any, help: str, group: str, choices=None, low: float | None = None, high: float | None = None):
+    """A field of Config with what its front ends show."""
+    about = {"help": help, "group": group, "choices": choices and tuple(choices), "low": low, "high": high}
+    return field(default=default, metadata=about)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one distillation; see each field's help."""
+
+    # Student
+    rank: int = option(64, "LoRA rank; 0 trains a full copy of the model", "student", low=0, high=512)
+    alpha: float = option(0.0, "LoRA alpha; 0 takes the rank", "student", low=0)
+    targets: str = option("all", "layers that get a LoRA: attention, transformer, all, or a pattern", "student")
+    output: str = option("inherit", "how the student's output is read: as the teacher's, or as x0", "student", OUTPUTS)
+    start: int = option(999, "timestep at which the student is given pure noise", "student", low=1, high=999)
+    steps: int = option(1, "most steps that the student is trained for", "student", low=1, high=8)
+    first_share: float = option(0.6, "share of training at the first step, where noise enters", "student", low=0, high=1)
+    # Data
+    pairs: int = option(1024, "teacher pairs (noise, picture) to make from the prompts", "data", low=1)
+    pair_steps: int = option(16, "sampling steps of the teacher for a pair", "data", low=1, high=1000)
+    pair_sampler: str = option("dpmpp_2m", "sampler of the teacher for the pairs", "data", TEACHER_SAMPLERS)
+    guidance: float = option(4.0, "the teacher's guidance scale in the pairs: it is baked in", "data", low=1, high=30)
+    positives: str = option(
+        "teacher", "what the discriminator takes for real", "data", ("teacher", "real", "both")
+    )
+    real_share: float = option(0.5, "share of real pictures where positives are 'both'", "data", low=0, high=1)
+    # Training
+    updates: int = option(2000, "student updates", "training", low=1)
+    minutes: float = option(0.0, "end after this many minutes of training at the latest; 0 is no limit", "training", low=0)
+    batch: int = option(16, "samples in a batch", "training", low=1)
+    accumulate: int = option(1, "batches whose gradients make one update", "training", low=1)
+    lr: float = option(2e-4, "learning rate of the student", "training", low=0)
+    lr_discriminator: float = option(5e-4, "learning rate of the discriminator", "training", low=0)
+    warmup: int = option(200, "first updates with the regression alone", "training", low=0)
+    discriminator_updates: int = option(1, "discriminator updates per student update", "training", low=1, high=16)
+    clip: float = option(1.0, "largest gradient norm; larger ones are scaled down", "training", low=0)
+    ema: float = option(0.995, "decay of the student's running average, which is what is kept", "training", low=0, high=1)
+    precision: str = option("auto", "arithmetic of the passes", "training", ("auto", "float32", "bfloat16"))
+    seed: int = option(0, "seed of everything random", "training", low=0)
+    # Losses
+    adversarial: str = option("hinge", "adversarial loss", "losses", ADVERSARIAL)
+    adversarial_weight: float = option(1.0, "weight of the adversarial loss; 0 leaves the discriminator out", "losses", low=0)
+    distillation: str = option("exponential", "weighting of the distillation loss over noise levels", "losses", WEIGHTS)
+    distillation_weight: float = option(0.0, "weight of ADD's distillation loss (the paper's lambda is 2.5)", "losses", low=0)
+    distillation_guidance: float = option(4.0, "the teacher's guidance scale in the distillation loss", "losses", low=1)
+    teacher_steps: int = option(1, "teacher steps in the distillation loss", "losses", low=1, high=8)
+    regression_weight: float = option(1.0, "weight of the regression to the pairs", "losses", low=0)
+    feature_weight: float = option(0.0, "weight of matching the teacher's features of the pair", "losses", low=0)
+    r1: str = option("approximate", "gradient penalty of the discriminator", "losses", ("none", "exact", "approximate"))
+    r1_weight: float = option(1.0, "weight of the gradient penalty", "losses", low=0)
+    r1_noise: float = option(0.1, "spread of the perturbation of the approximate penalty", "losses", low=0)
+    # Discriminator
+    taps: str = option("", "modules whose features it sees, with commas; empty finds them", "discriminator")
+    width: int = option(64, "channels of each head", "discriminator", low=8, high=1024)
+    renoise_mean: float = option(0.0, "mean of the logit of the noise level it sees pictures at", "discriminator")
+    renoise_std: float = option(1.0, "spread of that logit", "discriminator", low=0)
+    condition_image: bool = option(False, "condition it on the pair's picture where the student was given part of it", "discriminator")
+    # Output
+    preview_every: int = option(100, "updates between previews", "output", low=0)
+    save_every: int = option(100, "updates between saved states", "output", low=1)
+    select_every: int = option(200, "updates between measurements that choose the best student; 0 keeps the last", "output", low=0)
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            wanted = type(f.default)
+            if wanted is float and type(value) is int:
+                object.__setattr__(self, f.name, float(value))
+                value = float(value)
+            if type(value) is not wanted:
+                raise ConfigError(f"{f.name} is {value!r}: give a value of type {wanted.__name__}")
+            about = f.metadata
+            if about["choices"] and value not in about["choices"]:
+                raise ConfigError(f"{f.name} is {value!r}: use one of {', '.join(about['choices'])}")
+            if about["low"] is not None and value < about["low"]:
+                raise ConfigError(f"{f.name} is {value}: the least is {about['low']}")
+            if about["high"] is not None and value > about["high"]:
+                raise ConfigError(f"{f.name} is {value}: the most is {about['high']}")
+        weights = ("adversarial_weight", "distillation_weight", "regression_weight", "feature_weight")
+        if not any(getattr(self, name) for name in weights):
+            raise ConfigError("every loss has weight 0: give at least one of " + ", ".join(weights))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Config:
+        """Raises ConfigError for a name that is no setting."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"unknown settings {unknown}: known are {', '.join(sorted(known))}")
+        return cls(**values)
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> Config:
+        """A flat TOML file of settings; those it leaves out keep their defaults."""
+        if sys.version_info >= (3, 11):
+            import tomllib
+        else:
+            import tomli as tomllib
+        try:
+            return cls.from_dict(tomllib.loads(Path(path).read_text()))
+        except FileNotFoundError:
+            raise ConfigError(f"settings file {path} does not exist: check the name") from None
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"settings file {path} is no TOML: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def replace(self, **changes: Any) -> Config:
+        return dataclasses.replace(self, **changes)
+
+
+# What may change between a run and its resumption: it decides only how long and how often.
+RESUMABLE = {"updates", "minutes", "preview_every", "save_every", "select_every"}
+
+
+def check_resumable(saved: dict[str, Any], config: Config) -> None:
+    """Raise ConfigError if a run with `saved` settings cannot go on with `config`, naming the differences."""
+    now = config.to_dict()
+    changed = {k: (saved.get(k), now[k]) for k in now if saved.get(k) != now[k] and k not in RESUMABLE}
+    if changed:
+        told = ", ".join(f"{k} was {a!r} and is {b!r}" for k, (a, b) in changed.items())
+        raise ConfigError(f"this run cannot go on with other settings: {told}. Change them back, or use another folder")

@@ -1,0 +1,385 @@
+"""The training loop: a generator that yields one `Step` per student update and neither prints nor writes."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core import losses
+from ..core.denoiser import Cond
+from ..core.discriminator import Discriminator
+from ..core.features import TeacherFeatures
+from ..core.sampling import trailing_timesteps
+from ..core.schedule import expand
+from ..core.student import Student
+from .config import Config, check_resumable
+from .data import Samples
+from .health import Health, measure
+
+
+class Diverged(RuntimeError):
+    """A loss is no number any more. The last good student is kept; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one student update did."""
+
+    update: int  # 1 for the first
+    losses: dict[str, float]
+    health: Health
+    seconds: float
+
+
+def autocast(config: Config, device: torch.device) -> AbstractContextManager:
+    """The arithmetic of the passes: `auto` is bfloat16 where the device is fast in it."""
+    if config.precision == "auto":
+        low = torch.cuda.is_bf16_supported() if device.type == "cuda" else fast_bfloat16_cpu()
+    else:
+        low = config.precision == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=low)
+
+
+def fast_bfloat16_cpu() -> bool:
+    """Whether this CPU has bfloat16 instructions; without them bfloat16 is slower than float32."""
+    check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(check and check())
+
+
+def generator(seed: int, update: int, purpose: int = 0) -> torch.Generator:
+    """Randomness of one update, told by its number alone: a resumed run draws the same."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + update) * 16 + purpose)
+
+
+@dataclass
+class State:
+    """Everything that an update changes: what a checkpoint holds."""
+
+    config: Config
+    student: Student
+    features: TeacherFeatures
+    discriminator: Discriminator
+    optimizer: torch.optim.Optimizer
+    discriminator_optimizer: torch.optim.Optimizer
+    average: nn.Module  # the running average of student.trained
+    update: int = 0
+    spent: float = 0.0  # seconds of training
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def create(cls, student: Student, config: Config, sample: Samples) -> State:
+        """A fresh state; one `sample` row tells the shapes of features and text."""
+        device = student.device
+        torch.manual_seed(config.seed)
+        features = TeacherFeatures(student.teacher, [t.strip() for t in config.taps.split(",") if t.strip()])
+        x, cond = sample.latents[:1].to(device), sample.cond.rows(slice(1)).to(device)
+        with torch.no_grad():
+            maps = features(x, student.schedule.sigma(torch.tensor([500])).to(device), cond)
+        image = maps[-1].shape[1] if config.condition_image else 0
+        discriminator = Discriminator([m.shape[1] for m in maps], cond.summary.shape[1], image, config.width).to(device)
+        trained = student.trained
+        return cls(
+            config,
+            student,
+            features,
+            discriminator,
+            torch.optim.AdamW(trained.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0),
+            torch.optim.AdamW(discriminator.parameters(), lr=config.lr_discriminator, betas=(0.0, 0.99), weight_decay=0.0),
+            _frozen_copy(trained),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "config": self.config.to_dict(),
+            "student": self.student.trained.state_dict(),
+            "average": self.average.state_dict(),
+            "discriminator": self.discriminator.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "discriminator_optimizer": self.discriminator_optimizer.state_dict(),
+            "update": self.update,
+            "spent": self.spent,
+            "extra": self.extra,
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Raises ConfigError if the saved run had other settings."""
+        check_resumable(saved["config"], self.config)
+        self.student.trained.load_state_dict(saved["student"])
+        self.average.load_state_dict(saved["average"])
+        self.discriminator.load_state_dict(saved["discriminator"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.discriminator_optimizer.load_state_dict(saved["discriminator_optimizer"])
+        self.update, self.spent, self.extra = saved["update"], saved["spent"], saved["extra"]
+
+
+def _frozen_copy(module: nn.Module) -> nn.Module:
+    """A copy of the parameters alone: a LoRA's hooks must not be copied along."""
+    hooks = getattr(module, "_hooks", None)
+    if hooks is not None:
+        module._hooks = []
+    try:
+        return copy.deepcopy(module).requires_grad_(False)
+    finally:
+        if hooks is not None:
+            module._hooks = hooks
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch on the device, with everything random about it drawn."""
+
+    x: Tensor  # (B, C, H, W) the student's input
+    sigma: Tensor  # (B,) its level
+    first: Tensor  # (B,) true where it is pure noise
+    cond: Cond
+    target: Tensor  # (B, C, H, W) the teacher's picture from the same noise
+    positive: Tensor  # (B, C, H, W) what the discriminator takes for real
+    positive_cond: Cond
+    renoise: Tensor  # (B,) sigma at which the discriminator sees both
+    noise: Tensor  # (B, C, H, W) the noise of that
+    distill_sigma: Tensor  # (B,) sigma of the distillation term
+    distill_noise: Tensor
+
+
+def draw(state: State, pairs: Samples, reals: Samples | None, draws: torch.Generator) -> Batch:
+    """A batch for one update."""
+    config, schedule = state.config, state.student.schedule
+    device, size = state.student.device, config.batch
+    rows = torch.randint(len(pairs), (size,), generator=draws)
+    target, cond = pairs.latents[rows], pairs.cond.rows(rows)
+    shape = target.shape
+    timesteps = torch.tensor(trailing_timesteps(config.steps, state.student.start, schedule.timesteps))
+    share = torch.full((config.steps,), (1 - config.first_share) / max(config.steps - 1, 1))
+    share[0] = config.first_share if config.steps > 1 else 1.0
+    level = torch.multinomial(share, size, True, generator=draws)
+    first = level == 0
+    sigma = schedule.sigma(timesteps[level])
+    # Pure noise is the pair's own, so that the regression has one answer; later steps get fresh noise.
+    clean = torch.where(expand(first, target).bool(), torch.zeros_like(target), target)
+    noise = torch.where(expand(first, target).bool(), pairs.noise(rows), torch.randn(shape, generator=draws))
+    positive, positive_cond = target, cond
+    if reals is not None and config.positives != "teacher":
+        other = torch.randint(len(reals), (size,), generator=draws)
+        take = torch.rand(size, generator=draws) < (1.0 if config.positives == "real" else config.real_share)
+        positive = torch.where(expand(take, target).bool(), reals.latents[other], target)
+        mixed = torch.arange(size) + size * take
+        positive_cond = Cond.cat([cond, reals.cond.rows(other)]).rows(mixed)
+    last = schedule.timesteps - 1
+    normal = torch.randn(size, generator=draws)
+    renoise = schedule.sigma(torch.sigmoid(config.renoise_mean + config.renoise_std * normal) * last)  # LADD, section 3.2
+    uniform = torch.rand(size, generator=draws)
+    return Batch(
+        schedule.add_noise(clean, noise, sigma).to(device),
+        sigma.to(device),
+        first.to(device),
+        cond.to(device),
+        target.to(device),
+        positive.to(device),
+        positive_cond.to(device),
+        renoise.to(device),
+        torch.randn(shape, generator=draws).to(device),
+        schedule.sigma(last * (0.02 + 0.96 * uniform)).to(device),
+        torch.randn(shape, generator=draws).to(device),
+    )
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A batch of pictures as the discriminator sees them: head inputs, and what conditions the heads."""
+
+    inputs: list[Tensor]
+    sigma: Tensor
+    text: Tensor
+    image: Tensor | None
+
+    def detached(self) -> Judged:
+        return Judged([x.detach() for x in self.inputs], self.sigma, self.text, self.image)
+
+
+def look(state: State, x0: Tensor, cond: Cond, batch: Batch, real: bool = False) -> Judged:
+    """Re-noise x0 (B, C, H, W) to the batch's level and tap the frozen teacher; gradients reach x0."""
+    schedule = state.student.schedule
+    maps = state.features(schedule.add_noise(x0, batch.noise, batch.renoise), batch.renoise, cond)
+    if real:
+        state.discriminator.calibrate(maps)
+    image = None
+    if state.discriminator.image:
+        # As ADD's c_img: of the clean picture, where the student was given a part of it.
+        with torch.no_grad():
+            low = schedule.sigma(torch.full((len(x0),), 20.0)).to(x0)
+            image = state.features(batch.target, low, batch.cond)[-1].mean((2, 3)) * expand(~batch.first, x0)[:, :, 0, 0]
+    return Judged(state.discriminator.standardise(maps), batch.renoise, cond.summary, image)
+
+
+def judge(state: State, seen: Judged) -> list[Tensor]:
+    return state.discriminator(seen.inputs, seen.sigma, seen.text, seen.image)
+
+
+def discriminator_loss(state: State, real: Judged, fake: Judged) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]:
+    """The named parts of the discriminator's loss, and the logits of real and fake."""
+    config = state.config
+    real, fake = real.detached(), fake.detached()
+    exact = config.r1 == "exact" and config.r1_weight > 0
+    if exact:
+        for x in real.inputs:
+            x.requires_grad_(True)
+    on_real, on_fake = judge(state, real), judge(state, fake)
+    parts = {"discriminator": losses.ADVERSARIAL[config.adversarial][0](on_real, on_fake)}
+    if exact:
+        parts["r1"] = config.r1_weight * losses.r1(on_real, real.inputs)
+    elif config.r1 == "approximate" and config.r1_weight > 0:
+        moved = [x + config.r1_noise * torch.randn_like(x) for x in real.inputs]
+        perturbed = judge(state, Judged(moved, real.sigma, real.text, real.image))
+        parts["r1"] = config.r1_weight / config.r1_noise**2 * losses.approximate_r1(on_real, perturbed)
+    return parts, on_real, on_fake
+
+
+def distillation_loss(state: State, output: Tensor, batch: Batch, uncond: Cond) -> Tensor:
+    """ADD's distillation term: noise goes on the student's output, the teacher denoises it."""
+    config, teacher, schedule = state.config, state.student.teacher, state.student.schedule
+    sigma = batch.distill_sigma
+    noisy = schedule.add_noise(output.detach(), batch.distill_noise, sigma)
+    if config.distillation == "nfsd":
+        target = losses.nfsd_target(
+            teacher, noisy, output.detach(), sigma, batch.cond, uncond, config.distillation_guidance
+        )
+    else:
+        target = losses.teacher_target(
+            teacher, noisy, sigma, batch.cond, uncond, config.distillation_guidance, config.teacher_steps
+        )
+    return losses.distillation(output, target, losses.WEIGHTS[config.distillation](schedule, sigma))
+
+
+def student_loss(state: State, batch: Batch, uncond: Cond, adversarial: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The named, weighted parts of the student's loss, and what the discriminator's update can use again."""
+    config, student = state.config, state.student
+    output = student(batch.x, batch.sigma, batch.cond).float()
+    parts: dict[str, Tensor] = {}
+    used: dict[str, Any] = {"output": output}
+    if config.regression_weight > 0 and batch.first.any():
+        parts["regression"] = config.regression_weight * losses.regression(output[batch.first], batch.target[batch.first])
+    if adversarial and config.distillation_weight > 0:
+        parts["distillation"] = config.distillation_weight * distillation_loss(state, output, batch, uncond)
+    match = config.feature_weight > 0 and batch.first.any()
+    if adversarial and (config.adversarial_weight > 0 or match):
+        with torch.no_grad():
+            real = look(state, batch.positive, batch.positive_cond, batch, real=True)
+        fake = look(state, output, batch.cond, batch)
+        used |= {"real": real, "fake": fake}
+        if match:
+            with torch.no_grad():
+                target = real if config.positives == "teacher" else look(state, batch.target, batch.cond, batch)
+            rows = batch.first
+            parts["features"] = config.feature_weight * losses.feature_matching(
+                [x[rows] for x in fake.inputs], [x[rows] for x in target.inputs]
+            )
+        if config.adversarial_weight > 0:
+            state.discriminator.requires_grad_(False)
+            on_fake = judge(state, fake)
+            on_real = None
+            if config.adversarial == "relativistic":
+                with torch.no_grad():
+                    on_real = judge(state, real)
+            parts["adversarial"] = config.adversarial_weight * losses.ADVERSARIAL[config.adversarial][1](on_fake, on_real)
+            state.discriminator.requires_grad_(True)
+    return parts, used
+
+
+def _add(total: dict[str, float], parts: dict[str, Tensor], share: float) -> None:
+    for name, value in parts.items():
+        total[name] = total.get(name, 0.0) + value.item() * share
+
+
+def _update(optimizer: torch.optim.Optimizer, module: nn.Module, clip: float) -> float:
+    """Clip, step and clear; returns the gradient's norm."""
+    parameters = [p for p in module.parameters() if p.grad is not None]
+    norm = nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else math.inf).item()
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def _discriminate(state: State, pairs: Samples, reals: Samples | None, draws: torch.Generator) -> None:
+    """One more discriminator update, on a batch of its own."""
+    batch = draw(state, pairs, reals, draws)
+    device = state.student.device
+    with autocast(state.config, device):
+        with torch.no_grad():
+            output = state.student(batch.x, batch.sigma, batch.cond).float()
+            real = look(state, batch.positive, batch.positive_cond, batch, real=True)
+            fake = look(state, output, batch.cond, batch)
+        parts, _, _ = discriminator_loss(state, real, fake)
+    torch.stack(list(parts.values())).sum().backward()
+    _update(state.discriminator_optimizer, state.discriminator, state.config.clip)
+
+
+def distill(state: State, pairs: Samples, uncond: Cond, reals: Samples | None = None) -> Iterator[Step]:
+    """Train from `state.update` to `config.updates` (or `config.minutes`), yielding a Step after each update.
+
+    The state lies whole between two yields, so closing the generator cancels; the teacher's flags
+    are restored then. Raises Diverged when a loss or gradient is not finite, before it is applied.
+    """
+    config, student = state.config, state.student
+    uncond = uncond.to(student.device)
+    uses_discriminator = config.adversarial_weight > 0
+    with student.training():
+        while state.update < config.updates and not (config.minutes and state.spent >= config.minutes * 60):
+            begun = time.monotonic()
+            adversarial = state.update >= config.warmup
+            totals: dict[str, float] = {}
+            if adversarial and uses_discriminator:
+                for extra in range(1, config.discriminator_updates):
+                    torch.manual_seed((config.seed * 1_000_003 + state.update) * 16 + extra)
+                    _discriminate(state, pairs, reals, generator(config.seed, state.update, extra))
+            # Head-input perturbations are drawn on the device, from torch's own generator.
+            torch.manual_seed(config.seed * 1_000_003 + state.update)
+            draws = generator(config.seed, state.update)
+            share = 1 / config.accumulate
+            on_real: list[Tensor] = []
+            on_fake: list[Tensor] = []
+            for _ in range(config.accumulate):
+                batch = draw(state, pairs, reals, draws)
+                with autocast(config, student.device):
+                    parts, used = student_loss(state, batch, uncond, adversarial)
+                if not parts:
+                    parts = {"regression": 0.0 * used["output"].sum()}
+                (torch.stack(list(parts.values())).sum() * share).backward()
+                _add(totals, parts, share)
+                if adversarial and uses_discriminator:
+                    with autocast(config, student.device):
+                        parts, on_real, on_fake = discriminator_loss(state, used["real"], used["fake"])
+                    (torch.stack(list(parts.values())).sum() * share).backward()
+                    _add(totals, parts, share)
+            _check(state.update + 1, totals)
+            if on_real:
+                _check(state.update + 1, {"discriminator's gradient": _update(
+                    state.discriminator_optimizer, state.discriminator, config.clip)})
+            norm = _update(state.optimizer, student.trained, config.clip)
+            _check(state.update + 1, {"student's gradient": norm})
+            with torch.no_grad():
+                keep = min(config.ema, (1 + state.update) / (10 + state.update))
+                for slow, fast in zip(state.average.parameters(), student.trained.parameters(), strict=True):
+                    slow.lerp_(fast, 1 - keep)
+            health = measure(on_real, on_fake, used["output"], batch.positive, config.adversarial == "relativistic")
+            seconds = time.monotonic() - begun
+            state.update += 1
+            state.spent += seconds
+            yield Step(state.update, totals, health, seconds)
+
+
+def _check(update: int, values: dict[str, float]) -> None:
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        raise Diverged(
+            f"update {update}: {', '.join(bad)} is not finite. Lower lr or lr_discriminator, raise r1_weight, "
+            "or set precision to float32; the last good student is kept"
+        )

@@ -1,0 +1,106 @@
+"""Whether a distillation is well: a few numbers every update, and words when one leaves its range."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Health:
+    """One update's measures. Ratios are the student's over the positives', in latents; 1 is healthy."""
+
+    accuracy: float  # of the discriminator, 0 to 1
+    logit_gap: float  # mean logit of real minus fake
+    saturation: float  # ratio of the latents' spread
+    sharpness: float  # ratio of the power in high frequencies
+    diversity: float  # ratio of the mean distance between samples of a batch
+
+
+def high_frequency_power(x: Tensor) -> float:
+    """Mean square of what a 3x3 blur takes away from x (B, C, H, W)."""
+    return (x - F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)).square().mean().item()
+
+
+def spread_of_batch(x: Tensor) -> float:
+    """Mean squared distance between neighbours of a batch (B, C, H, W); 0 for one sample."""
+    return (x - x.roll(1, 0)).square().mean().item()
+
+
+def measure(real: Sequence[Tensor], fake: Sequence[Tensor], output: Tensor, positives: Tensor, relative: bool) -> Health:
+    """Health from K logits (B, N_k) of real and fake, and the latents (B, C, H, W) behind them.
+
+    `relative` judges accuracy by the difference of the two logits, as relativistic losses do.
+    """
+    output, positives = output.detach().float(), positives.float()
+    accuracy = gap = 0.0
+    if real:
+        gaps = [(r.mean() - f.mean()).item() for r, f in zip(real, fake, strict=True)]
+        if relative:
+            right = [(r > f).float().mean().item() for r, f in zip(real, fake, strict=True)]
+        else:
+            right = [((r > 0).float().mean() + (f < 0).float().mean()).item() / 2 for r, f in zip(real, fake, strict=True)]
+        accuracy, gap = sum(right) / len(right), sum(gaps) / len(gaps)
+    return Health(
+        accuracy=accuracy,
+        logit_gap=gap,
+        saturation=(output.std() / positives.std().clamp(min=1e-6)).item(),
+        sharpness=high_frequency_power(output) / max(high_frequency_power(positives), 1e-12),
+        diversity=spread_of_batch(output) / max(spread_of_batch(positives), 1e-12) if len(output) > 1 else 1.0,
+    )
+
+
+# Range, and what to say below and above it (method: others' runs failed in these ways).
+RANGES: dict[str, tuple[float, str, float, str]] = {
+    "accuracy": (
+        0.52,
+        "the discriminator hardly tells student from teacher: raise lr_discriminator or discriminator_updates",
+        0.95,
+        "the discriminator wins too easily: raise r1_weight, or lower lr_discriminator",
+    ),
+    "logit_gap": (
+        0.02,
+        "the discriminator's logits do not part: raise lr_discriminator",
+        15.0,
+        "the discriminator's logits run away: raise r1_weight",
+    ),
+    "saturation": (
+        0.8,
+        "pictures turn grey: raise adversarial_weight",
+        1.25,
+        "pictures are oversaturated: lower guidance or distillation_guidance",
+    ),
+    "sharpness": (
+        0.5,
+        "pictures are blurred: train longer, or raise adversarial_weight",
+        2.0,
+        "pictures are noisy: lower adversarial_weight, or set output to x0",
+    ),
+    "diversity": (
+        0.6,
+        "pictures become alike: raise regression_weight",
+        1.8,
+        "pictures fall apart: raise regression_weight, lower adversarial_weight",
+    ),
+}
+
+
+def average(healths: Sequence[Health]) -> dict[str, float]:
+    """Mean of each measure over some updates."""
+    rows = [asdict(h) for h in healths]
+    return {k: sum(r[k] for r in rows) / len(rows) for k in rows[0]}
+
+
+def warnings(means: dict[str, float], adversarial: bool) -> list[str]:
+    """What is out of range in the means over some updates, in words with a remedy."""
+    found = []
+    for name, (low, below, high, above) in RANGES.items():
+        if not adversarial and name in ("accuracy", "logit_gap"):
+            continue
+        value = means[name]
+        if value < low or value > high:
+            found.append(f"{name} is {value:.2f} (healthy {low:g} to {high:g}): {below if value < low else above}")
+    return found

@@ -1,0 +1,32 @@
+"""What a trainer needs of wherever the checkpoint is loaded: ComfyUI, a WebUI, or plain diffusers."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from ..core.denoiser import Cond, Denoiser
+
+
+class Host(Protocol):
+    """A loaded checkpoint: its denoiser, and text and pictures in and out of it."""
+
+    denoiser: Denoiser
+    name: str
+    architecture: str  # a ModelSpec architecture: stable-diffusion-v1, ...
+    base_hash: str
+    latent_shape: tuple[int, int, int]  # (C, H, W) at the resolution worked at
+    resolution: tuple[int, int]  # (width, height) in pixels
+
+    def encode_text(self, prompts: list[str]) -> Cond:
+        """Prompts -> a batch of conditions; the empty prompt is the unconditional one."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, H, W) as the denoiser takes them -> pictures (B, 3, height, width) in [0, 1]."""
+        ...
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, height, width) in [0, 1] -> latents (B, C, H, W)."""
+        ...
