@@ -83,9 +83,11 @@ class StudentCard:
         if not metadata or KEY not in metadata:
             raise CardError(f"{path} holds no student card: it was not made by TurboDistill")
         try:
-            values = json.loads(metadata[KEY])
-        except json.JSONDecodeError as error:
-            raise CardError(f"{path}: the student card cannot be read ({error}): make or download the file again") from None
+            values = dict(json.loads(metadata[KEY]))
+        except (ValueError, TypeError) as error:
+            raise CardError(
+                f"{path}: the student card cannot be read ({error}): make or download the file again"
+            ) from None
         version = values.get("version")
         if not isinstance(version, int) or version > VERSION:
             raise CardError(f"{path}: card version {version}, this TurboDistill knows up to {VERSION}: update it")
@@ -142,12 +144,12 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], StudentCard]:
     Raises CardError for a file that is missing, truncated, no safetensors (a pickle), or without a card.
     """
     path = Path(path)
-    if not path.exists():
-        raise CardError(f"{path} does not exist: check the name")
+    if not path.is_file():
+        raise CardError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}: check the name")
     try:
         with safe_open(path, "pt") as file:
             card = StudentCard.from_metadata(file.metadata(), path)
-            return {k: file.get_tensor(k) for k in file.keys()}, card
+            return {k: file.get_tensor(k) for k in file.keys()}, card  # noqa: SIM118: no dict, and not iterable at 0.4.2
     except SafetensorError as error:
         raise CardError(
             f"{path} is no complete safetensors file ({error}). If the download broke off, get it again; "

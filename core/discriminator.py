@@ -74,7 +74,9 @@ class Discriminator(nn.Module):
             for k, f in enumerate(features)
         ]
 
-    def forward(self, inputs: Sequence[Tensor], sigma: Tensor, text: Tensor, image: Tensor | None = None) -> list[Tensor]:
+    def forward(
+        self, inputs: Sequence[Tensor], sigma: Tensor, text: Tensor, image: Tensor | None = None
+    ) -> list[Tensor]:
         """Standardised maps, noise level (B,), text (B, text), image (B, image) -> K logits (B, N_k)."""
         parts = [F.layer_norm(text.float(), text.shape[-1:]), noise_embedding(sigma)]
         if self.image:

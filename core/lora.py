@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ TARGETS = {
     "all": r"",
 }
 FORMATS = {"kohya": "lora_unet_", "comfy": "diffusion_model."}
+PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
 
 
 def adaptable(module: nn.Module) -> bool:
@@ -40,7 +42,7 @@ class Branch(nn.Module):
 
     def __init__(self, layer: nn.Module, rank: int, alpha: float):
         super().__init__()
-        weight = layer.weight
+        weight = cast(Tensor, layer.weight)
         rank = min(rank, weight.shape[0], math.prod(weight.shape[1:]))
         self.scale = alpha / rank
         spatial = weight.shape[2:]
@@ -83,13 +85,23 @@ class LoRA(nn.Module):
             raise ValueError(f"LoRA targets {targets!r} match no layer: use one of {', '.join(TARGETS)}, or a pattern")
         self.names = list(layers)
         self.branches = nn.ModuleList(Branch(m, rank, self.alpha) for m in layers.values())
-        self._hooks = [m.register_forward_hook(self._hook(b)) for m, b in zip(layers.values(), self.branches, strict=True)]
+        self._hooks = [
+            m.register_forward_hook(self._hook(b)) for m, b in zip(layers.values(), self.each(), strict=True)
+        ]
 
     def _hook(self, branch: Branch):
         def add(_module, args, output):
             return output + branch(args[0]) if self.enabled else None
 
         return add
+
+    def __getstate__(self) -> dict:
+        # A copy holds the parameters alone: its hooks would sit in no backbone.
+        return self.__dict__ | {"_hooks": []}
+
+    def each(self) -> list[Branch]:
+        """The branches, in the order of `names`."""
+        return [cast(Branch, b) for b in self.branches]
 
     def remove(self) -> None:
         """Take every hook out of the backbone."""
@@ -99,17 +111,19 @@ class LoRA(nn.Module):
 
     def file_names(self, backbone: nn.Module, style: str = "kohya") -> list[str]:
         """The key prefix of each branch in a LoRA file, in single-file names."""
-        names = self.names
-        if is_diffusers(names):
-            table = to_single_file(n for n, _ in backbone.named_parameters())
+        names, parameters = self.names, [n for n, _ in backbone.named_parameters()]
+        if is_diffusers(parameters):
+            table = to_single_file(parameters)
             modules = {k.rpartition(".")[0]: v.rpartition(".")[0] for k, v in table.items()}
             names = [modules[n] for n in names]
         return [FORMATS[style] + (n.replace(".", "_") if style == "kohya" else n) for n in names]
 
-    def export(self, backbone: nn.Module, style: str = "kohya", dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
+    def export(
+        self, backbone: nn.Module, style: str = "kohya", dtype: torch.dtype = torch.float16
+    ) -> dict[str, Tensor]:
         """Tensors of a LoRA file: `<name>.lora_down.weight`, `.lora_up.weight`, `.alpha`."""
         tensors = {}
-        for name, branch in zip(self.file_names(backbone, style), self.branches, strict=True):
+        for name, branch in zip(self.file_names(backbone, style), self.each(), strict=True):
             tensors[f"{name}.lora_down.weight"] = branch.down.detach().to(dtype).cpu().contiguous()
             tensors[f"{name}.lora_up.weight"] = branch.up.detach().to(dtype).cpu().contiguous()
             tensors[f"{name}.alpha"] = torch.tensor(branch.scale * branch.down.shape[0], dtype=dtype)
@@ -122,8 +136,8 @@ class LoRA(nn.Module):
         Raises ValueError if a key of the file, or a branch, has no counterpart.
         """
         style = "comfy" if any(k.startswith(FORMATS["comfy"]) for k in tensors) else "kohya"
-        wanted = dict(zip(self.file_names(backbone, style), self.branches, strict=True))
-        check_match("LoRA", {k.removesuffix(".alpha") for k in tensors if k.endswith(".alpha")}, wanted)
+        wanted = dict(zip(self.file_names(backbone, style), self.each(), strict=True))
+        check_match("LoRA", tensors, [f"{name}.{part}" for name in wanted for part in PARTS])
         for name, branch in wanted.items():
             down, up = tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"]
             if down.shape[1:] != branch.down.shape[1:] or up.shape[0] != branch.up.shape[0]:
@@ -139,7 +153,7 @@ class LoRA(nn.Module):
         """The adapted weights by the backbone's parameter names: weight + delta, in the weight's dtype."""
         weights = dict(backbone.named_parameters())
         merged = {}
-        for name, branch in zip(self.names, self.branches, strict=True):
+        for name, branch in zip(self.names, self.each(), strict=True):
             weight = weights[f"{name}.weight"]
             merged[f"{name}.weight"] = (weight.detach().float() + branch.delta().detach()).to(weight.dtype)
         return merged

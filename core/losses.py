@@ -6,6 +6,7 @@ Logits come as a list of K tensors (B, N_k), one per head; each head counts the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +108,7 @@ def teacher_target(
         return model(x, sigma)
     fractions = torch.linspace(1, 0, steps + 1)
     timestep = teacher.schedule.timestep(sigma)
-    for fraction, following in zip(fractions[:-1], fractions[1:], strict=True):
+    for fraction, following in pairwise(fractions):
         now = sigma if fraction == 1 else teacher.schedule.sigma(timestep * fraction).to(sigma)
         after = teacher.schedule.sigma(timestep * following).to(sigma) if following > 0 else torch.zeros_like(sigma)
         denoised = model(x, now)
@@ -159,4 +160,3 @@ def regression(output: Tensor, target: Tensor, delta: float = 0.5) -> Tensor:
 def feature_matching(fake: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
     """Mean L1 between K standardised feature maps of the student's and of the teacher's picture."""
     return _mean([(f - r.detach()).abs() for f, r in _pairs(fake, real)])
-

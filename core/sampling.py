@@ -79,7 +79,7 @@ def sample_euler(model, x, sigmas, extra_args=None, callback=None, disable=None)
 
 def sample_dpmpp_2m(model, x, sigmas, extra_args=None, callback=None, disable=None):
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), for variance-preserving models."""
-    previous, last_step = None, None
+    previous, last_step = None, x.new_ones(1)
     for i, sigma, following in _levels(x, sigmas):
         denoised = model(x, sigma, **(extra_args or {}))
         _report(callback, x, i, sigma, denoised)

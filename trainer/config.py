@@ -6,6 +6,7 @@ The command line, the ComfyUI node and the WebUI tab are all made from the field
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +40,7 @@ class Config:
     steps: int = option(1, "most steps that the student is trained for", "student", low=1, high=8)
     first_share: float = option(0.6, "share of training at the first step, where noise enters", "student", low=0, high=1)
     # Data
-    pairs: int = option(1024, "teacher pairs (noise, picture) to make from the prompts", "data", low=1)
+    pairs: int = option(1024, "teacher pairs (noise, picture) to make from the prompts", "data", low=4)
     pair_steps: int = option(16, "sampling steps of the teacher for a pair", "data", low=1, high=1000)
     pair_sampler: str = option("dpmpp_2m", "sampler of the teacher for the pairs", "data", TEACHER_SAMPLERS)
     guidance: float = option(4.0, "the teacher's guidance scale in the pairs: it is baked in", "data", low=1, high=30)
@@ -93,12 +94,16 @@ class Config:
             if type(value) is not wanted:
                 raise ConfigError(f"{f.name} is {value!r}: give a value of type {wanted.__name__}")
             about = f.metadata
+            if wanted is float and not math.isfinite(value):
+                raise ConfigError(f"{f.name} is {value}: give a finite number")
             if about["choices"] and value not in about["choices"]:
                 raise ConfigError(f"{f.name} is {value!r}: use one of {', '.join(about['choices'])}")
             if about["low"] is not None and value < about["low"]:
                 raise ConfigError(f"{f.name} is {value}: the least is {about['low']}")
             if about["high"] is not None and value > about["high"]:
                 raise ConfigError(f"{f.name} is {value}: the most is {about['high']}")
+        if self.steps > self.start + 1:
+            raise ConfigError(f"steps is {self.steps}: from start {self.start} there are {self.start + 1} at most")
         weights = ("adversarial_weight", "distillation_weight", "regression_weight", "feature_weight")
         if not any(getattr(self, name) for name in weights):
             raise ConfigError("every loss has weight 0: give at least one of " + ", ".join(weights))
@@ -119,10 +124,10 @@ class Config:
         else:
             import tomli as tomllib
         try:
-            return cls.from_dict(tomllib.loads(Path(path).read_text()))
+            return cls.from_dict(tomllib.loads(Path(path).read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise ConfigError(f"settings file {path} does not exist: check the name") from None
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"settings file {path} is no TOML: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -63,17 +63,24 @@ def read_image_folder(folder: str | Path) -> list[tuple[Path, str]]:
         try:
             rows = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
             found = [(folder / r["file_name"], r["text"]) for r in rows]
-        except (json.JSONDecodeError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{table}: every line must be JSON with file_name and text ({error})") from None
     else:
         paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
         missing = [p for p in paths if not p.with_suffix(".txt").exists()]
         if missing:
             raise DataError(f"{len(missing)} pictures have no caption, the first is {missing[0]}: write it to a .txt")
-        found = [(p, p.with_suffix(".txt").read_text(encoding="utf-8").strip()) for p in paths]
+        found = [(p, _caption(p.with_suffix(".txt"))) for p in paths]
     if not found:
         raise DataError(f"image folder {folder} holds no picture ({', '.join(sorted(PICTURES))})")
     return found
+
+
+def _caption(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise DataError(f"caption {path} is no UTF-8 text: save it as plain text") from None
 
 
 def load_picture(path: Path, size: tuple[int, int]) -> Tensor:
@@ -85,7 +92,7 @@ def load_picture(path: Path, size: tuple[int, int]) -> Tensor:
     try:
         with Image.open(path) as file:
             picture = file.convert("RGBA")
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as Pillow's decoders do
         raise DataError(f"picture {path} cannot be read ({error}): replace or remove it") from None
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     scale = max(width / picture.width, height / picture.height)

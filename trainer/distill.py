@@ -37,6 +37,7 @@ class Step:
     losses: dict[str, float]
     health: Health
     seconds: float
+    spent: float  # seconds of training so far, over all runs
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager:
@@ -79,7 +80,7 @@ class State:
         """A fresh state; one `sample` row tells the shapes of features and text."""
         device = student.device
         torch.manual_seed(config.seed)
-        features = TeacherFeatures(student.teacher, [t.strip() for t in config.taps.split(",") if t.strip()])
+        features = TeacherFeatures(student.teacher, tap_names(config))
         x, cond = sample.latents[:1].to(device), sample.cond.rows(slice(1)).to(device)
         with torch.no_grad():
             maps = features(x, student.schedule.sigma(torch.tensor([500])).to(device), cond)
@@ -93,7 +94,7 @@ class State:
             discriminator,
             torch.optim.AdamW(trained.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0),
             torch.optim.AdamW(discriminator.parameters(), lr=config.lr_discriminator, betas=(0.0, 0.99), weight_decay=0.0),
-            _frozen_copy(trained),
+            copy.deepcopy(trained).requires_grad_(False),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -120,16 +121,8 @@ class State:
         self.update, self.spent, self.extra = saved["update"], saved["spent"], saved["extra"]
 
 
-def _frozen_copy(module: nn.Module) -> nn.Module:
-    """A copy of the parameters alone: a LoRA's hooks must not be copied along."""
-    hooks = getattr(module, "_hooks", None)
-    if hooks is not None:
-        module._hooks = []
-    try:
-        return copy.deepcopy(module).requires_grad_(False)
-    finally:
-        if hooks is not None:
-            module._hooks = hooks
+def tap_names(config: Config) -> list[str]:
+    return [name.strip() for name in config.taps.split(",") if name.strip()]
 
 
 @dataclass(frozen=True)
@@ -346,8 +339,9 @@ def distill(state: State, pairs: Samples, uncond: Cond, reals: Samples | None = 
             share = 1 / config.accumulate
             on_real: list[Tensor] = []
             on_fake: list[Tensor] = []
-            for _ in range(config.accumulate):
-                batch = draw(state, pairs, reals, draws)
+            used: dict[str, Any] = {}
+            batches = [draw(state, pairs, reals, draws) for _ in range(config.accumulate)]
+            for batch in batches:
                 with autocast(config, student.device):
                     parts, used = student_loss(state, batch, uncond, adversarial)
                 if not parts:
@@ -369,11 +363,11 @@ def distill(state: State, pairs: Samples, uncond: Cond, reals: Samples | None = 
                 keep = min(config.ema, (1 + state.update) / (10 + state.update))
                 for slow, fast in zip(state.average.parameters(), student.trained.parameters(), strict=True):
                     slow.lerp_(fast, 1 - keep)
-            health = measure(on_real, on_fake, used["output"], batch.positive, config.adversarial == "relativistic")
+            health = measure(on_real, on_fake, used["output"], batches[-1].positive, config.adversarial == "relativistic")
             seconds = time.monotonic() - begun
             state.update += 1
             state.spent += seconds
-            yield Step(state.update, totals, health, seconds)
+            yield Step(state.update, totals, health, seconds, state.spent)
 
 
 def _check(update: int, values: dict[str, float]) -> None:

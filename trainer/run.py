@@ -9,6 +9,7 @@ import csv
 import io
 import logging
 import random
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,11 +21,12 @@ import torch
 from torch import Tensor
 
 from ..core.card import StudentCard
-from ..core.sampling import trailing_timesteps
+from ..core.features import TeacherFeatures
+from ..core.schedule import trailing_timesteps
 from ..core.student import Student, student_bytes
 from . import data, health
 from .config import Config, ConfigError
-from .distill import Diverged, State, Step, autocast, distill
+from .distill import Diverged, State, Step, autocast, distill, tap_names
 from .host import Host
 from .metrics import kernel_distance
 
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 
 STATE, HISTORY, BEST = "state.pt", "history.csv", "student.safetensors"
 HELD_OUT = 96  # pairs, at most, that are kept from training to choose the best student by
+FEWEST = 4  # of them, with which every score works
 PREVIEWS = 8
 
 # Scores pictures of the student against the teacher's for the same prompts and noise; lower is better.
@@ -113,15 +116,19 @@ def student_pictures(state: State, pairs: data.Samples, rows: Tensor, steps: int
 
 
 def split(pairs: data.Samples) -> tuple[Tensor, Tensor]:
-    """Rows to train on and held-out rows: those of every tenth prompt, or of every tenth pair if prompts are few."""
+    """Rows to train on and held-out rows: those of every tenth prompt, or of every tenth pair if prompts are few.
+
+    At least FEWEST are held out; of fewer than twice as many pairs, all are both.
+    """
     unique = sorted(set(pairs.prompts))
     random.Random(0).shuffle(unique)
     if len(unique) >= 20:
-        held = set(unique[: max(1, len(unique) // 10)])
+        held = set(unique[: max(FEWEST, len(unique) // 10)])
         mask = torch.tensor([p in held for p in pairs.prompts])
     else:
-        mask = torch.arange(len(pairs)) % 10 == 9
-    if mask.all() or not mask.any():
+        every = max(2, min(10, len(pairs) // FEWEST))
+        mask = torch.arange(len(pairs)) % every == every - 1
+    if mask.sum() < FEWEST:
         rows = torch.arange(len(pairs))
         return rows, rows[:PREVIEWS]
     return (~mask).nonzero().flatten(), mask.nonzero().flatten()[:HELD_OUT]
@@ -154,7 +161,7 @@ def resume(state: State, folder: Path) -> bool:
 
 def make_card(host: Host, state: State, metrics: dict[str, Any]) -> StudentCard:
     config, student = state.config, state.student
-    longest = max(config.steps, 4)
+    longest = min(max(config.steps, 4), student.start + 1)
     return StudentCard(
         kind="lora" if student.lora is not None else "full",
         base_model=host.name,
@@ -196,8 +203,8 @@ class History:
         rows = []
         if path.exists():
             with path.open(newline="") as file:
-                rows = [r for r in csv.DictReader(file) if int(r["update"]) <= update]
-        # A run killed after its last saved state repeats some updates: their rows are dropped.
+                rows = [r for r in csv.DictReader(file) if None not in r.values() and int(r["update"]) <= update]
+        # A run killed after its last saved state repeats some updates: their rows are dropped, as is a row cut short.
         if rows:
             self.columns = list(rows[0])
             self._write(rows, "w")
@@ -217,11 +224,16 @@ class History:
             self._write([row], "a")
 
     def _write(self, rows: Sequence[dict[str, Any]], mode: str) -> None:
-        with self.path.open(mode, newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            if mode == "w":
-                writer.writeheader()
-            writer.writerows(rows)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns)
+        if mode == "w":
+            writer.writeheader()
+        writer.writerows(rows)
+        if mode == "w":
+            data.write_whole(self.path, text.getvalue().encode())
+        else:
+            with self.path.open("a", newline="") as file:
+                file.write(text.getvalue())
 
 
 def latent_score(student: Tensor, teacher: Tensor) -> float:
@@ -250,27 +262,40 @@ def run(
     folder = Path(folder)
     _writable(folder)
     pairs_folder = Path(pairs_folder or folder / "pairs")
+    if images is None and config.positives != "teacher":
+        raise ConfigError(f"positives is {config.positives!r} but there are no images: give a folder, or use 'teacher'")
+    total = 0 if images is None else len(data.read_image_folder(images))
+    if config.rank:  # a setting that does not fit this model is told before hours of pairs
+        _create(host, config).release()
     for done, newest in data.make_pairs(host, config, prompts, pairs_folder):
         yield PairsMade(done, config.pairs, "teacher pairs", newest)
     pairs = data.load_pairs(pairs_folder, config.pairs)
     reals = None
     if images is not None:
-        total = len(data.read_image_folder(images))
         parts = []
         for done, newest in data.cache_images(host, images, folder / "images"):
             parts.append(newest)
             yield PairsMade(done, total, "pictures", newest)
         reals = data.Samples.cat(parts)
-    elif config.positives != "teacher":
-        raise ConfigError(f"positives is {config.positives!r} but there are no images: give a folder, or use 'teacher'")
     train_rows, held_rows = split(pairs)
     train, held = take(pairs, train_rows), take(pairs, held_rows)
-    student = Student(host.denoiser, config.rank, config.alpha or None, config.targets, config.output, config.start)
+    student = _create(host, config)
     try:
         state = State.create(student, config, pairs)
         yield from _train(host, state, folder, train, held, reals, score)
     finally:
         student.release()
+
+
+def _create(host: Host, config: Config) -> Student:
+    """A fresh student, the same for the same seed; raises ConfigError for targets or taps this model lacks."""
+    try:
+        TeacherFeatures(host.denoiser, tap_names(config))
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            return Student(host.denoiser, config.rank, config.alpha or None, config.targets, config.output, config.start)
+    except (ValueError, re.error) as error:
+        raise ConfigError(str(error)) from None
 
 
 def _train(
@@ -328,7 +353,9 @@ def _train(
     if not saved:
         save_state(state, folder)
     if config.select_every and state.update % config.select_every:
-        yield select()
+        last = select()
+        save_state(state, folder)  # with the best score, or a longer run would begin to choose anew
+        yield last
     if not config.select_every or not (folder / BEST).exists():
         card = write_student(host, state, folder / BEST, {})
     yield preview()

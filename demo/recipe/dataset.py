@@ -2,10 +2,11 @@
 
     python -m turbodistill.demo.recipe.dataset
 
-Writes `demo/build/dataset.safetensors`: `images` uint8 (N, 3, 64, 64) RGB on white, and in its
-header the list of `{name, caption, style, split}`. Flags and skin tones are left out. Five per
-cent of the names, chosen by a hash of the name so that the choice never moves, form the
-`heldout` split that no training of ours sees.
+Writes `dataset.safetensors` into the recipe's folder (in the user's cache; `--folder` for
+another): `images` uint8 (N, 3, 64, 64) RGB on white, and in its header the list of
+`{name, caption, style, split}`. Flags and skin tones are left out. Five per cent of the names,
+chosen by a hash of the name so that the choice never moves, form the `heldout` split that no
+training of ours sees.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import tarfile
 from pathlib import Path
@@ -24,7 +26,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 SIZE = 64
-BUILD = Path(__file__).parents[1] / "build"
+BUILD = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "turbodistill" / "recipe"
 PACKAGES = {
     "noto": "emoji-datasource-google@16.0.0",
     "twemoji": "emoji-datasource-twitter@16.0.0",

@@ -1,6 +1,6 @@
 """Train the latent denoiser: Stable Diffusion 2's UNet in miniature, v-prediction, classifier-free guidance.
 
-    python -m turbodistill.demo.recipe.teacher --minutes 240
+python -m turbodistill.demo.recipe.teacher --minutes 240
 """
 
 from __future__ import annotations

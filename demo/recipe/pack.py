@@ -1,0 +1,143 @@
+"""Pack autoencoder, text encoder and denoiser into one float16 checkpoint in the single-file layout.
+
+    python -m turbodistill.demo.recipe.pack
+
+Also packs the reference pictures that the metrics compare with, and the lists of prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import random
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ...core.naming import to_single_file
+from . import autoencoder, dataset, teacher
+
+DEMO = Path(__file__).parents[1]
+REFERENCE = 400  # training pictures in the reference set, beside all held-out ones
+ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
+def autoencoder_name(name: str, levels: int) -> str:
+    """diffusers' name of an autoencoder parameter -> the single-file one."""
+    side, _, rest = name.partition(".")
+    if side not in ("encoder", "decoder"):
+        return name
+    rest = rest.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+    rest = re.sub(r"^mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", rest)
+    rest = rest.replace("mid_block.attentions.0", "mid.attn_1")
+    if rest.startswith("mid.attn_1"):
+        for ours, theirs in ATTENTION.items():
+            rest = rest.replace(f".{ours}.", f".{theirs}.")
+    rest = re.sub(r"^down_blocks\.(\d)\.resnets", r"down.\1.block", rest)
+    rest = re.sub(r"^down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", rest)
+    rest = re.sub(r"^up_blocks\.(\d)\.resnets", lambda m: f"up.{levels - 1 - int(m[1])}.block", rest)
+    rest = re.sub(r"^up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{levels - 1 - int(m[1])}.upsample", rest)
+    return f"{side}.{rest}"
+
+
+def autoencoder_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by diffusers' names -> by single-file names; attention becomes 1x1 convolutions."""
+    levels = len(autoencoder.CONFIG["block_out_channels"])
+    packed = {}
+    for name, value in weights.items():
+        target = autoencoder_name(name, levels)
+        if ".attn_1." in target and value.ndim == 2:
+            value = value[:, :, None, None]
+        packed[target] = value
+    return packed
+
+
+def describe(scale: float, tokenizer: str) -> dict[str, str]:
+    """The checkpoint's header: everything that is needed to build its networks, as JSON."""
+    unet, vae = teacher.CONFIG, autoencoder.CONFIG
+    model = {
+        "unet": unet,
+        "vae": {**vae, "scaling_factor": scale},
+        "text_encoder": {"kind": "minilm", "tokenizer": json.loads(tokenizer)},
+        "prediction": "v",
+        "schedule": {"kind": "scaled_linear", "start": 0.00085, "end": 0.012, "steps": 1000},
+        "resolution": [64, 64],
+    }
+    return {
+        "turbodistill.model": json.dumps(model),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "turbodistill-demo",
+        "modelspec.title": "TurboDistill demo: emoji in three styles",
+        "modelspec.resolution": "64x64",
+        "modelspec.prediction_type": "v",
+        "modelspec.license": "Apache-2.0; trained on Noto (Apache-2.0), Twemoji (CC-BY 4.0), Fluent (MIT)",
+    }
+
+
+def pack_model(folder: Path, target: Path) -> None:
+    with safe_open(folder / "autoencoder.safetensors", "pt") as file:
+        scale = float(file.metadata()["scale_factor"])
+    with safe_open(folder / "text_encoder.safetensors", "pt") as file:
+        tokenizer = file.metadata()["tokenizer"]
+    unet = load_file(folder / "teacher.safetensors")
+    names = to_single_file(unet)
+    parts = {
+        "model.diffusion_model.": {names[k]: v for k, v in unet.items()},
+        "first_stage_model.": autoencoder_weights(load_file(folder / "autoencoder.safetensors")),
+        "cond_stage_model.": load_file(folder / "text_encoder.safetensors"),
+    }
+    tensors = {p + k: v.half().contiguous() for p, weights in parts.items() for k, v in weights.items()}
+    save_file(tensors, target, describe(scale, tokenizer))
+    print(
+        f"{target}: {sum(v.numel() for v in tensors.values()) / 1e6:.2f} M parameters, {target.stat().st_size / 1e6:.1f} MB"
+    )
+
+
+def pack_reference(folder: Path, target: Path) -> None:
+    """Held-out pictures and a draw of training ones, as lossless WebP with a table of captions."""
+    images, records = dataset.load(folder)
+    held = [i for i, r in enumerate(records) if r["split"] == "heldout"]
+    seen = [i for i, r in enumerate(records) if r["split"] == "train"]
+    chosen = held + sorted(random.Random(0).sample(seen, REFERENCE))
+    table = []
+    with zipfile.ZipFile(target, "w") as archive:
+        for number, i in enumerate(chosen):
+            buffer = io.BytesIO()
+            Image.fromarray(np.ascontiguousarray(images[i].permute(1, 2, 0).numpy())).save(
+                buffer, "webp", lossless=True
+            )
+            name = f"{number:04d}.webp"
+            archive.writestr(zipfile.ZipInfo(name), buffer.getvalue())
+            record = records[i]
+            table.append(
+                {"file_name": name, "text": record["caption"], "style": record["style"], "split": record["split"]}
+            )
+        archive.writestr(zipfile.ZipInfo("metadata.jsonl"), "".join(json.dumps(row) + "\n" for row in table))
+    print(f"{target}: {len(chosen)} pictures, {target.stat().st_size / 1e6:.1f} MB")
+
+
+def pack_prompts(folder: Path, target: Path) -> None:
+    """Captions of the training pictures that are not in the reference set, shuffled: the students' prompts."""
+    _, records = dataset.load(folder)
+    seen = [i for i, r in enumerate(records) if r["split"] == "train"]
+    reference = set(random.Random(0).sample(seen, REFERENCE))
+    captions = [records[i]["caption"] for i in seen if i not in reference]
+    random.Random(0).shuffle(captions)
+    target.write_text("\n".join(captions) + "\n")
+    print(f"{target}: {len(captions)} prompts")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=dataset.BUILD)
+    args = parser.parse_args()
+    pack_model(args.folder, DEMO / "model.safetensors")
+    pack_reference(args.folder, DEMO / "reference.zip")
+    pack_prompts(args.folder, DEMO / "prompts.txt")

@@ -1,0 +1,174 @@
+"""The card in a student file's header, and files that are none."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save, save_file
+from turbodistill.core.card import KEY, VERSION, CardError, StudentCard, fingerprint, read, read_card
+from turbodistill.core.naming import to_single_file
+
+CARD = StudentCard(
+    kind="lora",
+    base_model="Toy XL",
+    base_hash="0123456789abcdef",
+    architecture="stable-diffusion-v1",
+    prediction="x0",
+    base_prediction="eps",
+    timesteps=(999, 749, 499, 249),
+    guidance=4.5,
+    resolution=(96, 64),
+    rank=16,
+    alpha=8.0,
+    targets="attention",
+    training={"updates": 2000, "seed": 1},
+    metrics={"kid": 0.05},
+)
+
+
+def file_with(path, changes=None, without=(), header=None):
+    """A student file whose card differs so."""
+    values = json.loads(CARD.to_metadata()[KEY]) | (changes or {})
+    metadata = {KEY: json.dumps({k: v for k, v in values.items() if k not in without})} if header is None else header
+    save_file({"a": torch.arange(4.0)}, path, metadata)
+    return path
+
+
+def test_a_card_goes_there_and_back(tmp_path):
+    path = tmp_path / "student.safetensors"
+    save_file({"a": torch.arange(4.0)}, path, CARD.to_metadata())
+    tensors, card = read(path)
+    assert card == CARD and read_card(str(path)) == CARD
+    assert tensors.keys() == {"a"} and torch.equal(tensors["a"], torch.arange(4.0))
+
+
+def test_other_tools_can_read_the_header():
+    metadata = CARD.to_metadata()
+    assert all(isinstance(v, str) for v in metadata.values())
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert metadata["modelspec.resolution"] == "96x64"
+    full = StudentCard(**{**json.loads(metadata[KEY]), "kind": "full", "prediction": "eps"}).to_metadata()
+    assert full["modelspec.architecture"] == "stable-diffusion-v1"
+    assert full["modelspec.prediction_type"] == "epsilon"
+
+
+def test_the_card_in_words_says_how_to_sample():
+    words = CARD.in_words()
+    for part in ("Toy XL", "LoRA of rank 16", "cfg 1", "guidance of 4.5", "timestep 999", "x0", "96 x 64", "kid 0.05"):
+        assert part in words
+
+
+def test_unknown_fields_of_the_same_version_are_ignored(tmp_path):
+    assert read_card(file_with(tmp_path / "a.safetensors", {"mood": "good"})) == CARD
+
+
+@pytest.mark.parametrize("version", [VERSION + 1, "2", None])
+def test_a_card_from_the_future_asks_for_an_update(tmp_path, version):
+    path = file_with(tmp_path / "a.safetensors", {"version": version, "kind": "hologram"})
+    with pytest.raises(CardError, match=f"card version {version}, this TurboDistill knows up to {VERSION}: update it"):
+        read_card(path)
+
+
+@pytest.mark.parametrize("header", [{}, {"modelspec.title": "another's"}])
+def test_a_file_without_a_card_is_none_of_ours(tmp_path, header):
+    with pytest.raises(CardError, match="holds no student card: it was not made by TurboDistill"):
+        read(file_with(tmp_path / "a.safetensors", header=header))
+
+
+@pytest.mark.parametrize("text", ["{broken", "", "[]", "null", '"words"'])
+def test_a_card_that_is_no_card_is_told(tmp_path, text):
+    with pytest.raises(CardError, match=r"a\.safetensors"):
+        read(file_with(tmp_path / "a.safetensors", header={KEY: text}))
+
+
+@pytest.mark.parametrize("field", ["kind", "base_hash", "timesteps", "resolution"])
+def test_a_missing_field_is_named(tmp_path, field):
+    with pytest.raises(CardError, match=f"lacks a field .*{field}"):
+        read(file_with(tmp_path / "a.safetensors", without=[field]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "hologram"}, "kind is 'hologram', known are lora, full"),
+        ({"prediction": "score"}, "prediction is 'score'"),
+        ({"base_prediction": "score"}, "prediction is 'score'"),
+        ({"timesteps": []}, "timesteps are"),
+        ({"timesteps": [1000]}, "between 0 and 999"),
+    ],
+)
+def test_a_wrong_value_is_named(tmp_path, changes, message):
+    with pytest.raises(CardError, match=message):
+        read(file_with(tmp_path / "a.safetensors", changes))
+
+
+def test_a_missing_file_is_told(tmp_path):
+    with pytest.raises(CardError, match=r"gone\.safetensors does not exist: check the name"):
+        read(tmp_path / "gone.safetensors")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -4])
+def test_a_truncated_file_is_told(tmp_path, kept):
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(save({"a": torch.arange(4.0)}, CARD.to_metadata())[:kept])
+    with pytest.raises(CardError, match=r"cut.safetensors is no complete safetensors file .*get it again"):
+        read(path)
+
+
+def test_a_folder_is_told(tmp_path):
+    with pytest.raises(CardError, match="is a folder: check the name"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["old.ckpt", "posing.safetensors"])
+def test_a_pickle_is_never_run(tmp_path, name):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "exploded"), "w"))
+
+    path = tmp_path / name
+    path.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(CardError, match=r"pickle files .* are not loaded"):
+        read(path)
+    torch.save({"a": torch.ones(2)}, path)
+    with pytest.raises(CardError, match=r"pickle files .* are not loaded"):
+        read(path)
+    assert not (tmp_path / "exploded").exists()
+
+
+# --- Fingerprint ---
+
+
+def test_the_fingerprint_is_the_same_in_either_precision(toys):
+    unet = toys.small_unet()
+    full = fingerprint(unet)
+    assert len(full) == 16 and int(full, 16) >= 0
+    half = {k: v.half() for k, v in unet.state_dict().items()}
+    assert fingerprint(half) == full
+    assert fingerprint({k: v.float() for k, v in half.items()}) == full  # a half file loaded in float32
+
+
+def test_the_fingerprint_is_the_same_in_either_layout(toys):
+    weights = toys.small_unet().state_dict()
+    names = to_single_file(weights)
+    single_file = {names[k]: v for k, v in reversed(weights.items())}
+    assert fingerprint(single_file) == fingerprint(weights)
+
+
+def test_the_fingerprint_is_the_same_under_a_lora(toys):
+    from turbodistill.core.student import Student
+
+    teacher = toys.conv()
+    before = fingerprint(teacher.backbone)
+    student = Student(teacher, rank=2)
+    toys.nudge(student.lora)
+    assert fingerprint(teacher.backbone) == before
+
+
+def test_another_model_has_another_fingerprint(toys):
+    found = {fingerprint(toys.conv(seed=k).backbone) for k in range(3)}
+    trained = toys.conv().backbone
+    with torch.no_grad():
+        trained.down.weight.mul_(1.01)
+    assert len(found | {fingerprint(trained)}) == 4

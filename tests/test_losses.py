@@ -1,0 +1,281 @@
+"""Losses by hand and by other means; the trainer's terms where a mistake would be silent."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from turbodistill.core import losses
+from turbodistill.core.denoiser import Guided
+from turbodistill.core.losses import ADVERSARIAL, WEIGHTS
+from turbodistill.core.sampling import sample_euler
+from turbodistill.core.schedule import DiscreteSchedule, FlowSchedule, expand
+from turbodistill.core.student import Student
+from turbodistill.trainer import distill
+from turbodistill.trainer.config import Config
+from turbodistill.trainer.data import Samples
+
+# --- Adversarial ---
+
+
+@pytest.mark.parametrize(
+    ("name", "discriminator", "student"),
+    [
+        ("hinge", F.relu(1 - torch.tensor(0.5)) + F.relu(1 + torch.tensor(-0.25)), torch.tensor(0.25)),
+        (
+            "nonsaturating",
+            F.softplus(torch.tensor(-0.5)) + F.softplus(torch.tensor(-0.25)),
+            F.softplus(torch.tensor(0.25)),
+        ),
+        ("relativistic", F.softplus(torch.tensor(-0.75)), F.softplus(torch.tensor(0.75))),
+    ],
+)
+def test_adversarial_losses_by_hand(name, discriminator, student):
+    real, fake = (
+        [torch.full((2, 9), 0.5), torch.full((2, 4), 0.5)],
+        [torch.full((2, 9), -0.25), torch.full((2, 4), -0.25)],
+    )
+    of_discriminator, of_student = ADVERSARIAL[name]
+    assert torch.allclose(of_discriminator(real, fake), discriminator)
+    assert torch.allclose(of_student(fake, real), student)
+
+
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_the_discriminator_parts_and_the_student_follows(name):
+    real, fake = ([torch.zeros(2, 4, requires_grad=True)] for _ in range(2))
+    of_discriminator, of_student = ADVERSARIAL[name]
+    on_real, on_fake = torch.autograd.grad(of_discriminator(real, fake), [real[0], fake[0]])
+    assert (on_real < 0).all() and (on_fake > 0).all()  # descending raises real, lowers fake
+    assert (torch.autograd.grad(of_student(fake, real), fake)[0] < 0).all()  # the student raises its own
+
+
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_each_head_counts_the_same_whatever_its_size(name):
+    small, large = torch.full((2, 1), -1.5), torch.full((2, 400), 0.5)
+    of_discriminator, of_student = ADVERSARIAL[name]
+    one = of_discriminator([small, small.clone()], [large[:, :1], large[:, :1]])
+    assert torch.allclose(of_discriminator([small.expand(2, 400)] * 2, [large] * 2), one)
+    mixed = of_student([small, large], [small, large])
+    apart = (of_student([small], [small]) + of_student([large], [large])) / 2
+    assert torch.allclose(mixed, apart)
+
+
+def test_hinge_has_a_gradient_at_batch_one():
+    # Positions on either side of the margin: a mean over the picture first would have none.
+    real, fake = (
+        torch.tensor([[2.5, 0.5, 1.5]], requires_grad=True),
+        torch.tensor([[-3.0, 0.2, -1.5]], requires_grad=True),
+    )
+    on_real, on_fake = torch.autograd.grad(losses.hinge_discriminator([real], [fake]), [real, fake])
+    assert torch.allclose(on_real, torch.tensor([[0, -1 / 3, 0]]))
+    assert torch.allclose(on_fake, torch.tensor([[0, 1 / 3, 0]]))
+
+
+def test_the_relativistic_student_needs_real_logits():
+    with pytest.raises(ValueError, match="give them"):
+        losses.relativistic_student([torch.zeros(1, 1)])
+
+
+# --- R1 ---
+
+
+def test_exact_r1_by_hand():
+    # D(F) = a . F^2 at each position, averaged over N: its gradient is 2 a F / N.
+    weights, maps = torch.tensor([1.0, -2.0, 0.5]), torch.randn(4, 3, 2, 2, requires_grad=True)
+    logits = (weights[:, None, None] * maps.square()).sum(1).flatten(1)
+    gradient = 2 * weights[:, None, None] * maps.detach() / 4
+    expected = 0.5 * gradient.square().sum((1, 2, 3)).mean()
+    assert torch.allclose(losses.r1([logits], [maps]), expected)
+    assert torch.allclose(losses.r1([logits, logits], [maps, maps]), 4 * 2 * expected)  # summed over heads
+
+
+def test_exact_r1_trains_the_head():
+    head, maps = nn.Conv2d(3, 1, 1), torch.randn(2, 3, 2, 2, requires_grad=True)
+    penalty = losses.r1([head(maps).flatten(1)], [maps])
+    assert torch.allclose(penalty, 0.5 * head.weight.square().sum() / 4)  # w / N at each of N = 4 positions
+    penalty.backward()
+    assert torch.allclose(head.weight.grad, head.weight / 4)
+
+
+def test_approximate_r1_approaches_the_slope():
+    # || D(x) - D(x + s e) ||^2 / s^2 has the mean | w |^2 for a linear head.
+    head, maps, s = nn.Conv2d(3, 1, 1), torch.randn(64, 3, 16, 16), 0.1
+    logits, moved = head(maps).flatten(1), head(maps + s * torch.randn_like(maps)).flatten(1)
+    penalty = losses.approximate_r1([logits], [moved])
+    assert penalty.item() / s**2 == pytest.approx(head.weight.square().sum().item(), rel=0.1)
+    penalty.backward()
+    assert (head.weight.grad * head.weight).sum() > 0  # descending flattens the head
+    assert losses.approximate_r1([logits], [logits]).item() == 0
+
+
+# --- Distillation ---
+
+
+def test_weights_are_add_s():
+    schedule = DiscreteSchedule()
+    sigma = schedule.sigma(torch.tensor([50, 500, 999]))
+    alpha = schedule.alphas_cumprod[[50, 500, 999]].sqrt().float()
+    s = (1 - alpha**2).sqrt()
+    assert torch.allclose(WEIGHTS["exponential"](schedule, sigma), alpha, atol=1e-5)
+    assert torch.allclose(WEIGHTS["nfsd"](schedule, sigma), alpha, atol=1e-5)
+    assert torch.allclose(WEIGHTS["sds"](schedule, sigma), alpha / (2 * s) * s**2, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("schedule", [DiscreteSchedule(), FlowSchedule(shift=3.0)])
+def test_weights_are_finite_at_every_level(name, schedule):
+    weight = WEIGHTS[name](schedule, schedule.sigma(torch.arange(schedule.timesteps)))
+    assert torch.isfinite(weight).all() and (weight >= 0).all()
+
+
+def test_distillation_weighs_each_row_and_pulls_to_the_target():
+    output, target = torch.randn(3, 2, 4, 4, requires_grad=True), torch.randn(3, 2, 4, 4, requires_grad=True)
+    weight = torch.tensor([0.0, 1.0, 3.0])
+    loss = losses.distillation(output, target, weight)
+    each = (output - target).square().flatten(1).mean(1)
+    assert torch.allclose(loss, (weight * each).sum() / 3)
+    loss.backward()
+    assert target.grad is None
+    expected = 2 * weight[:, None, None, None] * (output - target) / (3 * 32)
+    assert torch.allclose(output.grad, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("prediction", ["eps", "v", "flow"])
+def test_the_teacher_s_target_in_one_step_is_its_guided_x0(toys, prediction, guidance):
+    teacher, cond, uncond = toys.conv(prediction), toys.cond(), toys.cond(1, 0.0)
+    x, sigma = toys.picture(), teacher.schedule.sigma(torch.tensor([300, 900]))
+    target = losses.teacher_target(teacher, x, sigma, cond, uncond, guidance)
+    assert not target.requires_grad
+    assert torch.allclose(target, Guided(teacher, cond, uncond, guidance)(x, sigma), atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+@pytest.mark.parametrize("prediction", ["eps", "flow"])
+def test_the_teacher_s_target_in_n_steps_is_euler_s(toys, prediction, steps):
+    teacher, cond, uncond = toys.conv(prediction), toys.cond(), toys.cond(1, 0.0)
+    schedule, x = teacher.schedule, toys.picture()
+    start = torch.tensor([400.0, 900.0])  # rows at levels of their own
+    target = losses.teacher_target(teacher, x, schedule.sigma(start), cond, uncond, 3.0, steps)
+    for k, t in enumerate(start):
+        sigmas = torch.cat([schedule.sigma(t * torch.linspace(1, 0, steps + 1)[:-1]), torch.zeros(1)])
+        one = sample_euler(Guided(teacher, cond.rows([k]), uncond, 3.0), x[k : k + 1], sigmas)
+        assert torch.allclose(target[k : k + 1], one, atol=1e-2)
+
+
+def test_the_nfsd_target_leaves_the_noise_residue_out(toys):
+    teacher, cond, uncond, s = toys.conv(), toys.cond(), toys.cond(1, 0.0), 5.0
+    schedule, x0 = teacher.schedule, toys.picture()
+    negative = toys.cond(1, 1.0)
+    sigma = schedule.sigma(torch.tensor([100, 700]))  # the small rule, and the large
+    x = schedule.add_noise(x0, toys.picture(), sigma)
+    eps = {n: teacher.output(x, sigma, c) for n, c in [("c", cond), ("u", uncond.repeat(2)), ("n", negative.repeat(2))]}
+    domain = {False: torch.zeros_like(x), True: eps["u"] - eps["n"]}
+    for given in (False, True):
+        target = losses.nfsd_target(teacher, x, x0, sigma, cond, uncond, s, negative if given else None)
+        correction = torch.stack([eps["u"][0], domain[given][1]])
+        expected = x0 - expand(sigma, x) * (correction + s * (eps["c"] - eps["u"]))
+        assert torch.allclose(target, expected, atol=2e-3)
+
+
+def test_nfsd_rests_where_the_condition_says_nothing(toys):
+    # Above timestep 200, without a direction, nothing moves: SDS would pull by its own noise.
+    teacher, cond = toys.conv(), toys.cond(1)
+    x0, sigma = toys.picture(1), teacher.schedule.sigma(torch.tensor([700]))
+    x = teacher.schedule.add_noise(x0, toys.picture(1), sigma)
+    assert torch.allclose(losses.nfsd_target(teacher, x, x0, sigma, cond, cond, 7.0), x0, atol=1e-3)
+
+
+# --- Regression and features ---
+
+
+def test_regression_is_huber_and_has_no_gradient_to_the_target():
+    output = torch.tensor([0.25, 2.0]).reshape(2, 1, 1, 1).requires_grad_()
+    target = torch.zeros(2, 1, 1, 1, requires_grad=True)
+    loss = losses.regression(output, target)
+    assert loss.item() == pytest.approx((0.5 * 0.25**2 + 0.5 * (2.0 - 0.25)) / 2)
+    loss.backward()
+    assert target.grad is None and output.grad.flatten().tolist() == pytest.approx([0.125, 0.25])
+
+
+def test_feature_matching_is_the_mean_distance_of_the_maps():
+    fake, real = (
+        [torch.zeros(2, 3, 4, 4, requires_grad=True), torch.zeros(2, 5, 1, 1)],
+        [torch.ones(2, 3, 4, 4), torch.full((2, 5, 1, 1), 3.0)],
+    )
+    loss = losses.feature_matching(fake, [r.requires_grad_() for r in real])
+    assert loss.item() == pytest.approx(2.0)
+    loss.backward()
+    assert fake[0].grad.abs().sum() > 0 and all(r.grad is None for r in real)
+
+
+# --- The trainer's terms ---
+
+
+def toy_state(toys, teacher=None, rank=0, **settings):
+    teacher = teacher or toys.conv()
+    config = Config(rank=rank, batch=4, width=8, taps="conv_in,down", precision="float32", **settings)
+    pairs = Samples(toys.picture(8), toys.cond(8), [""] * 8, torch.arange(8))
+    student = Student(teacher, rank=rank)
+    return distill.State.create(student, config, pairs), pairs
+
+
+@pytest.mark.parametrize("weighting", WEIGHTS)
+def test_distillation_noises_the_student_s_output_and_not_the_real_picture(toys, weighting):
+    state, pairs = toy_state(toys, distillation=weighting, distillation_weight=2.5)
+    batch = distill.draw(state, pairs, None, torch.Generator().manual_seed(0))
+    output = toys.picture(4).requires_grad_()
+    # Its answer depends on the condition, which is all that NFSD moves by.
+    recorder = toys.Recorder(lambda x, _, cond: x / 2 + expand(cond.context.mean((1, 2)), x), state.student.schedule)
+    state.student.teacher = recorder
+    loss = distill.distillation_loss(state, output, batch, toys.cond(1, 0.0))
+    noisy = state.student.schedule.add_noise(output.detach(), batch.distill_noise, batch.distill_sigma)
+    x, sigma, _ = recorder.calls[0]
+    assert torch.equal(x[:4], noisy) and torch.equal(sigma[:4], batch.distill_sigma)
+    assert not x.requires_grad  # the target is the teacher's: no gradient goes through it
+    loss.backward()
+    assert output.grad.abs().sum() > 0
+
+
+def test_distillation_asks_the_teacher_with_guidance(toys):
+    # "Teacher without CFG" is a mistake that no loss curve shows.
+    state, pairs = toy_state(toys, distillation_weight=2.5, distillation_guidance=4.0)
+    batch = distill.draw(state, pairs, None, torch.Generator().manual_seed(0))
+    output, uncond = toys.picture(4), toys.cond(1, 0.0)
+    teacher, sigma = state.student.teacher, batch.distill_sigma
+    noisy = state.student.schedule.add_noise(output, batch.distill_noise, sigma)
+    target = Guided(teacher, batch.cond, uncond, 4.0)(noisy, sigma)
+    expected = losses.distillation(output, target, losses.exponential_weight(state.student.schedule, sigma))
+    assert torch.allclose(distill.distillation_loss(state, output, batch, uncond), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("term", ["adversarial", "distillation", "regression", "feature"])
+def test_every_term_reaches_the_student_and_nothing_else(toys, term, rank):
+    # A generator under no_grad, or a detached output, would leave the student untrained in silence.
+    weights = {f"{t}_weight": float(t == term) for t in ("adversarial", "distillation", "regression", "feature")}
+    state, pairs = toy_state(toys, rank=rank, **weights)
+    if rank:
+        toys.nudge(state.student.lora)
+    batch = distill.draw(state, pairs, None, torch.Generator().manual_seed(0))
+    with state.student.training():
+        parts, used = distill.student_loss(state, batch, toys.cond(1, 0.0), adversarial=True)
+        assert list(parts) == [{"feature": "features"}.get(term, term)] and used["output"].requires_grad
+        sum(parts.values()).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in state.student.trained.parameters())
+    assert all(p.grad is None for p in state.student.teacher.backbone.parameters())
+    assert all(p.grad is None for p in state.discriminator.parameters())
+
+
+@pytest.mark.parametrize("penalty", ["none", "exact", "approximate"])
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_the_discriminator_s_loss_trains_it_alone(toys, name, penalty):
+    state, pairs = toy_state(toys, adversarial=name, r1=penalty)
+    batch = distill.draw(state, pairs, None, torch.Generator().manual_seed(0))
+    with state.student.training():
+        _, used = distill.student_loss(state, batch, toys.cond(1, 0.0), adversarial=True)
+        parts, _, _ = distill.discriminator_loss(state, used["real"], used["fake"])
+        assert ("r1" in parts) == (penalty != "none") and all(v > 0 for v in parts.values())
+        sum(parts.values()).backward()
+    assert any(p.grad.abs().sum() > 0 for p in state.discriminator.parameters() if p.grad is not None)
+    assert all(p.grad is None for p in state.student.trained.parameters())
+    assert all(p.grad is None for p in state.student.teacher.backbone.parameters())

@@ -1,0 +1,60 @@
+"""Names of UNet parameters against diffusers' own conversion."""
+
+import pytest
+import torch
+from turbodistill.core.naming import is_diffusers, to_single_file
+
+PREFIX = "model.diffusion_model."
+
+
+def test_diffusers_own_conversion_leads_back(toys):
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    unet = toys.small_unet()
+    weights = unet.state_dict()
+    names = to_single_file(weights)
+    file = {PREFIX + names[k]: v for k, v in weights.items()}
+    back = convert_ldm_unet_checkpoint(file, dict(unet.config))
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[k], weights[k]) for k in weights)
+
+
+def test_names_are_unique(toys):
+    names = to_single_file(toys.small_unet().state_dict())
+    assert len(set(names.values())) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("conv_in.weight", "input_blocks.0.0.weight"),
+        ("time_embedding.linear_2.bias", "time_embed.2.bias"),
+        ("down_blocks.0.resnets.0.conv1.weight", "input_blocks.1.0.in_layers.2.weight"),
+        (
+            "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight",
+            "input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight",
+        ),
+        ("down_blocks.0.downsamplers.0.conv.weight", "input_blocks.3.0.op.weight"),
+        ("down_blocks.1.resnets.0.conv_shortcut.weight", "input_blocks.4.0.skip_connection.weight"),
+        ("mid_block.resnets.1.time_emb_proj.weight", "middle_block.2.emb_layers.1.weight"),
+        ("mid_block.attentions.0.proj_in.weight", "middle_block.1.proj_in.weight"),
+        ("up_blocks.0.upsamplers.0.conv.weight", "output_blocks.2.1.conv.weight"),
+        ("up_blocks.1.attentions.2.proj_out.bias", "output_blocks.5.1.proj_out.bias"),
+        ("conv_out.weight", "out.2.weight"),
+    ],
+)
+def test_names_by_hand(toys, ours, theirs):
+    assert to_single_file(toys.small_unet().state_dict())[ours] == theirs
+
+
+def test_layouts_are_told_apart(toys):
+    names = list(toys.small_unet().state_dict())
+    assert is_diffusers(names)
+    assert not is_diffusers(to_single_file(names).values())
+    assert not is_diffusers(toys.conv().backbone.state_dict())
+
+
+def test_a_name_without_counterpart_is_refused(toys):
+    names = [*toys.small_unet().state_dict(), "controlnet_cond_embedding.weight"]
+    with pytest.raises(ValueError, match=r"controlnet_cond_embedding\.weight"):
+        to_single_file(names)

@@ -1,0 +1,354 @@
+"""The student over its frozen teacher: LoRA and full copy, on, off, merged, saved and loaded."""
+
+import pytest
+import torch
+from turbodistill.core.card import CardError, StudentCard, fingerprint, read
+from turbodistill.core.lora import TARGETS, LoRA, check_match
+from turbodistill.core.sampling import seeded_noise
+from turbodistill.core.student import Student, load_student, student_bytes
+
+PREDICTIONS = ["eps", "v", "flow"]
+
+
+def inputs(toys, denoiser, batch=2):
+    return toys.picture(batch), denoiser.schedule.sigma(torch.linspace(500, 999, batch)), toys.cond(batch)
+
+
+def card_of(student, **changes):
+    lora = student.lora
+    values = {
+        "kind": "full" if lora is None else "lora",
+        "base_model": "toy",
+        "base_hash": fingerprint(student.teacher.backbone),
+        "architecture": "toy",
+        "prediction": student.reading,
+        "base_prediction": student.teacher.prediction,
+        "timesteps": (student.start,),
+        "guidance": 4.0,
+        "resolution": (64, 64),
+        "rank": lora.rank if lora else 0,
+        "alpha": lora.alpha if lora else 0.0,
+        "targets": lora.targets if lora else "all",
+    }
+    return StudentCard(**values | changes)
+
+
+def saved(path, student, dtype=torch.float32, **changes):
+    path.write_bytes(student_bytes(student, card_of(student, **changes), dtype))
+    return path
+
+
+# --- LoRA ---
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_fresh_lora_changes_nothing(toys, prediction):
+    teacher = toys.conv(prediction)
+    x, sigma, cond = inputs(toys, teacher)
+    before = teacher(x, sigma, cond)
+    student = Student(teacher, rank=4)
+    assert torch.allclose(student(x, sigma, cond), before, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_with_the_lora_off_the_teacher_is_the_same_to_the_bit(toys, prediction):
+    teacher = toys.conv(prediction)
+    x, sigma, cond = inputs(toys, teacher)
+    before = teacher(x, sigma, cond)
+    student = Student(teacher, rank=4)
+    toys.nudge(student.lora)
+    assert not torch.allclose(student(x, sigma, cond), before, atol=1e-2)
+    assert torch.equal(teacher(x, sigma, cond), before)
+
+
+def test_the_lora_is_off_again_after_an_error(toys):
+    student = Student(toys.conv(), rank=4)
+    with pytest.raises(RuntimeError), student.switched_on():
+        assert student.lora.enabled
+        raise RuntimeError
+    assert not student.lora.enabled
+
+
+def test_release_leaves_the_backbone_clean(toys):
+    teacher = toys.conv()
+    names = [n for n, _ in teacher.backbone.named_parameters()]
+    x, sigma, cond = inputs(toys, teacher)
+    before = teacher(x, sigma, cond)
+    student = Student(teacher, rank=4)
+    toys.nudge(student.lora)
+    assert any(m._forward_hooks for m in teacher.backbone.modules())
+    student.release()
+    assert not any(m._forward_hooks for m in teacher.backbone.modules())
+    assert [n for n, _ in teacher.backbone.named_parameters()] == names
+    assert torch.equal(student(x, sigma, cond), before)
+    student.release()  # twice does no harm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_weights_equal_the_lora_on(toys, dtype):
+    # The toy has Linear, strided and plain convolutions: each kind of branch.
+    teacher = toys.conv()
+    teacher.backbone.to(dtype)
+    x, sigma, cond = inputs(toys, teacher)
+    x, cond = x.to(dtype), cond.to(dtype)
+    student = Student(teacher, rank=3, alpha=6.0)
+    toys.nudge(student.lora)
+    time = (sigma / sigma.max()).to(dtype)
+    with student.switched_on():
+        on = teacher.backbone(x, time, cond.context)
+    merged = student.lora.merged(teacher.backbone)
+    assert all(v.dtype == dtype for v in merged.values())
+    student.release()
+    teacher.backbone.load_state_dict(merged, strict=False)
+    off = teacher.backbone(x, time, cond.context)
+    assert torch.allclose(on, off, atol=1e-5 if dtype == torch.float32 else 0.05)
+
+
+def test_the_lora_is_on_linear_and_convolution(toys):
+    lora = LoRA(toys.conv().backbone, rank=2)
+    assert lora.names == ["conv_in", "text", "time", "down", "conv_out"]
+    shapes = {n: (tuple(b.down.shape), tuple(b.up.shape)) for n, b in zip(lora.names, lora.branches, strict=True)}
+    assert shapes["text"] == ((2, 6), (8, 2))
+    assert shapes["conv_in"] == ((2, 4, 3, 3), (8, 2, 1, 1))
+    assert shapes["time"] == ((1, 1), (8, 1))  # no rank above the layer's own
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (2.0, 0.5), (8.0, 2.0)])
+def test_alpha_over_rank_scales_the_branch(toys, alpha, scale):
+    student = Student(toys.conv(), rank=4, alpha=alpha)
+    toys.nudge(student.lora)
+    branch = student.lora.branches[0]
+    product = (branch.up.flatten(1) @ branch.down.flatten(1)).reshape(8, 4, 3, 3)
+    assert torch.allclose(branch.delta(), scale * product)
+
+
+def test_targets_choose_the_layers(toys):
+    unet = toys.small_unet()
+    count = {key: len(LoRA(unet, 2, targets=key).names) for key in TARGETS}
+    assert 0 < count["attention"] < count["transformer"] < count["all"]
+    attention = LoRA(unet, 2, targets="attention").names
+    assert all(n.endswith(("to_q", "to_k", "to_v", "to_out.0")) for n in attention)
+    assert LoRA(unet, 2, targets=r"conv_in$").names == ["conv_in"]
+
+
+def test_impossible_loras_are_refused(toys):
+    backbone = toys.conv().backbone
+    with pytest.raises(ValueError, match="rank is 0"):
+        LoRA(backbone, rank=0)
+    with pytest.raises(ValueError, match="'nothing' match no layer"):
+        LoRA(backbone, targets="nothing")
+    assert not any(m._forward_hooks for m in backbone.modules())
+
+
+@pytest.mark.parametrize("style", ["kohya", "comfy"])
+def test_a_lora_file_goes_there_and_back(toys, style):
+    teacher = toys.unet()
+    x, sigma, cond = inputs(toys, teacher)
+    student = Student(teacher, rank=4, alpha=2.0)
+    toys.nudge(student.lora)
+    expected = student(x, sigma, cond)
+    tensors = student.lora.export(teacher.backbone, style, torch.float32)
+    student.release()
+    other = Student(teacher, rank=4)
+    other.lora.load(teacher.backbone, tensors)
+    assert not torch.allclose(expected, teacher(x, sigma, cond), atol=1e-2)
+    assert torch.allclose(other(x, sigma, cond), expected, atol=1e-4)
+
+
+def test_lora_keys_are_those_the_hosts_know(toys):
+    unet = toys.small_unet()
+    lora = LoRA(unet, rank=2)
+    kohya, comfy = lora.export(unet, "kohya"), lora.export(unet, "comfy")
+    q = "transformer_blocks_0_attn1_to_q"
+    for key in (f"input_blocks_1_1_{q}", f"middle_block_1_{q}", f"output_blocks_3_1_{q}", "input_blocks_0_0", "out_2"):
+        for part in ("lora_down.weight", "lora_up.weight", "alpha"):
+            assert f"lora_unet_{key}.{part}" in kohya
+    assert "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_down.weight" in comfy
+    assert len(kohya) == len(comfy) == 3 * len(lora.names)
+    assert all(v.dtype == torch.float16 for v in kohya.values())
+
+
+def test_lora_keys_of_outer_layers_alone_are_single_file_names_too(toys):
+    # With targets that touch no block the layout must still be told, by the whole backbone.
+    unet = toys.small_unet()
+    assert LoRA(unet, 2, targets=r"^conv_in$").file_names(unet) == ["lora_unet_input_blocks_0_0"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t: {}, "0 of 15 names match"),
+        (lambda t: {"lora_te_" + k: v for k, v in t.items()}, "0 of 15 names match"),
+        (lambda t: {k: v for k, v in t.items() if "conv_out" not in k}, "12 of 15 names match"),
+        (lambda t: t | {"lora_unet_other.alpha": torch.ones(())}, "lora_unet_other"),
+        (lambda t: {k: v for k, v in t.items() if k != "lora_unet_text.lora_up.weight"}, "14 of 15 names match"),
+        (lambda t: t | {"lora_unet_other.lora_up.weight": torch.ones(1, 1)}, "lora_unet_other"),
+        (lambda t: t | {"lora_unet_text.lora_down.weight": torch.ones(2, 7)}, "lora_unet_text in the file"),
+    ],
+    ids=["empty", "none", "some", "stray", "half", "stray half", "shape"],
+)
+def test_a_lora_that_does_not_fit_is_refused(toys, spoil, message):
+    backbone = toys.conv().backbone
+    lora = LoRA(backbone, rank=2)
+    with pytest.raises(ValueError, match=message):
+        lora.load(backbone, spoil(lora.export(backbone)))
+
+
+def test_check_match_passes_equal_names_alone():
+    check_match("thing", ["a", "b"], ["b", "a"])
+    with pytest.raises(ValueError, match="thing: 1 of 2 names match"):
+        check_match("thing", ["a"], ["b", "a"])
+
+
+# --- The student ---
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_gradients_reach_the_student_alone(toys, rank):
+    teacher = toys.conv()
+    student = Student(teacher, rank=rank)
+    x, sigma, cond = inputs(toys, teacher)
+    with student.training():
+        student(x, sigma, cond).square().mean().backward()
+    assert all(p.grad is None for p in teacher.backbone.parameters())
+    # A fresh LoRA's down gets its first gradient when up is no longer zero.
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in student.trained.parameters())
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_training_restores_every_flag(toys, rank):
+    teacher = toys.conv()
+    teacher.backbone.conv_in.weight.requires_grad_(False)
+    student = Student(teacher, rank=rank)
+    flags = {n: p.requires_grad for n, p in teacher.backbone.named_parameters()}
+    with pytest.raises(KeyError), student.training():
+        assert not any(p.requires_grad for p in teacher.backbone.parameters())
+        assert all(p.requires_grad for p in student.trained.parameters())
+        raise KeyError
+    assert {n: p.requires_grad for n, p in teacher.backbone.named_parameters()} == flags
+
+
+def test_a_full_copy_shares_no_tensor_with_the_teacher(toys):
+    teacher = toys.conv()
+    x, sigma, cond = inputs(toys, teacher)
+    before = teacher(x, sigma, cond)
+    student = Student(teacher, rank=0)
+    assert torch.equal(student(x, sigma, cond), before)
+    with torch.no_grad():
+        for p in student.trained.parameters():
+            p.add_(1.0)
+    assert torch.equal(teacher(x, sigma, cond), before)
+    assert not torch.allclose(student(x, sigma, cond), before, atol=0.1)
+    assert not any(m._forward_hooks for m in teacher.backbone.modules())
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_x0_output_is_the_backbone_s_own(toys, prediction, rank):
+    teacher = toys.conv(prediction)
+    x, sigma, cond = inputs(toys, teacher)
+    student = Student(teacher, rank=rank, output="x0")
+    assert student.reading == "x0" and student.prediction == prediction
+    assert torch.allclose(student(x, sigma, cond), teacher.output(x, sigma, cond), atol=1e-6)
+    assert Student(teacher, rank=0).reading == prediction
+
+
+def test_an_unknown_output_is_refused(toys):
+    with pytest.raises(ValueError, match="'score': use one of inherit, x0"):
+        Student(toys.conv(), output="score")
+
+
+@pytest.mark.parametrize("prediction", ["eps", "flow"])
+def test_one_step_is_one_pass_over_noise_at_the_start(toys, prediction):
+    teacher = toys.conv(prediction)
+    student = Student(teacher, rank=0, start=399)
+    noise, cond = toys.picture(), toys.cond()
+    sigma = student.sigmas(1)[:1].expand(2)
+    x = student.schedule.add_noise(torch.zeros_like(noise), noise, sigma)
+    assert torch.allclose(student.generate(noise, cond), student(x, sigma, cond), atol=1e-5)
+    assert torch.allclose(sigma, teacher.schedule.sigma(torch.tensor([399, 399])))
+
+
+def test_few_steps_begin_at_the_student_s_start(toys):
+    teacher = toys.Recorder()
+    student = Student(teacher, rank=0, start=799)
+    seen = []
+    student._network = toys.Recorder(lambda x, sigma, cond: seen.append(float(sigma[0])) or torch.zeros_like(x))
+    student.generate(toys.picture(), toys.cond(), steps=4)
+    assert seen == pytest.approx([float(teacher.schedule.sigma(t)) for t in (799, 599, 399, 199)])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_seeds_make_each_row_its_own(toys, steps):
+    student, seeds, cond = Student(toys.conv(), rank=0), [11, 12, 13], toys.cond(3)
+    noise = seeded_noise(seeds, (4, 8, 8))
+    batch = student.generate(noise, cond, steps, seeds)
+    for k in range(3):
+        one = student.generate(noise[k : k + 1], cond.rows([k]), steps, seeds[k : k + 1])
+        assert torch.allclose(one[0], batch[k], atol=1e-3)
+    assert torch.equal(student.generate(noise, cond, steps, seeds), batch)
+    other = student.generate(noise, cond, steps, [1, 2, 3])
+    assert torch.equal(other, batch) == (steps == 1)  # one step draws nothing
+
+
+# --- Files ---
+
+
+@pytest.mark.parametrize("output", ["inherit", "x0"])
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("kind", ["conv", "unet"])
+def test_a_student_file_goes_there_and_back(toys, tmp_path, kind, rank, output):
+    teacher = getattr(toys, kind)()
+    student = Student(teacher, rank=rank, alpha=2.0, output=output, start=899)
+    if rank:
+        toys.nudge(student.lora)
+    else:
+        with torch.no_grad():
+            for p in student.trained.parameters():
+                p.add_(0.05)
+    noise, cond = toys.picture(), toys.cond()
+    expected = student.generate(noise, cond)
+    path = saved(tmp_path / "student.safetensors", student)
+    student.release()
+    loaded, card, warning = load_student(path, teacher)
+    assert torch.allclose(loaded.generate(noise, cond), expected, atol=1e-4)
+    assert (card.timesteps, loaded.start, loaded.reading, warning) == ((899,), 899, student.reading, "")
+
+
+def test_a_full_student_of_a_diffusers_unet_is_a_single_file(toys, tmp_path):
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    teacher = toys.unet()
+    tensors, _ = read(saved(tmp_path / "student.safetensors", Student(teacher, rank=0)))
+    assert "model.diffusion_model.input_blocks.0.0.weight" in tensors
+    back = convert_ldm_unet_checkpoint(dict(tensors), dict(teacher.backbone.config))
+    teacher.backbone.load_state_dict(back)  # strict: none missing, none over
+
+
+def test_another_base_is_warned_of(toys, tmp_path):
+    path = saved(tmp_path / "student.safetensors", Student(toys.conv(), rank=2))
+    _, _, warning = load_student(path, toys.conv(seed=1))
+    assert "was made for toy" in warning and "another" in warning
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_another_architecture_is_refused_and_left_clean(toys, tmp_path, rank):
+    path = saved(tmp_path / "student.safetensors", Student(toys.conv(), rank=rank))
+    teacher = toys.unet()
+    with pytest.raises(CardError, match=r"student.safetensors does not fit this model: .*names match"):
+        load_student(path, teacher)
+    assert not any(m._forward_hooks for m in teacher.backbone.modules())
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_layers_of_another_size_are_refused(toys, tmp_path, rank):
+    path = saved(tmp_path / "student.safetensors", Student(toys.unet(), rank=rank))
+    wider = toys.UNetDenoiser(toys.small_unet(text=10), toys.conv().schedule, "eps")
+    with pytest.raises(CardError, match="does not fit this model"):
+        load_student(path, wider)
+
+
+def test_another_prediction_is_refused(toys, tmp_path):
+    path = saved(tmp_path / "student.safetensors", Student(toys.conv("eps"), rank=2))
+    with pytest.raises(CardError, match=r"predicts eps, this one predicts v: load toy"):
+        load_student(path, toys.conv("v"))

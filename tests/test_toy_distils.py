@@ -1,0 +1,89 @@
+"""A teacher whose score is known distils: one step of the student covers the modes, one of the teacher none.
+
+Eight Gaussians on a ring, two numbers a "picture" (B, 2, 1, 1): from pure noise the teacher's one
+step is the middle of the ring, where there is nothing, as a diffusion model's is a blur.
+"""
+
+import pytest
+import torch
+from turbodistill.core.denoiser import Cond, Guided
+from turbodistill.core.sampling import sample_dpmpp_2m, seeded_noise, trailing_sigmas
+from turbodistill.core.student import Student
+from turbodistill.trainer import distill
+from turbodistill.trainer.config import Config
+from turbodistill.trainer.data import Samples
+
+STD = 0.1
+SHAPE = (2, 1, 1)
+
+
+def nothing(batch):
+    return Cond(torch.zeros(batch, 1, 2))
+
+
+def coverage(points, means):
+    """How many modes have at least half their share of the points, and the share of points in some mode."""
+    distance = torch.cdist(points.flatten(1), means)
+    inside = distance.min(1).values < 4 * STD
+    counts = torch.bincount(distance.argmin(1)[inside], minlength=len(means))
+    return int((counts > len(points) / len(means) / 2).sum()), float(inside.float().mean())
+
+
+@torch.no_grad()
+def by_teacher(teacher, noise, steps):
+    sigmas = trailing_sigmas(teacher.schedule, steps)
+    return sample_dpmpp_2m(Guided(teacher, nothing(len(noise))), noise * sigmas[0], sigmas)
+
+
+@pytest.fixture(scope="module")
+def taught(toys):
+    """The teacher, its modes, and pairs of noise and sample."""
+    means = toys.ring()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        teacher = toys.mixture(means, STD)
+    seeds = torch.arange(1024)
+    latents = by_teacher(teacher, seeded_noise(seeds.tolist(), SHAPE), 32)
+    return teacher, means, Samples(latents, nothing(1024), [""] * 1024, seeds)
+
+
+def held_out():
+    return torch.randn(1000, *SHAPE, generator=torch.Generator().manual_seed(9))
+
+
+def test_the_teacher_needs_its_many_steps(taught):
+    teacher, means, pairs = taught
+    assert coverage(pairs.latents, means)[0] == 8
+    assert coverage(by_teacher(teacher, held_out(), 1), means) == (0, 0.0)
+
+
+SETTINGS = {
+    "regression": {"rank": 0, "updates": 300, "warmup": 300},
+    "LoRA": {"rank": 8, "updates": 300, "warmup": 300},
+    "adversarial": {"rank": 0, "updates": 300, "warmup": 200, "regression_weight": 0.5},
+    "ADD": {"rank": 0, "updates": 300, "warmup": 200, "distillation_weight": 1.0, "distillation_guidance": 1.0},
+}
+TERMS = {
+    "regression": {"regression"},
+    "LoRA": {"regression"},
+    "adversarial": {"regression", "adversarial", "discriminator", "r1"},
+    "ADD": {"regression", "adversarial", "distillation"},
+}
+
+
+@pytest.mark.parametrize("recipe", SETTINGS)
+def test_one_step_of_the_student_covers_the_modes(taught, recipe):
+    teacher, means, pairs = taught
+    settings = SETTINGS[recipe]
+    config = Config(batch=128, lr=3e-3, width=16, taps="inner,hidden", precision="float32", ema=0.98, **settings)
+    student = Student(teacher, rank=config.rank, output="inherit")
+    state = distill.State.create(student, config, pairs)
+    before = teacher(held_out(), torch.full((1000,), 3.0), nothing(1000))
+    steps = list(distill.distill(state, pairs, nothing(1)))
+    modes, share = coverage(student.generate(held_out(), nothing(1000)), means)
+    student.release()
+    assert len(steps) == config.updates
+    assert steps[-1].losses.keys() >= TERMS[recipe]  # the recipe did use what it is named after
+    assert modes == 8 and share > 0.6
+    # Nothing of it touched the teacher.
+    assert torch.equal(teacher(held_out(), torch.full((1000,), 3.0), nothing(1000)), before)

@@ -1,0 +1,227 @@
+"""Toy hosts for the trainer's tests: a checkpoint with text, pictures and weights in a few thousand parameters."""
+
+from __future__ import annotations
+
+import zlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from turbodistill.core.card import fingerprint
+from turbodistill.core.denoiser import Cond, Denoiser
+from turbodistill.core.schedule import DiscreteSchedule, expand
+from turbodistill.trainer import data, run
+from turbodistill.trainer.config import Config
+from turbodistill.trainer.distill import State, Student
+
+TOKENS, STATES, SIDE = 5, 16, 8
+WORDS = ("fox", "owl", "elk", "ant", "bee", "cod", "emu", "yak", "rat", "hen", "pig", "ram")
+
+
+class ConvNet(nn.Module):
+    """Its input plus a small learned change, so that as eps it is near the answer and x0 stays bounded."""
+
+    def __init__(self, width: int = 12):
+        super().__init__()
+        self.conv_in = nn.Conv2d(4, width, 3, padding=1)
+        self.blocks = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.text = nn.Linear(STATES, width)
+        self.time = nn.Linear(1, width)
+        self.conv_out = nn.Conv2d(width, 4, 3, padding=1)
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        added = self.text(context.mean(1)) + self.time(time[:, None])
+        h = self.conv_in(x) + added[:, :, None, None]
+        for block in self.blocks:
+            h = h + torch.tanh(block(h))
+        return x + 0.2 * self.conv_out(h)
+
+
+class ConvDenoiser(Denoiser):
+    prediction = "eps"
+
+    def __init__(self, backbone: nn.Module):
+        self.backbone, self.schedule = backbone, DiscreteSchedule()
+
+    def output(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        time = self.schedule.timestep(sigma) / self.schedule.timesteps
+        return self.backbone(expand(self.schedule.alpha_sigma(sigma)[0], x) * x, time, cond.context)
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        return self.schedule.to_x0("eps", x, self.output(x, sigma, cond), sigma)
+
+
+class UNetDenoiser(ConvDenoiser):
+    def output(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        alpha = expand(self.schedule.alpha_sigma(sigma)[0], x)
+        return self.backbone(alpha * x, self.schedule.timestep(sigma), cond.context).sample
+
+
+class ToyHost:
+    """Text states from a hash of the prompt; pictures are a linear map of the latents, four times as large."""
+
+    name, architecture = "toy", "toy-v1"
+    latent_shape, resolution = (4, SIDE, SIDE), (4 * SIDE, 4 * SIDE)
+
+    def __init__(self, denoiser: Denoiser):
+        self.denoiser = denoiser
+        self.base_hash = fingerprint(denoiser.backbone)
+
+    def encode_text(self, prompts: list[str]) -> Cond:
+        seeds = [zlib.crc32(p.encode()) for p in prompts]
+        return Cond(torch.stack([torch.randn(TOKENS, STATES, generator=_seeded(s)) for s in seeds]))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return F.interpolate(latents[:, :3] / 4 + 0.5, scale_factor=4.0).clamp(0, 1)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        small = F.avg_pool2d(images, 4) * 4 - 2
+        return torch.cat([small, small.mean(1, keepdim=True)], 1)
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def conv_host(seed: int = 0) -> ToyHost:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return ToyHost(ConvDenoiser(ConvNet().eval()))
+
+
+def small_unet(attention: bool = True):
+    """An untrained diffusers UNet for latents of 4 x 8 x 8."""
+    from diffusers import UNet2DConditionModel
+
+    cross = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D") if attention else ("DownBlock2D", "UpBlock2D")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return UNet2DConditionModel(
+            sample_size=SIDE,
+            down_block_types=("DownBlock2D", cross[0]),
+            up_block_types=(cross[1], "UpBlock2D"),
+            block_out_channels=(32, 32),
+            layers_per_block=1,
+            cross_attention_dim=STATES,
+            attention_head_dim=8,
+            norm_num_groups=8,
+        ).eval()
+
+
+def unet_host() -> ToyHost:
+    return ToyHost(UNetDenoiser(small_unet()))
+
+
+def config(**changes) -> Config:
+    """Two quick updates with every part of the default loss; `changes` win."""
+    small = {
+        "rank": 2, "pairs": 12, "pair_steps": 2, "pair_sampler": "euler", "guidance": 2.0, "batch": 4, "updates": 2,
+        "warmup": 0, "lr": 1e-2, "width": 8, "precision": "float32", "preview_every": 0, "select_every": 0,
+        "taps": "blocks.0,blocks.1",
+    }  # fmt: skip
+    return Config(**(small | changes))
+
+
+def pairs(host: ToyHost, settings: Config, folder, prompts=WORDS) -> data.Samples:
+    for _ in data.make_pairs(host, settings, prompts, folder):
+        pass
+    return data.load_pairs(folder, settings.pairs)
+
+
+def state(host: ToyHost, settings: Config, samples: data.Samples) -> State:
+    torch.manual_seed(settings.seed)
+    student = Student(host.denoiser, settings.rank, settings.alpha or None, settings.targets, settings.output)
+    return State.create(student, settings, samples)
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def tensors(path) -> dict[str, Tensor]:
+    return load_file(path)
+
+
+def go(host: ToyHost, settings: Config, folder, **more) -> list:
+    """All events of a run to its end."""
+    return list(run.run(host, settings, folder, WORDS, **more))
+
+
+@pytest.fixture(scope="session")
+def kit():
+    """The functions above: tests are no package, and nothing can import a conftest."""
+    return SimpleNamespace(**globals())
+
+
+@pytest.fixture
+def host():
+    return conv_host()
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory):
+    """A complete Stable Diffusion folder in a few hundred kilobytes, made without a network."""
+    import json
+
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    words = tmp_path_factory.mktemp("tokenizer")
+    alphabet = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    entries = ["<|startoftext|>", "<|endoftext|>", *alphabet, *(a + "</w>" for a in alphabet)]
+    (words / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(entries)}))
+    (words / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(words / "vocab.json"), str(words / "merges.txt"), model_max_length=16)
+    torch.manual_seed(0)
+    text = CLIPTextConfig(
+        vocab_size=len(entries), hidden_size=STATES, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=16, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1, timestep_spacing="trailing",
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("models") / "tiny-sd"
+    StableDiffusionPipeline(
+        vae, CLIPTextModel(text), tokenizer, small_unet(), scheduler, None, None, requires_safety_checker=False
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference_zip(tmp_path_factory):
+    """Real pictures of two styles that differ: flat colours, and noise."""
+    import io
+    import json
+    import zipfile
+
+    from PIL import Image
+
+    path = tmp_path_factory.mktemp("reference") / "reference.zip"
+    rows = []
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(24):
+            style = ("flat", "rough")[i % 2]
+            flat = Image.new("RGB", (32, 32), (10 * i, 255 - 10 * i, 90))
+            picture = flat if style == "flat" else Image.effect_noise((32, 32), 90).convert("RGB")
+            buffer = io.BytesIO()
+            picture.save(buffer, "png")
+            archive.writestr(f"{i}.png", buffer.getvalue())
+            split = "heldout" if i >= 16 else "train"
+            rows.append({"file_name": f"{i}.png", "text": f"thing {i}, {style}", "style": style, "split": split})
+        archive.writestr("metadata.jsonl", "\n".join(map(json.dumps, rows)))
+    return path

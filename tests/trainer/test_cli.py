@@ -1,0 +1,260 @@
+"""The command line: every setting has a flag, mistakes end with one line, and what it makes says how."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+from turbodistill.trainer import cli, run
+from turbodistill.trainer.config import Config
+
+COMMANDS = ("demo", "distill", "sample", "evaluate", "info")
+QUICK = [
+    *("--rank", "2", "--pairs", "8", "--pair-steps", "2", "--pair-sampler", "euler", "--batch", "2", "--updates", "4"),
+    *("--warmup", "1", "--width", "8", "--precision", "float32", "--preview-every", "2", "--select-every", "2"),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_there(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([command, "--help"])
+    assert end.value.code == 0 and f"turbodistill {command}" in capsys.readouterr().out
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert set(COMMANDS) <= set(capsys.readouterr().out.split())
+
+
+def other(field):
+    """A value that is not the default, as typed."""
+    if field.metadata["choices"]:
+        return next(c for c in field.metadata["choices"] if c != field.default)
+    if isinstance(field.default, str):
+        return "blocks"
+    low, high = field.metadata["low"], field.metadata["high"]
+    value = field.default + 1
+    if high is not None and value > high:
+        value = (field.default + low) / 2
+    return str(type(field.default)(value))
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(Config), ids=lambda f: f.name)
+def test_every_setting_has_a_flag(field, capsys):
+    flag = "--" + field.name.replace("_", "-")
+    typed = [flag] if field.type == "bool" else [flag, other(field)]
+    config = cli.settings(cli.make_parser().parse_args(["distill", *typed]))
+    changed = {k for k, v in config.to_dict().items() if v != getattr(Config(), k)}
+    assert changed == {field.name}
+    with pytest.raises(SystemExit):
+        cli.main(["distill", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert flag in told and f"(default: {field.default})" in told
+
+
+def test_flags_go_before_the_settings_file_and_that_before_the_defaults(tmp_path):
+    path = tmp_path / "settings.toml"
+    path.write_text("rank = 8\nlr = 1e-3\ncondition_image = true\n")
+    flags = ["--config", str(path), "--rank", "4", "--no-condition-image", "--r1-noise", "0.1"]
+    config = cli.settings(cli.make_parser().parse_args(["distill", *flags]))
+    assert config == Config(rank=4, lr=1e-3)
+
+
+def fails(capsys, arguments, told):
+    """The command ends with status 1 and one line on stderr that says why."""
+    assert cli.main([str(a) for a in arguments]) == 1
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert line.startswith("turbodistill: ") and told in line and out == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("learning_rate = 1", "unknown settings ['learning_rate']"),
+        ("rank = 1000", "rank is 1000: the most is 512"),
+        ('adversarial = "wasserstein"', "adversarial is 'wasserstein': use one of hinge"),
+        ("rank =", "is no TOML"),
+    ],
+)
+def test_a_bad_settings_file_ends_with_one_line(tmp_path, capsys, content, told):
+    path = tmp_path / "settings.toml"
+    path.write_text(content)
+    fails(capsys, ["distill", "--config", path], told)
+
+
+def test_bad_values_and_files_end_with_one_line(tmp_path, capsys, pipeline_folder):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("")
+    fails(capsys, ["distill", "--rank", "-1"], "rank is -1: the least is 0")
+    fails(capsys, ["distill", "--config", tmp_path / "none.toml"], "does not exist")
+    fails(capsys, ["distill", "--model", tmp_path / "none"], "none does not exist")
+    fails(capsys, ["sample", "a fox", "--model", tmp_path / "none"], "none does not exist")
+    fails(capsys, ["info", tmp_path / "none"], "none does not exist")
+    fails(capsys, ["info", prompts], "is no complete safetensors file")
+    capsys.readouterr()
+
+
+def test_an_argument_of_the_wrong_type_is_told_by_the_parser(capsys):
+    for wrong in (["--rank", "many"], ["--adversarial", "wasserstein"], ["--unknown", "1"]):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["distill", *wrong])
+        assert end.value.code == 2 and wrong[0] in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("a red fox\nan owl\na blue cod\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(pipeline_folder, prompts, tmp_path_factory):
+    """A folder in which `turbodistill distill` ran."""
+    out = tmp_path_factory.mktemp("made")
+    assert (
+        cli.main(["distill", "--model", str(pipeline_folder), "--prompts", str(prompts), "--out", str(out), *QUICK])
+        == 0
+    )
+    return out
+
+
+def test_distill_makes_a_student_a_history_and_previews(made):
+    assert (made / run.BEST).exists() and (made / run.HISTORY).exists()
+    previews = sorted(p.name for p in (made / "previews").iterdir())
+    assert previews == ["0000000.png", "0000002.png", "0000004.png"]
+    with Image.open(made / "previews" / previews[0]) as sheet:
+        assert sheet.width > 200 and sheet.height > 100
+
+
+def test_a_finished_run_is_told_again_and_a_changed_one_refused(made, pipeline_folder, prompts, capsys):
+    command = ["distill", "--model", pipeline_folder, "--prompts", prompts, "--out", made, *QUICK]
+    assert cli.main([str(c) for c in command]) == 0
+    assert f"student: {made / run.BEST}" in capsys.readouterr().out
+    assert cli.main([*(str(c) for c in command), "--lr", "1e-5"]) == 1
+    assert "cannot go on with other settings: lr was 0.0002 and is 1e-05" in capsys.readouterr().err
+
+
+def test_what_stops_a_run_is_told_in_one_line(tmp_path, capsys, pipeline_folder, prompts):
+    model = ["distill", "--model", pipeline_folder]
+    fails_at = [
+        ([*model], "--model needs --prompts"),
+        ([*model, "--prompts", tmp_path / "none.txt"], "none.txt does not exist"),
+        ([*model, "--prompts", prompts, "--positives", "real", "--out", tmp_path], "there are no images"),
+        ([*model, "--prompts", prompts, "--targets", "nothing", "--out", tmp_path], "match no layer"),
+        ([*model, "--prompts", prompts, "--out", prompts / "out"], "cannot write"),
+    ]
+    for command, told in fails_at:
+        assert cli.main([str(c) for c in command]) == 1
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith("turbodistill: ") and told in last
+
+
+def test_info_prints_the_card_in_words(made, capsys):
+    assert cli.main(["info", str(made / run.BEST)]) == 0
+    told = capsys.readouterr().out
+    assert "One-step student of tiny-sd, a LoRA of rank 2 (all)" in told
+    assert "noise enters at timestep 999" in told and "Resolution: 16 x 16." in told and "updates" in told
+
+
+def sample(pipeline_folder, made, out, *arguments):
+    student = str(made / run.BEST)
+    command = ["sample", "--model", str(pipeline_folder), "--student", student, "--out", str(out), *arguments]
+    assert cli.main(command) == 0
+    return {p.name: Image.open(p) for p in sorted(out.iterdir())}
+
+
+def pixels(picture):
+    return torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8).int()
+
+
+def test_a_picture_says_how_it_was_made(pipeline_folder, made, tmp_path, capsys):
+    pictures = sample(pipeline_folder, made, tmp_path, "A red fox!", "--seed", "7")
+    assert list(pictures) == ["a-red-fox-7.png"] and capsys.readouterr().out.strip().endswith("a-red-fox-7.png")
+    picture = pictures["a-red-fox-7.png"]
+    first, second = picture.text["parameters"].splitlines()
+    assert first == "A red fox!" and picture.size == (16, 16)
+    assert second == (
+        "Steps: 1, Sampler: ADD 1-step, CFG scale: 1, Seed: 7, Size: 16x16, Model: tiny-sd, Student: student.safetensors"
+    )
+
+
+@pytest.mark.parametrize("steps", ["1", "3"])
+def test_the_same_seed_gives_the_same_file_and_a_batch_its_singles(pipeline_folder, made, tmp_path, steps):
+    both = sample(pipeline_folder, made, tmp_path / "a", "a fox", "an owl", "--count", "2", "--steps", steps)
+    assert list(both) == ["a-fox-0.png", "a-fox-1.png", "an-owl-2.png", "an-owl-3.png"]
+    again = sample(pipeline_folder, made, tmp_path / "b", "a fox", "an owl", "--count", "2", "--steps", steps)
+    for name in both:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        assert again[name].text == both[name].text
+    alone = sample(pipeline_folder, made, tmp_path / "c", "an owl", "--seed", "2", "--steps", steps)
+    # Another batch size rounds otherwise: a level of 255 at most.
+    assert (pixels(alone["an-owl-2.png"]) - pixels(both["an-owl-2.png"])).abs().max() <= 1
+    assert (pixels(both["a-fox-0.png"]) != pixels(both["a-fox-1.png"])).any()
+
+
+def test_sample_needs_a_picture_to_make(capsys, pipeline_folder):
+    fails(capsys, ["sample", "a fox", "--count", "0", "--model", pipeline_folder], "--count is 0")
+
+
+def test_sampling_with_a_student_that_is_none_is_told(tmp_path, capsys, pipeline_folder):
+    prompt = ["sample", "a fox", "--model", pipeline_folder, "--student"]
+    unet = pipeline_folder / "unet" / "diffusion_pytorch_model.safetensors"
+    for student, told in ((tmp_path / "none", "does not exist"), (unet, "holds no student card")):
+        assert cli.main([str(a) for a in [*prompt, student]]) == 1
+        assert told in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+MAIN = "import sys; from turbodistill.trainer.cli import main; sys.exit(main())"
+
+
+@pytest.mark.slow
+def test_interrupting_saves_and_says_how_to_go_on(pipeline_folder, prompts, tmp_path):
+    flags = ["--model", str(pipeline_folder), "--prompts", str(prompts), "--out", str(tmp_path), *QUICK]
+    flags += ["--preview-every", "0", "--save-every", "100000", "--select-every", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", MAIN, "distill", *flags, "--updates", "100000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    history = tmp_path / run.HISTORY
+    until = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < until:
+        if history.exists() and len(history.read_text().splitlines()) > 3:
+            process.send_signal(signal.SIGINT)
+            break
+        time.sleep(0.05)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "stopping after this update" in err and "Traceback" not in err
+    assert f"saved; to go on: turbodistill distill --model {pipeline_folder}" in out
+    done = torch.load(tmp_path / run.STATE, weights_only=True)["update"]
+    assert done == len(history.read_text().splitlines()) - 1 >= 3
+    assert cli.main(["distill", *flags, "--updates", str(done + 2)]) == 0
+    assert len(history.read_text().splitlines()) - 1 == done + 2
+
+
+@pytest.mark.slow
+def test_evaluate_measures_a_student_against_its_teacher(pipeline_folder, made, reference_zip, tmp_path, capsys):
+    out = tmp_path / "figures.json"
+    flags = ["--reference", str(reference_zip), "--count", "8", "--seeds", "1", "--out", str(out)]
+    command = ["evaluate", "--model", str(pipeline_folder), "--student", str(made / run.BEST), *flags]
+    assert cli.main(command) == 0
+    told = capsys.readouterr().out
+    assert "teacher, 50 steps" in told and "x faster than teacher, 50 steps" in told
+    figures = json.loads(out.read_text())
+    (scores,) = figures["seeds"]
+    assert f"{made.name}/student" in scores and len(scores) == 4
+    assert figures["timings"][f"{made.name}/student"]["passes"] == 1
+    assert figures["timings"]["teacher, 50 steps"]["passes"] == 100  # two rows a step: with guidance

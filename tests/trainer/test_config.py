@@ -1,0 +1,103 @@
+"""Settings: one place, checked, and what may change when a run goes on."""
+
+import dataclasses
+
+import pytest
+from turbodistill.trainer.config import RESUMABLE, Config, ConfigError, check_resumable
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_setting_tells_what_it_is(name):
+    about = FIELDS[name].metadata
+    assert about["help"] and about["help"][0].islower() or about["help"].startswith("LoRA")
+    assert about["group"] in {"student", "data", "training", "losses", "discriminator", "output"}
+    assert type(FIELDS[name].default) in (int, float, str, bool)
+
+
+@pytest.mark.parametrize(("name", "field"), [(n, f) for n, f in FIELDS.items() if f.metadata["low"] is not None])
+def test_below_the_least_is_refused(name, field):
+    with pytest.raises(ConfigError, match=rf"{name} is -?\d.*: the least is"):
+        Config(**{name: type(field.default)(field.metadata["low"] - 1)})
+
+
+@pytest.mark.parametrize(("name", "field"), [(n, f) for n, f in FIELDS.items() if f.metadata["high"] is not None])
+def test_above_the_most_is_refused(name, field):
+    with pytest.raises(ConfigError, match=rf"{name} is \d.*: the most is"):
+        Config(**{name: type(field.default)(field.metadata["high"] + 1)})
+
+
+@pytest.mark.parametrize("name", [n for n, f in FIELDS.items() if f.metadata["choices"]])
+def test_another_choice_is_refused_and_the_known_ones_are_named(name):
+    with pytest.raises(ConfigError, match=f"{name} is 'other': use one of") as told:
+        Config(**{name: "other"})
+    assert FIELDS[name].default in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"rank": "8"}, "rank is '8': give a value of type int"),
+        ({"rank": 8.0}, "rank is 8.0: give a value of type int"),
+        ({"rank": True}, "rank is True: give a value of type int"),
+        ({"condition_image": 1}, "condition_image is 1: give a value of type bool"),
+        ({"lr": "fast"}, "lr is 'fast': give a value of type float"),
+        ({"lr": float("nan")}, "lr is nan: give a finite number"),
+        ({"minutes": float("inf")}, "minutes is inf: give a finite number"),
+        ({"steps": 4, "start": 2}, "steps is 4: from start 2 there are 3 at most"),
+        ({"regression_weight": 0.0, "adversarial_weight": 0.0}, "every loss has weight 0"),
+    ],
+)
+def test_a_value_that_cannot_be_is_told(values, told):
+    with pytest.raises(ConfigError, match=told):
+        Config(**values)
+
+
+def test_a_whole_number_is_taken_for_a_float():
+    assert Config(guidance=3).guidance == 3.0 and type(Config(guidance=3).guidance) is float
+
+
+def test_unknown_settings_are_refused_by_name():
+    with pytest.raises(ConfigError, match=r"unknown settings \['learning_rate'\]: known are .*lr_discriminator"):
+        Config.from_dict({"learning_rate": 1e-3})
+
+
+def test_toml_gives_what_it_names_and_leaves_the_defaults(tmp_path):
+    path = tmp_path / "settings.toml"
+    path.write_text('rank = 8\nlr = 1e-3\nadversarial = "relativistic"\ncondition_image = true\n')
+    expected = Config().replace(rank=8, lr=1e-3, adversarial="relativistic", condition_image=True)
+    assert Config.from_toml(path) == expected
+    assert Config.from_dict(expected.to_dict()) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"rank = ", "is no TOML"),
+        (b"seed = 1 # \xff", "is no TOML"),
+        (b"[student]\nrank = 8", r"unknown settings \['student'\]"),
+        (b"lr = nan", "lr is nan"),
+        (None, "does not exist: check the name"),
+    ],
+)
+def test_a_bad_settings_file_is_told(tmp_path, content, told):
+    path = tmp_path / "settings.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=told):
+        Config.from_toml(path)
+
+
+@pytest.mark.parametrize("name", RESUMABLE)
+def test_how_long_and_how_often_may_change_when_a_run_goes_on(name):
+    config = Config()
+    check_resumable(config.to_dict(), config.replace(**{name: getattr(config, name) + 1}))
+    assert name in FIELDS
+
+
+@pytest.mark.parametrize("name", [n for n in FIELDS if n not in RESUMABLE])
+def test_everything_else_may_not_and_the_difference_is_named(name):
+    saved = Config().to_dict() | {name: "before"}
+    with pytest.raises(ConfigError, match=f"cannot go on with other settings: {name} was 'before' and is"):
+        check_resumable(saved, Config())

@@ -1,0 +1,263 @@
+"""The training loop: every loss and option makes updates, and nothing of the teacher changes."""
+
+import math
+
+import pytest
+import torch
+from turbodistill.core import losses
+from turbodistill.core.schedule import expand
+from turbodistill.trainer import distill as loop
+from turbodistill.trainer import run
+from turbodistill.trainer.data import Samples
+from turbodistill.trainer.distill import Diverged, distill
+
+OPTIONS = {
+    "default": {},
+    "nonsaturating": {"adversarial": "nonsaturating"},
+    "relativistic": {"adversarial": "relativistic"},
+    "no r1": {"r1": "none"},
+    "exact r1": {"r1": "exact"},
+    "r1 weight 0": {"r1_weight": 0.0},
+    "exponential": {"distillation_weight": 2.5},
+    "sds": {"distillation_weight": 2.5, "distillation": "sds"},
+    "nfsd": {"distillation_weight": 2.5, "distillation": "nfsd"},
+    "teacher steps": {"distillation_weight": 2.5, "teacher_steps": 2},
+    "distillation unguided": {"distillation_weight": 2.5, "distillation_guidance": 1.0},
+    "distillation alone": {"distillation_weight": 1.0, "adversarial_weight": 0.0, "regression_weight": 0.0},
+    "features": {"feature_weight": 1.0},
+    "features without a discriminator": {"feature_weight": 1.0, "adversarial_weight": 0.0},
+    "features with real positives": {"feature_weight": 1.0, "positives": "real"},
+    "no regression": {"regression_weight": 0.0},
+    "regression alone": {"adversarial_weight": 0.0},
+    "real": {"positives": "real"},
+    "both": {"positives": "both", "real_share": 0.5},
+    "condition on the image": {"condition_image": True, "steps": 2},
+    "four steps": {"steps": 4, "first_share": 0.4},
+    "never the first step": {"steps": 2, "first_share": 0.0},
+    "lower start": {"start": 399},
+    "full copy": {"rank": 0},
+    "alpha": {"alpha": 1.0},
+    "targets": {"targets": r"blocks\."},
+    "output x0": {"output": "x0"},
+    "three discriminator updates": {"discriminator_updates": 3},
+    "accumulate": {"accumulate": 2},
+    "one tap": {"taps": "blocks.1"},
+    "taps found": {"taps": ""},
+    "warmup": {"warmup": 1},
+    "no clipping": {"clip": 0.0},
+    "no average": {"ema": 0.0},
+    "renoise": {"renoise_mean": 1.0, "renoise_std": 0.5},
+    "bfloat16": {"precision": "bfloat16"},
+    "auto": {"precision": "auto"},
+    "batch of one": {"batch": 1},
+}
+
+
+def reals(host):
+    """Pictures that the teacher could not have made."""
+    prompts = ["a photograph"] * 6
+    return Samples(torch.randn(6, *host.latent_shape), host.encode_text(prompts), prompts)
+
+
+def start(kit, host, folder, **changes):
+    settings = kit.config(**changes)
+    samples = kit.pairs(host, settings, folder)
+    return kit.state(host, settings, samples), samples
+
+
+def check_updates(kit, host, state, samples):
+    """Run to the end, and hold what every run must hold."""
+    teacher = host.denoiser.backbone
+    before, flags = kit.weights(teacher), [p.requires_grad for p in teacher.parameters()]
+    student = kit.weights(state.student.trained)
+    heads = [p.detach().clone() for p in state.discriminator.parameters()]
+    steps = list(distill(state, samples, host.encode_text([""]), reals(host)))
+
+    assert [s.update for s in steps] == list(range(1, state.config.updates + 1))
+    assert all(s.losses and all(math.isfinite(v) for v in s.losses.values()) for s in steps)
+    assert all(math.isfinite(v) for s in steps for v in vars(s.health).values())
+    assert not kit.same(kit.weights(state.student.trained), student)
+    assert not kit.same(kit.weights(state.average), student)
+    assert kit.same(kit.weights(teacher), before)
+    assert [p.requires_grad for p in teacher.parameters()] == flags
+    assert all(p.grad is None for p in teacher.parameters())
+    still = all(torch.equal(a, b) for a, b in zip(state.discriminator.parameters(), heads, strict=True))
+    assert still == (state.config.adversarial_weight == 0)
+    state.student.release()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
+    return steps
+
+
+@pytest.mark.parametrize("changes", OPTIONS.values(), ids=OPTIONS.keys())
+def test_every_option_makes_updates_and_leaves_the_teacher(kit, host, tmp_path, changes):
+    state, samples = start(kit, host, tmp_path, **changes)
+    check_updates(kit, host, state, samples)
+
+
+@pytest.mark.parametrize("changes", [{}, {"rank": 0, "r1": "exact"}, {"steps": 4, "condition_image": True}])
+def test_a_diffusers_unet_is_distilled_with_the_taps_found_in_it(kit, tmp_path, changes):
+    host = kit.unet_host()
+    host.denoiser.backbone.requires_grad_(False)
+    state, samples = start(kit, host, tmp_path, taps="", **changes)
+    assert any(t.startswith("mid_block") for t in state.features.taps)
+    check_updates(kit, host, state, samples)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({}, {"regression", "adversarial", "discriminator", "r1"}),
+        ({"r1": "none", "distillation_weight": 1.0}, {"regression", "adversarial", "discriminator", "distillation"}),
+        ({"adversarial_weight": 0.0, "feature_weight": 1.0}, {"regression", "features"}),
+        ({"warmup": 9}, {"regression"}),
+    ],
+)
+def test_a_step_names_the_losses_that_made_it(kit, host, tmp_path, changes, names):
+    state, samples = start(kit, host, tmp_path, **changes)
+    assert all(set(step.losses) == names for step in distill(state, samples, host.encode_text([""])))
+
+
+def test_the_distillation_term_noises_the_students_output(kit, host, tmp_path, monkeypatch):
+    """ADD, section 3.3: x_hat is diffused and denoised by the teacher, not the pair's picture."""
+    state, samples = start(kit, host, tmp_path, distillation_weight=1.0)
+    batch = loop.draw(state, samples, None, loop.generator(0, 0))
+    seen = {}
+    inner = losses.teacher_target
+
+    def watched(teacher, x, sigma, cond, uncond, guidance, steps):
+        assert teacher is host.denoiser
+        seen["x"], seen["sigma"], seen["target"] = x, sigma, inner(teacher, x, sigma, cond, uncond, guidance, steps)
+        return seen["target"]
+
+    monkeypatch.setattr(losses, "teacher_target", watched)
+    output = torch.randn_like(batch.target).requires_grad_(True)
+    loss = loop.distillation_loss(state, output, batch, host.encode_text([""]))
+    sigma = expand(batch.distill_sigma, output)
+    assert torch.equal(seen["x"], output.detach() + sigma * batch.distill_noise)
+    # The gradient is that of c(t) |x_hat - target|^2 with a constant target: none flows through the teacher.
+    alpha = (1 + batch.distill_sigma**2).rsqrt()
+    expected = 2 * expand(alpha, output) * (output - seen["target"]).detach() / output.numel()
+    assert torch.allclose(torch.autograd.grad(loss, output)[0], expected, atol=1e-6)
+
+
+def test_the_gradient_reaches_the_student_and_stops_at_teacher_and_discriminator(kit, host, tmp_path):
+    state, samples = start(kit, host, tmp_path, distillation_weight=1.0, feature_weight=1.0)
+    with state.student.training():
+        batch = loop.draw(state, samples, None, loop.generator(0, 0))
+        parts, _ = loop.student_loss(state, batch, host.encode_text([""]), adversarial=True)
+        for name, part in parts.items():
+            state.optimizer.zero_grad()
+            part.backward(retain_graph=True)
+            gradients = [b.up.grad for b in state.student.lora.branches]
+            assert any(g is not None and g.abs().max() > 0 for g in gradients), name
+        assert all(p.grad is None for p in state.discriminator.parameters())
+        assert all(p.grad is None for p in host.denoiser.backbone.parameters())
+
+
+def test_pure_noise_is_the_pairs_own(kit, host, tmp_path):
+    """Or the regression would ask one answer of another noise."""
+    state, samples = start(kit, host, tmp_path, steps=2)
+    batch = loop.draw(state, samples, None, loop.generator(0, 0))
+    assert batch.first.any() and not batch.first.all()
+    by_picture = {samples.latents[i].numpy().tobytes(): i for i in range(len(samples))}
+    rows = torch.tensor([by_picture[t.numpy().tobytes()] for t in batch.target])
+    noise = batch.x / expand(batch.sigma, batch.x)
+    assert torch.allclose(noise[batch.first], samples.noise(rows)[batch.first], atol=1e-6)
+
+
+def test_positives_are_mixed_by_their_share_with_their_own_text(kit, host, tmp_path):
+    state, samples = start(kit, host, tmp_path, positives="both", real_share=0.25, batch=400)
+    pictures = reals(host)
+    batch = loop.draw(state, samples, pictures, loop.generator(0, 0))
+    of_teacher = (batch.positive == batch.target).flatten(1).all(1)
+    assert 0.15 < 1 - of_teacher.float().mean() < 0.35
+    assert torch.equal(batch.positive_cond.context[of_teacher], batch.cond.context[of_teacher])
+    assert (batch.positive_cond.context[~of_teacher] == pictures.cond.context[0]).all()
+
+
+def test_accumulation_has_the_gradient_of_the_mean(kit, host, tmp_path):
+    """Without anything drawn, two batches accumulated do what one batch does."""
+    ends = []
+    for accumulate in (1, 2):
+        settings = kit.config(accumulate=accumulate, adversarial_weight=0.0, batch=1, updates=3)
+        samples = run.take(kit.pairs(host, settings, tmp_path), torch.tensor([5]))
+        state = kit.state(host, settings, samples)
+        list(distill(state, samples, host.encode_text([""])))
+        ends.append(kit.weights(state.student.trained))
+        state.student.release()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ends[0].values(), ends[1].values(), strict=True))
+
+
+def test_closing_between_updates_restores_the_flags(kit, host, tmp_path):
+    state, samples = start(kit, host, tmp_path, updates=5)
+    teacher = host.denoiser.backbone
+    teacher.requires_grad_(True)
+    steps = distill(state, samples, host.encode_text([""]))
+    next(steps)
+    assert not any(p.requires_grad for p in teacher.parameters())
+    steps.close()
+    assert all(p.requires_grad for p in teacher.parameters()) and state.update == 1
+
+
+def test_minutes_end_the_training(kit, host, tmp_path):
+    state, samples = start(kit, host, tmp_path, updates=1000, minutes=1e-6)
+    assert len(list(distill(state, samples, host.encode_text([""])))) == 1
+
+
+def test_nothing_is_printed(kit, host, tmp_path, capfd):
+    state, samples = start(kit, host, tmp_path)
+    list(distill(state, samples, host.encode_text([""])))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_state_goes_on_bit_for_bit(kit, host, tmp_path):
+    options = {"updates": 6, "r1": "approximate", "discriminator_updates": 2, "steps": 2, "warmup": 1}
+    whole, samples = start(kit, host, tmp_path, **options)
+    list(distill(whole, samples, host.encode_text([""])))
+    half = kit.state(host, whole.config, samples)
+    steps = distill(half, samples, host.encode_text([""]))
+    for _ in range(3):
+        next(steps)
+    steps.close()
+    torch.rand(7)  # whatever else draws in between does not matter
+    other = kit.state(host, whole.config, samples)
+    other.load_state_dict(half.state_dict())
+    list(distill(other, samples, host.encode_text([""])))
+    assert kit.same(kit.weights(other.student.trained), kit.weights(whole.student.trained))
+    assert kit.same(kit.weights(other.average), kit.weights(whole.average))
+    assert kit.same(kit.weights(other.discriminator), kit.weights(whole.discriminator))
+
+
+@pytest.mark.parametrize("what", ["regression", "hinge"])
+def test_a_loss_that_is_no_number_is_told_and_never_applied(kit, host, tmp_path, monkeypatch, what):
+    state, samples = start(kit, host, tmp_path, updates=5)
+    count = []
+
+    def broken(inner):
+        def loss(*args):
+            count.append(1)
+            return inner(*args) * (math.nan if len(count) == 3 else 1)
+
+        return loss
+
+    if what == "regression":
+        monkeypatch.setattr(losses, "regression", broken(losses.regression))
+    else:
+        judge, student = losses.ADVERSARIAL["hinge"]
+        monkeypatch.setitem(losses.ADVERSARIAL, "hinge", (broken(judge), student))
+    steps = distill(state, samples, host.encode_text([""]))
+    next(steps), next(steps)
+    before = kit.weights(state.student.trained), kit.weights(state.discriminator)
+    with pytest.raises(Diverged, match=r"update 3: .* is not finite. Lower lr"):
+        next(steps)
+    assert kit.same(kit.weights(state.student.trained), before[0])
+    learned = {k: v for k, v in kit.weights(state.discriminator).items() if v.is_floating_point()}
+    assert all(v.isfinite().all() for v in learned.values())
+    assert state.update == 2
+
+
+def test_a_student_that_must_improve_does(kit, host, tmp_path):
+    """The regression falls well below that of the teacher in one step."""
+    state, samples = start(kit, host, tmp_path, rank=0, adversarial_weight=0.0, updates=60, batch=12, lr=3e-3)
+    told = [s.losses["regression"] for s in distill(state, samples, host.encode_text([""]))]
+    assert sum(told[-5:]) < 0.5 * sum(told[:5])

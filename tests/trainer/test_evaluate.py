@@ -1,0 +1,181 @@
+"""Measuring a student against its teacher, and the report that shows it."""
+
+import base64
+import json
+import re
+import zipfile
+
+import pytest
+import torch
+from PIL import Image
+from turbodistill.core.sampling import sample_euler, seeded_noise, trailing_sigmas
+from turbodistill.core.student import Student
+from turbodistill.trainer import demo, evaluate, report, run
+from turbodistill.trainer.data import DataError
+from turbodistill.trainer.evaluate import Judge, Score, Timing
+from turbodistill.trainer.metrics import Interval
+
+PROMPTS = [f"thing {i}" for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def reference(reference_zip):
+    return evaluate.load_reference(reference_zip)
+
+
+@pytest.fixture(scope="module")
+def judge(reference):
+    pytest.importorskip("efficientnet_lite_pytorch", reason="the feature network is in the extra 'demo'")
+    return Judge(reference)
+
+
+def test_a_reference_set_is_read_and_split(reference):
+    assert reference.images.shape == (24, 3, 32, 32) and 0 <= reference.images.min() and reference.images.max() <= 1
+    assert len(reference.rows("train")) == 16 and reference.rows("heldout") == list(range(16, 24))
+    part = reference.take([17, 2])
+    assert part.captions == ["thing 17, rough", "thing 2, flat"] and part.splits == ["heldout", "train"]
+    assert torch.equal(part.images[1], reference.images[2])
+
+
+def test_a_broken_reference_set_is_told(tmp_path):
+    path = tmp_path / "set.zip"
+    with pytest.raises(DataError, match="set.zip cannot be read"):
+        evaluate.load_reference(path)
+    path.write_bytes(b"no zip")
+    with pytest.raises(DataError, match="set.zip cannot be read"):
+        evaluate.load_reference(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("metadata.jsonl", '{"file_name": "missing.png"}')
+    with pytest.raises(DataError, match=r"set.zip cannot be read: .*missing.png"):
+        evaluate.load_reference(path)
+
+
+def test_picture_k_is_made_from_its_own_seed(host):
+    arm = evaluate.teacher_arm(host, 3, 2.0)
+    batches = list(evaluate.make_pictures(host, arm, PROMPTS, seed=4))
+    assert [len(b) for b in batches] == [32, 8]
+    noise = seeded_noise([400_035], host.latent_shape)
+    sigmas = trailing_sigmas(host.denoiser.schedule, 3)
+    uncond = host.encode_text([""])
+
+    def model(x, sigma):
+        with torch.no_grad():
+            a, b = (host.denoiser(x, sigma, c) for c in (uncond, host.encode_text(["thing 35"])))
+        return a + 2.0 * (b - a)
+
+    expected = host.decode(sample_euler(model, noise * sigmas[0], sigmas))
+    assert torch.allclose(batches[1][3:4], expected, atol=1e-4)
+
+
+def test_the_arms_passes_are_counted_as_rows(host):
+    student = Student(host.denoiser, 2)
+    arms = {
+        6: evaluate.teacher_arm(host, 3, 2.0),  # guidance takes two rows a step
+        3: evaluate.teacher_arm(host, 3, 1.0),
+        1: evaluate.student_arm(student),
+        2: evaluate.student_arm(student, 2),
+    }
+    for passes, arm in arms.items():
+        timing = evaluate.measure_time(host, arm, repeats=2)
+        assert timing.passes == passes and timing.seconds > 0
+    student.release()
+    assert not any(m._forward_pre_hooks for m in host.denoiser.backbone.modules())
+
+
+def test_real_pictures_score_best_and_noise_worst(judge, reference):
+    alike = reference.images[:8].reshape(2, 4, 3, 32, 32)
+    real = judge.score(reference.images, reference.styles, alike, reference.images, alike)
+    noise = judge.score(torch.rand(24, 3, 32, 32), reference.styles, alike * 0.05 + 0.5, reference.images, alike)
+    assert real.kid.value < 0 < noise.kid.value and real.fd == pytest.approx(0, abs=0.1) and noise.fd > 1
+    assert (real.precision, real.recall, real.style, real.diversity) == (1.0, 1.0, 1.0, 1.0)
+    assert noise.precision < 0.5 and noise.style < 0.8 and noise.diversity < 1
+    assert real.sharpness == pytest.approx(1.0) and noise.sharpness > 1 and real.to_teacher == 0 < noise.to_teacher
+
+
+def test_the_score_for_choosing_is_lower_for_what_is_nearer(judge, host, reference):
+    score = judge.kid_score(host)
+    real = host.encode_images(reference.images)
+    assert score(real, real) < score(torch.randn_like(real), real)
+    assert judge.floor().low <= judge.floor().value <= judge.floor().high
+
+
+SCORE = Score(Interval(1.5, 1.0, 2.0), 30.0, 0.9, 0.8, 0.95, 1.1, 0.7, 3.0)
+
+
+def test_the_table_and_json_hold_every_arm():
+    text = evaluate.table({"teacher": SCORE, "student": SCORE}, Interval(0.1, 0.0, 0.2))
+    lines = text.splitlines()
+    assert len(lines) == 4 and lines[1].startswith("teacher ") and "1.5 [1.0, 2.0]" in lines[2]
+    told = json.loads(evaluate.to_json({"a": SCORE}, Interval(0.1, 0.0, 0.2), {"a": Timing(0.5, 1)}))
+    assert told["scores"]["a"]["kid"]["value"] == 1.5 and told["timings"]["a"] == {"seconds": 0.5, "passes": 1}
+
+
+def test_the_grid_shows_each_picture_in_its_place():
+    red, blue = torch.zeros(3, 16, 16), torch.zeros(3, 16, 16)
+    red[0], blue[2] = 1, 1
+    sheet = report.grid([report.Column("a", "1", [red, blue]), report.Column("b", "2", [blue, red])], ["one", "two"])
+    assert sheet.size == (210 + 2 * 44, 54 + 2 * 44)
+    middles = [[sheet.getpixel((210 + 16 + 44 * k, 54 + 16 + 44 * row)) for k in range(2)] for row in range(2)]
+    assert middles == [[(255, 0, 0), (0, 0, 255)], [(0, 0, 255), (255, 0, 0)]]
+
+
+def test_long_prompts_are_wrapped():
+    assert report._wrap("a red fox in the snow", 10) == ["a red fox", "in the", "snow"]
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(kit, host, tmp_path):
+    pytest.importorskip("matplotlib", reason="the curves are drawn by matplotlib")
+    *_, finished = kit.go(host, kit.config(updates=5, warmup=2), tmp_path)
+    columns = [report.Column(name, "", [torch.rand(3, 32, 32)] * 2) for name in ("teacher", "student")]
+    page = report.Report(
+        "A <title>",
+        columns,
+        ["one & two", "three"],
+        {"teacher": SCORE, "student": SCORE},
+        Interval(0.1, 0.0, 0.2),
+        {"teacher": Timing(2.0, 100), "student": Timing(0.05, 1)},
+        finished.card,
+        tmp_path / run.HISTORY,
+        "student",
+        "teacher",
+    )
+    path = report.write(page, tmp_path / "report")
+    text = path.read_text()
+    assert "A &lt;title&gt;" in text and "<title>A <" not in text
+    assert "<b>40x</b>faster than teacher" in text and "<b>1 : 100</b>" in text
+    assert "One-step student of toy" in text and "<svg" in text and "adversarial" in text
+    # Nothing is loaded from elsewhere: every source is inside, and namespaces are the only addresses.
+    assert all(s.startswith("data:") for s in re.findall(r'(?:src|href)="([^"#][^"]*)"', text))
+    inside = base64.b64decode(re.search(r"data:image/png;base64,([^\"]+)", text)[1])
+    assert inside == (path.parent / "grid.png").read_bytes()
+    with Image.open(path.parent / "grid.png") as picture:
+        picture.load()
+
+
+@pytest.mark.slow
+def test_the_demonstration_ends_with_a_report(kit, host, reference_zip, tmp_path, monkeypatch, capsys):
+    """On a toy in the embedded model's place."""
+    pytest.importorskip("efficientnet_lite_pytorch", reason="the feature network is in the extra 'demo'")
+    settings = tmp_path / "settings.toml"
+    settings.write_text(
+        "rank = 2\npairs = 16\npair_steps = 2\nbatch = 4\nwarmup = 2\nwidth = 8\nselect_every = 0\npreview_every = 0\n"
+    )
+    monkeypatch.setattr(demo, "load_host", lambda *args: host)
+    monkeypatch.setattr(demo, "SETTINGS", settings)
+    monkeypatch.setattr(demo, "REFERENCE", reference_zip)
+    followed = []
+
+    def follow(events, config, folder, shown):
+        followed.append((folder.name, config.adversarial_weight))
+        *_, finished = events
+        return finished
+
+    page = demo.demo(tmp_path / "out", 0.01, 16, 0, follow)
+    assert followed[0][1] > 0 and followed[1] == ("regression", 0.0)
+    text = page.read_text()
+    assert "teacher, 50 steps" in text and "student, 1 step" in text and "regression only" in text
+    figures = json.loads((tmp_path / "out" / "figures.json").read_text())
+    assert figures["timings"]["teacher, 50 steps"]["passes"] == 100
+    assert figures["timings"]["student, 1 step"]["passes"] == 1
+    assert "regression only" in capsys.readouterr().out
+    assert not any(m._forward_hooks for m in host.denoiser.backbone.modules())

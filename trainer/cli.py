@@ -1,0 +1,279 @@
+"""The command line: `turbodistill demo | distill | sample | evaluate | info`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .config import Config, ConfigError
+
+DEMO = Path(__file__).parents[1] / "demo"
+DEFAULT_PROMPTS = DEMO / "prompts.txt"
+SHIPPED = DEMO / "student.safetensors"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status. Mistakes of the user end with one line, not a traceback."""
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    from ..core.card import CardError
+    from .data import DataError
+    from .diffusers_host import ModelError
+    from .distill import Diverged
+
+    try:
+        return args.command(args)
+    except (ConfigError, CardError, DataError, Diverged, ModelError, OSError, ImportError) as error:
+        print(f"turbodistill: {error}", file=sys.stderr)
+        return 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="turbodistill",
+        description="Turn a diffusion checkpoint into its own one-step Turbo, and sample it in one step.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    demo = commands.add_parser("demo", help="distil the small embedded model and report on it, start to end")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything (default: runs/demo)")
+    demo.add_argument("--minutes", type=float, default=3.5, help="training time of each of the two students (default: 3.5)")
+    demo.add_argument("--count", type=int, default=128, help="pictures per arm that are measured (default: 128)")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(command=run_demo)
+
+    distill = commands.add_parser("distill", help="distil a checkpoint with prompts alone, or with your pictures")
+    distill.add_argument("--model", type=Path, help="checkpoint or diffusers folder (default: the embedded model)")
+    distill.add_argument("--prompts", type=Path, help="text file, one prompt a line (default: the embedded model's)")
+    distill.add_argument("--images", type=Path, help="folder of captioned pictures for the discriminator")
+    distill.add_argument("--out", type=Path, default=Path("runs/distill"), help="folder for everything; a run there goes on")
+    distill.add_argument("--config", type=Path, help="TOML file of settings; the flags below go before it")
+    add_settings(distill)
+    distill.set_defaults(command=run_distill)
+
+    sample = commands.add_parser("sample", help="make pictures with a student")
+    sample.add_argument("prompt", nargs="+", help="one or more prompts")
+    sample.add_argument("--model", type=Path, help="checkpoint or diffusers folder (default: the embedded model)")
+    sample.add_argument("--student", type=Path, default=SHIPPED, help="student file (default: the embedded model's)")
+    sample.add_argument("--steps", type=int, default=1, choices=range(1, 5), help="1 to 4 (default: 1)")
+    sample.add_argument("--seed", type=int, default=0, help="seed of the first picture; the next ones count on")
+    sample.add_argument("--count", type=int, default=1, help="pictures per prompt (default: 1)")
+    sample.add_argument("--out", type=Path, default=Path("."), help="folder for the PNG files (default: here)")
+    sample.set_defaults(command=run_sample)
+
+    evaluate = commands.add_parser("evaluate", help="measure students against their teacher")
+    evaluate.add_argument("--model", type=Path, help="checkpoint or diffusers folder (default: the embedded model)")
+    evaluate.add_argument("--student", type=Path, action="append", help="student file, repeatable (default: the shipped one)")
+    evaluate.add_argument("--reference", type=Path, help="zip of real pictures (default: the embedded model's)")
+    evaluate.add_argument("--count", type=int, default=400, help="pictures per arm and seed (default: 400)")
+    evaluate.add_argument("--seeds", type=int, default=3, help="noise seeds (default: 3)")
+    evaluate.add_argument("--out", type=Path, help="also write the figures to this JSON file")
+    evaluate.set_defaults(command=run_evaluate)
+
+    info = commands.add_parser("info", help="what a student file says of itself, in words")
+    info.add_argument("file", type=Path)
+    info.set_defaults(command=run_info)
+    return parser
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """A flag for every field of Config, in its groups, with its default and help."""
+    groups: dict[str, Any] = {}
+    for f in dataclasses.fields(Config):
+        about = f.metadata
+        group = groups.setdefault(about["group"], parser.add_argument_group(about["group"] + " settings"))
+        options: dict[str, Any] = {"default": None, "help": f"{about['help']} (default: {f.default})", "dest": f.name}
+        if isinstance(f.default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= {"type": type(f.default), "choices": about["choices"]}
+            options["metavar"] = None if about["choices"] else type(f.default).__name__.upper()
+        group.add_argument("--" + f.name.replace("_", "-"), **options)
+
+
+def settings(args: argparse.Namespace) -> Config:
+    """Config from the TOML file, if one is given, and the flags."""
+    base = Config.from_toml(args.config) if args.config else Config()
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)}
+    return base.replace(**{k: v for k, v in given.items() if v is not None})
+
+
+@contextmanager
+def interruptible() -> Iterator[list[bool]]:
+    """Within, the first Ctrl-C is only noted (the list gets an element); the second one breaks off."""
+    noted: list[bool] = []
+
+    def note(_signal, _frame):
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(True)
+        print("\nstopping after this update ...", file=sys.stderr)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Interrupted(Exception):
+    """Ctrl-C, after everything was saved."""
+
+
+def follow(events: Iterator, config: Config, folder: Path, host) -> Any:
+    """Show a run's events as progress bars, write its previews; returns Finished. Raises Interrupted."""
+    from tqdm import tqdm
+
+    from . import run
+
+    bar: Any = None
+    with interruptible() as stop:
+        try:
+            for event in events:
+                if isinstance(event, run.PairsMade):
+                    if bar is None or bar.desc != event.what:
+                        bar = _renew(bar, tqdm(total=event.total, desc=event.what, unit="", initial=0))
+                    bar.update(event.done - bar.n)
+                elif isinstance(event, run.Step):
+                    if bar is None or bar.desc != "training":
+                        whole = round(config.minutes * 60) if config.minutes else config.updates
+                        bar = _renew(bar, tqdm(total=whole, desc="training", unit="s" if config.minutes else "update"))
+                    bar.update(min(round(event.spent), bar.total) - bar.n if config.minutes else event.update - bar.n)
+                    told = {k: f"{v:.3f}" for k, v in event.losses.items()}
+                    bar.set_postfix(update=event.update, **told, acc=f"{event.health.accuracy:.2f}", refresh=False)
+                elif isinstance(event, run.Preview):
+                    write_preview(host, event, folder / "previews")
+                elif isinstance(event, run.Selected):
+                    tqdm.write(f"update {event.update}: score {event.score:.2f}{', the best so far' if event.best else ''}")
+                elif isinstance(event, run.Warned):
+                    tqdm.write(f"update {event.update}: {event.text}")
+                elif isinstance(event, run.Finished):
+                    return event
+                if stop:
+                    raise Interrupted
+        finally:
+            events.close()  # type: ignore[attr-defined]
+            _renew(bar, None)
+
+
+def _renew(old, new):
+    if old is not None:
+        old.close()
+    return new
+
+
+def write_preview(host, preview, folder: Path) -> None:
+    """Teacher beside student for fixed prompts and noise, as one PNG."""
+    from . import report
+    from .data import write_whole
+
+    columns = [
+        report.Column("teacher", "many steps", list(host.decode(preview.teacher).cpu())),
+        report.Column("student", f"update {preview.update}", list(host.decode(preview.student).cpu())),
+    ]
+    write_whole(folder / f"{preview.update:07d}.png", report.png(report.grid(columns, preview.prompts)))
+
+
+def run_distill(args: argparse.Namespace) -> int:
+    from . import data, run
+    from .diffusers_host import load_host
+
+    config = settings(args)
+    host = load_host(args.model)
+    if args.prompts is None and args.model is not None:
+        raise ConfigError("--model needs --prompts: a text file with one prompt a line, of what the model is good at")
+    prompts = data.read_prompts(args.prompts or DEFAULT_PROMPTS)
+    score = run.latent_score if args.model else _judge(None).kid_score(host)
+    events = run.run(host, config, args.out, prompts, args.images, score)
+    try:
+        finished = follow(events, config, args.out, host)
+    except Interrupted:
+        print(f"saved; to go on: turbodistill {' '.join(sys.argv[1:])}")
+        return 130
+    print(f"student: {finished.path}\nhistory: {args.out / run.HISTORY}\npictures: {args.out / 'previews'}")
+    return 0
+
+
+def _judge(reference: Path | None):
+    from .evaluate import REFERENCE, Judge, load_reference
+
+    return Judge(load_reference(reference or REFERENCE))
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    from .demo import demo
+
+    try:
+        page = demo(args.out, args.minutes, args.count, args.seed, follow)
+    except Interrupted:
+        print(f"saved; to go on: turbodistill {' '.join(sys.argv[1:])}")
+        return 130
+    print(f"\nreport: {page.resolve()}")
+    return 0
+
+
+def run_sample(args: argparse.Namespace) -> int:
+    from PIL.PngImagePlugin import PngInfo
+
+    from ..core.sampling import seeded_noise
+    from ..core.student import load_student
+    from .data import write_whole
+    from .diffusers_host import load_host
+    from .report import to_image
+
+    if args.count < 1:
+        raise ConfigError(f"--count is {args.count}: give at least 1")
+    host = load_host(args.model)
+    student, card, warning = load_student(args.student, host.denoiser)
+    if warning:
+        print(f"turbodistill: {warning}", file=sys.stderr)
+    prompts = [p for p in args.prompt for _ in range(args.count)]
+    for first in range(0, len(prompts), 16):
+        texts = prompts[first : first + 16]
+        seeds = [args.seed + first + i for i in range(len(texts))]
+        noise = seeded_noise(seeds, host.latent_shape, host.denoiser.device)
+        latents = student.generate(noise, host.encode_text(texts).to(noise.device), args.steps, seeds)
+        for text, seed, picture in zip(texts, seeds, host.decode(latents), strict=True):
+            about = PngInfo()
+            told = f"Steps: {args.steps}, Sampler: ADD {'1-step' if args.steps == 1 else 'few-step'}, CFG scale: 1"
+            size = f"Size: {host.resolution[0]}x{host.resolution[1]}"
+            about.add_text("parameters", f"{text}\n{told}, Seed: {seed}, {size}, Model: {card.base_model}, Student: {args.student.name}")
+            name = re.sub(r"[^\w]+", "-", text.lower()).strip("-")[:50]
+            path = args.out / f"{name}-{seed}.png"
+            write_whole(path, _png_bytes(to_image(picture.cpu()), about))
+            print(path)
+    return 0
+
+
+def _png_bytes(image, about) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    image.save(buffer, "png", pnginfo=about)
+    return buffer.getvalue()
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    from .demo import measure_students
+
+    text, figures = measure_students(args.model, args.student or [SHIPPED], args.reference, args.count, args.seeds)
+    print(text)
+    if args.out:
+        from .data import write_whole
+
+        write_whole(args.out, figures.encode())
+    return 0
+
+
+def run_info(args: argparse.Namespace) -> int:
+    from ..core.card import read_card
+
+    print(read_card(args.file).in_words())
+    return 0

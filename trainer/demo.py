@@ -1,0 +1,178 @@
+"""The demonstration on the embedded model, and the measurement of its students over several seeds."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..core.student import load_student
+from . import report, run
+from .config import Config
+from .data import read_prompts
+from .diffusers_host import DiffusersHost, load_host
+from .distill import autocast
+from .evaluate import (
+    REFERENCE,
+    Arm,
+    Judge,
+    Score,
+    load_reference,
+    make_pictures,
+    measure_time,
+    student_arm,
+    table,
+    teacher_arm,
+    to_json,
+)
+
+FOLDER = Path(__file__).parents[1] / "demo"
+SETTINGS = FOLDER / "demo.toml"
+SHIPPED = FOLDER / "student.safetensors"
+SHOWN = 8  # prompts in the report's grid
+ALIKE_PROMPTS, ALIKE = 8, 4  # for diversity: prompts, and samples of each
+TEACHER = "teacher, 50 steps"
+STUDENT = "student, 1 step"
+
+
+def arms_of(host: DiffusersHost, guidance: float) -> dict[str, Arm]:
+    """What every student is compared with."""
+    return {
+        TEACHER: teacher_arm(host, 50, guidance),
+        "teacher, 50 steps, no CFG": teacher_arm(host, 50, 1.0),
+        "teacher, 1 step": teacher_arm(host, 1, guidance),
+    }
+
+
+class Bench:
+    """A reference set's prompts, and the pictures that arms make of them."""
+
+    def __init__(self, host: DiffusersHost, reference: Path | None, count: int):
+        self.host = host
+        whole = load_reference(reference or REFERENCE)
+        self.judge = Judge(whole)
+        order = np.random.default_rng(0).permutation(len(whole.captions))[:count]
+        self.chosen = whole.take(order.tolist())
+        held = self.chosen.take(self.chosen.rows("heldout")[:SHOWN])
+        self.shown = held.captions
+        self.context = functools.partial(autocast, Config(), host.denoiser.device)
+
+    def pictures(self, arm: Arm, prompts: Sequence[str], seed: int, title: str) -> Tensor:
+        batches = []
+        with tqdm(total=len(prompts), desc=title, unit="picture", leave=False) as bar:
+            for batch in make_pictures(self.host, arm, prompts, seed, self.context):
+                batches.append(batch)
+                bar.update(len(batch))
+        return torch.cat(batches)
+
+    def alike(self, arm: Arm, seed: int, title: str) -> Tensor:
+        """Several pictures of each of a few prompts, (P, S, 3, H, W)."""
+        prompts = [p for p in self.chosen.captions[:ALIKE_PROMPTS] for _ in range(ALIKE)]
+        return self.pictures(arm, prompts, seed + 50, title).unflatten(0, (-1, ALIKE))
+
+    def score(self, arms: dict[str, Arm], seed: int) -> dict[str, Score]:
+        """Every arm's measures for one noise seed; the teacher's arm comes first."""
+        teacher, teacher_alike = None, None
+        scores = {}
+        for name, arm in arms.items():
+            images = self.pictures(arm, self.chosen.captions, seed, name)
+            alike = self.alike(arm, seed, name)
+            if teacher is None or teacher_alike is None:
+                teacher, teacher_alike = images, alike
+            scores[name] = self.judge.score(images, self.chosen.styles, alike, teacher, teacher_alike)
+        return scores
+
+
+def demo(out: Path, minutes: float, count: int, seed: int, follow: Callable[..., Any]) -> Path:
+    """Pairs, two students (with and without the adversarial loss, at equal time), measurement, report.
+
+    `follow(events, config, folder, host)` shows a run and returns its Finished. What an earlier call
+    left in `out` is gone on with. Returns the report's path.
+    """
+    config = Config.from_toml(SETTINGS).replace(minutes=minutes, seed=seed, updates=1_000_000)
+    host = load_host()
+    bench = Bench(host, None, count)
+    prompts = read_prompts(FOLDER / "prompts.txt")
+    score = bench.judge.kid_score(host)
+    folders = {STUDENT: out / "student", "regression only": out / "regression"}
+    configs = {
+        STUDENT: config,
+        "regression only": config.replace(adversarial_weight=0.0, distillation_weight=0.0, feature_weight=0.0, positives="teacher"),
+    }
+    finished = {}
+    for name, folder in folders.items():
+        print(f"{name}:")
+        events = run.run(host, configs[name], folder, prompts, score=score, pairs_folder=out / "pairs")
+        finished[name] = follow(events, configs[name], folder, host)
+
+    arms = arms_of(host, config.guidance)
+    paths = {name: finished[name].path for name in ("regression only", STUDENT)}
+    if SHIPPED.exists():
+        paths["shipped student, 1 step"] = SHIPPED
+    students = {name: load_student(path, host.denoiser)[0] for name, path in paths.items()}
+    arms |= {name: student_arm(student) for name, student in students.items()}
+    scores = bench.score(arms, seed)
+    timed = (TEACHER, "teacher, 1 step", STUDENT)
+    timings = {name: measure_time(host, arms[name], context=bench.context) for name in timed}
+    columns = [
+        report.Column(*_heading(name), list(bench.pictures(arms[name], bench.shown, seed + 7, name)))
+        for name in (TEACHER, "teacher, 1 step", "regression only", STUDENT)
+    ]
+    for student in students.values():
+        student.release()
+    floor = bench.judge.floor()
+    print(table(scores, floor))
+    run.data.write_whole(out / "figures.json", to_json(scores, floor, timings).encode())
+    page = report.Report(
+        "TurboDistill: one step beside fifty", columns, bench.shown, scores, floor, timings, finished[STUDENT].card,
+        folders[STUDENT] / run.HISTORY, STUDENT, TEACHER,
+    )
+    return report.write(page, out)
+
+
+def _heading(name: str) -> tuple[str, str]:
+    first, _, rest = name.partition(", ")
+    return first, rest or "1 step"
+
+
+def measure_students(
+    model: Path | None, students: Sequence[Path], reference: Path | None, count: int, seeds: int
+) -> tuple[str, str]:
+    """Score the teacher's arms and each student over several noise seeds; returns a table and JSON."""
+    host = load_host(model)
+    bench = Bench(host, reference, count)
+    per_seed: list[dict[str, Score]] = []
+    loaded = [(path, *load_student(path, host.denoiser)) for path in students]
+    guidance = loaded[0][2].guidance
+    arms = arms_of(host, guidance)
+    for path, student, _, _ in loaded:
+        arms[f"{path.parent.name}/{path.stem}"] = student_arm(student)
+    for seed in range(seeds):
+        per_seed.append(bench.score(arms, seed))
+    timings = {name: measure_time(host, arm, context=bench.context) for name, arm in arms.items() if name != "teacher, 50 steps, no CFG"}
+    for _, student, _, _ in loaded:
+        student.release()
+    floor = bench.judge.floor()
+    lines = []
+    for seed, scores in enumerate(per_seed):
+        lines += [f"seed {seed}, {count} pictures an arm", table(scores, floor), ""]
+    lines.append(f"KID x 1000 over {seeds} seeds: mean (least to most)")
+    base = np.mean([s[TEACHER].kid.value for s in per_seed])
+    for name in arms:
+        values = [s[name].kid.value for s in per_seed]
+        mean = float(np.mean(values))
+        lines.append(f"  {name:<28} {mean:8.1f} ({min(values):.1f} to {max(values):.1f}), {mean / base:.2f} x {TEACHER}")
+    slow = timings[TEACHER]
+    for name, timing in timings.items():
+        ratio = f"{slow.seconds / timing.seconds:.1f} x faster than {TEACHER}"
+        lines.append(f"  {name:<28} {1000 * timing.seconds:8.1f} ms a picture, {timing.passes} passes, {ratio}")
+    figures = {"seeds": [{k: asdict(v) for k, v in s.items()} for s in per_seed], "timings": {k: asdict(v) for k, v in timings.items()}}
+    return "\n".join(lines), json.dumps(figures, indent=1)

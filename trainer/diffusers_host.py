@@ -1,0 +1,185 @@
+"""A checkpoint through diffusers' classes, for the command line: the embedded model, or a diffusers folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..core.card import fingerprint
+from ..core.denoiser import Cond, Denoiser
+from ..core.lora import check_match
+from ..core.schedule import DiscreteSchedule, expand, scaled_linear
+from ..demo.text_encoder import TextEncoder
+
+HEADER = "turbodistill.model"
+EMBEDDED = Path(__file__).parents[1] / "demo" / "model.safetensors"
+
+
+class ModelError(ValueError):
+    """A checkpoint that cannot be loaded: the message says why and what to do."""
+
+
+class DiffusersDenoiser(Denoiser):
+    """A diffusers UNet that predicts eps or v on a discrete schedule, as a Denoiser."""
+
+    def __init__(self, unet, schedule: DiscreteSchedule, prediction: str):
+        self.backbone, self.schedule, self.prediction = unet, schedule, prediction
+        self.dtype: torch.dtype = unet.dtype
+
+    def output(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        alpha, _ = self.schedule.alpha_sigma(sigma)
+        t = self.schedule.timestep(sigma)
+        added = cond.extra | ({"text_embeds": cond.pooled} if cond.pooled is not None else {})
+        return self.backbone(
+            (expand(alpha, x) * x).to(self.dtype), t, cond.context.to(self.dtype), added_cond_kwargs=added or None
+        ).sample
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        return self.schedule.to_x0(self.prediction, x, self.output(x, sigma, cond).to(x.dtype), sigma)
+
+
+class DiffusersHost:
+    """A loaded UNet, autoencoder and text encoder, as `trainer.host.Host` asks for them."""
+
+    def __init__(self, unet, vae, encode_text, schedule, prediction: str, name: str, architecture: str, size: tuple[int, int]):
+        self.denoiser: Denoiser = DiffusersDenoiser(unet, schedule, prediction)
+        self.vae = vae
+        self._encode_text = encode_text
+        self.name, self.architecture, self.resolution = name, architecture, size
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.latent_shape = (vae.config.latent_channels, size[1] // factor, size[0] // factor)
+        self.base_hash = fingerprint(unet)
+
+    @torch.no_grad()
+    def encode_text(self, prompts: list[str]) -> Cond:
+        return self._encode_text(prompts)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        z = latents.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
+        images = [self.vae.decode(chunk).sample for chunk in z.split(16)]
+        return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        x = images.to(self.vae.device, self.vae.dtype) * 2 - 1
+        return self.vae.encode(x).latent_dist.mean * self.vae.config.scaling_factor
+
+
+def load_host(path: str | Path | None = None, device: str | None = None) -> DiffusersHost:
+    """The embedded model, another single file with its architecture in the header, or a diffusers folder.
+
+    Raises ModelError for anything else, with the reason.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    path = EMBEDDED if path is None else Path(path)
+    if not path.exists():
+        raise ModelError(f"model {path} does not exist: check the name")
+    if path.is_dir():
+        return _load_folder(path, device)
+    return _load_single_file(path, device)
+
+
+def _load_single_file(path: Path, device: str) -> DiffusersHost:
+    tensors, about = _read(path)
+    if HEADER not in about:
+        raise ModelError(
+            f"{path} does not say its architecture in its header. Convert it to a diffusers folder first, "
+            "or load it in ComfyUI or the WebUI and distil it there"
+        )
+    try:
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+        from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+        from diffusers.models.attention_processor import AttnProcessor
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    except ImportError as error:
+        raise ModelError(f"loading a model here needs {error.name}: pip install 'turbodistill[demo]'") from None
+    try:
+        model = json.loads(about[HEADER])
+        table = scaled_linear(model["schedule"]["steps"], model["schedule"]["start"], model["schedule"]["end"])
+        prediction, size = model["prediction"], tuple(model["resolution"])
+        unet: Any = UNet2DConditionModel(**model["unet"])
+        scale = model["vae"].pop("scaling_factor")
+        vae: Any = AutoencoderKL(**model["vae"], scaling_factor=scale)
+        encoder = TextEncoder(json.dumps(model["text_encoder"]["tokenizer"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: the architecture in its header cannot be read ({error!r}): get the file again") from None
+    prefix = "cond_stage_model."
+    parts = (
+        ("denoiser", unet, lambda: convert_ldm_unet_checkpoint(dict(tensors), dict(unet.config))),
+        ("autoencoder", vae, lambda: convert_ldm_vae_checkpoint(dict(tensors), dict(vae.config))),
+        ("text encoder", encoder, lambda: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}),
+    )
+    for what, module, convert in parts:
+        try:
+            weights = convert()
+            check_match(what, weights, module.state_dict())
+            module.load_state_dict(weights)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise ModelError(f"{path}: the {what} does not fit the architecture in the header: {error}") from None
+        module.to(device).eval().requires_grad_(False)
+    unet.set_attn_processor(AttnProcessor())  # few tokens: the plain product is the faster one on a CPU
+    architecture = about.get("modelspec.architecture", "unknown")
+    name = about.get("modelspec.title", path.stem)
+    return DiffusersHost(
+        unet, vae, lambda texts: Cond(encoder.encode(texts)), DiscreteSchedule(table), prediction,
+        name, architecture, size,
+    )
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {k: file.get_tensor(k).float() for k in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{path} is no complete safetensors file ({error}). If the download broke off, get it again; "
+            "pickle files (.ckpt, .pt) are not loaded, since they can run code"
+        ) from None
+
+
+def _load_folder(path: Path, device: str) -> DiffusersHost:
+    """A Stable Diffusion 1.x or 2.x pipeline folder."""
+    try:
+        import diffusers
+        import transformers
+
+        library: Any = diffusers
+        kinds: dict[str, Any] = {
+            "unet": library.UNet2DConditionModel,
+            "vae": library.AutoencoderKL,
+            "text_encoder": transformers.CLIPTextModel,
+        }
+        parts = {}
+        for name, kind in kinds.items():
+            # What a file lacks would else be random.
+            parts[name], told = kind.from_pretrained(path, subfolder=name, local_files_only=True, output_loading_info=True)
+            if missing := sorted(told["missing_keys"]):
+                raise ValueError(f"{len(missing)} weights of {name} are missing, such as {missing[0]}")
+        pipe = library.StableDiffusionPipeline.from_pretrained(path, local_files_only=True, safety_checker=None, **parts)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ModelError(f"{path} is no Stable Diffusion folder that diffusers can load: {error}") from None
+    pipe.to(device)
+    for module in (pipe.unet, pipe.vae, pipe.text_encoder):
+        module.eval().requires_grad_(False)
+
+    def encode_text(prompts: list[str]) -> Cond:
+        tokens = pipe.tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=pipe.tokenizer.model_max_length, return_tensors="pt"
+        )
+        return Cond(pipe.text_encoder(tokens.input_ids.to(device))[0])
+
+    kind = {"epsilon": "eps", "v_prediction": "v"}.get(pipe.scheduler.config.prediction_type)
+    if kind is None:
+        raise ModelError(f"{path} predicts {pipe.scheduler.config.prediction_type!r}: known are epsilon and v_prediction")
+    factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    side = pipe.unet.config.sample_size * factor
+    return DiffusersHost(
+        pipe.unet, pipe.vae, encode_text, DiscreteSchedule(pipe.scheduler.alphas_cumprod), kind,
+        path.name, "stable-diffusion-v1" if kind == "eps" else "stable-diffusion-v2", (side, side),
+    )

@@ -1,0 +1,215 @@
+"""Measure students against their teacher: distances to real pictures, style, diversity, time."""
+
+from __future__ import annotations
+
+import json
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..core.denoiser import Cond, Guided
+from ..core.sampling import sample_euler, seeded_noise, trailing_sigmas
+from ..core.student import Student
+from .data import DataError
+from .host import Host
+from .metrics import (
+    FeatureNetwork,
+    Interval,
+    StyleClassifier,
+    frechet_distance,
+    high_frequencies,
+    kid,
+    precision_recall,
+)
+
+REFERENCE = Path(__file__).parents[1] / "demo" / "reference.zip"
+BATCH = 32
+
+# Makes latents (B, C, H, W) from unit noise (B, C, H, W) and conditions.
+Arm = Callable[[Tensor, Cond], Tensor]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real pictures (N, 3, H, W) in [0, 1], with captions, style words and splits."""
+
+    images: Tensor
+    captions: list[str]
+    styles: list[str]
+    splits: list[str]
+
+    def rows(self, split: str) -> list[int]:
+        return [i for i, s in enumerate(self.splits) if s == split]
+
+    def take(self, rows: Sequence[int]) -> Reference:
+        images = self.images[list(rows)]
+        return Reference(images, *([column[i] for i in rows] for column in (self.captions, self.styles, self.splits)))
+
+
+def load_reference(path: str | Path = REFERENCE) -> Reference:
+    """A zip of pictures with `metadata.jsonl` rows of {file_name, text, style, split}; raises DataError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            rows = [json.loads(line) for line in archive.read("metadata.jsonl").splitlines()]
+            pictures = []
+            for row in rows:
+                with archive.open(row["file_name"]) as file:
+                    pictures.append(np.asarray(Image.open(file).convert("RGB")))
+    except (OSError, KeyError, zipfile.BadZipFile, json.JSONDecodeError) as error:
+        raise DataError(f"reference set {path} cannot be read: {error}") from None
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+    return Reference(images, [r["text"] for r in rows], [r["style"] for r in rows], [r["split"] for r in rows])
+
+
+def teacher_arm(host: Host, steps: int, guidance: float) -> Arm:
+    """The teacher with `steps` Euler (DDIM) steps on trailing timesteps, at a guidance scale."""
+    schedule = host.denoiser.schedule
+    sigmas = trailing_sigmas(schedule, steps)
+    uncond = host.encode_text([""])
+
+    def arm(noise: Tensor, cond: Cond) -> Tensor:
+        model = Guided(host.denoiser, cond, uncond.to(noise.device), guidance)
+        x = schedule.add_noise(torch.zeros_like(noise), noise, sigmas[:1].to(noise))
+        return sample_euler(model, x, sigmas.to(noise))
+
+    return arm
+
+
+def student_arm(student: Student, steps: int = 1) -> Arm:
+    """The student in `steps`; noise between steps comes from torch's generator."""
+    return lambda noise, cond: student.generate(noise, cond, steps)
+
+
+@torch.no_grad()
+def make_pictures(host: Host, arm: Arm, prompts: Sequence[str], seed: int, context=None) -> Iterator[Tensor]:
+    """Pictures (B, 3, H, W) in [0, 1], batch by batch; picture k has noise seed `seed * 100_000 + k`.
+
+    `context` is a callable that gives a context manager for the passes, such as autocast.
+    """
+    device = host.denoiser.device
+    for first in range(0, len(prompts), BATCH):
+        texts = list(prompts[first : first + BATCH])
+        seeds = [seed * 100_000 + first + i for i in range(len(texts))]
+        noise = seeded_noise(seeds, host.latent_shape, device)
+        cond = host.encode_text(texts).to(device)
+        if context is None:
+            latents = arm(noise, cond)
+        else:
+            with context():
+                latents = arm(noise, cond)
+        yield host.decode(latents.float()).cpu()
+
+
+@dataclass(frozen=True)
+class Score:
+    """The measures of one arm. Distances are on EfficientNet-Lite0 features, see `metrics`."""
+
+    kid: Interval  # x 1000, to the reference
+    fd: float
+    precision: float
+    recall: float
+    style: float  # share whose style word a classifier trained on real pictures tells right
+    diversity: float  # mean distance of features between samples of one prompt, over the teacher's
+    sharpness: float  # power in high frequencies, over the reference's
+    to_teacher: float  # mean distance of features to the teacher's picture of the same noise
+
+
+class Judge:
+    """Features and classifier of a reference set, made once; scores any number of arms."""
+
+    def __init__(self, reference: Reference):
+        self.reference = reference
+        self.network = FeatureNetwork()
+        self.features = self.network(reference.images)
+        self.classifier = StyleClassifier(self.features, reference.styles)
+
+    def floor(self) -> Interval:
+        """KID between the reference's training and held-out pictures: what real pictures of other names score."""
+        return kid(self.features[self.reference.rows("train")], self.features[self.reference.rows("heldout")])
+
+    def score(self, images: Tensor, styles: Sequence[str], alike: Tensor, teacher: Tensor, teacher_alike: Tensor) -> Score:
+        """Score `images` (N, 3, H, W); `alike` (P, S, 3, H, W) are S samples of each of P prompts."""
+        features, of_teacher = self.network(images), self.network(teacher)
+        precision, recall = precision_recall(self.features, features)
+        return Score(
+            kid(features, self.features),
+            frechet_distance(features, self.features),
+            precision,
+            recall,
+            self.classifier.accuracy(features, styles),
+            self.spread(alike) / max(self.spread(teacher_alike), 1e-9),
+            high_frequencies(images) / high_frequencies(self.reference.images),
+            float((features - of_teacher).norm(dim=1).mean()),
+        )
+
+    def spread(self, alike: Tensor) -> float:
+        """Mean pairwise distance of features among the samples of one prompt, (P, S, 3, H, W)."""
+        features = self.network(alike.flatten(0, 1)).reshape(*alike.shape[:2], -1)
+        return float(torch.stack([torch.pdist(f).mean() for f in features]).mean())
+
+    def kid_score(self, host: Host) -> Callable[[Tensor, Tensor], float]:
+        """A score for choosing the best student: KID x 1000 of its decoded latents to the reference."""
+
+        def score(student: Tensor, _teacher: Tensor) -> float:
+            return kid(self.network(host.decode(student).cpu()), self.features, resamples=2).value
+
+        return score
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a picture, batch 1, warm: the median of a few runs; and denoiser passes."""
+
+    seconds: float
+    passes: int
+
+
+@torch.no_grad()
+def measure_time(host: Host, arm: Arm, repeats: int = 5, context=None) -> Timing:
+    """Time one prompt to its picture, and count the rows that go through the denoiser."""
+
+    def once() -> float:
+        begun = time.perf_counter()
+        for _ in make_pictures(host, arm, ["fire, sky & weather, in flat noto style"], 0, context):
+            pass
+        return time.perf_counter() - begun
+
+    once()
+    rows: list[int] = []  # guidance puts two rows into one call: rows are what costs
+    hook = host.denoiser.backbone.register_forward_pre_hook(lambda _module, args: rows.append(len(args[0])))
+    try:
+        times = [once() for _ in range(repeats)]
+    finally:
+        hook.remove()
+    return Timing(float(np.median(times)), sum(rows) // repeats)
+
+
+def table(scores: dict[str, Score], floor: Interval) -> str:
+    """The scores as text, a line an arm."""
+    head = f"{'arm':<28} {'KID x1000 [95 %]':>26} {'FD':>7} {'prec':>5} {'rec':>5} {'style':>6} {'div':>5} {'sharp':>6} {'to teacher':>10}"
+    lines = [head]
+    for name, s in scores.items():
+        lines.append(
+            f"{name:<28} {s.kid!s:>26} {s.fd:>7.1f} {s.precision:>5.2f} {s.recall:>5.2f} {s.style:>6.2f} "
+            f"{s.diversity:>5.2f} {s.sharpness:>6.2f} {s.to_teacher:>10.2f}"
+        )
+    lines.append(f"{'real, train vs held-out':<28} {floor!s:>26}")
+    return "\n".join(lines)
+
+
+def to_json(scores: dict[str, Score], floor: Interval, timings: dict[str, Timing]) -> str:
+    return json.dumps(
+        {
+            "scores": {k: asdict(v) for k, v in scores.items()},
+            "floor": asdict(floor),
+            "timings": {k: asdict(v) for k, v in timings.items()},
+        },
+        indent=1,
+    )
