@@ -149,7 +149,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], StudentCard]:
     try:
         with safe_open(path, "pt") as file:
             card = StudentCard.from_metadata(file.metadata(), path)
-            return {k: file.get_tensor(k) for k in file.keys()}, card  # noqa: SIM118: no dict, and not iterable at 0.4.2
+            return {k: file.get_tensor(k) for k in file.keys()}, card  # noqa: SIM118 - not iterable in safetensors 0.4.2
     except SafetensorError as error:
         raise CardError(
             f"{path} is no complete safetensors file ({error}). If the download broke off, get it again; "

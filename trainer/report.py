@@ -127,7 +127,7 @@ h1 { font-size: 1.7rem; margin-bottom: .2rem } h2 { font-size: 1.2rem; margin-to
 .lead { color: #555; margin-top: 0 } img, svg { max-width: 100%; height: auto }
 table { border-collapse: collapse; font-size: .9rem } td, th { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid #ddd }
 td:first-child, th:first-child { text-align: left } tr.ours { background: #eef7ee; font-weight: 600 }
-pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: .85rem }
+pre { background: #f6f6f6; padding: 1rem; white-space: pre-wrap; font-size: .85rem }
 .facts { display: flex; gap: 2.5rem; margin: 1.2rem 0 } .facts b { display: block; font-size: 1.6rem }
 """
 
@@ -171,6 +171,7 @@ def write(report: Report, folder: Path) -> Path:
         "ratios; 1 is the teacher's, and the real pictures'. The last row compares real pictures with real "
         "pictures of other names: no model can be expected below it.</p>",
         "<h2>Training</h2>",
+        "<p>Smoothed over 25 updates; green is the healthy range.</p>",
         curves(report.history),
         "<h2>The student says of itself</h2>",
         f"<pre>{html.escape(report.card.in_words())}</pre>",

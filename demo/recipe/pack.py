@@ -95,9 +95,8 @@ def pack_model(folder: Path, target: Path) -> None:
     }
     tensors = {p + k: v.half().contiguous() for p, weights in parts.items() for k, v in weights.items()}
     save_file(tensors, target, describe(scale, tokenizer))
-    print(
-        f"{target}: {sum(v.numel() for v in tensors.values()) / 1e6:.2f} M parameters, {target.stat().st_size / 1e6:.1f} MB"
-    )
+    count = sum(v.numel() for v in tensors.values())
+    print(f"{target}: {count / 1e6:.2f} M parameters, {target.stat().st_size / 1e6:.1f} MB")
 
 
 def pack_reference(folder: Path, target: Path) -> None:

@@ -155,7 +155,7 @@ def test_pictures_are_encoded_once(kit, host, tmp_path, monkeypatch):
 def test_a_broken_picture_in_a_folder_stops_the_encoding(host, tmp_path):
     folder = captioned(tmp_path / "images")
     (folder / "1.png").write_bytes(b"broken")
-    with pytest.raises(DataError, match="1.png cannot be read"):
+    with pytest.raises(DataError, match=r"1\.png cannot be read"):
         list(data.cache_images(host, folder, tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
 

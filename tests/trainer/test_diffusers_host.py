@@ -166,7 +166,7 @@ def test_a_file_that_holds_other_names_or_shapes_than_its_header_is_refused(embe
     tensors = load_file(EMBEDDED)
     name = next(n for n in tensors if n.startswith("cond_stage_model."))
     header_only(path, model, {k: v for k, v in tensors.items() if k != name})
-    with pytest.raises(ModelError, match="the text encoder does not fit .* 1 are missing"):
+    with pytest.raises(ModelError, match=r"the text encoder does not fit .* 1 are missing"):
         load_host(path, "cpu")
     name = "model.diffusion_model.input_blocks.0.0.weight"
     header_only(path, model, tensors | {name: tensors[name][:4].clone()})

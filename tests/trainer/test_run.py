@@ -152,6 +152,7 @@ def start(folder, settings, pause):
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_student_bit_for_bit(kit, tmp_path):
     settings = {"updates": 20, "save_every": 3, "select_every": 4, "steps": 2, "warmup": 2, "discriminator_updates": 2}
     killed = start(tmp_path / "killed", settings, 0.2)
@@ -399,7 +400,7 @@ def test_a_student_file_gives_the_same_pictures(kit, host, tmp_path, changes):
 def test_a_student_of_another_architecture_is_refused_and_leaves_no_hook(kit, host, tmp_path):
     *_, finished = kit.go(host, kit.config(), tmp_path)
     unet = kit.unet_host().denoiser
-    with pytest.raises(CardError, match="student.safetensors does not fit this model"):
+    with pytest.raises(CardError, match=r"student\.safetensors does not fit this model"):
         load_student(finished.path, unet)
     assert not any(m._forward_hooks for m in unet.backbone.modules())
     unet.prediction = "v"
