@@ -48,7 +48,7 @@ def trailing_timesteps(steps: int, start: int = 999, total: int = 1000) -> list[
         raise ValueError(f"steps is {steps}: give a number from 1 to {start + 1}")
     if not 0 <= start < total:
         raise ValueError(f"start timestep is {start}: the model knows 0 to {total - 1}")
-    return [round(start + 1 + i * (-(start + 1) / steps)) - 1 for i in range(steps)]
+    return [round((start + 1) * (1 - i / steps)) - 1 for i in range(steps)]
 
 
 class Schedule(abc.ABC):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -153,7 +154,10 @@ def load_student(path: str | Path, teacher: Denoiser) -> tuple[Student, StudentC
             f"{teacher.prediction}: load {card.base_model}, its base"
         )
     output = "inherit" if card.prediction == card.base_prediction else "x0"
-    student = Student(teacher, card.rank, card.alpha, card.targets, output, card.timesteps[0])
+    try:
+        student = Student(teacher, card.rank, card.alpha, card.targets, output, card.timesteps[0])
+    except (ValueError, re.error) as error:
+        raise CardError(f"{path} does not fit this model: {error}") from None
     try:
         if student.lora is not None:
             student.lora.load(student.backbone, tensors)

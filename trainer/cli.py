@@ -44,7 +44,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="distil the small embedded model and report on it, start to end")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything (default: runs/demo)")
-    demo.add_argument("--minutes", type=float, default=3.5, help="training time of each of the two students (default: 3.5)")
+    demo.add_argument(
+        "--minutes", type=float, default=3.5, help="training time of each of the two students (default: 3.5)"
+    )
     demo.add_argument("--count", type=int, default=128, help="pictures per arm that are measured (default: 128)")
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(command=run_demo)
@@ -53,7 +55,9 @@ def make_parser() -> argparse.ArgumentParser:
     distill.add_argument("--model", type=Path, help="checkpoint or diffusers folder (default: the embedded model)")
     distill.add_argument("--prompts", type=Path, help="text file, one prompt a line (default: the embedded model's)")
     distill.add_argument("--images", type=Path, help="folder of captioned pictures for the discriminator")
-    distill.add_argument("--out", type=Path, default=Path("runs/distill"), help="folder for everything; a run there goes on")
+    distill.add_argument(
+        "--out", type=Path, default=Path("runs/distill"), help="folder for everything; a run there goes on"
+    )
     distill.add_argument("--config", type=Path, help="TOML file of settings; the flags below go before it")
     add_settings(distill)
     distill.set_defaults(command=run_distill)
@@ -70,7 +74,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="measure students against their teacher")
     evaluate.add_argument("--model", type=Path, help="checkpoint or diffusers folder (default: the embedded model)")
-    evaluate.add_argument("--student", type=Path, action="append", help="student file, repeatable (default: the shipped one)")
+    evaluate.add_argument(
+        "--student", type=Path, action="append", help="student file, repeatable (default: the shipped one)"
+    )
     evaluate.add_argument("--reference", type=Path, help="zip of real pictures (default: the embedded model's)")
     evaluate.add_argument("--count", type=int, default=400, help="pictures per arm and seed (default: 400)")
     evaluate.add_argument("--seeds", type=int, default=3, help="noise seeds (default: 3)")
@@ -151,7 +157,9 @@ def follow(events: Iterator, config: Config, folder: Path, host) -> Any:
                 elif isinstance(event, run.Preview):
                     write_preview(host, event, folder / "previews")
                 elif isinstance(event, run.Selected):
-                    tqdm.write(f"update {event.update}: score {event.score:.2f}{', the best so far' if event.best else ''}")
+                    tqdm.write(
+                        f"update {event.update}: score {event.score:.2f}{', the best so far' if event.best else ''}"
+                    )
                 elif isinstance(event, run.Warned):
                     tqdm.write(f"update {event.update}: {event.text}")
                 elif isinstance(event, run.Finished):
@@ -244,7 +252,10 @@ def run_sample(args: argparse.Namespace) -> int:
             about = PngInfo()
             told = f"Steps: {args.steps}, Sampler: ADD {'1-step' if args.steps == 1 else 'few-step'}, CFG scale: 1"
             size = f"Size: {host.resolution[0]}x{host.resolution[1]}"
-            about.add_text("parameters", f"{text}\n{told}, Seed: {seed}, {size}, Model: {card.base_model}, Student: {args.student.name}")
+            about.add_text(
+                "parameters",
+                f"{text}\n{told}, Seed: {seed}, {size}, Model: {card.base_model}, Student: {args.student.name}",
+            )
             name = re.sub(r"[^\w]+", "-", text.lower()).strip("-")[:50]
             path = args.out / f"{name}-{seed}.png"
             write_whole(path, _png_bytes(to_image(picture.cpu()), about))

@@ -38,19 +38,21 @@ class Config:
     output: str = option("inherit", "how the student's output is read: as the teacher's, or as x0", "student", OUTPUTS)
     start: int = option(999, "timestep at which the student is given pure noise", "student", low=1, high=999)
     steps: int = option(1, "most steps that the student is trained for", "student", low=1, high=8)
-    first_share: float = option(0.6, "share of training at the first step, where noise enters", "student", low=0, high=1)
+    first_share: float = option(
+        0.6, "share of training at the first step, where noise enters", "student", low=0, high=1
+    )
     # Data
     pairs: int = option(1024, "teacher pairs (noise, picture) to make from the prompts", "data", low=4)
     pair_steps: int = option(16, "sampling steps of the teacher for a pair", "data", low=1, high=1000)
     pair_sampler: str = option("dpmpp_2m", "sampler of the teacher for the pairs", "data", TEACHER_SAMPLERS)
     guidance: float = option(4.0, "the teacher's guidance scale in the pairs: it is baked in", "data", low=1, high=30)
-    positives: str = option(
-        "teacher", "what the discriminator takes for real", "data", ("teacher", "real", "both")
-    )
+    positives: str = option("teacher", "what the discriminator takes for real", "data", ("teacher", "real", "both"))
     real_share: float = option(0.5, "share of real pictures where positives are 'both'", "data", low=0, high=1)
     # Training
     updates: int = option(2000, "student updates", "training", low=1)
-    minutes: float = option(0.0, "end after this many minutes of training at the latest; 0 is no limit", "training", low=0)
+    minutes: float = option(
+        0.0, "end after this many minutes of training at the latest; 0 is no limit", "training", low=0
+    )
     batch: int = option(16, "samples in a batch", "training", low=1)
     accumulate: int = option(1, "batches whose gradients make one update", "training", low=1)
     lr: float = option(2e-4, "learning rate of the student", "training", low=0)
@@ -58,14 +60,20 @@ class Config:
     warmup: int = option(200, "first updates with the regression alone", "training", low=0)
     discriminator_updates: int = option(1, "discriminator updates per student update", "training", low=1, high=16)
     clip: float = option(1.0, "largest gradient norm; larger ones are scaled down", "training", low=0)
-    ema: float = option(0.995, "decay of the student's running average, which is what is kept", "training", low=0, high=1)
+    ema: float = option(
+        0.995, "decay of the student's running average, which is what is kept", "training", low=0, high=1
+    )
     precision: str = option("auto", "arithmetic of the passes", "training", ("auto", "float32", "bfloat16"))
     seed: int = option(0, "seed of everything random", "training", low=0)
     # Losses
     adversarial: str = option("hinge", "adversarial loss", "losses", ADVERSARIAL)
-    adversarial_weight: float = option(1.0, "weight of the adversarial loss; 0 leaves the discriminator out", "losses", low=0)
+    adversarial_weight: float = option(
+        1.0, "weight of the adversarial loss; 0 leaves the discriminator out", "losses", low=0
+    )
     distillation: str = option("exponential", "weighting of the distillation loss over noise levels", "losses", WEIGHTS)
-    distillation_weight: float = option(0.0, "weight of ADD's distillation loss (the paper's lambda is 2.5)", "losses", low=0)
+    distillation_weight: float = option(
+        0.0, "weight of ADD's distillation loss (the paper's lambda is 2.5)", "losses", low=0
+    )
     distillation_guidance: float = option(4.0, "the teacher's guidance scale in the distillation loss", "losses", low=1)
     teacher_steps: int = option(1, "teacher steps in the distillation loss", "losses", low=1, high=8)
     regression_weight: float = option(1.0, "weight of the regression to the pairs", "losses", low=0)
@@ -78,11 +86,15 @@ class Config:
     width: int = option(64, "channels of each head", "discriminator", low=8, high=1024)
     renoise_mean: float = option(0.0, "mean of the logit of the noise level it sees pictures at", "discriminator")
     renoise_std: float = option(1.0, "spread of that logit", "discriminator", low=0)
-    condition_image: bool = option(False, "condition it on the pair's picture where the student was given part of it", "discriminator")
+    condition_image: bool = option(
+        False, "condition it on the pair's picture where the student was given part of it", "discriminator"
+    )
     # Output
     preview_every: int = option(100, "updates between previews", "output", low=0)
     save_every: int = option(100, "updates between saved states", "output", low=1)
-    select_every: int = option(200, "updates between measurements that choose the best student; 0 keeps the last", "output", low=0)
+    select_every: int = option(
+        200, "updates between measurements that choose the best student; 0 keeps the last", "output", low=0
+    )
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):

@@ -32,6 +32,10 @@ class DataError(ValueError):
     """Data that cannot be used: the message names the file and says what to do."""
 
 
+class OtherRun(DataError):
+    """Samples on disk that another model or other settings made: they are never overwritten."""
+
+
 def read_prompts(path: str | Path) -> list[str]:
     """Lines of a text file, empty ones and those that begin with # left out.
 
@@ -172,13 +176,15 @@ def read_shard(path: Path, key: str | None = None) -> Samples:
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
-            tensors = {k: file.get_tensor(k) for k in file.keys()}
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - a safetensors file is no dict
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} is broken ({error}): delete it and run again, only its samples are made anew") from None
+        raise DataError(
+            f"{path} is broken ({error}): delete it and run again, only its samples are made anew"
+        ) from None
     if about.get("checksum") != checksum(tensors):
         raise DataError(f"{path} is corrupt (wrong checksum): delete it and run again, only its samples are made anew")
     if key is not None and about["key"] != key:
-        raise DataError(f"{path} was made with other settings or another model: use another folder, or delete this one")
+        raise OtherRun(f"{path} was made with other settings or another model: use another folder, or delete this one")
     extra = {k.removeprefix("extra."): v for k, v in tensors.items() if k.startswith("extra.")}
     pooled = tensors["pooled"].float() if "pooled" in tensors else None
     cond = Cond(tensors["context"].float(), pooled, extra)
@@ -218,9 +224,9 @@ def make_pairs(host: Host, config: Config, prompts: Sequence[str], folder: str |
                 if len(samples) >= count:
                     yield first + count, samples
                     continue
+            except OtherRun:
+                raise
             except DataError as error:
-                if "other settings" in str(error):
-                    raise
                 log.warning("%s; making it again", error)
         numbers = range(first, first + count)
         texts = [prompts[i % len(prompts)] for i in numbers]

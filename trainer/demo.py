@@ -105,7 +105,9 @@ def demo(out: Path, minutes: float, count: int, seed: int, follow: Callable[...,
     folders = {STUDENT: out / "student", "regression only": out / "regression"}
     configs = {
         STUDENT: config,
-        "regression only": config.replace(adversarial_weight=0.0, distillation_weight=0.0, feature_weight=0.0, positives="teacher"),
+        "regression only": config.replace(
+            adversarial_weight=0.0, distillation_weight=0.0, feature_weight=0.0, positives="teacher"
+        ),
     }
     finished = {}
     for name, folder in folders.items():
@@ -132,8 +134,16 @@ def demo(out: Path, minutes: float, count: int, seed: int, follow: Callable[...,
     print(table(scores, floor))
     run.data.write_whole(out / "figures.json", to_json(scores, floor, timings).encode())
     page = report.Report(
-        "TurboDistill: one step beside fifty", columns, bench.shown, scores, floor, timings, finished[STUDENT].card,
-        folders[STUDENT] / run.HISTORY, STUDENT, TEACHER,
+        "TurboDistill: one step beside fifty",
+        columns,
+        bench.shown,
+        scores,
+        floor,
+        timings,
+        finished[STUDENT].card,
+        folders[STUDENT] / run.HISTORY,
+        STUDENT,
+        TEACHER,
     )
     return report.write(page, out)
 
@@ -157,7 +167,11 @@ def measure_students(
         arms[f"{path.parent.name}/{path.stem}"] = student_arm(student)
     for seed in range(seeds):
         per_seed.append(bench.score(arms, seed))
-    timings = {name: measure_time(host, arm, context=bench.context) for name, arm in arms.items() if name != "teacher, 50 steps, no CFG"}
+    timings = {
+        name: measure_time(host, arm, context=bench.context)
+        for name, arm in arms.items()
+        if name != "teacher, 50 steps, no CFG"
+    }
     for _, student, _, _ in loaded:
         student.release()
     floor = bench.judge.floor()
@@ -169,10 +183,15 @@ def measure_students(
     for name in arms:
         values = [s[name].kid.value for s in per_seed]
         mean = float(np.mean(values))
-        lines.append(f"  {name:<28} {mean:8.1f} ({min(values):.1f} to {max(values):.1f}), {mean / base:.2f} x {TEACHER}")
+        lines.append(
+            f"  {name:<28} {mean:8.1f} ({min(values):.1f} to {max(values):.1f}), {mean / base:.2f} x {TEACHER}"
+        )
     slow = timings[TEACHER]
     for name, timing in timings.items():
         ratio = f"{slow.seconds / timing.seconds:.1f} x faster than {TEACHER}"
         lines.append(f"  {name:<28} {1000 * timing.seconds:8.1f} ms a picture, {timing.passes} passes, {ratio}")
-    figures = {"seeds": [{k: asdict(v) for k, v in s.items()} for s in per_seed], "timings": {k: asdict(v) for k, v in timings.items()}}
+    figures = {
+        "seeds": [{k: asdict(v) for k, v in s.items()} for s in per_seed],
+        "timings": {k: asdict(v) for k, v in timings.items()},
+    }
     return "\n".join(lines), json.dumps(figures, indent=1)

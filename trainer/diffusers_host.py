@@ -46,7 +46,9 @@ class DiffusersDenoiser(Denoiser):
 class DiffusersHost:
     """A loaded UNet, autoencoder and text encoder, as `trainer.host.Host` asks for them."""
 
-    def __init__(self, unet, vae, encode_text, schedule, prediction: str, name: str, architecture: str, size: tuple[int, int]):
+    def __init__(
+        self, unet, vae, encode_text, schedule, prediction: str, name: str, architecture: str, size: tuple[int, int]
+    ):
         self.denoiser: Denoiser = DiffusersDenoiser(unet, schedule, prediction)
         self.vae = vae
         self._encode_text = encode_text
@@ -93,9 +95,9 @@ def _load_single_file(path: Path, device: str) -> DiffusersHost:
             "or load it in ComfyUI or the WebUI and distil it there"
         )
     try:
-        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
         from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
         from diffusers.models.attention_processor import AttnProcessor
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     except ImportError as error:
         raise ModelError(f"loading a model here needs {error.name}: pip install 'turbodistill[demo]'") from None
@@ -108,12 +110,18 @@ def _load_single_file(path: Path, device: str) -> DiffusersHost:
         vae: Any = AutoencoderKL(**model["vae"], scaling_factor=scale)
         encoder = TextEncoder(json.dumps(model["text_encoder"]["tokenizer"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: the architecture in its header cannot be read ({error!r}): get the file again") from None
+        raise ModelError(
+            f"{path}: the architecture in its header cannot be read ({error!r}): get the file again"
+        ) from None
     prefix = "cond_stage_model."
     parts = (
         ("denoiser", unet, lambda: convert_ldm_unet_checkpoint(dict(tensors), dict(unet.config))),
         ("autoencoder", vae, lambda: convert_ldm_vae_checkpoint(dict(tensors), dict(vae.config))),
-        ("text encoder", encoder, lambda: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}),
+        (
+            "text encoder",
+            encoder,
+            lambda: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)},
+        ),
     )
     for what, module, convert in parts:
         try:
@@ -127,15 +135,21 @@ def _load_single_file(path: Path, device: str) -> DiffusersHost:
     architecture = about.get("modelspec.architecture", "unknown")
     name = about.get("modelspec.title", path.stem)
     return DiffusersHost(
-        unet, vae, lambda texts: Cond(encoder.encode(texts)), DiscreteSchedule(table), prediction,
-        name, architecture, size,
+        unet,
+        vae,
+        lambda texts: Cond(encoder.encode(texts)),
+        DiscreteSchedule(table),
+        prediction,
+        name,
+        architecture,
+        size,
     )
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, "pt") as file:
-            return {k: file.get_tensor(k).float() for k in file.keys()}, file.metadata() or {}
+            return {k: file.get_tensor(k).float() for k in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no dict
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"{path} is no complete safetensors file ({error}). If the download broke off, get it again; "
@@ -158,10 +172,14 @@ def _load_folder(path: Path, device: str) -> DiffusersHost:
         parts = {}
         for name, kind in kinds.items():
             # What a file lacks would else be random.
-            parts[name], told = kind.from_pretrained(path, subfolder=name, local_files_only=True, output_loading_info=True)
+            parts[name], told = kind.from_pretrained(
+                path, subfolder=name, local_files_only=True, output_loading_info=True
+            )
             if missing := sorted(told["missing_keys"]):
                 raise ValueError(f"{len(missing)} weights of {name} are missing, such as {missing[0]}")
-        pipe = library.StableDiffusionPipeline.from_pretrained(path, local_files_only=True, safety_checker=None, **parts)
+        pipe = library.StableDiffusionPipeline.from_pretrained(
+            path, local_files_only=True, safety_checker=None, **parts
+        )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"{path} is no Stable Diffusion folder that diffusers can load: {error}") from None
     pipe.to(device)
@@ -170,16 +188,28 @@ def _load_folder(path: Path, device: str) -> DiffusersHost:
 
     def encode_text(prompts: list[str]) -> Cond:
         tokens = pipe.tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=pipe.tokenizer.model_max_length, return_tensors="pt"
+            prompts,
+            padding="max_length",
+            truncation=True,
+            max_length=pipe.tokenizer.model_max_length,
+            return_tensors="pt",
         )
         return Cond(pipe.text_encoder(tokens.input_ids.to(device))[0])
 
     kind = {"epsilon": "eps", "v_prediction": "v"}.get(pipe.scheduler.config.prediction_type)
     if kind is None:
-        raise ModelError(f"{path} predicts {pipe.scheduler.config.prediction_type!r}: known are epsilon and v_prediction")
+        raise ModelError(
+            f"{path} predicts {pipe.scheduler.config.prediction_type!r}: known are epsilon and v_prediction"
+        )
     factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     side = pipe.unet.config.sample_size * factor
     return DiffusersHost(
-        pipe.unet, pipe.vae, encode_text, DiscreteSchedule(pipe.scheduler.alphas_cumprod), kind,
-        path.name, "stable-diffusion-v1" if kind == "eps" else "stable-diffusion-v2", (side, side),
+        pipe.unet,
+        pipe.vae,
+        encode_text,
+        DiscreteSchedule(pipe.scheduler.alphas_cumprod),
+        kind,
+        path.name,
+        "stable-diffusion-v1" if kind == "eps" else "stable-diffusion-v2",
+        (side, side),
     )

@@ -79,13 +79,15 @@ class State:
     def create(cls, student: Student, config: Config, sample: Samples) -> State:
         """A fresh state; one `sample` row tells the shapes of features and text."""
         device = student.device
-        torch.manual_seed(config.seed)
         features = TeacherFeatures(student.teacher, tap_names(config))
         x, cond = sample.latents[:1].to(device), sample.cond.rows(slice(1)).to(device)
         with torch.no_grad():
             maps = features(x, student.schedule.sigma(torch.tensor([500])).to(device), cond)
         image = maps[-1].shape[1] if config.condition_image else 0
-        discriminator = Discriminator([m.shape[1] for m in maps], cond.summary.shape[1], image, config.width).to(device)
+        with torch.random.fork_rng():  # a host's own randomness stays as it was
+            torch.manual_seed(config.seed)
+            discriminator = Discriminator([m.shape[1] for m in maps], cond.summary.shape[1], image, config.width)
+        discriminator.to(device)
         trained = student.trained
         return cls(
             config,
@@ -93,7 +95,9 @@ class State:
             features,
             discriminator,
             torch.optim.AdamW(trained.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0),
-            torch.optim.AdamW(discriminator.parameters(), lr=config.lr_discriminator, betas=(0.0, 0.99), weight_decay=0.0),
+            torch.optim.AdamW(
+                discriminator.parameters(), lr=config.lr_discriminator, betas=(0.0, 0.99), weight_decay=0.0
+            ),
             copy.deepcopy(trained).requires_grad_(False),
         )
 
@@ -140,6 +144,7 @@ class Batch:
     noise: Tensor  # (B, C, H, W) the noise of that
     distill_sigma: Tensor  # (B,) sigma of the distillation term
     distill_noise: Tensor
+    seed: int  # of what is drawn on the device
 
 
 def draw(state: State, pairs: Samples, reals: Samples | None, draws: torch.Generator) -> Batch:
@@ -167,7 +172,9 @@ def draw(state: State, pairs: Samples, reals: Samples | None, draws: torch.Gener
         positive_cond = Cond.cat([cond, reals.cond.rows(other)]).rows(mixed)
     last = schedule.timesteps - 1
     normal = torch.randn(size, generator=draws)
-    renoise = schedule.sigma(torch.sigmoid(config.renoise_mean + config.renoise_std * normal) * last)  # LADD, section 3.2
+    renoise = schedule.sigma(
+        torch.sigmoid(config.renoise_mean + config.renoise_std * normal) * last
+    )  # LADD, section 3.2
     uniform = torch.rand(size, generator=draws)
     return Batch(
         schedule.add_noise(clean, noise, sigma).to(device),
@@ -181,6 +188,7 @@ def draw(state: State, pairs: Samples, reals: Samples | None, draws: torch.Gener
         torch.randn(shape, generator=draws).to(device),
         schedule.sigma(last * (0.02 + 0.96 * uniform)).to(device),
         torch.randn(shape, generator=draws).to(device),
+        int(torch.randint(2**31, (1,), generator=draws)),
     )
 
 
@@ -208,7 +216,9 @@ def look(state: State, x0: Tensor, cond: Cond, batch: Batch, real: bool = False)
         # As ADD's c_img: of the clean picture, where the student was given a part of it.
         with torch.no_grad():
             low = schedule.sigma(torch.full((len(x0),), 20.0)).to(x0)
-            image = state.features(batch.target, low, batch.cond)[-1].mean((2, 3)) * expand(~batch.first, x0)[:, :, 0, 0]
+            image = (
+                state.features(batch.target, low, batch.cond)[-1].mean((2, 3)) * expand(~batch.first, x0)[:, :, 0, 0]
+            )
     return Judged(state.discriminator.standardise(maps), batch.renoise, cond.summary, image)
 
 
@@ -216,7 +226,9 @@ def judge(state: State, seen: Judged) -> list[Tensor]:
     return state.discriminator(seen.inputs, seen.sigma, seen.text, seen.image)
 
 
-def discriminator_loss(state: State, real: Judged, fake: Judged) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]:
+def discriminator_loss(
+    state: State, real: Judged, fake: Judged, seed: int
+) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]:
     """The named parts of the discriminator's loss, and the logits of real and fake."""
     config = state.config
     real, fake = real.detached(), fake.detached()
@@ -229,7 +241,9 @@ def discriminator_loss(state: State, real: Judged, fake: Judged) -> tuple[dict[s
     if exact:
         parts["r1"] = config.r1_weight * losses.r1(on_real, real.inputs)
     elif config.r1 == "approximate" and config.r1_weight > 0:
-        moved = [x + config.r1_noise * torch.randn_like(x) for x in real.inputs]
+        draws = torch.Generator(real.sigma.device).manual_seed(seed)
+        noise = [torch.randn(x.shape, generator=draws, device=x.device) for x in real.inputs]
+        moved = [x + config.r1_noise * e for x, e in zip(real.inputs, noise, strict=True)]
         perturbed = judge(state, Judged(moved, real.sigma, real.text, real.image))
         parts["r1"] = config.r1_weight / config.r1_noise**2 * losses.approximate_r1(on_real, perturbed)
     return parts, on_real, on_fake
@@ -251,14 +265,18 @@ def distillation_loss(state: State, output: Tensor, batch: Batch, uncond: Cond) 
     return losses.distillation(output, target, losses.WEIGHTS[config.distillation](schedule, sigma))
 
 
-def student_loss(state: State, batch: Batch, uncond: Cond, adversarial: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def student_loss(
+    state: State, batch: Batch, uncond: Cond, adversarial: bool
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The named, weighted parts of the student's loss, and what the discriminator's update can use again."""
     config, student = state.config, state.student
     output = student(batch.x, batch.sigma, batch.cond).float()
     parts: dict[str, Tensor] = {}
     used: dict[str, Any] = {"output": output}
     if config.regression_weight > 0 and batch.first.any():
-        parts["regression"] = config.regression_weight * losses.regression(output[batch.first], batch.target[batch.first])
+        parts["regression"] = config.regression_weight * losses.regression(
+            output[batch.first], batch.target[batch.first]
+        )
     if adversarial and config.distillation_weight > 0:
         parts["distillation"] = config.distillation_weight * distillation_loss(state, output, batch, uncond)
     match = config.feature_weight > 0 and batch.first.any()
@@ -281,7 +299,9 @@ def student_loss(state: State, batch: Batch, uncond: Cond, adversarial: bool) ->
             if config.adversarial == "relativistic":
                 with torch.no_grad():
                     on_real = judge(state, real)
-            parts["adversarial"] = config.adversarial_weight * losses.ADVERSARIAL[config.adversarial][1](on_fake, on_real)
+            parts["adversarial"] = config.adversarial_weight * losses.ADVERSARIAL[config.adversarial][1](
+                on_fake, on_real
+            )
             state.discriminator.requires_grad_(True)
     return parts, used
 
@@ -310,9 +330,10 @@ def _discriminate(state: State, pairs: Samples, reals: Samples | None, draws: to
             output = state.student(batch.x, batch.sigma, batch.cond).float()
             real = look(state, batch.positive, batch.positive_cond, batch, real=True)
             fake = look(state, output, batch.cond, batch)
-        parts, _, _ = discriminator_loss(state, real, fake)
+        parts, _, _ = discriminator_loss(state, real, fake, batch.seed)
     torch.stack(list(parts.values())).sum().backward()
-    _update(state.discriminator_optimizer, state.discriminator, state.config.clip)
+    norm = _update(state.discriminator_optimizer, state.discriminator, state.config.clip)
+    _check(state.update + 1, {"discriminator's gradient": norm})
 
 
 def distill(state: State, pairs: Samples, uncond: Cond, reals: Samples | None = None) -> Iterator[Step]:
@@ -331,10 +352,7 @@ def distill(state: State, pairs: Samples, uncond: Cond, reals: Samples | None = 
             totals: dict[str, float] = {}
             if adversarial and uses_discriminator:
                 for extra in range(1, config.discriminator_updates):
-                    torch.manual_seed((config.seed * 1_000_003 + state.update) * 16 + extra)
                     _discriminate(state, pairs, reals, generator(config.seed, state.update, extra))
-            # Head-input perturbations are drawn on the device, from torch's own generator.
-            torch.manual_seed(config.seed * 1_000_003 + state.update)
             draws = generator(config.seed, state.update)
             share = 1 / config.accumulate
             on_real: list[Tensor] = []
@@ -350,20 +368,28 @@ def distill(state: State, pairs: Samples, uncond: Cond, reals: Samples | None = 
                 _add(totals, parts, share)
                 if adversarial and uses_discriminator:
                     with autocast(config, student.device):
-                        parts, on_real, on_fake = discriminator_loss(state, used["real"], used["fake"])
+                        parts, on_real, on_fake = discriminator_loss(state, used["real"], used["fake"], batch.seed)
                     (torch.stack(list(parts.values())).sum() * share).backward()
                     _add(totals, parts, share)
             _check(state.update + 1, totals)
             if on_real:
-                _check(state.update + 1, {"discriminator's gradient": _update(
-                    state.discriminator_optimizer, state.discriminator, config.clip)})
+                _check(
+                    state.update + 1,
+                    {
+                        "discriminator's gradient": _update(
+                            state.discriminator_optimizer, state.discriminator, config.clip
+                        )
+                    },
+                )
             norm = _update(state.optimizer, student.trained, config.clip)
             _check(state.update + 1, {"student's gradient": norm})
             with torch.no_grad():
                 keep = min(config.ema, (1 + state.update) / (10 + state.update))
                 for slow, fast in zip(state.average.parameters(), student.trained.parameters(), strict=True):
                     slow.lerp_(fast, 1 - keep)
-            health = measure(on_real, on_fake, used["output"], batches[-1].positive, config.adversarial == "relativistic")
+            health = measure(
+                on_real, on_fake, used["output"], batches[-1].positive, config.adversarial == "relativistic"
+            )
             seconds = time.monotonic() - begun
             state.update += 1
             state.spent += seconds

@@ -134,7 +134,9 @@ class Judge:
         """KID between the reference's training and held-out pictures: what real pictures of other names score."""
         return kid(self.features[self.reference.rows("train")], self.features[self.reference.rows("heldout")])
 
-    def score(self, images: Tensor, styles: Sequence[str], alike: Tensor, teacher: Tensor, teacher_alike: Tensor) -> Score:
+    def score(
+        self, images: Tensor, styles: Sequence[str], alike: Tensor, teacher: Tensor, teacher_alike: Tensor
+    ) -> Score:
         """Score `images` (N, 3, H, W); `alike` (P, S, 3, H, W) are S samples of each of P prompts."""
         features, of_teacher = self.network(images), self.network(teacher)
         precision, recall = precision_recall(self.features, features)
@@ -193,8 +195,8 @@ def measure_time(host: Host, arm: Arm, repeats: int = 5, context=None) -> Timing
 
 def table(scores: dict[str, Score], floor: Interval) -> str:
     """The scores as text, a line an arm."""
-    head = f"{'arm':<28} {'KID x1000 [95 %]':>26} {'FD':>7} {'prec':>5} {'rec':>5} {'style':>6} {'div':>5} {'sharp':>6} {'to teacher':>10}"
-    lines = [head]
+    heads = f"{'FD':>7} {'prec':>5} {'rec':>5} {'style':>6} {'div':>5} {'sharp':>6} {'to teacher':>10}"
+    lines = [f"{'arm':<28} {'KID x1000 [95 %]':>26} {heads}"]
     for name, s in scores.items():
         lines.append(
             f"{name:<28} {s.kid!s:>26} {s.fd:>7.1f} {s.precision:>5.2f} {s.recall:>5.2f} {s.style:>6.2f} "

@@ -30,7 +30,9 @@ def spread_of_batch(x: Tensor) -> float:
     return (x - x.roll(1, 0)).square().mean().item()
 
 
-def measure(real: Sequence[Tensor], fake: Sequence[Tensor], output: Tensor, positives: Tensor, relative: bool) -> Health:
+def measure(
+    real: Sequence[Tensor], fake: Sequence[Tensor], output: Tensor, positives: Tensor, relative: bool
+) -> Health:
     """Health from K logits (B, N_k) of real and fake, and the latents (B, C, H, W) behind them.
 
     `relative` judges accuracy by the difference of the two logits, as relativistic losses do.
@@ -42,7 +44,9 @@ def measure(real: Sequence[Tensor], fake: Sequence[Tensor], output: Tensor, posi
         if relative:
             right = [(r > f).float().mean().item() for r, f in zip(real, fake, strict=True)]
         else:
-            right = [((r > 0).float().mean() + (f < 0).float().mean()).item() / 2 for r, f in zip(real, fake, strict=True)]
+            right = [
+                ((r > 0).float().mean() + (f < 0).float().mean()).item() / 2 for r, f in zip(real, fake, strict=True)
+            ]
         accuracy, gap = sum(right) / len(right), sum(gaps) / len(gaps)
     return Health(
         accuracy=accuracy,

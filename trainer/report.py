@@ -125,7 +125,8 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.7rem; margin-bottom: .2rem } h2 { font-size: 1.2rem; margin-top: 2.2rem }
 .lead { color: #555; margin-top: 0 } img, svg { max-width: 100%; height: auto }
-table { border-collapse: collapse; font-size: .9rem } td, th { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid #ddd }
+table { border-collapse: collapse; font-size: .9rem }
+td, th { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid #ddd }
 td:first-child, th:first-child { text-align: left } tr.ours { background: #eef7ee; font-weight: 600 }
 pre { background: #f6f6f6; padding: 1rem; white-space: pre-wrap; font-size: .85rem }
 .facts { display: flex; gap: 2.5rem; margin: 1.2rem 0 } .facts b { display: block; font-size: 1.6rem }
@@ -176,14 +177,26 @@ def write(report: Report, folder: Path) -> Path:
         "<h2>The student says of itself</h2>",
         f"<pre>{html.escape(report.card.in_words())}</pre>",
     ]
-    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(report.title)}</title><style>{STYLE}</style>{''.join(body)}</html>"
+    head = f"<meta charset=utf-8><title>{html.escape(report.title)}</title><style>{STYLE}</style>"
+    page = f"<!doctype html><html lang=en>{head}{''.join(body)}</html>"
     path = folder / "report.html"
     write_whole(path, page.encode())
     return path
 
 
 def _table(report: Report) -> str:
-    heads = ("", "KID x 1000 [95 %]", "FD", "precision", "recall", "style", "diversity", "sharpness", "seconds", "passes")
+    heads = (
+        "",
+        "KID x 1000 [95 %]",
+        "FD",
+        "precision",
+        "recall",
+        "style",
+        "diversity",
+        "sharpness",
+        "seconds",
+        "passes",
+    )
     rows = []
     for name, s in report.scores.items():
         timing = report.timings.get(name)

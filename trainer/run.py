@@ -237,7 +237,7 @@ class History:
 
 
 def latent_score(student: Tensor, teacher: Tensor) -> float:
-    """Kernel distance on downsampled latents: what is there in every host. Front ends with a feature network pass theirs."""
+    """Kernel distance on downsampled latents, which every host has. Front ends with a feature network pass theirs."""
     size = min(8, student.shape[-1])
     pooled = [torch.nn.functional.adaptive_avg_pool2d(x.float(), size).flatten(1) for x in (student, teacher)]
     return kernel_distance(*pooled)
@@ -293,13 +293,21 @@ def _create(host: Host, config: Config) -> Student:
         TeacherFeatures(host.denoiser, tap_names(config))
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            return Student(host.denoiser, config.rank, config.alpha or None, config.targets, config.output, config.start)
+            return Student(
+                host.denoiser, config.rank, config.alpha or None, config.targets, config.output, config.start
+            )
     except (ValueError, re.error) as error:
         raise ConfigError(str(error)) from None
 
 
 def _train(
-    host: Host, state: State, folder: Path, train: data.Samples, held: data.Samples, reals: data.Samples | None, score: Score
+    host: Host,
+    state: State,
+    folder: Path,
+    train: data.Samples,
+    held: data.Samples,
+    reals: data.Samples | None,
+    score: Score,
 ) -> Iterator[Event]:
     config = state.config
     if resume(state, folder):
