@@ -273,7 +273,7 @@ def test_the_discriminator_s_loss_trains_it_alone(toys, name, penalty):
     batch = distill.draw(state, pairs, None, torch.Generator().manual_seed(0))
     with state.student.training():
         _, used = distill.student_loss(state, batch, toys.cond(1, 0.0), adversarial=True)
-        parts, _, _ = distill.discriminator_loss(state, used["real"], used["fake"])
+        parts, _, _ = distill.discriminator_loss(state, used["real"], used["fake"], batch.seed)
         assert ("r1" in parts) == (penalty != "none") and all(v > 0 for v in parts.values())
         sum(parts.values()).backward()
     assert any(p.grad.abs().sum() > 0 for p in state.discriminator.parameters() if p.grad is not None)
