@@ -57,7 +57,12 @@ class Config:
     accumulate: int = option(1, "batches whose gradients make one update", "training", low=1)
     lr: float = option(2e-4, "learning rate of the student", "training", low=0)
     lr_discriminator: float = option(5e-4, "learning rate of the discriminator", "training", low=0)
-    warmup: int = option(200, "first updates with the regression alone", "training", low=0)
+    warmup: int = option(
+        200,
+        "first updates with the regression alone; the adversarial weight rises over as many again",
+        "training",
+        low=0,
+    )
     discriminator_updates: int = option(1, "discriminator updates per student update", "training", low=1, high=16)
     clip: float = option(1.0, "largest gradient norm; larger ones are scaled down", "training", low=0)
     ema: float = option(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -265,6 +265,12 @@ def distillation_loss(state: State, output: Tensor, batch: Batch, uncond: Cond) 
     return losses.distillation(output, target, losses.WEIGHTS[config.distillation](schedule, sigma))
 
 
+def ramp(state: State) -> float:
+    """The adversarial weight's rise from 0 to 1 after the warm-up: a fresh discriminator's gradient is noise."""
+    warmup = state.config.warmup
+    return min(1.0, (state.update - warmup + 1) / warmup) if warmup else 1.0
+
+
 def student_loss(
     state: State, batch: Batch, uncond: Cond, adversarial: bool
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -299,9 +305,8 @@ def student_loss(
             if config.adversarial == "relativistic":
                 with torch.no_grad():
                     on_real = judge(state, real)
-            parts["adversarial"] = config.adversarial_weight * losses.ADVERSARIAL[config.adversarial][1](
-                on_fake, on_real
-            )
+            weight = config.adversarial_weight * ramp(state)
+            parts["adversarial"] = weight * losses.ADVERSARIAL[config.adversarial][1](on_fake, on_real)
             state.discriminator.requires_grad_(True)
     return parts, used
 
@@ -336,7 +341,7 @@ def _discriminate(state: State, pairs: Samples, reals: Samples | None, draws: to
     _check(state.update + 1, {"discriminator's gradient": norm})
 
 
-def distill(state: State, pairs: Samples, uncond: Cond, reals: Samples | None = None) -> Iterator[Step]:
+def distill(state: State, pairs: Samples, uncond: Cond, reals: Samples | None = None) -> Generator[Step, None, None]:
     """Train from `state.update` to `config.updates` (or `config.minutes`), yielding a Step after each update.
 
     The state lies whole between two yields, so closing the generator cancels; the teacher's flags

@@ -12,7 +12,7 @@ import random
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.card import StudentCard
+from ..core.card import StudentCard, read_card
 from ..core.features import TeacherFeatures
 from ..core.schedule import trailing_timesteps
 from ..core.student import Student, student_bytes
@@ -335,21 +335,22 @@ def _train(
     if state.update == 0:
         yield preview()
     try:
-        for step in distill(state, train, uncond, reals):
-            saved = False
-            history.add(step)
-            recent.append(step.health)
-            yield step
-            if config.select_every and step.update % config.select_every == 0:
-                yield select()
-            if config.preview_every and step.update % config.preview_every == 0:
-                yield preview()
-            if step.update % config.save_every == 0:
-                save_state(state, folder)
-                saved = True
-            if step.update % 100 == 0 and step.update > config.warmup:
-                for text in health.warnings(health.average(recent), config.adversarial_weight > 0):
-                    yield Warned(step.update, text)
+        with closing(distill(state, train, uncond, reals)) as steps:
+            for step in steps:
+                saved = False
+                history.add(step)
+                recent.append(step.health)
+                yield step
+                if config.select_every and step.update % config.select_every == 0:
+                    yield select()
+                if config.preview_every and step.update % config.preview_every == 0:
+                    yield preview()
+                if step.update % config.save_every == 0:
+                    save_state(state, folder)
+                    saved = True
+                if step.update % 100 == 0 and step.update > config.warmup + len(recent):
+                    for text in health.warnings(health.average(recent), config.adversarial_weight > 0):
+                        yield Warned(step.update, text)
     except Diverged as error:
         if not (folder / BEST).exists():
             write_student(host, state, folder / BEST, {})
@@ -368,8 +369,6 @@ def _train(
         card = write_student(host, state, folder / BEST, {})
     yield preview()
     if card is None:
-        from ..core.card import read_card
-
         card = read_card(folder / BEST)
     yield Finished(folder / BEST, card, state.extra.get("best"))
 
