@@ -339,7 +339,8 @@ def _train(
             for step in steps:
                 saved = False
                 history.add(step)
-                recent.append(step.health)
+                if step.update > config.warmup:
+                    recent.append(step.health)
                 yield step
                 if config.select_every and step.update % config.select_every == 0:
                     yield select()
@@ -348,7 +349,7 @@ def _train(
                 if step.update % config.save_every == 0:
                     save_state(state, folder)
                     saved = True
-                if step.update % 100 == 0 and step.update > config.warmup + len(recent):
+                if step.update % 100 == 0 and recent:
                     for text in health.warnings(health.average(recent), config.adversarial_weight > 0):
                         yield Warned(step.update, text)
     except Diverged as error:
