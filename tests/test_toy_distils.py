@@ -61,7 +61,7 @@ SETTINGS = {
     "regression": {"rank": 0, "updates": 300, "warmup": 300},
     "LoRA": {"rank": 8, "updates": 300, "warmup": 300},
     "adversarial": {"rank": 0, "updates": 300, "warmup": 200, "regression_weight": 0.5},
-    "ADD": {"rank": 0, "updates": 300, "warmup": 200, "distillation_weight": 1.0, "distillation_guidance": 1.0},
+    "ADD": {"rank": 0, "updates": 400, "warmup": 100, "distillation_weight": 0.5, "distillation_guidance": 1.0},
 }
 TERMS = {
     "regression": {"regression"},
