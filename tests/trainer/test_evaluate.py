@@ -163,6 +163,7 @@ def test_the_demonstration_ends_with_a_report(kit, host, reference_zip, tmp_path
     monkeypatch.setattr(demo, "load_host", lambda *args: host)
     monkeypatch.setattr(demo, "SETTINGS", settings)
     monkeypatch.setattr(demo, "REFERENCE", reference_zip)
+    monkeypatch.setattr(demo, "SHIPPED", tmp_path / "none.safetensors")
     monkeypatch.setattr(demo, "ALIKE_PROMPTS", 2)
     followed = []
 
