@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -79,6 +80,7 @@ class LoRA(nn.Module):
             raise ValueError(f"LoRA rank is {rank}: give at least 1")
         self.rank, self.alpha, self.targets = rank, float(alpha if alpha is not None else rank), targets
         self.enabled = False
+        self._folded = False
         pattern = re.compile(TARGETS.get(targets, targets))
         layers = {n: m for n, m in backbone.named_modules() if adaptable(m) and pattern.search(n)}
         if not layers:
@@ -91,7 +93,7 @@ class LoRA(nn.Module):
 
     def _hook(self, branch: Branch):
         def add(_module, args, output):
-            return output + branch(args[0]) if self.enabled else None
+            return output + branch(args[0]) if self.enabled and not self._folded else None
 
         return add
 
@@ -157,6 +159,26 @@ class LoRA(nn.Module):
             weight = weights[f"{name}.weight"]
             merged[f"{name}.weight"] = (weight.detach().float() + branch.delta().detach()).to(weight.dtype)
         return merged
+
+    @contextmanager
+    def folded(self, backbone: nn.Module) -> Iterator[None]:
+        """The backbone's weights are the merged ones within, so that a pass costs no more than the base's.
+
+        The very same tensors are put back at the end. Within, the backbone is the student whether
+        `enabled` or not.
+        """
+        weights = dict(backbone.named_parameters())
+        merged = self.merged(backbone)
+        kept = {name: weights[name].data for name in merged}
+        try:
+            for name, value in merged.items():
+                weights[name].data = value
+            self._folded = True
+            yield
+        finally:
+            self._folded = False
+            for name, value in kept.items():
+                weights[name].data = value
 
 
 def check_match(what: str, given: Iterable[str], wanted: Iterable[str]) -> None:

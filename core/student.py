@@ -86,6 +86,15 @@ class Student(Denoiser):
         finally:
             self.lora.enabled = before
 
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """The LoRA is merged into the shared weights within: for sampling alone, since the teacher is away."""
+        if self.lora is None:
+            yield
+            return
+        with self.lora.folded(self.backbone):
+            yield
+
     def output(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         with self.switched_on():
             return self._network.output(x, sigma, cond)

@@ -104,6 +104,29 @@ def test_merged_weights_equal_the_lora_on(toys, dtype):
     assert torch.allclose(on, off, atol=1e-5 if dtype == torch.float32 else 0.05)
 
 
+def test_within_merged_the_weights_carry_the_lora_and_come_back(toys):
+    teacher = toys.conv()
+    x, sigma, cond = inputs(toys, teacher)
+    before = teacher(x, sigma, cond)
+    student = Student(teacher, rank=3)
+    toys.nudge(student.lora)
+    on, pointers = student(x, sigma, cond), [p.data_ptr() for p in teacher.backbone.parameters()]
+    with pytest.raises(KeyError, match="stop"), student.merged():
+        assert torch.allclose(student(x, sigma, cond), on, atol=1e-5)
+        assert torch.allclose(teacher(x, sigma, cond), on, atol=1e-5)  # no branch on top
+        raise KeyError("stop")
+    assert [p.data_ptr() for p in teacher.backbone.parameters()] == pointers
+    assert torch.equal(teacher(x, sigma, cond), before) and torch.equal(student(x, sigma, cond), on)
+
+
+def test_a_full_copy_has_nothing_to_merge(toys):
+    teacher = toys.conv()
+    x, sigma, cond = inputs(toys, teacher)
+    student = Student(teacher, rank=0)
+    with student.merged():
+        assert torch.equal(student(x, sigma, cond), teacher(x, sigma, cond))
+
+
 def test_the_lora_is_on_linear_and_convolution(toys):
     lora = LoRA(toys.conv().backbone, rank=2)
     assert lora.names == ["conv_in", "text", "time", "down", "conv_out"]

@@ -78,7 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--student", type=Path, action="append", help="student file, repeatable (default: the shipped one)"
     )
     evaluate.add_argument("--reference", type=Path, help="zip of real pictures (default: the embedded model's)")
-    evaluate.add_argument("--count", type=int, default=400, help="pictures per arm and seed (default: 400)")
+    evaluate.add_argument("--count", type=int, help="pictures per arm and seed (default: one of every held-out prompt)")
     evaluate.add_argument("--seeds", type=int, default=3, help="noise seeds (default: 3)")
     evaluate.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     evaluate.set_defaults(command=run_evaluate)
@@ -247,7 +247,8 @@ def run_sample(args: argparse.Namespace) -> int:
         texts = prompts[first : first + 16]
         seeds = [args.seed + first + i for i in range(len(texts))]
         noise = seeded_noise(seeds, host.latent_shape, host.denoiser.device)
-        latents = student.generate(noise, host.encode_text(texts).to(noise.device), args.steps, seeds)
+        with student.merged():
+            latents = student.generate(noise, host.encode_text(texts).to(noise.device), args.steps, seeds)
         for text, seed, picture in zip(texts, seeds, host.decode(latents), strict=True):
             about = PngInfo()
             told = f"Steps: {args.steps}, Sampler: ADD {'1-step' if args.steps == 1 else 'few-step'}, CFG scale: 1"

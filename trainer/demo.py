@@ -53,16 +53,16 @@ def arms_of(host: DiffusersHost, guidance: float) -> dict[str, Arm]:
 
 
 class Bench:
-    """A reference set's prompts, and the pictures that arms make of them."""
+    """A reference set's held-out prompts (`count` of them, or all), and the pictures that arms make of them."""
 
-    def __init__(self, host: DiffusersHost, reference: Path | None, count: int):
+    def __init__(self, host: DiffusersHost, reference: Path | None, count: int | None):
         self.host = host
         whole = load_reference(reference or REFERENCE)
         self.judge = Judge(whole)
-        order = np.random.default_rng(0).permutation(len(whole.captions))[:count]
-        self.chosen = whole.take(order.tolist())
-        held = self.chosen.take(self.chosen.rows("heldout")[:SHOWN])
-        self.shown = held.captions
+        held = whole.split("heldout")
+        order = np.random.default_rng(0).permutation(len(held.captions))[:count]
+        self.chosen = held.take(order.tolist())
+        self.shown = self.chosen.captions[:SHOWN]
         self.context = functools.partial(autocast, Config(), host.denoiser.device)
 
     def pictures(self, arm: Arm, prompts: Sequence[str], seed: int, title: str) -> Tensor:
@@ -154,7 +154,7 @@ def _heading(name: str) -> tuple[str, str]:
 
 
 def measure_students(
-    model: Path | None, students: Sequence[Path], reference: Path | None, count: int, seeds: int
+    model: Path | None, students: Sequence[Path], reference: Path | None, count: int | None, seeds: int
 ) -> tuple[str, str]:
     """Score the teacher's arms and each student over several noise seeds; returns a table and JSON."""
     host = load_host(model)
@@ -177,7 +177,7 @@ def measure_students(
     floor = bench.judge.floor()
     lines = []
     for seed, scores in enumerate(per_seed):
-        lines += [f"seed {seed}, {count} pictures an arm", table(scores, floor), ""]
+        lines += [f"seed {seed}, {len(bench.chosen.captions)} pictures an arm", table(scores, floor), ""]
     lines.append(f"KID x 1000 over {seeds} seeds: mean (least to most)")
     base = np.mean([s[TEACHER].kid.value for s in per_seed])
     for name in arms:

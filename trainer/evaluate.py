@@ -6,6 +6,7 @@ import json
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,28 +26,42 @@ from .metrics import (
     StyleClassifier,
     frechet_distance,
     high_frequencies,
+    kernel_distance,
     kid,
     precision_recall,
 )
 
 REFERENCE = Path(__file__).parents[1] / "demo" / "reference.zip"
 BATCH = 32
+FEWEST = 8  # pictures of a split, with which every measure is defined
 
-# Makes latents (B, C, H, W) from unit noise (B, C, H, W) and conditions.
-Arm = Callable[[Tensor, Cond], Tensor]
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of making latents (B, C, H, W) from unit noise (B, C, H, W) and conditions.
+
+    `ready` gives the context in which it is called, entered once for many calls.
+    """
+
+    make: Callable[[Tensor, Cond], Tensor]
+    ready: Callable[[], AbstractContextManager] = nullcontext
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Real pictures (N, 3, H, W) in [0, 1], with captions, style words and splits."""
+    """Real pictures (N, 3, H, W) in [0, 1], with captions, style words and splits.
+
+    What is chosen (the best student) or fitted (the classifier) is so by the pictures of split
+    "train"; what is reported is measured against those of split "heldout" alone.
+    """
 
     images: Tensor
     captions: list[str]
     styles: list[str]
     splits: list[str]
 
-    def rows(self, split: str) -> list[int]:
-        return [i for i, s in enumerate(self.splits) if s == split]
+    def split(self, name: str) -> Reference:
+        return self.take([i for i, s in enumerate(self.splits) if s == name])
 
     def take(self, rows: Sequence[int]) -> Reference:
         images = self.images[list(rows)]
@@ -62,10 +77,14 @@ def load_reference(path: str | Path = REFERENCE) -> Reference:
             for row in rows:
                 with archive.open(row["file_name"]) as file:
                     pictures.append(np.asarray(Image.open(file).convert("RGB")))
-    except (OSError, KeyError, zipfile.BadZipFile, json.JSONDecodeError) as error:
+        splits = [row["split"] for row in rows]
+        for name in ("train", "heldout"):
+            if splits.count(name) < FEWEST:
+                raise ValueError(f"{splits.count(name)} pictures of split {name!r}, at least {FEWEST} are needed")
+        images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+        return Reference(images, [row["text"] for row in rows], [row["style"] for row in rows], splits)
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise DataError(f"reference set {path} cannot be read: {error}") from None
-    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
-    return Reference(images, [r["text"] for r in rows], [r["style"] for r in rows], [r["split"] for r in rows])
 
 
 def teacher_arm(host: Host, steps: int, guidance: float) -> Arm:
@@ -74,65 +93,70 @@ def teacher_arm(host: Host, steps: int, guidance: float) -> Arm:
     sigmas = trailing_sigmas(schedule, steps)
     uncond = host.encode_text([""])
 
-    def arm(noise: Tensor, cond: Cond) -> Tensor:
+    def make(noise: Tensor, cond: Cond) -> Tensor:
         model = Guided(host.denoiser, cond, uncond.to(noise.device), guidance)
         x = schedule.add_noise(torch.zeros_like(noise), noise, sigmas[:1].to(noise))
         return sample_euler(model, x, sigmas.to(noise))
 
-    return arm
+    return Arm(make)
 
 
 def student_arm(student: Student, steps: int = 1) -> Arm:
-    """The student in `steps`; noise between steps comes from torch's generator."""
-    return lambda noise, cond: student.generate(noise, cond, steps)
+    """The student in `steps`, merged; noise between steps comes from torch's generator."""
+    return Arm(lambda noise, cond: student.generate(noise, cond, steps), student.merged)
 
 
 @torch.no_grad()
-def make_pictures(host: Host, arm: Arm, prompts: Sequence[str], seed: int, context=None) -> Iterator[Tensor]:
+def make_pictures(host: Host, arm: Arm, prompts: Sequence[str], seed: int, context=nullcontext) -> Iterator[Tensor]:
     """Pictures (B, 3, H, W) in [0, 1], batch by batch; picture k has noise seed `seed * 100_000 + k`.
 
     `context` is a callable that gives a context manager for the passes, such as autocast.
     """
     device = host.denoiser.device
-    for first in range(0, len(prompts), BATCH):
-        texts = list(prompts[first : first + BATCH])
-        seeds = [seed * 100_000 + first + i for i in range(len(texts))]
-        noise = seeded_noise(seeds, host.latent_shape, device)
-        cond = host.encode_text(texts).to(device)
-        if context is None:
-            latents = arm(noise, cond)
-        else:
+    with arm.ready():
+        for first in range(0, len(prompts), BATCH):
+            texts = list(prompts[first : first + BATCH])
+            seeds = [seed * 100_000 + first + i for i in range(len(texts))]
+            noise = seeded_noise(seeds, host.latent_shape, device)
+            cond = host.encode_text(texts).to(device)
             with context():
-                latents = arm(noise, cond)
-        yield host.decode(latents.float()).cpu()
+                latents = arm.make(noise, cond)
+            yield host.decode(latents.float()).cpu()
 
 
 @dataclass(frozen=True)
 class Score:
-    """The measures of one arm. Distances are on EfficientNet-Lite0 features, see `metrics`."""
+    """The measures of one arm against held-out pictures; distances are on features of EfficientNet-Lite0."""
 
-    kid: Interval  # x 1000, to the reference
+    kid: Interval  # x 1000
     fd: float
     precision: float
     recall: float
     style: float  # share whose style word a classifier trained on real pictures tells right
     diversity: float  # mean distance of features between samples of one prompt, over the teacher's
-    sharpness: float  # power in high frequencies, over the reference's
+    sharpness: float  # power in high frequencies, over the real pictures'
     to_teacher: float  # mean distance of features to the teacher's picture of the same noise
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What real pictures score: the best that a model can be expected to reach."""
+
+    kid: Interval  # x 1000, training pictures against held-out ones, which have other names
+    style: float  # share of held-out pictures whose style the classifier tells right
 
 
 class Judge:
     """Features and classifier of a reference set, made once; scores any number of arms."""
 
     def __init__(self, reference: Reference):
-        self.reference = reference
         self.network = FeatureNetwork()
-        self.features = self.network(reference.images)
-        self.classifier = StyleClassifier(self.features, reference.styles)
+        train, self.real = reference.split("train"), reference.split("heldout")
+        self.train_features, self.features = self.network(train.images), self.network(self.real.images)
+        self.classifier = StyleClassifier(self.train_features, train.styles)
 
-    def floor(self) -> Interval:
-        """KID between the reference's training and held-out pictures: what real pictures of other names score."""
-        return kid(self.features[self.reference.rows("train")], self.features[self.reference.rows("heldout")])
+    def floor(self) -> Floor:
+        return Floor(kid(self.train_features, self.features), self.classifier.accuracy(self.features, self.real.styles))
 
     def score(
         self, images: Tensor, styles: Sequence[str], alike: Tensor, teacher: Tensor, teacher_alike: Tensor
@@ -147,7 +171,7 @@ class Judge:
             recall,
             self.classifier.accuracy(features, styles),
             self.spread(alike) / max(self.spread(teacher_alike), 1e-9),
-            high_frequencies(images) / high_frequencies(self.reference.images),
+            high_frequencies(images) / high_frequencies(self.real.images),
             float((features - of_teacher).norm(dim=1).mean()),
         )
 
@@ -157,10 +181,10 @@ class Judge:
         return float(torch.stack([torch.pdist(f).mean() for f in features]).mean())
 
     def kid_score(self, host: Host) -> Callable[[Tensor, Tensor], float]:
-        """A score for choosing the best student: KID x 1000 of its decoded latents to the reference."""
+        """A score for choosing the best student: KID x 1000 of its pictures to the training pictures."""
 
         def score(student: Tensor, _teacher: Tensor) -> float:
-            return kid(self.network(host.decode(student).cpu()), self.features, resamples=2).value
+            return 1000 * kernel_distance(self.network(host.decode(student).cpu()), self.train_features)
 
         return score
 
@@ -174,26 +198,27 @@ class Timing:
 
 
 @torch.no_grad()
-def measure_time(host: Host, arm: Arm, repeats: int = 5, context=None) -> Timing:
+def measure_time(host: Host, arm: Arm, repeats: int = 5, context=nullcontext) -> Timing:
     """Time one prompt to its picture, and count the rows that go through the denoiser."""
 
     def once() -> float:
         begun = time.perf_counter()
-        for _ in make_pictures(host, arm, ["fire, sky & weather, in flat noto style"], 0, context):
+        for _ in make_pictures(host, Arm(arm.make), ["fire, sky & weather, in flat noto style"], 0, context):
             pass
         return time.perf_counter() - begun
 
-    once()
     rows: list[int] = []  # guidance puts two rows into one call: rows are what costs
-    hook = host.denoiser.backbone.register_forward_pre_hook(lambda _module, args: rows.append(len(args[0])))
-    try:
-        times = [once() for _ in range(repeats)]
-    finally:
-        hook.remove()
+    with arm.ready():
+        once()
+        hook = host.denoiser.backbone.register_forward_pre_hook(lambda _module, args: rows.append(len(args[0])))
+        try:
+            times = [once() for _ in range(repeats)]
+        finally:
+            hook.remove()
     return Timing(float(np.median(times)), sum(rows) // repeats)
 
 
-def table(scores: dict[str, Score], floor: Interval) -> str:
+def table(scores: dict[str, Score], floor: Floor) -> str:
     """The scores as text, a line an arm."""
     heads = f"{'FD':>7} {'prec':>5} {'rec':>5} {'style':>6} {'div':>5} {'sharp':>6} {'to teacher':>10}"
     lines = [f"{'arm':<28} {'KID x1000 [95 %]':>26} {heads}"]
@@ -202,11 +227,11 @@ def table(scores: dict[str, Score], floor: Interval) -> str:
             f"{name:<28} {s.kid!s:>26} {s.fd:>7.1f} {s.precision:>5.2f} {s.recall:>5.2f} {s.style:>6.2f} "
             f"{s.diversity:>5.2f} {s.sharpness:>6.2f} {s.to_teacher:>10.2f}"
         )
-    lines.append(f"{'real, train vs held-out':<28} {floor!s:>26}")
+    lines.append(f"{'real, train vs held-out':<28} {floor.kid!s:>26} {floor.style:>28.2f}")
     return "\n".join(lines)
 
 
-def to_json(scores: dict[str, Score], floor: Interval, timings: dict[str, Timing]) -> str:
+def to_json(scores: dict[str, Score], floor: Floor, timings: dict[str, Timing]) -> str:
     return json.dumps(
         {
             "scores": {k: asdict(v) for k, v in scores.items()},

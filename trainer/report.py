@@ -16,9 +16,8 @@ from torch import Tensor
 
 from ..core.card import StudentCard
 from .data import write_whole
-from .evaluate import Score, Timing
+from .evaluate import Floor, Score, Timing
 from .health import RANGES
-from .metrics import Interval
 
 SCALE = 2  # small pictures are shown at twice their size
 
@@ -141,7 +140,7 @@ class Report:
     columns: Sequence[Column]
     prompts: Sequence[str]
     scores: dict[str, Score]
-    floor: Interval
+    floor: Floor
     timings: dict[str, Timing]
     card: StudentCard
     history: Path
@@ -167,10 +166,11 @@ def write(report: Report, folder: Path) -> Path:
         f'<img alt="Pictures of every arm" src="data:image/png;base64,{base64.b64encode(picture).decode()}">',
         "<h2>Measured</h2>",
         _table(report),
-        "<p>KID and FD are distances to real pictures on features of EfficientNet-Lite0, a network that the "
-        "discriminator never saw (lower is better; they are not Inception's FID). Diversity and sharpness are "
-        "ratios; 1 is the teacher's, and the real pictures'. The last row compares real pictures with real "
-        "pictures of other names: no model can be expected below it.</p>",
+        "<p>All prompts are names that neither teacher nor student was trained on. KID and FD are distances to "
+        "real pictures of those names on features of EfficientNet-Lite0, a network that the discriminator never "
+        "saw (lower is better; they are not Inception's FID). Diversity and sharpness are ratios; 1 is the "
+        "teacher's, and the real pictures'. The last row compares real pictures of the training names with them: "
+        "no model can be expected below it. Styles are told by a classifier that was fitted to real pictures.</p>",
         "<h2>Training</h2>",
         "<p>Smoothed over 25 updates; green is the healthy range.</p>",
         curves(report.history),
@@ -205,5 +205,6 @@ def _table(report: Report) -> str:
         cells += [f"{timing.seconds:.3f}", str(timing.passes)] if timing else ["", ""]
         tag = " class=ours" if name == report.ours else ""
         rows.append(f"<tr{tag}>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>")
-    rows.append(f"<tr><td>real, train vs held-out</td><td>{report.floor}</td>" + "<td></td>" * 8 + "</tr>")
+    real = ["real pictures", str(report.floor.kid), "", "", "", f"{report.floor.style:.0%}", *[""] * 4]
+    rows.append("<tr>" + "".join(f"<td>{c}</td>" for c in real) + "</tr>")
     return "<table><tr>" + "".join(f"<th>{h}</th>" for h in heads) + "</tr>" + "".join(rows) + "</table>"

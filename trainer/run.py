@@ -108,7 +108,7 @@ def student_pictures(state: State, pairs: data.Samples, rows: Tensor, steps: int
     """Latents (N, C, H, W), float32 on the CPU, that the averaged student makes from these pairs' noise."""
     device = state.student.device
     parts = []
-    with averaged(state), autocast(state.config, device):
+    with averaged(state), state.student.merged(), autocast(state.config, device):
         for chunk in rows.split(state.config.batch):
             cond = pairs.cond.rows(chunk).to(device)
             parts.append(state.student.generate(pairs.noise(chunk).to(device), cond, steps).float().cpu())

@@ -12,7 +12,7 @@ from turbodistill.core.sampling import sample_euler, seeded_noise, trailing_sigm
 from turbodistill.core.student import Student
 from turbodistill.trainer import demo, evaluate, report, run
 from turbodistill.trainer.data import DataError
-from turbodistill.trainer.evaluate import Judge, Score, Timing
+from turbodistill.trainer.evaluate import Floor, Judge, Score, Timing
 from turbodistill.trainer.metrics import Interval
 
 PROMPTS = [f"thing {i}" for i in range(40)]
@@ -31,7 +31,8 @@ def judge(reference):
 
 def test_a_reference_set_is_read_and_split(reference):
     assert reference.images.shape == (24, 3, 32, 32) and 0.9 < reference.images.max() <= 1
-    assert len(reference.rows("train")) == 16 and reference.rows("heldout") == list(range(16, 24))
+    assert len(reference.split("train").captions) == 16
+    assert torch.equal(reference.split("heldout").images, reference.images[16:])
     part = reference.take([17, 2])
     assert part.captions == ["thing 17, rough", "thing 2, flat"] and part.splits == ["heldout", "train"]
     assert torch.equal(part.images[1], reference.images[2])
@@ -84,11 +85,13 @@ def test_the_arms_passes_are_counted_as_rows(host):
 
 def test_real_pictures_score_best_and_noise_worst(judge, reference):
     alike = reference.images[:8].reshape(2, 4, 3, 32, 32)
-    real = judge.score(reference.images, reference.styles, alike, reference.images, alike)
-    noise = judge.score(torch.rand(24, 3, 32, 32), reference.styles, alike * 0.05 + 0.5, reference.images, alike)
+    held = reference.split("heldout")
+    real = judge.score(held.images, held.styles, alike, held.images, alike)
+    noise = judge.score(torch.rand(8, 3, 32, 32), held.styles, alike * 0.05 + 0.5, held.images, alike)
     assert real.kid.value < 0 < noise.kid.value and real.fd == pytest.approx(0, abs=0.1) and noise.fd > 1
-    assert (real.precision, real.recall, real.style, real.diversity) == (1.0, 1.0, 1.0, 1.0)
-    assert noise.precision < 0.5 and noise.style < 0.8 and noise.diversity < 1
+    assert (real.precision, real.recall, real.diversity) == (1.0, 1.0, 1.0)
+    assert real.style == judge.floor().style > noise.style
+    assert noise.precision < 0.5 and noise.diversity < 1
     assert real.sharpness == pytest.approx(1.0) and noise.sharpness > 1 and real.to_teacher == 0 < noise.to_teacher
 
 
@@ -96,17 +99,65 @@ def test_the_score_for_choosing_is_lower_for_what_is_nearer(judge, host, referen
     score = judge.kid_score(host)
     real = host.encode_images(reference.images)
     assert score(real, real) < score(torch.randn_like(real), real)
-    assert judge.floor().low <= judge.floor().value <= judge.floor().high
 
 
+def test_the_floor_is_what_real_pictures_score(judge):
+    floor = judge.floor()
+    assert floor.kid.low <= floor.kid.value <= floor.kid.high and floor.style > 0.8
+
+
+def test_choosing_and_scoring_see_different_pictures(host, reference, judge):
+    """The best student is chosen by the training pictures; what is reported is measured on the held-out ones."""
+    torch.manual_seed(0)
+    swapped = evaluate.Reference(
+        torch.cat([reference.images[:16], torch.rand(8, 3, 32, 32)]),
+        reference.captions,
+        reference.styles,
+        reference.splits,
+    )
+    other = Judge(swapped)
+    latents = host.encode_images(reference.images[:8])
+    chosen = [j.kid_score(host)(latents, latents) for j in (judge, other)]
+    assert chosen[1] == pytest.approx(chosen[0], rel=1e-4)
+    alike = reference.images[:8].reshape(2, 4, 3, 32, 32)
+    pictures, styles = reference.images[:8], reference.styles[:8]
+    scores = [j.score(pictures, styles, alike, pictures, alike).kid.value for j in (judge, other)]
+    assert scores[1] > scores[0]
+
+
+def test_a_reference_set_without_held_out_pictures_is_told(tmp_path, reference_zip):
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(reference_zip) as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            new.writestr(name, content.replace(b"heldout", b"train") if name == "metadata.jsonl" else content)
+    with pytest.raises(DataError, match="0 pictures of split 'heldout'"):
+        evaluate.load_reference(path)
+
+
+def test_a_merged_student_is_timed_and_the_teacher_comes_back(host, kit):
+    student = Student(host.denoiser, 2)
+    torch.nn.init.normal_(student.lora.branches[0].up)
+    before = [p.clone() for p in host.denoiser.backbone.parameters()]
+    plain = student.generate(seeded_noise([0], host.latent_shape), host.encode_text(["a"]))
+    arm = evaluate.student_arm(student)
+    with arm.ready():
+        merged = arm.make(seeded_noise([0], host.latent_shape), host.encode_text(["a"]))
+        changed = [not torch.equal(a, b) for a, b in zip(before, host.denoiser.backbone.parameters(), strict=True)]
+    assert any(changed) and torch.allclose(plain, merged, atol=1e-4)
+    student.release()
+    assert all(torch.equal(a, b) for a, b in zip(before, host.denoiser.backbone.parameters(), strict=True))
+
+
+FLOOR = Floor(Interval(0.1, 0.0, 0.2), 0.9)
 SCORE = Score(Interval(1.5, 1.0, 2.0), 30.0, 0.9, 0.8, 0.95, 1.1, 0.7, 3.0)
 
 
 def test_the_table_and_json_hold_every_arm():
-    text = evaluate.table({"teacher": SCORE, "student": SCORE}, Interval(0.1, 0.0, 0.2))
+    text = evaluate.table({"teacher": SCORE, "student": SCORE}, FLOOR)
     lines = text.splitlines()
     assert len(lines) == 4 and lines[1].startswith("teacher ") and "1.5 [1.0, 2.0]" in lines[2]
-    told = json.loads(evaluate.to_json({"a": SCORE}, Interval(0.1, 0.0, 0.2), {"a": Timing(0.5, 1)}))
+    told = json.loads(evaluate.to_json({"a": SCORE}, FLOOR, {"a": Timing(0.5, 1)}))
     assert told["scores"]["a"]["kid"]["value"] == 1.5 and told["timings"]["a"] == {"seconds": 0.5, "passes": 1}
 
 
@@ -132,7 +183,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(kit, host, tmp_path):
         columns,
         ["one & two", "three"],
         {"teacher": SCORE, "student": SCORE},
-        Interval(0.1, 0.0, 0.2),
+        FLOOR,
         {"teacher": Timing(2.0, 100), "student": Timing(0.05, 1)},
         finished.card,
         tmp_path / run.HISTORY,
