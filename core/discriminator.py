@@ -34,7 +34,7 @@ class Head(nn.Module):
     def forward(self, features: Tensor, condition: Tensor) -> Tensor:
         h = F.leaky_relu(self.inner(features), 0.2)
         h = (h + F.leaky_relu(self.residual(h), 0.2)) * math.sqrt(0.5)
-        matched = (h * self.project(condition)[:, :, None, None]).mean(1, keepdim=True)
+        matched = (h * self.project(condition)[:, :, None, None]).sum(1, keepdim=True) / math.sqrt(h.shape[1])
         return (self.out(h) + matched).flatten(1)
 
 

@@ -11,6 +11,7 @@ from turbodistill.core.sampling import sample_euler
 from turbodistill.core.schedule import DiscreteSchedule, FlowSchedule, expand
 from turbodistill.core.student import Student
 from turbodistill.trainer import distill
+from turbodistill.trainer.batch import draw
 from turbodistill.trainer.config import Config
 from turbodistill.trainer.data import Samples
 
@@ -222,7 +223,7 @@ def toy_state(toys, teacher=None, rank=0, **settings):
 @pytest.mark.parametrize("weighting", WEIGHTS)
 def test_distillation_noises_the_student_s_output_and_not_the_real_picture(toys, weighting):
     state, pairs = toy_state(toys, distillation=weighting, distillation_weight=2.5)
-    batch = distill.draw(state, pairs, None, torch.Generator().manual_seed(0))
+    batch = draw(state.config, state.student, pairs, None, torch.Generator().manual_seed(0))
     output = toys.picture(4).requires_grad_()
     # Its answer depends on the condition, which is all that NFSD moves by.
     recorder = toys.Recorder(lambda x, _, cond: x / 2 + expand(cond.context.mean((1, 2)), x), state.student.schedule)
@@ -239,7 +240,7 @@ def test_distillation_noises_the_student_s_output_and_not_the_real_picture(toys,
 def test_distillation_asks_the_teacher_with_guidance(toys):
     # "Teacher without CFG" is a mistake that no loss curve shows.
     state, pairs = toy_state(toys, distillation_weight=2.5, distillation_guidance=4.0)
-    batch = distill.draw(state, pairs, None, torch.Generator().manual_seed(0))
+    batch = draw(state.config, state.student, pairs, None, torch.Generator().manual_seed(0))
     output, uncond = toys.picture(4), toys.cond(1, 0.0)
     teacher, sigma = state.student.teacher, batch.distill_sigma
     noisy = state.student.schedule.add_noise(output, batch.distill_noise, sigma)
@@ -256,7 +257,7 @@ def test_every_term_reaches_the_student_and_nothing_else(toys, term, rank):
     state, pairs = toy_state(toys, rank=rank, **weights)
     if rank:
         toys.nudge(state.student.lora)
-    batch = distill.draw(state, pairs, None, torch.Generator().manual_seed(0))
+    batch = draw(state.config, state.student, pairs, None, torch.Generator().manual_seed(0))
     with state.student.training():
         parts, used = distill.student_loss(state, batch, toys.cond(1, 0.0), adversarial=True)
         assert list(parts) == [{"feature": "features"}.get(term, term)] and used["output"].requires_grad
@@ -270,7 +271,7 @@ def test_every_term_reaches_the_student_and_nothing_else(toys, term, rank):
 @pytest.mark.parametrize("name", ADVERSARIAL)
 def test_the_discriminator_s_loss_trains_it_alone(toys, name, penalty):
     state, pairs = toy_state(toys, adversarial=name, r1=penalty)
-    batch = distill.draw(state, pairs, None, torch.Generator().manual_seed(0))
+    batch = draw(state.config, state.student, pairs, None, torch.Generator().manual_seed(0))
     with state.student.training():
         _, used = distill.student_loss(state, batch, toys.cond(1, 0.0), adversarial=True)
         parts, _, _ = distill.discriminator_loss(state, used["real"], used["fake"], batch.seed)

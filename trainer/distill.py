@@ -17,9 +17,9 @@ from ..core import losses
 from ..core.denoiser import Cond
 from ..core.discriminator import Discriminator
 from ..core.features import TeacherFeatures
-from ..core.sampling import trailing_timesteps
 from ..core.schedule import expand
 from ..core.student import Student
+from .batch import Batch, draw, generator
 from .config import Config, check_resumable
 from .data import Samples
 from .health import Health, measure
@@ -53,11 +53,6 @@ def fast_bfloat16_cpu() -> bool:
     """Whether this CPU has bfloat16 instructions; without them bfloat16 is slower than float32."""
     check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(check and check())
-
-
-def generator(seed: int, update: int, purpose: int = 0) -> torch.Generator:
-    """Randomness of one update, told by its number alone: a resumed run draws the same."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + update) * 16 + purpose)
 
 
 @dataclass
@@ -127,69 +122,6 @@ class State:
 
 def tap_names(config: Config) -> list[str]:
     return [name.strip() for name in config.taps.split(",") if name.strip()]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One batch on the device, with everything random about it drawn."""
-
-    x: Tensor  # (B, C, H, W) the student's input
-    sigma: Tensor  # (B,) its level
-    first: Tensor  # (B,) true where it is pure noise
-    cond: Cond
-    target: Tensor  # (B, C, H, W) the teacher's picture from the same noise
-    positive: Tensor  # (B, C, H, W) what the discriminator takes for real
-    positive_cond: Cond
-    renoise: Tensor  # (B,) sigma at which the discriminator sees both
-    noise: Tensor  # (B, C, H, W) the noise of that
-    distill_sigma: Tensor  # (B,) sigma of the distillation term
-    distill_noise: Tensor
-    seed: int  # of what is drawn on the device
-
-
-def draw(state: State, pairs: Samples, reals: Samples | None, draws: torch.Generator) -> Batch:
-    """A batch for one update."""
-    config, schedule = state.config, state.student.schedule
-    device, size = state.student.device, config.batch
-    rows = torch.randint(len(pairs), (size,), generator=draws)
-    target, cond = pairs.latents[rows], pairs.cond.rows(rows)
-    shape = target.shape
-    timesteps = torch.tensor(trailing_timesteps(config.steps, state.student.start, schedule.timesteps))
-    share = torch.full((config.steps,), (1 - config.first_share) / max(config.steps - 1, 1))
-    share[0] = config.first_share if config.steps > 1 else 1.0
-    level = torch.multinomial(share, size, True, generator=draws)
-    first = level == 0
-    sigma = schedule.sigma(timesteps[level])
-    # Pure noise is the pair's own, so that the regression has one answer; later steps get fresh noise.
-    clean = torch.where(expand(first, target).bool(), torch.zeros_like(target), target)
-    noise = torch.where(expand(first, target).bool(), pairs.noise(rows), torch.randn(shape, generator=draws))
-    positive, positive_cond = target, cond
-    if reals is not None and config.positives != "teacher":
-        other = torch.randint(len(reals), (size,), generator=draws)
-        take = torch.rand(size, generator=draws) < (1.0 if config.positives == "real" else config.real_share)
-        positive = torch.where(expand(take, target).bool(), reals.latents[other], target)
-        mixed = torch.arange(size) + size * take
-        positive_cond = Cond.cat([cond, reals.cond.rows(other)]).rows(mixed)
-    last = schedule.timesteps - 1
-    normal = torch.randn(size, generator=draws)
-    renoise = schedule.sigma(
-        torch.sigmoid(config.renoise_mean + config.renoise_std * normal) * last
-    )  # LADD, section 3.2
-    uniform = torch.rand(size, generator=draws)
-    return Batch(
-        schedule.add_noise(clean, noise, sigma).to(device),
-        sigma.to(device),
-        first.to(device),
-        cond.to(device),
-        target.to(device),
-        positive.to(device),
-        positive_cond.to(device),
-        renoise.to(device),
-        torch.randn(shape, generator=draws).to(device),
-        schedule.sigma(last * (0.02 + 0.96 * uniform)).to(device),
-        torch.randn(shape, generator=draws).to(device),
-        int(torch.randint(2**31, (1,), generator=draws)),
-    )
 
 
 @dataclass(frozen=True)
@@ -328,7 +260,7 @@ def _update(optimizer: torch.optim.Optimizer, module: nn.Module, clip: float) ->
 
 def _discriminate(state: State, pairs: Samples, reals: Samples | None, draws: torch.Generator) -> None:
     """One more discriminator update, on a batch of its own."""
-    batch = draw(state, pairs, reals, draws)
+    batch = draw(state.config, state.student, pairs, reals, draws)
     device = state.student.device
     with autocast(state.config, device):
         with torch.no_grad():
@@ -363,7 +295,7 @@ def distill(state: State, pairs: Samples, uncond: Cond, reals: Samples | None = 
             on_real: list[Tensor] = []
             on_fake: list[Tensor] = []
             used: dict[str, Any] = {}
-            batches = [draw(state, pairs, reals, draws) for _ in range(config.accumulate)]
+            batches = [draw(state.config, state.student, pairs, reals, draws) for _ in range(config.accumulate)]
             for batch in batches:
                 with autocast(config, student.device):
                     parts, used = student_loss(state, batch, uncond, adversarial)

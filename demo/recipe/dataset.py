@@ -7,6 +7,10 @@ another): `images` uint8 (N, 3, 64, 64) RGB on white, and in its header the list
 `{name, caption, style, split}`. Flags and skin tones are left out. Five per cent of the names,
 chosen by a hash of the name so that the choice never moves, form the `heldout` split that no
 training of ours sees.
+
+    python -m turbodistill.demo.recipe.dataset --pictures pictures/
+
+writes the training pictures as a captioned folder instead, as `turbodistill distill --images` takes.
 """
 
 from __future__ import annotations
@@ -121,7 +125,21 @@ def load(folder: Path = BUILD) -> tuple[torch.Tensor, list[dict]]:
         return file.get_tensor("images"), json.loads(file.metadata()["records"])
 
 
+def export(folder: Path, pictures: Path) -> None:
+    """Write the training pictures as PNG files with a `metadata.jsonl` of their captions."""
+    images, records = load(folder)
+    pictures.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i, (image, record) in enumerate(zip(tqdm(images, desc="pictures"), records, strict=True)):
+        if record["split"] == "train":
+            rows.append({"file_name": f"{i:05d}.png", "text": record["caption"]})
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(pictures / rows[-1]["file_name"])
+    (pictures / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=BUILD)
-    build(parser.parse_args().folder)
+    parser.add_argument("--pictures", type=Path, help="write the training pictures here, for a distillation")
+    args = parser.parse_args()
+    export(args.folder, args.pictures) if args.pictures else build(args.folder)

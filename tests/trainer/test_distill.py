@@ -120,7 +120,7 @@ def test_a_step_names_the_losses_that_made_it(kit, host, tmp_path, changes, name
 def test_the_distillation_term_noises_the_students_output(kit, host, tmp_path, monkeypatch):
     """ADD, section 3.3: x_hat is diffused and denoised by the teacher, not the pair's picture."""
     state, samples = start(kit, host, tmp_path, distillation_weight=1.0)
-    batch = loop.draw(state, samples, None, loop.generator(0, 0))
+    batch = loop.draw(state.config, state.student, samples, None, loop.generator(0, 0))
     seen = {}
     inner = losses.teacher_target
 
@@ -143,7 +143,7 @@ def test_the_distillation_term_noises_the_students_output(kit, host, tmp_path, m
 def test_the_gradient_reaches_the_student_and_stops_at_teacher_and_discriminator(kit, host, tmp_path):
     state, samples = start(kit, host, tmp_path, distillation_weight=1.0, feature_weight=1.0)
     with state.student.training():
-        batch = loop.draw(state, samples, None, loop.generator(0, 0))
+        batch = loop.draw(state.config, state.student, samples, None, loop.generator(0, 0))
         parts, _ = loop.student_loss(state, batch, host.encode_text([""]), adversarial=True)
         for name, part in parts.items():
             state.optimizer.zero_grad()
@@ -157,7 +157,7 @@ def test_the_gradient_reaches_the_student_and_stops_at_teacher_and_discriminator
 def test_pure_noise_is_the_pairs_own(kit, host, tmp_path):
     """Or the regression would ask one answer of another noise."""
     state, samples = start(kit, host, tmp_path, steps=2)
-    batch = loop.draw(state, samples, None, loop.generator(0, 0))
+    batch = loop.draw(state.config, state.student, samples, None, loop.generator(0, 0))
     assert batch.first.any() and not batch.first.all()
     by_picture = {samples.latents[i].numpy().tobytes(): i for i in range(len(samples))}
     rows = torch.tensor([by_picture[t.numpy().tobytes()] for t in batch.target])
@@ -168,7 +168,7 @@ def test_pure_noise_is_the_pairs_own(kit, host, tmp_path):
 def test_positives_are_mixed_by_their_share_with_their_own_text(kit, host, tmp_path):
     state, samples = start(kit, host, tmp_path, positives="both", real_share=0.25, batch=400)
     pictures = reals(host)
-    batch = loop.draw(state, samples, pictures, loop.generator(0, 0))
+    batch = loop.draw(state.config, state.student, samples, pictures, loop.generator(0, 0))
     of_teacher = (batch.positive == batch.target).flatten(1).all(1)
     assert 0.15 < 1 - of_teacher.float().mean() < 0.35
     assert torch.equal(batch.positive_cond.context[of_teacher], batch.cond.context[of_teacher])
