@@ -63,6 +63,9 @@ class Config:
         "training",
         low=0,
     )
+    decay: float = option(
+        0.3, "share of the run, at its end, over which both learning rates fall to zero", "training", low=0, high=1
+    )
     discriminator_updates: int = option(1, "discriminator updates per student update", "training", low=1, high=16)
     clip: float = option(1.0, "largest gradient norm; larger ones are scaled down", "training", low=0)
     ema: float = option(

@@ -203,6 +203,15 @@ def ramp(state: State) -> float:
     return min(1.0, (state.update - warmup + 1) / warmup) if warmup else 1.0
 
 
+def rate(state: State) -> float:
+    """The learning rates' factor: 1, then falling linearly to 0 over the last share `decay` of the run."""
+    config = state.config
+    done = state.update / config.updates
+    if config.minutes:
+        done = max(done, state.spent / (60 * config.minutes))
+    return min(1.0, (1 - done) / config.decay) if config.decay else 1.0
+
+
 def student_loss(
     state: State, batch: Batch, uncond: Cond, adversarial: bool
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -286,6 +295,13 @@ def distill(state: State, pairs: Samples, uncond: Cond, reals: Samples | None = 
         while state.update < config.updates and not (config.minutes and state.spent >= config.minutes * 60):
             begun = time.monotonic()
             adversarial = state.update >= config.warmup
+            scale = rate(state)
+            for optimizer, lr in (
+                (state.optimizer, config.lr),
+                (state.discriminator_optimizer, config.lr_discriminator),
+            ):
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * scale
             totals: dict[str, float] = {}
             if adversarial and uses_discriminator:
                 for extra in range(1, config.discriminator_updates):

@@ -152,24 +152,26 @@ class Judge:
     def __init__(self, reference: Reference):
         self.network = FeatureNetwork()
         train, self.real = reference.split("train"), reference.split("heldout")
-        self.train_features, self.features = self.network(train.images), self.network(self.real.images)
-        self.classifier = StyleClassifier(self.train_features, train.styles)
+        self.train_features, textures = self.network(train.images)
+        self.features, self.textures = self.network(self.real.images)
+        self.classifier = StyleClassifier(textures, train.styles)
 
     def floor(self) -> Floor:
-        return Floor(kid(self.train_features, self.features), self.classifier.accuracy(self.features, self.real.styles))
+        return Floor(kid(self.train_features, self.features), self.classifier.accuracy(self.textures, self.real.styles))
 
     def score(
         self, images: Tensor, styles: Sequence[str], alike: Tensor, teacher: Tensor, teacher_alike: Tensor
     ) -> Score:
         """Score `images` (N, 3, H, W); `alike` (P, S, 3, H, W) are S samples of each of P prompts."""
-        features, of_teacher = self.network(images), self.network(teacher)
+        features, textures = self.network(images)
+        of_teacher, _ = self.network(teacher)
         precision, recall = precision_recall(self.features, features)
         return Score(
             kid(features, self.features),
             frechet_distance(features, self.features),
             precision,
             recall,
-            self.classifier.accuracy(features, styles),
+            self.classifier.accuracy(textures, styles),
             self.spread(alike) / max(self.spread(teacher_alike), 1e-9),
             high_frequencies(images) / high_frequencies(self.real.images),
             float((features - of_teacher).norm(dim=1).mean()),
@@ -177,14 +179,14 @@ class Judge:
 
     def spread(self, alike: Tensor) -> float:
         """Mean pairwise distance of features among the samples of one prompt, (P, S, 3, H, W)."""
-        features = self.network(alike.flatten(0, 1)).reshape(*alike.shape[:2], -1)
+        features = self.network(alike.flatten(0, 1))[0].reshape(*alike.shape[:2], -1)
         return float(torch.stack([torch.pdist(f).mean() for f in features]).mean())
 
     def kid_score(self, host: Host) -> Callable[[Tensor, Tensor], float]:
         """A score for choosing the best student: KID x 1000 of its pictures to the training pictures."""
 
         def score(student: Tensor, _teacher: Tensor) -> float:
-            return 1000 * kernel_distance(self.network(host.decode(student).cpu()), self.train_features)
+            return 1000 * kernel_distance(self.network(host.decode(student).cpu())[0], self.train_features)
 
         return score
 

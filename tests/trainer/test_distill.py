@@ -1,5 +1,6 @@
 """The training loop: every loss and option makes updates, and nothing of the teacher changes."""
 
+import contextlib
 import math
 
 import pytest
@@ -50,6 +51,7 @@ OPTIONS = {
     "bfloat16": {"precision": "bfloat16"},
     "auto": {"precision": "auto"},
     "batch of one": {"batch": 1},
+    "decay": {"decay": 1.0},
 }
 
 
@@ -261,3 +263,27 @@ def test_a_student_that_must_improve_does(kit, host, tmp_path):
     state, samples = start(kit, host, tmp_path, rank=0, adversarial_weight=0.0, updates=60, batch=12, lr=3e-3)
     told = [s.losses["regression"] for s in distill(state, samples, host.encode_text([""]))]
     assert sum(told[-5:]) < 0.5 * sum(told[:5])
+
+
+@pytest.mark.parametrize(
+    ("settings", "update", "spent", "factor"),
+    [
+        ({"decay": 0.3, "updates": 100}, 0, 0.0, 1.0),
+        ({"decay": 0.3, "updates": 100}, 70, 0.0, 1.0),
+        ({"decay": 0.3, "updates": 100}, 85, 0.0, 0.5),
+        ({"decay": 0.3, "updates": 100, "minutes": 2.0}, 10, 102.0, 0.5),  # the clock is further on
+        ({"decay": 0.3, "updates": 100}, 10, 102.0, 1.0),
+        ({"decay": 1.0, "updates": 4}, 3, 0.0, 0.25),
+        ({"decay": 0.0, "updates": 4}, 3, 0.0, 1.0),
+    ],
+)
+def test_the_learning_rates_fall_to_zero_at_the_end(host, kit, tmp_path, settings, update, spent, factor):
+    config = kit.config(**settings)
+    samples = kit.pairs(host, config, tmp_path)
+    state = kit.state(host, config, samples)
+    state.update, state.spent = update, spent
+    assert loop.rate(state) == pytest.approx(factor)
+    with contextlib.closing(distill(state, samples, host.encode_text([""]))) as steps:
+        next(steps)
+    assert state.optimizer.param_groups[0]["lr"] == pytest.approx(factor * state.config.lr)
+    assert state.discriminator_optimizer.param_groups[0]["lr"] == pytest.approx(factor * state.config.lr_discriminator)
