@@ -1,0 +1,98 @@
+"""How one-step models made elsewhere are sampled: one table, and how a model is recognised.
+
+A student of ours says it in its card; these do not. Sources: the models' own cards and pipelines;
+arXiv 2311.17042 (Turbo), 2402.13929 (Lightning), 2404.13686 (Hyper-SD), 2405.14867 (DMD2),
+2412.02030 (NitroFusion), 2310.04378 (LCM).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from .card import StudentCard
+from .schedule import trailing_timesteps
+
+MOST = 8  # steps
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a model is sampled in one or a few steps, at cfg 1.
+
+    `prediction` is how its output is read: as the base model's (`inherit`), eps, v, x0, flow, or
+    `lcm`, which is eps with LCM's boundary scalings. `start` is the timestep of pure noise, `steps`
+    the number of steps it was made for. `renoise` adds fresh noise between steps; else Euler's step
+    is taken. `shift` is NitroFusion's: the network is told the timestep t shift / 1000.
+    """
+
+    name: str
+    prediction: str = "inherit"
+    start: int = 999
+    steps: int = 1
+    renoise: bool = True
+    shift: int = 1000
+
+    def timesteps(self, steps: int, denoise: float = 1.0) -> list[int]:
+        """The start of each of `steps` steps, falling.
+
+        `denoise` 1 begins at `start`, less begins that much nearer to the picture (img2img). Raises
+        ValueError for steps or a denoise that cannot be.
+        """
+        if not 1 <= steps <= MOST:
+            raise ValueError(f"steps is {steps}: give 1 to {MOST}")
+        if not 0 < denoise <= 1:
+            raise ValueError(f"denoise is {denoise:g}: give more than 0, and at most 1")
+        return trailing_timesteps(steps, max(round((self.start + 1) * denoise), steps) - 1)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models: the pattern in their names, its sampling, and what differs for some numbers of steps."""
+
+    pattern: str
+    sampling: Sampling
+    special: Mapping[int, Sampling] = field(default_factory=dict)
+
+    def for_steps(self, steps: int | None) -> Sampling:
+        if steps is None:
+            return self.sampling
+        name = f"{self.sampling.name}, {steps} step{'s' * (steps > 1)}"
+        return replace(self.special.get(steps, self.sampling), steps=steps, name=name)
+
+
+def _family(pattern: str, name: str, *settings, special: Mapping[int, Sampling] | None = None, **more) -> Family:
+    return Family(pattern, Sampling(name, *settings, **more), special or {})
+
+
+# The first whose pattern is found wins: what is more particular stands above.
+FAMILIES: dict[str, Family] = {
+    family.sampling.name: family
+    for family in (
+        _family(r"nitro.*vibrant", "NitroFusion Vibrant", shift=500),
+        _family(r"nitro", "NitroFusion Realism", shift=250),
+        _family(r"lightning", "SDXL-Lightning", steps=4, renoise=False, special={1: Sampling("", "x0", renoise=False)}),
+        _family(r"hyper[-_ ]?sd", "Hyper-SD", steps=4, renoise=False, special={1: Sampling("", start=800)}),
+        _family(r"dmd", "DMD2", steps=4, special={1: Sampling("", start=399)}),
+        _family(r"lcm|latent.?consistency", "LCM", "lcm", steps=4),
+        _family(r"turbo", "SD-Turbo, SDXL-Turbo"),
+    )
+}
+STEPS = re.compile(r"(?<!\d)([1-8])[-_ ]?steps?", re.IGNORECASE)
+
+
+def recognise(*hints: str) -> Sampling | None:
+    """The sampling of the first hint (a file's name, a title in its metadata) that names a family, or None."""
+    for hint in hints:
+        for family in FAMILIES.values():
+            if re.search(family.pattern, hint, re.IGNORECASE):
+                told = STEPS.search(hint)
+                return family.for_steps(int(told[1]) if told else None)
+    return None
+
+
+def of_card(card: StudentCard) -> Sampling:
+    """The sampling of a student of ours."""
+    prediction = "inherit" if card.prediction == card.base_prediction else card.prediction
+    return Sampling(f"student of {card.base_model}", prediction, card.timesteps[0])
