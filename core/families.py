@@ -46,6 +46,14 @@ class Sampling:
             raise ValueError(f"denoise is {denoise:g}: give more than 0, and at most 1")
         return trailing_timesteps(steps, max(round((self.start + 1) * denoise), steps) - 1)
 
+    def in_words(self) -> str:
+        reading = {"inherit": "as the base model's", "lcm": "as LCM's"}.get(self.prediction, f"as {self.prediction}")
+        between = "fresh noise" if self.renoise else "Euler's step"
+        return (
+            f"{self.name}: made for {self.steps} step{'s' * (self.steps > 1)}, noise enters at timestep {self.start}, "
+            f"the output is read {reading}, between steps comes {between}; cfg 1, negative prompts do nothing."
+        )
+
 
 @dataclass(frozen=True)
 class Family:
@@ -58,8 +66,7 @@ class Family:
     def for_steps(self, steps: int | None) -> Sampling:
         if steps is None:
             return self.sampling
-        name = f"{self.sampling.name}, {steps} step{'s' * (steps > 1)}"
-        return replace(self.special.get(steps, self.sampling), steps=steps, name=name)
+        return replace(self.special.get(steps, self.sampling), steps=steps, name=self.sampling.name)
 
 
 def _family(pattern: str, name: str, *settings, special: Mapping[int, Sampling] | None = None, **more) -> Family:

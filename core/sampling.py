@@ -6,8 +6,10 @@ x0, `x` (B, C, H, W) is noise already at `sigmas[0]`, `sigmas` (n + 1,) falls to
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -31,6 +33,21 @@ def seeded_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.devic
     return torch.stack(rows).to(device)
 
 
+def row_noise(x: Tensor) -> Callable[[int], Tensor]:
+    """Fresh noise for each later step, `noise(i)` like x (B, ...), told by the signs of x's own rows.
+
+    So an item of a batch is given the noise that it is given alone, and whoever begins with the same
+    noise, at whatever scale and in whatever host, goes on with the same.
+    """
+    signs = [numpy.packbits(row.detach().gt(0).flatten().cpu().numpy()).tobytes() for row in x]
+    seeds = [int.from_bytes(hashlib.sha256(row).digest()[:7], "big") for row in signs]
+
+    def noise(i: int) -> Tensor:
+        return seeded_noise([seed + i for seed in seeds], x.shape[1:], x.device).to(x)
+
+    return noise
+
+
 def _levels(x: Tensor, sigmas: Tensor):
     """Pairs (sigma, next) as (B,) tensors beside their index."""
     ones = x.new_ones(x.shape[0])
@@ -46,17 +63,17 @@ def _report(callback: Callable | None, x: Tensor, i: int, sigma: Tensor, denoise
 def sample_few_step(model, x, sigmas, extra_args=None, callback=None, disable=None, schedule=None, noise=None):
     """Denoise to x0 and add fresh noise for the next level (ADD, section 4; consistency sampling).
 
-    With one step this is `sample_one_step`. `schedule` is the model's own if not given;
-    `noise(x, i)` draws the noise of step i, by default from torch's generator.
+    With one step this is `sample_one_step`. `schedule` is the model's own if not given; `noise(i)`
+    draws the noise that follows step i, by default `row_noise`.
     """
     schedule = schedule or model.schedule
+    noise = noise or row_noise(x)
     for i, sigma, following in _levels(x, sigmas):
         denoised = model(x, sigma, **(extra_args or {}))
         _report(callback, x, i, sigma, denoised)
         x = denoised
         if following[0] > 0:
-            fresh = torch.randn_like(x) if noise is None else noise(x, i)
-            x = schedule.add_noise(denoised, fresh, following)
+            x = schedule.add_noise(denoised, noise(i), following)
     return x
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -108,21 +108,11 @@ class Student(Denoiser):
         return sigmas_of(self.schedule, trailing_timesteps(steps, self.start, self.schedule.timesteps))
 
     @torch.no_grad()
-    def generate(self, noise: Tensor, cond: Cond, steps: int = 1, seeds: Sequence[int] | None = None) -> Tensor:
-        """Unit noise (B, C, H, W) -> latents (B, C, H, W) in `steps`.
-
-        `seeds` (B,) fix the noise added between steps, each row by its own.
-        """
+    def generate(self, noise: Tensor, cond: Cond, steps: int = 1) -> Tensor:
+        """Unit noise (B, C, H, W) -> latents (B, C, H, W) in `steps`; a row's picture is its noise's alone."""
         sigmas = self.sigmas(steps).to(noise)
         x = self.schedule.add_noise(torch.zeros_like(noise), noise, sigmas[:1])
-
-        def between(x: Tensor, i: int) -> Tensor:
-            if seeds is None:
-                return torch.randn_like(x)
-            rows = [torch.Generator().manual_seed(int(s) + 1_000_003 * (i + 1)) for s in seeds]
-            return torch.stack([torch.randn(x.shape[1:], generator=g) for g in rows]).to(x)
-
-        return sample_few_step(lambda x, s: self(x, s, cond), x, sigmas, schedule=self.schedule, noise=between)
+        return sample_few_step(lambda x, s: self(x, s, cond), x, sigmas, schedule=self.schedule)
 
     def release(self) -> None:
         """Take the LoRA's hooks out of the shared backbone."""

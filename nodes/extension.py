@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension
 
+from .load import DetectOneStep, LoadDemoModel, LoadStudent
+from .sample import Compare, OneStepSample, OneStepSampler, OneStepScheduler
+
 
 class TurboDistillExtension(ComfyExtension):
-    """The nodes are coming; until then the clone loads in ComfyUI and adds none."""
-
     async def get_node_list(self):
-        return []
+        return [LoadStudent, DetectOneStep, OneStepSample, OneStepScheduler, OneStepSampler, Compare, LoadDemoModel]

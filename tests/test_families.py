@@ -8,14 +8,14 @@ from turbodistill.core.schedule import DiscreteSchedule
 NAMES = {
     "sd_xl_turbo_1.0_fp16.safetensors": ("SD-Turbo, SDXL-Turbo", "inherit", 999, 1, True),
     "sd_turbo.safetensors": ("SD-Turbo, SDXL-Turbo", "inherit", 999, 1, True),
-    "sdxl_lightning_1step_x0.safetensors": ("SDXL-Lightning, 1 step", "x0", 999, 1, False),
-    "sdxl_lightning_2step.safetensors": ("SDXL-Lightning, 2 steps", "inherit", 999, 2, False),
-    "sdxl_lightning_4step_lora.safetensors": ("SDXL-Lightning, 4 steps", "inherit", 999, 4, False),
-    "sdxl_lightning_8step_unet.safetensors": ("SDXL-Lightning, 8 steps", "inherit", 999, 8, False),
+    "sdxl_lightning_1step_x0.safetensors": ("SDXL-Lightning", "x0", 999, 1, False),
+    "sdxl_lightning_2step.safetensors": ("SDXL-Lightning", "inherit", 999, 2, False),
+    "sdxl_lightning_4step_lora.safetensors": ("SDXL-Lightning", "inherit", 999, 4, False),
+    "sdxl_lightning_8step_unet.safetensors": ("SDXL-Lightning", "inherit", 999, 8, False),
     "juggernautXL_v9Rdphoto2Lightning.safetensors": ("SDXL-Lightning", "inherit", 999, 4, False),
-    "Hyper-SDXL-1step-Unet-Comfyui.fp16.safetensors": ("Hyper-SD, 1 step", "inherit", 800, 1, True),
-    "Hyper-SD15-4steps-lora.safetensors": ("Hyper-SD, 4 steps", "inherit", 999, 4, False),
-    "Hyper-SDXL-8steps-lora.safetensors": ("Hyper-SD, 8 steps", "inherit", 999, 8, False),
+    "Hyper-SDXL-1step-Unet-Comfyui.fp16.safetensors": ("Hyper-SD", "inherit", 800, 1, True),
+    "Hyper-SD15-4steps-lora.safetensors": ("Hyper-SD", "inherit", 999, 4, False),
+    "Hyper-SDXL-8steps-lora.safetensors": ("Hyper-SD", "inherit", 999, 8, False),
     "dmd2_sdxl_1step_unet_fp16.safetensors": ("DMD2, 1 step", "inherit", 399, 1, True),
     "dmd2_sdxl_4step_lora_fp16.safetensors": ("DMD2, 4 steps", "inherit", 999, 4, True),
     "nitrosd-realism_unet.safetensors": ("NitroFusion Realism", "inherit", 999, 1, True),
@@ -39,7 +39,7 @@ def test_an_ordinary_model_is_not_taken_for_one(name):
 
 
 def test_the_first_hint_that_says_something_counts():
-    assert recognise("model.safetensors", "SDXL-Lightning 2-step", "sd_turbo").name == "SDXL-Lightning, 2 steps"
+    assert recognise("model.safetensors", "SDXL-Lightning 2-step", "sd_turbo").steps == 2
 
 
 def test_nitro_shifts_the_timestep_that_the_network_is_told():

@@ -8,6 +8,7 @@ import torch
 from turbodistill.core import sampling
 from turbodistill.core.denoiser import Guided
 from turbodistill.core.sampling import (
+    row_noise,
     sample_dpmpp_2m,
     sample_euler,
     sample_few_step,
@@ -144,8 +145,8 @@ def test_few_steps_renoise_the_denoised_to_the_next_level(schedule):
         seen.append(x)
         return torch.full_like(x, 0.25 * (len(seen)))
 
-    def noise(x, i):
-        fresh.append((i, torch.randn_like(x)))
+    def noise(i):
+        fresh.append((i, torch.randn(2, 1, 2, 2)))
         return fresh[-1][1]
 
     result = sample_few_step(model, torch.randn(2, 1, 2, 2), sigmas, schedule=schedule, noise=noise)
@@ -170,6 +171,16 @@ def test_item_k_of_a_batch_is_its_single_seed(toys, sampler):
     for k in range(3):
         assert torch.allclose(sample([k])[0], batch[k], atol=1e-3)
     assert not torch.allclose(batch[0], batch[1], atol=0.1)
+
+
+def test_row_noise_is_told_by_each_row_alone():
+    x = seeded_noise([3, 4, 5], (2, 4, 4))
+    noise = row_noise(x)
+    assert torch.equal(noise(1)[2:], row_noise(x[2:])(1))
+    assert torch.equal(row_noise(14.6 * x)(0), noise(0))  # another space's scale
+    assert not torch.equal(noise(0), noise(1)) and not torch.equal(noise(0)[0], noise(0)[1])
+    many = row_noise(seeded_noise(range(64), (2, 4, 4)))(0)
+    assert abs(many.mean()) < 0.1 and many.std() == pytest.approx(1, abs=0.1)
 
 
 def test_seeded_noise_is_each_seed_s_own():

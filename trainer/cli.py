@@ -248,7 +248,7 @@ def run_sample(args: argparse.Namespace) -> int:
         seeds = [args.seed + first + i for i in range(len(texts))]
         noise = seeded_noise(seeds, host.latent_shape, host.denoiser.device)
         with student.merged():
-            latents = student.generate(noise, host.encode_text(texts).to(noise.device), args.steps, seeds)
+            latents = student.generate(noise, host.encode_text(texts).to(noise.device), args.steps)
         for text, seed, picture in zip(texts, seeds, host.decode(latents), strict=True):
             about = PngInfo()
             told = f"Steps: {args.steps}, Sampler: ADD {'1-step' if args.steps == 1 else 'few-step'}, CFG scale: 1"

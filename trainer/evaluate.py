@@ -102,7 +102,7 @@ def teacher_arm(host: Host, steps: int, guidance: float) -> Arm:
 
 
 def student_arm(student: Student, steps: int = 1) -> Arm:
-    """The student in `steps`, merged; noise between steps comes from torch's generator."""
+    """The student in `steps`, merged."""
     return Arm(lambda noise, cond: student.generate(noise, cond, steps), student.merged)
 
 

@@ -100,7 +100,7 @@ class Refined(nn.Module):
 
 
 def refine_decoder(args) -> None:
-    """Train the decoder on the cached latents, slightly noised, as a denoiser's are; edges by a critic.
+    """Train the decoder on the cached latents, noised, since a denoiser's are never exact; edges by a critic.
 
     What the latents do not hold, a mean error blurs; the critic asks for one sharp answer instead.
     """
@@ -110,7 +110,7 @@ def refine_decoder(args) -> None:
     with safe_open(path, "pt") as file:
         about = file.metadata()
     latents = load_file(args.folder / "latents.safetensors")["latents"]
-    noise = 0.05 * latents.std()
+    noise = 0.25 * latents.std()
     decoder = AutoencoderKL(**CONFIG)
     decoder.load_state_dict(load_file(path))
     decoder.encoder.requires_grad_(False)
@@ -121,7 +121,8 @@ def refine_decoder(args) -> None:
     def loss(model: Refined, step: int) -> Tensor:
         draw = torch.Generator().manual_seed(step)
         index = rows[torch.randint(len(rows), (args.batch,), generator=draw)]
-        z = latents[index] + noise * torch.randn(args.batch, *latents.shape[1:], generator=draw)
+        level = noise * torch.rand(args.batch, 1, 1, 1, generator=draw)
+        z = latents[index] + level * torch.randn(args.batch, *latents.shape[1:], generator=draw)
         x = images[index].to(args.device).float() / 127.5 - 1
         with torch.autocast(args.device, torch.bfloat16):
             output = model.decoder.decode(z.to(args.device)).sample.float()

@@ -1,0 +1,216 @@
+"""Everything that touches ComfyUI's own objects: how a MODEL is patched, and how it is sampled."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import comfy.lora
+import comfy.model_management
+import comfy.model_sampling
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from torch import Tensor
+
+from ..core.card import CardError, StudentCard, fingerprint
+from ..core.families import Sampling, of_card
+from ..core.lora import check_match
+from ..core.sampling import row_noise
+
+log = logging.getLogger(__name__)
+KEY = "turbodistill.sampling"  # the MODEL's attachment that says how it is sampled
+PREFIX = "diffusion_model."
+
+
+def lcm_denoised(self, sigma: Tensor, output: Tensor, x: Tensor) -> Tensor:
+    """x0 from eps with LCM's boundary scalings (arXiv 2310.04378, section 4.2; sigma_data 0.5, timesteps times 10)."""
+    x0 = comfy.model_sampling.EPS.calculate_denoised(self, sigma, output, x)
+    t = 10 * self.timestep(sigma).to(x).view(-1, *(1,) * (x.ndim - 1))
+    return x0 * t / (t**2 + 0.25).sqrt() + x * 0.25 / (t**2 + 0.25)
+
+
+READINGS = {
+    "eps": comfy.model_sampling.EPS.calculate_denoised,
+    "v": comfy.model_sampling.V_PREDICTION.calculate_denoised,
+    "flow": comfy.model_sampling.CONST.calculate_denoised,
+    "x0": lambda self, sigma, output, x: output,
+    "lcm": lcm_denoised,
+}
+
+
+def with_sampling(model, sampling: Sampling):
+    """A clone of the MODEL whose output is read as `sampling` says, and which carries it for the samplers."""
+    patched = model.clone()
+    patched.set_attachments(KEY, sampling)
+    old = model.get_model_object("model_sampling")
+    changed: dict[str, Any] = {}
+    if sampling.prediction != "inherit":
+        changed["calculate_denoised"] = READINGS[sampling.prediction]
+    if sampling.shift != 1000:
+        changed["timestep"] = lambda self, sigma: (type(old).timestep(old, sigma) * sampling.shift / 1000).long()
+    if changed:
+        # The schedule stays the model's own, buffers and all: only the reading of the output differs.
+        new = copy.copy(old)
+        new.__class__ = type("OneStepSampling", (type(old),), changed)
+        patched.add_object_patch("model_sampling", new)
+    return patched
+
+
+def sampling_of(model) -> Sampling:
+    """How the MODEL is sampled: what was attached to it, else as an ordinary Turbo."""
+    return model.attachments.get(KEY) or Sampling("one-step model")
+
+
+def base_weights(model) -> dict[str, Tensor]:
+    """The MODEL's own weights, as they were before any patch, by single-file names."""
+    patches = model.get_key_patches(PREFIX)
+    return {name.removeprefix(PREFIX): entries[0][0] for name, entries in patches.items()}
+
+
+def prediction_of(model) -> str:
+    """What the MODEL's network predicts, in the card's words."""
+    kinds = {
+        comfy.model_sampling.V_PREDICTION: "v",
+        comfy.model_sampling.CONST: "flow",
+        comfy.model_sampling.X0: "x0",
+        comfy.model_sampling.EPS: "eps",
+    }
+    sampling = model.get_model_object("model_sampling")
+    return next((name for kind, name in kinds.items() if isinstance(sampling, kind)), "unknown")
+
+
+def with_student(model, tensors: Mapping[str, Tensor], card: StudentCard, strength: float, path: str):
+    """A clone of the MODEL with a student's weights, sampled as its card says; and a warning in words, or "".
+
+    Raises CardError for a student of another architecture or prediction type.
+    """
+    predicts = prediction_of(model)
+    if predicts != card.base_prediction:
+        raise CardError(
+            f"{path} was made for a model that predicts {card.base_prediction}, the one connected predicts {predicts}: "
+            f"load {card.base_model}, its base"
+        )
+    weights = base_weights(model)
+    try:
+        patched = _with_lora(model, tensors, strength) if card.kind == "lora" else _with_full(model, tensors, strength)
+    except ValueError as error:
+        raise CardError(f"{path} does not fit the connected model: {error} Its base is {card.base_model}.") from None
+    found = fingerprint(weights)
+    warning = ""
+    if found != card.base_hash:
+        warning = (
+            f"{path} was made for {card.base_model} ({card.base_hash}); the connected model is another ({found}): "
+            "pictures may suffer."
+        )
+        log.warning(warning)
+    return with_sampling(patched, of_card(card)), warning
+
+
+def _with_lora(model, tensors: Mapping[str, Tensor], strength: float):
+    table = comfy.lora.model_lora_keys_unet(model.model, {})
+    patches = comfy.lora.load_lora(dict(tensors), table, log_missing=False)
+    names = [k.removesuffix(".lora_up.weight") for k in tensors if k.endswith(".lora_up.weight")]
+    known = [n for n in names if n in table]
+    if len(known) < len(names) or len(patches) < len(names):
+        stray = sorted(set(names) - set(known))[:2]
+        raise ValueError(f"{len(known)} of its {len(names)} layers are in this model (not: {stray}).")
+    weights = model.model_state_dict(PREFIX)
+    for name in names:
+        shape = tuple(weights[table[name]].shape)
+        up, down = tensors[f"{name}.lora_up.weight"], tensors[f"{name}.lora_down.weight"]
+        if (up.shape[0], *down.shape[1:]) != shape:
+            raise ValueError(f"{name} is for a layer of shape {(up.shape[0], *down.shape[1:])}, here it is {shape}.")
+    patched = model.clone()
+    patched.add_patches(patches, strength)
+    return patched
+
+
+def _with_full(model, tensors: Mapping[str, Tensor], strength: float):
+    weights = model.model_state_dict(PREFIX)
+    given = {k.removeprefix("model."): v for k, v in tensors.items()}
+    check_match("student", given, weights)
+    for name, value in given.items():
+        if value.shape != weights[name].shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, here it is {tuple(weights[name].shape)}.")
+    patched = model.clone()
+    patched.add_patches({name: (value,) for name, value in given.items()}, strength, 1 - strength)
+    return patched
+
+
+def sigmas_for(model, timesteps: Sequence[int]) -> Tensor:
+    """Sigmas (n + 1,) of the MODEL's own schedule at timesteps of 1000, with the final 0."""
+    table = model.get_model_object("model_sampling").sigmas
+    rows = [max(round((t + 1) * len(table) / 1000) - 1, 0) for t in timesteps]
+    return torch.cat([table[rows].float().cpu(), torch.zeros(1)])
+
+
+class FewStep(comfy.samplers.KSAMPLER):
+    """ADD's sampler: x0 from each level, then fresh noise (or Euler's step) to the next.
+
+    Fresh noise is told by each item's first noise, so that a batch's items equal their single runs.
+    """
+
+    def __init__(self, renoise: bool = True, exact: bool = False):
+        super().__init__(self.steps)
+        self.renoise, self.exact = renoise, exact
+
+    def max_denoise(self, model_wrap, sigmas) -> bool:
+        # At the last sigma ComfyUI scales noise by sqrt(1 + sigma^2); our students were trained with sigma itself.
+        return not self.exact and super().max_denoise(model_wrap, sigmas)
+
+    @torch.no_grad()
+    def steps(self, model, x: Tensor, sigmas: Tensor, extra_args=None, callback=None, disable=None) -> Tensor:
+        space = model.inner_model.inner_model.model_sampling
+        noise = row_noise(x)
+        for i in range(len(sigmas) - 1):
+            denoised = model(x, sigmas[i] * x.new_ones(len(x)), **(extra_args or {}))
+            if callback is not None:
+                callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
+            if sigmas[i + 1] == 0:
+                x = denoised
+            elif self.renoise:
+                x = space.noise_scaling(sigmas[i + 1], noise(i), denoised)
+            else:
+                x = denoised + (x - denoised) * (sigmas[i + 1] / sigmas[i])
+        return x
+
+
+def sampler_for(sampling: Sampling) -> FewStep:
+    return FewStep(sampling.renoise, exact=sampling.name.startswith("student of"))
+
+
+def check_channels(model, latent: Tensor) -> Tensor:
+    """The latent with the MODEL's number of channels; raises ValueError if a picture's latent has another."""
+    latent = comfy.sample.fix_empty_latent_channels(model, latent)
+    wanted = model.get_model_object("latent_format").latent_channels
+    if latent.shape[1] != wanted:
+        raise ValueError(
+            f"the latent has {latent.shape[1]} channels, this model wants {wanted}: encode the picture with the VAE "
+            "that belongs to the model"
+        )
+    return latent
+
+
+def sample(model, positive, latent: dict, seed: int, sigmas: Tensor, sampler, negative=None, cfg: float = 1.0) -> dict:
+    """Run ComfyUI's own sampling, with its previews and progress; the latent dict with new samples."""
+    samples = check_channels(model, latent["samples"])
+    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": positive} | ({"negative": negative} if negative is not None else {}))
+    guider.set_cfg(cfg)
+    out = guider.sample(
+        noise,
+        samples,
+        sampler,
+        sigmas,
+        denoise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    return latent | {"samples": out.to(comfy.model_management.intermediate_device())}

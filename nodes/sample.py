@@ -1,0 +1,160 @@
+"""Nodes that sample in one step or a few, all through ComfyUI's own sampling."""
+
+from __future__ import annotations
+
+import time
+
+import comfy.model_management
+import comfy.samplers
+import torch
+from comfy_api.latest import io, ui
+
+from ..core.families import MOST
+from . import host
+from .picture import side_by_side
+
+CATEGORY = "TurboDistill"
+
+
+def model_input() -> io.Model.Input:
+    return io.Model.Input("model", tooltip="From Load Student, Detect One-Step Model, or a plain Turbo checkpoint.")
+
+
+def steps_input() -> io.Int.Input:
+    return io.Int.Input(
+        "steps", default=1, min=1, max=MOST, tooltip="1 is what the model was made for; 2 to 4 add detail."
+    )
+
+
+def denoise_input() -> io.Float.Input:
+    return io.Float.Input(
+        "denoise",
+        default=1.0,
+        min=0.01,
+        max=1.0,
+        step=0.01,
+        tooltip="1 makes a new picture; less keeps that much more of the latent's. It works with one step, too.",
+    )
+
+
+def sigmas_of(model, steps: int, denoise: float) -> torch.Tensor:
+    return host.sigmas_for(model, host.sampling_of(model).timesteps(steps, denoise))
+
+
+class OneStepScheduler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TurboDistillScheduler",
+            display_name="One-Step Scheduler",
+            category=CATEGORY,
+            description="Sigmas for a one-step model, as its student card or its family says.",
+            inputs=[model_input(), steps_input(), denoise_input()],
+            outputs=[io.Sigmas.Output("SIGMAS", tooltip="For SamplerCustom and SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(cls, model, steps: int, denoise: float) -> io.NodeOutput:
+        return io.NodeOutput(sigmas_of(model, steps, denoise))
+
+
+class OneStepSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TurboDistillSampler",
+            display_name="One-Step Sampler",
+            category=CATEGORY,
+            description="ADD's sampler: the picture from each level, and between steps what the model's family wants.",
+            inputs=[model_input()],
+            outputs=[io.Sampler.Output("SAMPLER", tooltip="For SamplerCustom and SamplerCustomAdvanced, at cfg 1.")],
+        )
+
+    @classmethod
+    def execute(cls, model) -> io.NodeOutput:
+        return io.NodeOutput(host.sampler_for(host.sampling_of(model)))
+
+
+class OneStepSample(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TurboDistillSample",
+            display_name="One-Step Sample",
+            category=CATEGORY,
+            description="Samples a one-step model: no negative prompt, no cfg, nothing else to set.",
+            inputs=[
+                model_input(),
+                io.Conditioning.Input("positive", tooltip="The prompt, with ControlNets and areas if you like."),
+                io.Latent.Input("latent_image", tooltip="Empty, or a picture's latent, with or without a mask."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The noise; the same seed gives the same picture.",
+                ),
+                steps_input(),
+                denoise_input(),
+            ],
+            outputs=[io.Latent.Output("LATENT", tooltip="For VAE Decode.")],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, latent_image, seed: int, steps: int, denoise: float) -> io.NodeOutput:
+        sampler = host.sampler_for(host.sampling_of(model))
+        return io.NodeOutput(
+            host.sample(model, positive, latent_image, seed, sigmas_of(model, steps, denoise), sampler)
+        )
+
+
+class Compare(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TurboDistillCompare",
+            display_name="Compare Teacher and Student",
+            category=CATEGORY,
+            description="The teacher in many steps beside the student in one, from the same noise, with the times.",
+            inputs=[
+                io.Model.Input("teacher", tooltip="The base model."),
+                io.Model.Input("student", tooltip="The same model after Load Student."),
+                io.Vae.Input("vae"),
+                io.Conditioning.Input("positive"),
+                io.Conditioning.Input("negative", tooltip="For the teacher alone: at cfg 1 a negative does nothing."),
+                io.Latent.Input("latent_image", tooltip="Empty, of the wanted size."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True),
+                io.Int.Input("teacher_steps", default=20, min=1, max=100),
+                io.Float.Input("teacher_cfg", default=7.0, min=1.0, max=30.0, step=0.5),
+                io.Int.Input("student_steps", default=1, min=1, max=MOST),
+            ],
+            outputs=[io.Image.Output("IMAGE", tooltip="A pair a row, teacher on the left.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls, teacher, student, vae, positive, negative, latent_image, seed, teacher_steps, teacher_cfg, student_steps
+    ) -> io.NodeOutput:
+        euler = comfy.samplers.ksampler("euler")
+        spaced = comfy.samplers.calculate_sigmas(teacher.get_model_object("model_sampling"), "normal", teacher_steps)
+        runs = (
+            (f"teacher, {teacher_steps} steps, cfg {teacher_cfg:g}", teacher, spaced, euler, negative, teacher_cfg),
+            (
+                f"student, {student_steps} step{'s' * (student_steps > 1)}",
+                student,
+                sigmas_of(student, student_steps, 1.0),
+                host.sampler_for(host.sampling_of(student)),
+                None,
+                1.0,
+            ),
+        )
+        columns = []
+        for title, model, sigmas, sampler, against, cfg in runs:
+            comfy.model_management.load_models_gpu([model])  # a model's way to the GPU is not sampling time
+            begun = time.perf_counter()
+            latent = host.sample(model, positive, latent_image, seed, sigmas, sampler, against, cfg)
+            columns.append((f"{title}: {time.perf_counter() - begun:.2f} s", vae.decode(latent["samples"])))
+        image = side_by_side(columns)
+        return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
