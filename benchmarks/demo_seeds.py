@@ -17,7 +17,7 @@ from turbodistill.trainer import cli, demo
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--seeds", type=int, default=3)
-parser.add_argument("--minutes", type=float, default=3.5, help="training time of each student")
+parser.add_argument("--minutes", type=float, default=4.0, help="training time of each student")
 parser.add_argument("--count", type=int, default=286, help="pictures per arm and seed")
 parser.add_argument("--out", type=Path, default=Path("runs/seeds"))
 args = parser.parse_args()

@@ -13,13 +13,14 @@ import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
 import comfy.utils
+import folder_paths
 import latent_preview
 import torch
 from torch import Tensor
 
 from ..core.card import CardError, StudentCard, fingerprint
 from ..core.families import Sampling, of_card
-from ..core.lora import check_match
+from ..core.lora import PARTS, check_match
 from ..core.sampling import row_noise
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ READINGS = {
     "eps": comfy.model_sampling.EPS.calculate_denoised,
     "v": comfy.model_sampling.V_PREDICTION.calculate_denoised,
     "flow": comfy.model_sampling.CONST.calculate_denoised,
-    "x0": lambda self, sigma, output, x: output,
+    "x0": comfy.model_sampling.X0.calculate_denoised,
     "lcm": lcm_denoised,
 }
 
@@ -47,17 +48,17 @@ def with_sampling(model, sampling: Sampling):
     """A clone of the MODEL whose output is read as `sampling` says, and which carries it for the samplers."""
     patched = model.clone()
     patched.set_attachments(KEY, sampling)
-    old = model.get_model_object("model_sampling")
-    changed: dict[str, Any] = {}
+    current = model.get_model_object("model_sampling")
+    old = getattr(current, "as_loaded", current)  # of two such nodes in a row the last counts
+    changed: dict[str, Any] = {"as_loaded": old}
     if sampling.prediction != "inherit":
         changed["calculate_denoised"] = READINGS[sampling.prediction]
     if sampling.shift != 1000:
         changed["timestep"] = lambda self, sigma: (type(old).timestep(old, sigma) * sampling.shift / 1000).long()
-    if changed:
-        # The schedule stays the model's own, buffers and all: only the reading of the output differs.
-        new = copy.copy(old)
-        new.__class__ = type("OneStepSampling", (type(old),), changed)
-        patched.add_object_patch("model_sampling", new)
+    # The schedule stays the model's own, buffers and all: only the reading of the output differs.
+    new = copy.copy(old)
+    new.__class__ = type("OneStepSampling", (type(old),), changed)
+    patched.add_object_patch("model_sampling", new)
     return patched
 
 
@@ -73,15 +74,10 @@ def base_weights(model) -> dict[str, Tensor]:
 
 
 def prediction_of(model) -> str:
-    """What the MODEL's network predicts, in the card's words."""
-    kinds = {
-        comfy.model_sampling.V_PREDICTION: "v",
-        comfy.model_sampling.CONST: "flow",
-        comfy.model_sampling.X0: "x0",
-        comfy.model_sampling.EPS: "eps",
-    }
-    sampling = model.get_model_object("model_sampling")
-    return next((name for kind, name in kinds.items() if isinstance(sampling, kind)), "unknown")
+    """What the MODEL's network predicts, in the card's words, or "unknown"."""
+    space = model.get_model_object("model_sampling")
+    reading = type(getattr(space, "as_loaded", space)).calculate_denoised
+    return next((name for name, known in READINGS.items() if known is reading), "unknown")
 
 
 def with_student(model, tensors: Mapping[str, Tensor], card: StudentCard, strength: float, path: str):
@@ -114,13 +110,12 @@ def with_student(model, tensors: Mapping[str, Tensor], card: StudentCard, streng
 def _with_lora(model, tensors: Mapping[str, Tensor], strength: float):
     table = comfy.lora.model_lora_keys_unet(model.model, {})
     patches = comfy.lora.load_lora(dict(tensors), table, log_missing=False)
-    names = [k.removesuffix(".lora_up.weight") for k in tensors if k.endswith(".lora_up.weight")]
-    known = [n for n in names if n in table]
-    if len(known) < len(names) or len(patches) < len(names):
-        stray = sorted(set(names) - set(known))[:2]
-        raise ValueError(f"{len(known)} of its {len(names)} layers are in this model (not: {stray}).")
+    names = {key.removesuffix(f".{part}") for key in tensors for part in PARTS}.intersection(table)
+    check_match("LoRA", tensors, [f"{name}.{part}" for name in names for part in PARTS])
+    if not names:
+        raise ValueError("it holds no layer.")
     weights = model.model_state_dict(PREFIX)
-    for name in names:
+    for name in sorted(names):
         shape = tuple(weights[table[name]].shape)
         up, down = tensors[f"{name}.lora_up.weight"], tensors[f"{name}.lora_down.weight"]
         if (up.shape[0], *down.shape[1:]) != shape:
@@ -178,6 +173,26 @@ class FewStep(comfy.samplers.KSAMPLER):
             else:
                 x = denoised + (x - denoised) * (sigmas[i + 1] / sigmas[i])
         return x
+
+
+def euler(model, steps: int) -> tuple[Any, Tensor]:
+    """What a teacher is sampled with: ComfyUI's Euler sampler, and sigmas of its `normal` scheduler."""
+    space = model.get_model_object("model_sampling")
+    return comfy.samplers.ksampler("euler"), comfy.samplers.calculate_sigmas(space, "normal", steps)
+
+
+def load(model) -> None:
+    """Bring the MODEL to where it computes."""
+    comfy.model_management.load_models_gpu([model])
+
+
+def files(folder: str) -> list[str]:
+    """Names of the files in one of ComfyUI's model folders."""
+    return folder_paths.get_filename_list(folder)
+
+
+def file_path(folder: str, name: str) -> str | None:
+    return folder_paths.get_full_path(folder, name)
 
 
 def sampler_for(sampling: Sampling) -> FewStep:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import folder_paths
 from comfy_api.latest import io
 
 from ..core.card import read
 from ..core.families import FAMILIES, recognise
-from . import embedded, host
+from . import host, host_embedded
 from .graph import file_names
 
 CATEGORY = "TurboDistill"
@@ -19,15 +18,15 @@ FOLDERS = ("loras", "checkpoints", "diffusion_models")
 
 def student_files() -> list[str]:
     """The files that may be students, as `folder/name`."""
-    return [BUILT_IN] + [f"{folder}/{name}" for folder in FOLDERS for name in folder_paths.get_filename_list(folder)]
+    return [BUILT_IN] + [f"{folder}/{name}" for folder in FOLDERS for name in host.files(folder)]
 
 
 def student_path(choice: str) -> Path:
     """Raises FileNotFoundError if the file has gone since the list was made."""
     if choice == BUILT_IN:
-        return embedded.STUDENT
+        return host_embedded.STUDENT
     folder, _, name = choice.partition("/")
-    path = folder_paths.get_full_path(folder, name) if folder in FOLDERS else None
+    path = host.file_path(folder, name) if folder in FOLDERS else None
     if path is None:
         raise FileNotFoundError(f"student {choice} is not there any more: refresh the page and choose again")
     return Path(path)
@@ -70,9 +69,10 @@ class LoadStudent(io.ComfyNode):
         return f"{path} {path.stat().st_mtime_ns}"
 
     @classmethod
-    def validate_inputs(cls, student: str) -> bool | str:
+    def validate_inputs(cls, student: str | None) -> bool | str:
         try:
-            student_path(student)
+            if student is not None:  # else another node will give it
+                student_path(student)
         except FileNotFoundError as error:
             return str(error)
         return True
@@ -155,4 +155,4 @@ class LoadDemoModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, batch_size: int) -> io.NodeOutput:
-        return io.NodeOutput(*embedded.load(), embedded.empty_latent(batch_size))
+        return io.NodeOutput(*host_embedded.load(), host_embedded.empty_latent(batch_size))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 
-import comfy.model_management
-import comfy.samplers
 import torch
 from comfy_api.latest import io, ui
 
@@ -137,8 +135,7 @@ class Compare(io.ComfyNode):
     def execute(
         cls, teacher, student, vae, positive, negative, latent_image, seed, teacher_steps, teacher_cfg, student_steps
     ) -> io.NodeOutput:
-        euler = comfy.samplers.ksampler("euler")
-        spaced = comfy.samplers.calculate_sigmas(teacher.get_model_object("model_sampling"), "normal", teacher_steps)
+        euler, spaced = host.euler(teacher, teacher_steps)
         runs = (
             (f"teacher, {teacher_steps} steps, cfg {teacher_cfg:g}", teacher, spaced, euler, negative, teacher_cfg),
             (
@@ -152,7 +149,7 @@ class Compare(io.ComfyNode):
         )
         columns = []
         for title, model, sigmas, sampler, against, cfg in runs:
-            comfy.model_management.load_models_gpu([model])  # a model's way to the GPU is not sampling time
+            host.load(model)  # a model's way to the GPU is not sampling time
             begun = time.perf_counter()
             latent = host.sample(model, positive, latent_image, seed, sigmas, sampler, against, cfg)
             columns.append((f"{title}: {time.perf_counter() - begun:.2f} s", vae.decode(latent["samples"])))

@@ -27,6 +27,7 @@ class Batch:
     x: Tensor  # (B, C, H, W) the student's input
     sigma: Tensor  # (B,) its level
     first: Tensor  # (B,) true where it is pure noise
+    paired: Tensor  # (B,) true where that noise is the pair's own, so that the regression has one answer
     cond: Cond
     target: Tensor  # (B, C, H, W) the teacher's picture from the same noise
     positive: Tensor  # (B, C, H, W) what the discriminator takes for real
@@ -38,8 +39,10 @@ class Batch:
     seed: int  # of what is drawn on the device
 
 
-def draw(config: Config, student: Student, pairs: Samples, reals: Samples | None, draws: torch.Generator) -> Batch:
-    """A batch for one update, on the student's device."""
+def draw(
+    config: Config, student: Student, pairs: Samples, reals: Samples | None, draws: torch.Generator, fresh: float = 0.0
+) -> Batch:
+    """A batch for one update, on the student's device; a share `fresh` of pure noise is no pair's."""
     schedule, device, size = student.schedule, student.device, config.batch
     rows = torch.randint(len(pairs), (size,), generator=draws)
     target, cond = pairs.latents[rows], pairs.cond.rows(rows)
@@ -50,9 +53,9 @@ def draw(config: Config, student: Student, pairs: Samples, reals: Samples | None
     level = torch.multinomial(share, size, True, generator=draws)
     first = level == 0
     sigma = schedule.sigma(timesteps[level])
-    # Pure noise is the pair's own, so that the regression has one answer; later steps get fresh noise.
+    paired = first & (torch.rand(size, generator=draws) >= fresh)
     clean = torch.where(expand(first, target).bool(), torch.zeros_like(target), target)
-    noise = torch.where(expand(first, target).bool(), pairs.noise(rows), torch.randn(shape, generator=draws))
+    noise = torch.where(expand(paired, target).bool(), pairs.noise(rows), torch.randn(shape, generator=draws))
     positive, positive_cond = target, cond
     if reals is not None and config.positives != "teacher":
         other = torch.randint(len(reals), (size,), generator=draws)
@@ -70,6 +73,7 @@ def draw(config: Config, student: Student, pairs: Samples, reals: Samples | None
         schedule.add_noise(clean, noise, sigma).to(device),
         sigma.to(device),
         first.to(device),
+        paired.to(device),
         cond.to(device),
         target.to(device),
         positive.to(device),

@@ -45,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="distil the small embedded model and report on it, start to end")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything (default: runs/demo)")
     demo.add_argument(
-        "--minutes", type=float, default=3.5, help="training time of each of the two students (default: 3.5)"
+        "--minutes", type=float, default=4.0, help="training time of each of the two students (default: 4)"
     )
     demo.add_argument("--count", type=int, default=128, help="pictures per arm that are measured (default: 128)")
     demo.add_argument("--seed", type=int, default=0)

@@ -41,6 +41,13 @@ class Config:
     first_share: float = option(
         0.6, "share of training at the first step, where noise enters", "student", low=0, high=1
     )
+    fresh_share: float = option(
+        0.5,
+        "share of pure noise that is fresh once the discriminator judges; the rest is the pairs' own",
+        "student",
+        low=0,
+        high=1,
+    )
     # Data
     pairs: int = option(1024, "teacher pairs (noise, picture) to make from the prompts", "data", low=4)
     pair_steps: int = option(16, "sampling steps of the teacher for a pair", "data", low=1, high=1000)

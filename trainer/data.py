@@ -21,6 +21,7 @@ from ..core.denoiser import Cond, Guided
 from ..core.sampling import TEACHER_SAMPLERS, seeded_noise, trailing_sigmas
 from .config import Config
 from .host import Host
+from .precision import autocast
 
 log = logging.getLogger(__name__)
 
@@ -237,7 +238,8 @@ def make_pairs(host: Host, config: Config, prompts: Sequence[str], folder: str |
         parts = []
         for rows in torch.arange(count).split(config.batch):
             model = Guided(host.denoiser, cond.rows(rows.to(device)), uncond, config.guidance)
-            parts.append(sample(model, x[rows], sigmas.to(device)).float().cpu())
+            with autocast(config, device):
+                parts.append(sample(model, x[rows], sigmas.to(device)).float().cpu())
         samples = Samples(torch.cat(parts), cond.to("cpu"), texts, seeds)
         write_shard(path, samples, key)
         yield first + count, samples

@@ -19,7 +19,6 @@ from . import report, run
 from .config import Config
 from .data import read_prompts
 from .diffusers_host import DiffusersHost, load_host
-from .distill import autocast
 from .evaluate import (
     REFERENCE,
     Arm,
@@ -33,6 +32,7 @@ from .evaluate import (
     teacher_arm,
     to_json,
 )
+from .precision import autocast
 
 FOLDER = Path(__file__).parents[1] / "demo"
 SETTINGS = FOLDER / "demo.toml"

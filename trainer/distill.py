@@ -6,7 +6,6 @@ import copy
 import math
 import time
 from collections.abc import Generator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +22,7 @@ from .batch import Batch, draw, generator
 from .config import Config, check_resumable
 from .data import Samples
 from .health import Health, measure
+from .precision import autocast
 
 
 class Diverged(RuntimeError):
@@ -38,21 +38,6 @@ class Step:
     health: Health
     seconds: float
     spent: float  # seconds of training so far, over all runs
-
-
-def autocast(config: Config, device: torch.device) -> AbstractContextManager:
-    """The arithmetic of the passes: `auto` is bfloat16 where the device is fast in it."""
-    if config.precision == "auto":
-        low = torch.cuda.is_bf16_supported() if device.type == "cuda" else fast_bfloat16_cpu()
-    else:
-        low = config.precision == "bfloat16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=low)
-
-
-def fast_bfloat16_cpu() -> bool:
-    """Whether this CPU has bfloat16 instructions; without them bfloat16 is slower than float32."""
-    check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(check and check())
 
 
 @dataclass
@@ -220,13 +205,13 @@ def student_loss(
     output = student(batch.x, batch.sigma, batch.cond).float()
     parts: dict[str, Tensor] = {}
     used: dict[str, Any] = {"output": output}
-    if config.regression_weight > 0 and batch.first.any():
+    if config.regression_weight > 0 and batch.paired.any():
         parts["regression"] = config.regression_weight * losses.regression(
-            output[batch.first], batch.target[batch.first]
+            output[batch.paired], batch.target[batch.paired]
         )
     if adversarial and config.distillation_weight > 0:
         parts["distillation"] = config.distillation_weight * distillation_loss(state, output, batch, uncond)
-    match = config.feature_weight > 0 and batch.first.any()
+    match = config.feature_weight > 0 and batch.paired.any()
     if adversarial and (config.adversarial_weight > 0 or match):
         with torch.no_grad():
             real = look(state, batch.positive, batch.positive_cond, batch, real=True)
@@ -235,7 +220,7 @@ def student_loss(
         if match:
             with torch.no_grad():
                 target = real if config.positives == "teacher" else look(state, batch.target, batch.cond, batch)
-            rows = batch.first
+            rows = batch.paired
             parts["features"] = config.feature_weight * losses.feature_matching(
                 [x[rows] for x in fake.inputs], [x[rows] for x in target.inputs]
             )
@@ -269,7 +254,7 @@ def _update(optimizer: torch.optim.Optimizer, module: nn.Module, clip: float) ->
 
 def _discriminate(state: State, pairs: Samples, reals: Samples | None, draws: torch.Generator) -> None:
     """One more discriminator update, on a batch of its own."""
-    batch = draw(state.config, state.student, pairs, reals, draws)
+    batch = draw(state.config, state.student, pairs, reals, draws, state.config.fresh_share)
     device = state.student.device
     with autocast(state.config, device):
         with torch.no_grad():
@@ -311,7 +296,9 @@ def distill(state: State, pairs: Samples, uncond: Cond, reals: Samples | None = 
             on_real: list[Tensor] = []
             on_fake: list[Tensor] = []
             used: dict[str, Any] = {}
-            batches = [draw(state.config, state.student, pairs, reals, draws) for _ in range(config.accumulate)]
+            unpaired = config.adversarial_weight > 0 or config.distillation_weight > 0
+            fresh = config.fresh_share if adversarial and unpaired else 0.0
+            batches = [draw(config, student, pairs, reals, draws, fresh) for _ in range(config.accumulate)]
             for batch in batches:
                 with autocast(config, student.device):
                     parts, used = student_loss(state, batch, uncond, adversarial)

@@ -26,9 +26,10 @@ from ..core.schedule import trailing_timesteps
 from ..core.student import Student, student_bytes
 from . import data, health
 from .config import Config, ConfigError
-from .distill import Diverged, State, Step, autocast, distill, tap_names
+from .distill import Diverged, State, Step, distill, tap_names
 from .host import Host
 from .metrics import kernel_distance
+from .precision import autocast
 
 log = logging.getLogger(__name__)
 

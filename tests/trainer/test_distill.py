@@ -52,6 +52,8 @@ OPTIONS = {
     "auto": {"precision": "auto"},
     "batch of one": {"batch": 1},
     "decay": {"decay": 1.0},
+    "fresh noise": {"fresh_share": 1.0},
+    "no fresh noise": {"fresh_share": 0.0},
 }
 
 
@@ -165,6 +167,28 @@ def test_pure_noise_is_the_pairs_own(kit, host, tmp_path):
     rows = torch.tensor([by_picture[t.numpy().tobytes()] for t in batch.target])
     noise = batch.x / expand(batch.sigma, batch.x)
     assert torch.allclose(noise[batch.first], samples.noise(rows)[batch.first], atol=1e-6)
+
+
+def test_a_share_of_pure_noise_is_fresh(kit, host, tmp_path):
+    state, samples = start(kit, host, tmp_path, steps=2, batch=200)
+    batch = loop.draw(state.config, state.student, samples, None, loop.generator(0, 0), fresh=0.25)
+    assert not (batch.paired & ~batch.first).any()
+    assert 0.6 < batch.paired.sum() / batch.first.sum() < 0.9
+    noise = batch.x / expand(batch.sigma, batch.x)
+    known = {n.mul(1e3).round().int().numpy().tobytes() for n in samples.noise(torch.arange(len(samples)))}
+    own = torch.tensor([n.mul(1e3).round().int().numpy().tobytes() in known for n in noise])
+    assert own[batch.paired].float().mean() > 0.9 and not own[~batch.paired].any()
+
+
+def test_the_regression_is_of_pairs_alone_and_all_noise_is_theirs_until_the_discriminator_judges(kit, host, tmp_path):
+    state, samples = start(kit, host, tmp_path, updates=4, warmup=2, fresh_share=1.0)
+    names = [set(step.losses) for step in distill(state, samples, host.encode_text([""]))]
+    assert names == [{"regression"}] * 2 + [{"adversarial", "discriminator", "r1"}] * 2
+
+
+def test_without_a_discriminator_all_noise_is_the_pairs(kit, host, tmp_path):
+    state, samples = start(kit, host, tmp_path, updates=3, fresh_share=1.0, adversarial_weight=0.0)
+    assert [set(step.losses) for step in distill(state, samples, host.encode_text([""]))] == [{"regression"}] * 3
 
 
 def test_positives_are_mixed_by_their_share_with_their_own_text(kit, host, tmp_path):

@@ -1,0 +1,102 @@
+"""What every node says of itself: id, words, inputs and outputs, and its help page."""
+
+import asyncio
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import turbodistill
+
+# Ids are forever: saved workflows name nodes by them.
+IDS = (
+    "TurboDistillLoadStudent",
+    "TurboDistillDetectOneStep",
+    "TurboDistillSample",
+    "TurboDistillScheduler",
+    "TurboDistillSampler",
+    "TurboDistillCompare",
+    "TurboDistillLoadDemoModel",
+)
+# Inputs whose name says it all; their help page explains them.
+SELF_EXPLAINING = {"TurboDistillCompare": {"vae", "positive", "seed", "teacher_steps", "teacher_cfg", "student_steps"}}
+ROOT = Path(turbodistill.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def found(nodes):
+    """Node id -> class, as ComfyUI asks our door for them."""
+    extension = asyncio.run(turbodistill.comfy_entrypoint())
+    return {cls.define_schema().node_id: cls for cls in asyncio.run(extension.get_node_list())}
+
+
+@pytest.fixture(params=IDS)
+def node(request, found):
+    return found[request.param]
+
+
+def test_the_door_leads_to_every_node(nodes, comfyui, found):
+    extension = asyncio.run(turbodistill.comfy_entrypoint())
+    assert isinstance(extension, comfyui.ComfyExtension)
+    listed = asyncio.run(extension.get_node_list())
+    written = [
+        cls
+        for module in vars(nodes).values()
+        for cls in vars(module).values()
+        if isinstance(cls, type) and issubclass(cls, comfyui.ComfyNode) and cls.__module__ == module.__name__
+    ]
+    assert len(listed) == len(found) and set(found) == set(IDS)  # unique, and none renamed
+    assert set(listed) == set(written)  # none forgotten
+    assert all(re.fullmatch(r"TurboDistill[A-Z]\w+", name) for name in found)
+
+
+def test_a_node_says_what_it_is(node):
+    schema = node.define_schema()
+    schema.validate()
+    assert schema.display_name and schema.category == "TurboDistill"
+    assert schema.description.endswith(".") and len(schema.description) > 30
+
+
+def test_display_names_tell_nodes_apart(found):
+    names = {cls.define_schema().display_name for cls in found.values()}
+    assert len(names) == len(found)
+
+
+def test_every_input_and_output_is_explained(node):
+    schema = node.define_schema()
+    bare = {socket.id for socket in schema.inputs if not socket.tooltip}
+    assert bare == SELF_EXPLAINING.get(schema.node_id, set())
+    assert [o.id for o in schema.outputs if not o.tooltip and o.io_type not in ("MODEL", "CLIP", "VAE")] == []
+
+
+def test_inputs_are_those_that_execute_takes(node):
+    names = [socket.id for socket in node.define_schema().inputs]
+    assert list(inspect.signature(node.execute).parameters) == names
+    if checks := getattr(node, "validate_inputs", None):
+        assert set(inspect.signature(checks).parameters) <= set(names)
+
+
+def test_defaults_are_allowed_values(node):
+    for socket in node.define_schema().inputs:
+        if socket.io_type in ("INT", "FLOAT"):
+            assert socket.min <= socket.default <= socket.max, socket.id
+        elif socket.io_type == "COMBO":
+            assert socket.options and (socket.default is None or socket.default in socket.options), socket.id
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_the_help_page_names_every_input(found, name):
+    schema = found[name].define_schema()
+    page = (ROOT / turbodistill.WEB_DIRECTORY / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    assert page.startswith(f"# {schema.display_name}\n")
+    assert {socket.id for socket in schema.inputs} - set(re.findall(r"\*\*(\w+)\*\*", page)) == set()
+
+
+def test_every_help_page_is_a_node_s():
+    pages = {p.stem for p in (ROOT / turbodistill.WEB_DIRECTORY / "docs").glob("*.md")}
+    assert pages == set(IDS)
+
+
+def test_only_the_comparison_runs_unasked(found):
+    # ComfyUI runs what output nodes need, and nothing else.
+    assert [name for name, cls in found.items() if cls.define_schema().is_output_node] == ["TurboDistillCompare"]
