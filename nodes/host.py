@@ -50,15 +50,16 @@ def with_sampling(model, sampling: Sampling):
     patched.set_attachments(KEY, sampling)
     current = model.get_model_object("model_sampling")
     old = getattr(current, "as_loaded", current)  # of two such nodes in a row the last counts
-    changed: dict[str, Any] = {"as_loaded": old}
+    changed: dict[str, Any] = {}
     if sampling.prediction != "inherit":
         changed["calculate_denoised"] = READINGS[sampling.prediction]
     if sampling.shift != 1000:
         changed["timestep"] = lambda self, sigma: (type(old).timestep(old, sigma) * sampling.shift / 1000).long()
-    # The schedule stays the model's own, buffers and all: only the reading of the output differs.
-    new = copy.copy(old)
-    new.__class__ = type("OneStepSampling", (type(old),), changed)
-    patched.add_object_patch("model_sampling", new)
+    if changed or old is not current:
+        # The schedule stays the model's own, buffers and all: only the reading of the output differs.
+        new = copy.copy(old)
+        new.__class__ = type("OneStepSampling", (type(old),), changed | {"as_loaded": old})
+        patched.add_object_patch("model_sampling", new)
     return patched
 
 
@@ -76,7 +77,7 @@ def base_weights(model) -> dict[str, Tensor]:
 def prediction_of(model) -> str:
     """What the MODEL's network predicts, in the card's words, or "unknown"."""
     space = model.get_model_object("model_sampling")
-    reading = type(getattr(space, "as_loaded", space)).calculate_denoised
+    reading = getattr(type(getattr(space, "as_loaded", space)), "calculate_denoised", None)
     return next((name for name, known in READINGS.items() if known is reading), "unknown")
 
 
@@ -109,11 +110,12 @@ def with_student(model, tensors: Mapping[str, Tensor], card: StudentCard, streng
 
 def _with_lora(model, tensors: Mapping[str, Tensor], strength: float):
     table = comfy.lora.model_lora_keys_unet(model.model, {})
-    patches = comfy.lora.load_lora(dict(tensors), table, log_missing=False)
-    names = {key.removesuffix(f".{part}") for key in tensors for part in PARTS}.intersection(table)
+    names = {key.removesuffix(f".{part}") for key in tensors for part in PARTS if key.endswith(f".{part}")}
+    known = names.intersection(table)
+    if not names or known != names:
+        stray = sorted(names - known)[:2]
+        raise ValueError(f"{len(known)} of its {len(names)} layers are in this model (not: {stray}).")
     check_match("LoRA", tensors, [f"{name}.{part}" for name in names for part in PARTS])
-    if not names:
-        raise ValueError("it holds no layer.")
     weights = model.model_state_dict(PREFIX)
     for name in sorted(names):
         shape = tuple(weights[table[name]].shape)
@@ -121,7 +123,7 @@ def _with_lora(model, tensors: Mapping[str, Tensor], strength: float):
         if (up.shape[0], *down.shape[1:]) != shape:
             raise ValueError(f"{name} is for a layer of shape {(up.shape[0], *down.shape[1:])}, here it is {shape}.")
     patched = model.clone()
-    patched.add_patches(patches, strength)
+    patched.add_patches(comfy.lora.load_lora(dict(tensors), table, log_missing=False), strength)
     return patched
 
 

@@ -283,7 +283,7 @@ def compared(nodes, toys, silent, model_of, monkeypatch):
     monkeypatch.setattr(
         nodes.sample, "side_by_side", lambda columns: made.titles.extend(t for t, _ in columns) or draw(columns)
     )
-    monkeypatch.setattr(nodes.sample.comfy.model_management, "load_models_gpu", made.loaded.extend)
+    monkeypatch.setattr(nodes.host.comfy.model_management, "load_models_gpu", made.loaded.extend)
 
     def run(**changes):
         inputs = {
