@@ -34,6 +34,7 @@ from .metrics import (
 REFERENCE = Path(__file__).parents[1] / "demo" / "reference.zip"
 BATCH = 32
 FEWEST = 8  # pictures of a split, with which every measure is defined
+Context = Callable[[], AbstractContextManager]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Arm:
     """
 
     make: Callable[[Tensor, Cond], Tensor]
-    ready: Callable[[], AbstractContextManager] = nullcontext
+    ready: Context = nullcontext
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,9 @@ def student_arm(student: Student, steps: int = 1) -> Arm:
 
 
 @torch.no_grad()
-def make_pictures(host: Host, arm: Arm, prompts: Sequence[str], seed: int, context=nullcontext) -> Iterator[Tensor]:
+def make_pictures(
+    host: Host, arm: Arm, prompts: Sequence[str], seed: int, context: Context = nullcontext
+) -> Iterator[Tensor]:
     """Pictures (B, 3, H, W) in [0, 1], batch by batch; picture k has noise seed `seed * 100_000 + k`.
 
     `context` is a callable that gives a context manager for the passes, such as autocast.
@@ -200,7 +203,7 @@ class Timing:
 
 
 @torch.no_grad()
-def measure_time(host: Host, arm: Arm, repeats: int = 5, context=nullcontext) -> Timing:
+def measure_time(host: Host, arm: Arm, repeats: int = 5, context: Context = nullcontext) -> Timing:
     """Time one prompt to its picture, and count the rows that go through the denoiser."""
 
     def once() -> float:
