@@ -24,7 +24,9 @@ class Sampling:
     `prediction` is how its output is read: as the base model's (`inherit`), eps, v, x0, flow, or
     `lcm`, which is eps with LCM's boundary scalings. `start` is the timestep of pure noise, `steps`
     the number of steps it was made for. `renoise` adds fresh noise between steps; else Euler's step
-    is taken. `shift` is NitroFusion's: the network is told the timestep t shift / 1000.
+    is taken. `shift` is NitroFusion's: the network is told the timestep t shift / 1000. `exact` says
+    that pure noise is scaled by sigma itself, as our students learnt it, not by ComfyUI's
+    sqrt(1 + sigma^2).
     """
 
     name: str
@@ -33,6 +35,7 @@ class Sampling:
     steps: int = 1
     renoise: bool = True
     shift: int = 1000
+    exact: bool = False
 
     def timesteps(self, steps: int, denoise: float = 1.0) -> list[int]:
         """The start of each of `steps` steps, falling.
@@ -47,6 +50,7 @@ class Sampling:
         return trailing_timesteps(steps, max(round((self.start + 1) * denoise), steps) - 1)
 
     def in_words(self) -> str:
+        """The sampling as a person reads it."""
         reading = {"inherit": "as the base model's", "lcm": "as LCM's"}.get(self.prediction, f"as {self.prediction}")
         between = "fresh noise" if self.renoise else "Euler's step"
         return (
@@ -64,6 +68,7 @@ class Family:
     special: Mapping[int, Sampling] = field(default_factory=dict)
 
     def for_steps(self, steps: int | None) -> Sampling:
+        """The sampling of a model made for `steps`; None is the family's own."""
         if steps is None:
             return self.sampling
         return replace(self.special.get(steps, self.sampling), steps=steps, name=self.sampling.name)
@@ -102,4 +107,4 @@ def recognise(*hints: str) -> Sampling | None:
 def of_card(card: StudentCard) -> Sampling:
     """The sampling of a student of ours."""
     prediction = "inherit" if card.prediction == card.base_prediction else card.prediction
-    return Sampling(f"student of {card.base_model}", prediction, card.timesteps[0])
+    return Sampling(f"student of {card.base_model}", prediction, card.timesteps[0], exact=True)

@@ -39,10 +39,10 @@ def row_noise(x: Tensor) -> Callable[[int], Tensor]:
     So an item of a batch is given the noise that it is given alone, and whoever begins with the same
     noise, at whatever scale and in whatever host, goes on with the same.
     """
-    signs = [numpy.packbits(row.detach().gt(0).flatten().cpu().numpy()).tobytes() for row in x]
-    seeds = [int.from_bytes(hashlib.sha256(row).digest()[:7], "big") for row in signs]
 
     def noise(i: int) -> Tensor:
+        signs = [numpy.packbits(row.detach().gt(0).flatten().cpu().numpy()).tobytes() for row in x]
+        seeds = [int.from_bytes(hashlib.sha256(row).digest()[:7], "big") for row in signs]
         return seeded_noise([seed + i for seed in seeds], x.shape[1:], x.device).to(x)
 
     return noise

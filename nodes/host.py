@@ -21,7 +21,7 @@ from torch import Tensor
 from ..core.card import CardError, StudentCard, fingerprint
 from ..core.families import Sampling, of_card
 from ..core.lora import PARTS, check_match
-from ..core.sampling import row_noise
+from ..core.sampling import sample_euler, sample_few_step
 
 log = logging.getLogger(__name__)
 KEY = "turbodistill.sampling"  # the MODEL's attachment that says how it is sampled
@@ -54,7 +54,7 @@ def with_sampling(model, sampling: Sampling):
     if sampling.prediction != "inherit":
         changed["calculate_denoised"] = READINGS[sampling.prediction]
     if sampling.shift != 1000:
-        changed["timestep"] = lambda self, sigma: (type(old).timestep(old, sigma) * sampling.shift / 1000).long()
+        changed["timestep"] = lambda self, sigma: (old.timestep(sigma) * sampling.shift / 1000).long()
     if changed or old is not current:
         # The schedule stays the model's own, buffers and all: only the reading of the output differs.
         new = copy.copy(old)
@@ -146,35 +146,34 @@ def sigmas_for(model, timesteps: Sequence[int]) -> Tensor:
     return torch.cat([table[rows].float().cpu(), torch.zeros(1)])
 
 
+class Space:
+    """ComfyUI's model sampling with `add_noise` in core's words."""
+
+    def __init__(self, space):
+        self.space = space
+
+    def add_noise(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """x0, noise (B, ...), one level sigma (B,) -> the noisy input (B, ...)."""
+        return self.space.noise_scaling(sigma[0], noise, x0)
+
+
 class FewStep(comfy.samplers.KSAMPLER):
-    """ADD's sampler: x0 from each level, then fresh noise (or Euler's step) to the next.
+    """A model's sampler: core's few-step sampler, or its Euler, as `sampling` says."""
 
-    Fresh noise is told by each item's first noise, so that a batch's items equal their single runs.
-    """
-
-    def __init__(self, renoise: bool = True, exact: bool = False):
+    def __init__(self, sampling: Sampling):
         super().__init__(self.steps)
-        self.renoise, self.exact = renoise, exact
+        self.sampling = sampling
 
     def max_denoise(self, model_wrap, sigmas) -> bool:
-        # At the last sigma ComfyUI scales noise by sqrt(1 + sigma^2); our students were trained with sigma itself.
-        return not self.exact and super().max_denoise(model_wrap, sigmas)
+        return not self.sampling.exact and super().max_denoise(model_wrap, sigmas)
 
     @torch.no_grad()
     def steps(self, model, x: Tensor, sigmas: Tensor, extra_args=None, callback=None, disable=None) -> Tensor:
-        space = model.inner_model.inner_model.model_sampling
-        noise = row_noise(x)
-        for i in range(len(sigmas) - 1):
-            denoised = model(x, sigmas[i] * x.new_ones(len(x)), **(extra_args or {}))
-            if callback is not None:
-                callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
-            if sigmas[i + 1] == 0:
-                x = denoised
-            elif self.renoise:
-                x = space.noise_scaling(sigmas[i + 1], noise(i), denoised)
-            else:
-                x = denoised + (x - denoised) * (sigmas[i + 1] / sigmas[i])
-        return x
+        """Noise x (B, C, H, W) at sigmas[0], sigmas (n + 1,) -> latents (B, C, H, W)."""
+        if not self.sampling.renoise:
+            return sample_euler(model, x, sigmas, extra_args, callback)
+        schedule = Space(model.inner_model.inner_model.model_sampling)
+        return sample_few_step(model, x, sigmas, extra_args, callback, schedule=schedule)
 
 
 def euler(model, steps: int) -> tuple[Any, Tensor]:
@@ -194,11 +193,8 @@ def files(folder: str) -> list[str]:
 
 
 def file_path(folder: str, name: str) -> str | None:
+    """Where such a file lies; None if it has gone."""
     return folder_paths.get_full_path(folder, name)
-
-
-def sampler_for(sampling: Sampling) -> FewStep:
-    return FewStep(sampling.renoise, exact=sampling.name.startswith("student of"))
 
 
 def check_channels(model, latent: Tensor) -> Tensor:

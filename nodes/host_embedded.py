@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any, ClassVar
 
 import comfy.latent_formats
@@ -16,13 +15,13 @@ import comfy.supported_models
 import comfy.supported_models_base
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..demo.text_encoder import TextEncoder
+from ..trainer.diffusers_host import EMBEDDED, HEADER
 
-FOLDER = Path(__file__).parents[1] / "demo"
-MODEL, STUDENT = FOLDER / "model.safetensors", FOLDER / "student.safetensors"
-HEADER = "turbodistill.model"
+STUDENT = EMBEDDED.with_name("student.safetensors")
 
 
 class Ratio(float):
@@ -135,11 +134,15 @@ def encoder_class(tokenizer: str):
     return Encoder
 
 
+def description() -> dict[str, Any]:
+    """What the embedded model's header says of its networks."""
+    with safe_open(EMBEDDED, "pt") as file:
+        return json.loads(file.metadata()[HEADER])
+
+
 def load() -> tuple[Any, Any, Any]:
     """MODEL, CLIP and VAE of the embedded model."""
-    with safe_open(MODEL, "pt") as file:
-        about = json.loads(file.metadata()[HEADER])
-        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - no dict
+    about, tensors = description(), load_file(EMBEDDED)
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -184,8 +187,8 @@ def _vae(about, weights):
 
 
 def empty_latent(batch_size: int) -> dict[str, Tensor]:
-    with safe_open(MODEL, "pt") as file:
-        about = json.loads(file.metadata()[HEADER])
+    """ComfyUI's empty latent (batch_size, C, H, W) of the size that the model was made for."""
+    about = description()
     factor = 2 ** (len(about["vae"]["block_out_channels"]) - 1)
     width, height = about["resolution"]
     return {"samples": torch.zeros(batch_size, about["vae"]["latent_channels"], height // factor, width // factor)}

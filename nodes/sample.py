@@ -9,9 +9,8 @@ from comfy_api.latest import io, ui
 
 from ..core.families import MOST
 from . import host
+from .load import CATEGORY
 from .picture import side_by_side
-
-CATEGORY = "TurboDistill"
 
 
 def model_input() -> io.Model.Input:
@@ -70,7 +69,7 @@ class OneStepSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model) -> io.NodeOutput:
-        return io.NodeOutput(host.sampler_for(host.sampling_of(model)))
+        return io.NodeOutput(host.FewStep(host.sampling_of(model)))
 
 
 class OneStepSample(io.ComfyNode):
@@ -101,7 +100,7 @@ class OneStepSample(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, latent_image, seed: int, steps: int, denoise: float) -> io.NodeOutput:
-        sampler = host.sampler_for(host.sampling_of(model))
+        sampler = host.FewStep(host.sampling_of(model))
         return io.NodeOutput(
             host.sample(model, positive, latent_image, seed, sigmas_of(model, steps, denoise), sampler)
         )
@@ -142,7 +141,7 @@ class Compare(io.ComfyNode):
                 f"student, {student_steps} step{'s' * (student_steps > 1)}",
                 student,
                 sigmas_of(student, student_steps, 1.0),
-                host.sampler_for(host.sampling_of(student)),
+                host.FewStep(host.sampling_of(student)),
                 None,
                 1.0,
             ),
