@@ -17,7 +17,7 @@ from turbodistill.trainer import cli, demo
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--seeds", type=int, default=3)
-parser.add_argument("--minutes", type=float, default=4.0, help="training time of each student")
+parser.add_argument("--minutes", type=float, default=8.0, help="training time of each student")
 parser.add_argument("--count", type=int, default=286, help="pictures per arm and seed")
 parser.add_argument("--out", type=Path, default=Path("runs/seeds"))
 args = parser.parse_args()
@@ -27,7 +27,7 @@ styles: dict[str, list[float]] = {}
 diversities: dict[str, list[float]] = {}
 for seed in range(args.seeds):
     folder = args.out / str(seed)
-    demo.demo(folder, args.minutes, args.count, seed, cli.follow)
+    demo.demo(folder, args.minutes, args.count, seed, cli.follow, cli.interruptible)
     figures = json.loads((folder / "figures.json").read_text())
     for arm, score in figures["scores"].items():
         kids.setdefault(arm, []).append(score["kid"]["value"])

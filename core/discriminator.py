@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import Conv2d, Linear, SiLU
 from torch.nn.utils.parametrizations import spectral_norm
 
 
@@ -26,10 +27,10 @@ class Head(nn.Module):
 
     def __init__(self, channels: int, condition: int, width: int):
         super().__init__()
-        self.inner = spectral_norm(nn.Conv2d(channels, width, 1))
-        self.residual = spectral_norm(nn.Conv2d(width, width, 3, padding=1))
-        self.project = nn.Linear(condition, width)
-        self.out = spectral_norm(nn.Conv2d(width, 1, 1))
+        self.inner = spectral_norm(Conv2d(channels, width, 1))
+        self.residual = spectral_norm(Conv2d(width, width, 3, padding=1))
+        self.project = Linear(condition, width)
+        self.out = spectral_norm(Conv2d(width, 1, 1))
 
     def forward(self, features: Tensor, condition: Tensor) -> Tensor:
         h = F.leaky_relu(self.inner(features), 0.2)
@@ -50,7 +51,7 @@ class Discriminator(nn.Module):
         super().__init__()
         self.text, self.image = text, image
         embedded = 128
-        self.condition = nn.Sequential(nn.Linear(text + image + 32, embedded), nn.SiLU(), nn.Linear(embedded, embedded))
+        self.condition = nn.Sequential(Linear(text + image + 32, embedded), SiLU(), Linear(embedded, embedded))
         self.heads = nn.ModuleList(Head(c, embedded, width) for c in channels)
         for k, c in enumerate(channels):
             self.register_buffer(f"mean_{k}", torch.zeros(c))

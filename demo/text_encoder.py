@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Embedding, LayerNorm, TransformerEncoder, TransformerEncoderLayer
 
 WIDTH, LAYERS, HEADS, LENGTH = 384, 2, 12, 32
 
@@ -26,11 +27,11 @@ class TextEncoder(nn.Module):
         self.tokenizer = Tokenizer.from_str(tokenizer)
         self.tokenizer.enable_truncation(LENGTH)
         self.tokenizer.enable_padding(length=LENGTH)
-        self.word = nn.Embedding(self.tokenizer.get_vocab_size(), WIDTH)
+        self.word = Embedding(self.tokenizer.get_vocab_size(), WIDTH)
         self.position = nn.Parameter(torch.zeros(LENGTH, WIDTH))
-        self.norm = nn.LayerNorm(WIDTH, eps=1e-12)
-        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, 0.0, "gelu", 1e-12, batch_first=True)
-        self.layers = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
+        self.norm = LayerNorm(WIDTH, eps=1e-12)
+        layer = TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, 0.0, "gelu", 1e-12, batch_first=True)
+        self.layers = TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
 
     def tokens(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Texts -> ids and mask, both (B, 32); the mask is true on the text."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import Linear
 from turbodistill.core.discriminator import Discriminator, noise_embedding
 from turbodistill.core.features import TeacherFeatures, as_picture, default_taps
 from turbodistill.core.student import Student
@@ -77,7 +78,7 @@ def test_taps_that_do_not_exist_or_never_fire_are_told(toys):
     teacher = toys.conv()
     with pytest.raises(ValueError, match=r"taps \['middle'\] are no modules of ConvBackbone"):
         TeacherFeatures(teacher, ["conv_in", "middle"])
-    teacher.backbone.unused = nn.Linear(1, 1)
+    teacher.backbone.unused = Linear(1, 1)
     with pytest.raises(RuntimeError, match=r"taps \['unused'\] never fire"):
         TeacherFeatures(teacher, ["conv_in", "unused"])(toys.picture(), torch.ones(2), toys.cond())
 
@@ -141,7 +142,7 @@ def test_token_features_of_a_transformer_are_tapped_as_pictures(toys):
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer = nn.Linear(4, 4)
+            self.layer = Linear(4, 4)
 
         def forward(self, tokens, context):
             return self.layer(tokens), context  # as the hosts' joint blocks: a tuple

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch.nn import Conv2d
 from turbodistill.core import losses
 from turbodistill.core.denoiser import Guided
 from turbodistill.core.losses import ADVERSARIAL, WEIGHTS
@@ -90,7 +90,7 @@ def test_exact_r1_by_hand():
 
 
 def test_exact_r1_trains_the_head():
-    head, maps = nn.Conv2d(3, 1, 1), torch.randn(2, 3, 2, 2, requires_grad=True)
+    head, maps = Conv2d(3, 1, 1), torch.randn(2, 3, 2, 2, requires_grad=True)
     penalty = losses.r1([head(maps).flatten(1)], [maps])
     assert torch.allclose(penalty, 0.5 * head.weight.square().sum() / 4)  # w / N at each of N = 4 positions
     penalty.backward()
@@ -99,7 +99,7 @@ def test_exact_r1_trains_the_head():
 
 def test_approximate_r1_approaches_the_slope():
     # || D(x) - D(x + s e) ||^2 / s^2 has the mean | w |^2 for a linear head.
-    head, maps, s = nn.Conv2d(3, 1, 1), torch.randn(64, 3, 16, 16), 0.1
+    head, maps, s = Conv2d(3, 1, 1), torch.randn(64, 3, 16, 16), 0.1
     logits, moved = head(maps).flatten(1), head(maps + s * torch.randn_like(maps)).flatten(1)
     penalty = losses.approximate_r1([logits], [moved])
     assert penalty.item() / s**2 == pytest.approx(head.weight.square().sum().item(), rel=0.1)

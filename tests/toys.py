@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Conv2d, Linear, Upsample
 from turbodistill.core.denoiser import Cond, Denoiser
 from turbodistill.core.schedule import DiscreteSchedule, FlowSchedule, Schedule, expand
 
@@ -17,12 +18,12 @@ class ConvBackbone(nn.Module):
 
     def __init__(self, width: int = 8):
         super().__init__()
-        self.conv_in = nn.Conv2d(CHANNELS, width, 3, padding=1)
-        self.text = nn.Linear(TEXT, width)
-        self.time = nn.Linear(1, width)
-        self.down = nn.Conv2d(width, width, 3, stride=2, padding=1)
-        self.up = nn.Upsample(scale_factor=2)
-        self.conv_out = nn.Conv2d(width, CHANNELS, 3, padding=1)
+        self.conv_in = Conv2d(CHANNELS, width, 3, padding=1)
+        self.text = Linear(TEXT, width)
+        self.time = Linear(1, width)
+        self.down = Conv2d(width, width, 3, stride=2, padding=1)
+        self.up = Upsample(scale_factor=2)
+        self.conv_out = Conv2d(width, CHANNELS, 3, padding=1)
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         added = self.text(context).mean(1) + self.time(time[:, None])
@@ -60,7 +61,7 @@ class Recorder(Denoiser):
 
     def __init__(self, answer=lambda x, sigma, cond: torch.zeros_like(x), schedule: Schedule | None = None):
         self.answer, self.schedule, self.calls = answer, schedule or DiscreteSchedule(), []
-        self.backbone = nn.Linear(1, 1)
+        self.backbone = Linear(1, 1)
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         self.calls.append((x, sigma, cond))
@@ -133,9 +134,9 @@ class MixtureBackbone(nn.Module):
         super().__init__()
         self.register_buffer("means", means)
         self.std, self.schedule = std, schedule
-        self.inner = nn.Conv2d(3, width, 1)
-        self.hidden = nn.Conv2d(width, width, 1)
-        self.out = nn.Conv2d(width, 2, 1)
+        self.inner = Conv2d(3, width, 1)
+        self.hidden = Conv2d(width, width, 1)
+        self.out = Conv2d(width, 2, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 

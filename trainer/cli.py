@@ -45,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="distil the small embedded model and report on it, start to end")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything (default: runs/demo)")
     demo.add_argument(
-        "--minutes", type=float, default=4.0, help="training time of each of the two students (default: 4)"
+        "--minutes", type=float, default=8.0, help="training time of each of the two students (default: 8)"
     )
     demo.add_argument("--count", type=int, default=128, help="pictures per arm that are measured (default: 128)")
     demo.add_argument("--seed", type=int, default=0)
@@ -58,6 +58,10 @@ def make_parser() -> argparse.ArgumentParser:
     distill.add_argument(
         "--out", type=Path, default=Path("runs/distill"), help="folder for everything; a run there goes on"
     )
+    distill.add_argument(
+        "--pairs-folder", type=Path, help="folder of the teacher pairs, if other runs share them (default: in --out)"
+    )
+    distill.add_argument("--title", default="training", help="what its progress bar is called (default: training)")
     distill.add_argument("--config", type=Path, help="TOML file of settings; the flags below go before it")
     add_settings(distill)
     distill.set_defaults(command=run_distill)
@@ -129,11 +133,7 @@ def interruptible() -> Iterator[list[bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-class Interrupted(Exception):
-    """Ctrl-C, after everything was saved."""
-
-
-def follow(events: Iterator, config: Config, folder: Path, host) -> Any:
+def follow(events: Iterator, config: Config, folder: Path, host, title: str = "training") -> Any:
     """Show a run's events as progress bars, write its previews; returns Finished. Raises Interrupted."""
     from tqdm import tqdm
 
@@ -148,9 +148,9 @@ def follow(events: Iterator, config: Config, folder: Path, host) -> Any:
                         bar = _renew(bar, tqdm(total=event.total, desc=event.what, unit="", initial=0))
                     bar.update(event.done - bar.n)
                 elif isinstance(event, run.Step):
-                    if bar is None or bar.desc != "training":
+                    if bar is None or bar.desc != title:
                         whole = round(config.minutes * 60) if config.minutes else config.updates
-                        bar = _renew(bar, tqdm(total=whole, desc="training", unit="s" if config.minutes else "update"))
+                        bar = _renew(bar, tqdm(total=whole, desc=title, unit="s" if config.minutes else "update"))
                     bar.update(min(round(event.spent), bar.total) - bar.n if config.minutes else event.update - bar.n)
                     told = {k: f"{v:.3f}" for k, v in event.losses.items()}
                     bar.set_postfix(update=event.update, **told, acc=f"{event.health.accuracy:.2f}", refresh=False)
@@ -165,7 +165,7 @@ def follow(events: Iterator, config: Config, folder: Path, host) -> Any:
                 elif isinstance(event, run.Finished):
                     return event
                 if stop:
-                    raise Interrupted
+                    raise run.Interrupted
         finally:
             events.close()  # type: ignore[attr-defined]
             _renew(bar, None)
@@ -199,10 +199,10 @@ def run_distill(args: argparse.Namespace) -> int:
         raise ConfigError("--model needs --prompts: a text file with one prompt a line, of what the model is good at")
     prompts = data.read_prompts(args.prompts or DEFAULT_PROMPTS)
     score = run.latent_score if args.model else _judge(None).kid_score(host)
-    events = run.run(host, config, args.out, prompts, args.images, score)
+    events = run.run(host, config, args.out, prompts, args.images, score, args.pairs_folder)
     try:
-        finished = follow(events, config, args.out, host)
-    except Interrupted:
+        finished = follow(events, config, args.out, host, args.title)
+    except run.Interrupted:
         print(f"saved; to go on: turbodistill {' '.join(sys.argv[1:])}")
         return 130
     print(f"student: {finished.path}\nhistory: {args.out / run.HISTORY}\npictures: {args.out / 'previews'}")
@@ -216,13 +216,17 @@ def _judge(reference: Path | None):
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    from .demo import demo
+    from .demo import Failed, demo
+    from .run import Interrupted
 
     try:
-        page = demo(args.out, args.minutes, args.count, args.seed, follow)
+        page = demo(args.out, args.minutes, args.count, args.seed, follow, interruptible)
     except Interrupted:
         print(f"saved; to go on: turbodistill {' '.join(sys.argv[1:])}")
         return 130
+    except Failed as error:
+        print(f"turbodistill: {error}", file=sys.stderr)
+        return 1
     print(f"\nreport: {page.resolve()}")
     return 0
 
@@ -289,3 +293,7 @@ def run_info(args: argparse.Namespace) -> int:
 
     print(read_card(args.file).in_words())
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

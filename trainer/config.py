@@ -6,6 +6,7 @@ The command line, the ComfyUI node and the WebUI tab are all made from the field
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import sys
 from dataclasses import dataclass, field
@@ -159,6 +160,11 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    def to_toml(self) -> str:
+        """What `from_toml` reads."""
+        # A TOML basic string, number or boolean is written as in JSON.
+        return "".join(f"{name} = {json.dumps(value)}\n" for name, value in self.to_dict().items())
 
     def replace(self, **changes: Any) -> Config:
         return dataclasses.replace(self, **changes)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,10 +20,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..core.card import read_card
 from ..core.student import load_student
 from . import report, run
 from .config import Config
-from .data import read_prompts
+from .data import make_pairs, read_prompts
 from .diffusers_host import DiffusersHost, load_host
 from .evaluate import (
     REFERENCE,
@@ -41,6 +48,7 @@ SHOWN = 8  # prompts in the report's grid
 ALIKE_PROMPTS, ALIKE = 8, 4  # for diversity: prompts, and samples of each
 TEACHER = "teacher, 50 steps"
 STUDENT = "student, 1 step"
+PAIRS = "pairs"  # folder, beside those of the students
 
 
 def arms_of(host: DiffusersHost, guidance: float) -> dict[str, Arm]:
@@ -91,32 +99,94 @@ class Bench:
         return scores
 
 
-def demo(out: Path, minutes: float, count: int, seed: int, follow: Callable[..., Any]) -> Path:
+class Failed(RuntimeError):
+    """A training that ran as a command of its own did not end well; it has said why."""
+
+
+def train_here(host, configs: Mapping[str, Config], out: Path, follow: Callable[..., Any], score: run.Score) -> None:
+    """Train one student after the other, in `out/<name>`; `follow(events, config, folder, host)` shows a run."""
+    prompts = read_prompts(FOLDER / "prompts.txt")
+    for name, config in configs.items():
+        print(f"{name}:")
+        events = run.run(host, config, out / name, prompts, score=score, pairs_folder=out / PAIRS)
+        follow(events, config, out / name, host)
+
+
+def train_apart(configs: Mapping[str, Config], out: Path, stop: Sequence) -> None:
+    """Train all students at once, each by `turbodistill distill` on its share of the cores.
+
+    Two trainings of one thread do nearly twice the work of one with two. As soon as `stop` holds
+    something they end as at Ctrl-C: raises Interrupted then, Failed if one ends badly by itself.
+    """
+    threads = max(1, torch.get_num_threads() // len(configs))
+    children = []
+    try:
+        for position, (name, config) in enumerate(configs.items()):
+            command = [sys.executable, "-m", f"{__package__}.cli", "distill", "--config", str(out / f"{name}.toml")]
+            command += ["--out", str(out / name), "--pairs-folder", str(out / PAIRS), "--title", name]
+            run.data.write_whole(out / f"{name}.toml", config.to_toml().encode())
+            environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_POSITION": str(position)}
+            # In a session of its own it hears of Ctrl-C from here alone: a second one would break it off.
+            children.append(subprocess.Popen(command, env=environment, start_new_session=True))
+        told = False
+        while any(child.poll() is None for child in children):
+            if stop and not told:
+                told = True
+                for child in children:
+                    child.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.terminate()
+    codes = [child.returncode for child in children]
+    if told or 130 in codes:
+        raise run.Interrupted
+    if any(codes):
+        raise Failed(f"a training ended with status {max(codes, key=abs)}: its last lines above say why")
+
+
+def _pairs(host, config: Config, folder: Path, stop: Sequence) -> None:
+    made = make_pairs(host, config, read_prompts(FOLDER / "prompts.txt"), folder)
+    with tqdm(total=config.pairs, desc="teacher pairs", unit="") as bar:
+        for done, _ in made:
+            bar.update(done - bar.n)
+            if stop:
+                raise run.Interrupted
+
+
+def demo(
+    out: Path,
+    minutes: float,
+    count: int,
+    seed: int,
+    follow: Callable[..., Any],
+    interruptible: Callable[[], AbstractContextManager[Sequence]],
+) -> Path:
     """Pairs, two students (with and without the adversarial loss, at equal time), measurement, report.
 
-    `follow(events, config, folder, host)` shows a run and returns its Finished. What an earlier call
-    left in `out` is gone on with. Returns the report's path.
+    `follow(events, config, folder, host)` shows a run; the sequence that `interruptible()` gives
+    holds something once the user wants an end. What an earlier call left in `out` is gone on with.
+    Returns the report's path. Raises Interrupted, Failed.
     """
     config = Config.from_toml(SETTINGS).replace(minutes=minutes, seed=seed, updates=1_000_000)
     host = load_host()
     bench = Bench(host, None, count)
-    prompts = read_prompts(FOLDER / "prompts.txt")
-    score = bench.judge.kid_score(host)
-    folders = {STUDENT: out / "student", "regression only": out / "regression"}
     configs = {
-        STUDENT: config,
-        "regression only": config.replace(
+        "student": config,
+        "regression": config.replace(
             adversarial_weight=0.0, distillation_weight=0.0, feature_weight=0.0, positives="teacher"
         ),
     }
-    finished = {}
-    for name, folder in folders.items():
-        print(f"{name}:")
-        events = run.run(host, configs[name], folder, prompts, score=score, pairs_folder=out / "pairs")
-        finished[name] = follow(events, configs[name], folder, host)
+    with interruptible() as stop:
+        _pairs(host, config, out / PAIRS, stop)
+        if apart := host.denoiser.device.type == "cpu" and torch.get_num_threads() > 1:
+            train_apart(configs, out, stop)
+    if not apart:
+        train_here(host, configs, out, follow, bench.judge.kid_score(host))
 
     arms = arms_of(host, config.guidance)
-    paths = {name: finished[name].path for name in ("regression only", STUDENT)}
+    paths = {"regression only": out / "regression" / run.BEST, STUDENT: out / "student" / run.BEST}
     if SHIPPED.exists():
         paths["shipped student, 1 step"] = SHIPPED
     students = {name: load_student(path, host.denoiser)[0] for name, path in paths.items()}
@@ -140,8 +210,8 @@ def demo(out: Path, minutes: float, count: int, seed: int, follow: Callable[...,
         scores,
         floor,
         timings,
-        finished[STUDENT].card,
-        folders[STUDENT] / run.HISTORY,
+        read_card(paths[STUDENT]),
+        out / "student" / run.HISTORY,
         STUDENT,
         TEACHER,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 import torch
+from torch import amp
 
 from .config import Config
 
@@ -15,7 +16,7 @@ def autocast(config: Config, device: torch.device) -> AbstractContextManager:
         low = torch.cuda.is_bf16_supported() if device.type == "cuda" else fast_bfloat16_cpu()
     else:
         low = config.precision == "bfloat16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=low)
+    return amp.autocast(device.type, torch.bfloat16, enabled=low)
 
 
 def fast_bfloat16_cpu() -> bool:

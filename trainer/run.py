@@ -42,6 +42,10 @@ PREVIEWS = 8
 Score = Callable[[Tensor, Tensor], float]
 
 
+class Interrupted(Exception):
+    """The user ended a run before its time, after everything was saved; front ends raise it."""
+
+
 @dataclass(frozen=True)
 class PairsMade:
     """`done` of `total` teacher pairs (or pictures encoded, by `what`) are on disk."""
@@ -153,7 +157,7 @@ def resume(state: State, folder: Path) -> bool:
     if not path.exists():
         return False
     try:
-        saved = torch.load(path, weights_only=True, map_location=state.student.device)
+        saved = torch.serialization.load(path, weights_only=True, map_location=state.student.device)
     except Exception as error:
         raise ConfigError(f"{path} cannot be read ({error}): delete it to begin anew; the teacher pairs stay") from None
     state.load_state_dict(saved)

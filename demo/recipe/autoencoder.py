@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
+from torch.nn import Conv2d, GroupNorm, LeakyReLU
 from tqdm import tqdm
 
 from ...core import losses
@@ -64,7 +65,7 @@ def train(args) -> None:
         x = x.float() / 127.5 - 1
         if step % 2:
             x = x.flip(-1)
-        with torch.autocast(args.device, torch.bfloat16):
+        with autocast(args.device, torch.bfloat16):
             posterior = model.encode(x).latent_dist
             output = model.decode(posterior.sample()).sample
         kl = posterior.kl().mean()
@@ -79,15 +80,15 @@ class Critic(nn.Sequential):
 
     def __init__(self) -> None:
         super().__init__(
-            nn.Conv2d(3, 32, 4, 2, 1),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(32, 64, 4, 2, 1),
-            nn.GroupNorm(8, 64),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(64, 128, 3),
-            nn.GroupNorm(8, 128),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(128, 1, 3, padding=1),
+            Conv2d(3, 32, 4, 2, 1),
+            LeakyReLU(0.2),
+            Conv2d(32, 64, 4, 2, 1),
+            GroupNorm(8, 64),
+            LeakyReLU(0.2),
+            Conv2d(64, 128, 3),
+            GroupNorm(8, 128),
+            LeakyReLU(0.2),
+            Conv2d(128, 1, 3, padding=1),
         )
 
 
@@ -124,7 +125,7 @@ def refine_decoder(args) -> None:
         level = noise * torch.rand(args.batch, 1, 1, 1, generator=draw)
         z = latents[index] + level * torch.randn(args.batch, *latents.shape[1:], generator=draw)
         x = images[index].to(args.device).float() / 127.5 - 1
-        with torch.autocast(args.device, torch.bfloat16):
+        with autocast(args.device, torch.bfloat16):
             output = model.decoder.decode(z.to(args.device)).sample.float()
             model.critic.requires_grad_(False)
             fooled = losses.relativistic_student([model.critic(output)], [model.critic(x)])
@@ -143,7 +144,7 @@ def refine_decoder(args) -> None:
 def report_error(model: AutoencoderKL, images: Tensor, latents: Tensor, args) -> None:
     errors = []
     for z, chunk in zip(latents.split(64), images.split(64), strict=True):
-        with torch.autocast(args.device, torch.bfloat16):
+        with autocast(args.device, torch.bfloat16):
             output = model.decode(z.to(args.device)).sample.float().cpu()
         errors.append((output - (chunk.float() / 127.5 - 1)).square().mean(dim=(1, 2, 3)))
     psnr = 10 * (4 / torch.cat(errors)).log10()
@@ -155,7 +156,7 @@ def encode_all(model: AutoencoderKL, images: Tensor, args) -> None:
     """Cache every latent (unscaled mean) beside the weights; report the error and the latents' spread."""
     latents = []
     for chunk in tqdm(images.split(64), desc="latents"):
-        with torch.autocast(args.device, torch.bfloat16):
+        with autocast(args.device, torch.bfloat16):
             latents.append(model.encode(chunk.to(args.device).float() / 127.5 - 1).latent_dist.mean.float().cpu())
     z = torch.cat(latents).contiguous()
     report_error(model, images, z, args)

@@ -48,7 +48,7 @@ def fit(
     optimizer = torch.optim.AdamW(trainable, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     step, spent = 0, 0.0
     if path.exists():
-        state = torch.load(path, weights_only=True)
+        state = torch.serialization.load(path, weights_only=True)
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])

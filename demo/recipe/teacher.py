@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
 from tqdm import tqdm
 
 from ..text_encoder import LENGTH, WIDTH, TextEncoder
@@ -84,7 +84,7 @@ def train(args) -> None:
         x0 = latents[index]
         noise = torch.randn(x0.shape, generator=draw).to(args.device)
         a, s = alpha[t].view(-1, 1, 1, 1), sigma[t].view(-1, 1, 1, 1)
-        with torch.autocast(args.device, torch.bfloat16):
+        with autocast(args.device, torch.bfloat16):
             v = model(a * x0 + s * noise, t, context.float()).sample
         return (v.float() - (a * noise - s * x0)).square().mean()
 

@@ -146,16 +146,27 @@ class ModelType(enum.Enum):
     V_PREDICTION = V_PREDICTION
 
 
+class CONDRegular:
+    def __init__(self, cond):
+        self.cond = cond
+
+    def process_cond(self, batch_size, **_):
+        return type(self)(self.cond.repeat(batch_size, *(1 for _ in self.cond.shape[1:])))
+
+
 class BaseModel(nn.Module):
     def __init__(self, diffusion_model, model_sampling, latent_format=None, process_timestep=lambda t: t):
         super().__init__()
         self.diffusion_model, self.model_sampling = diffusion_model, model_sampling
         self.latent_format, self.process_timestep = latent_format or LatentFormat(), process_timestep
 
-    def apply_model(self, x, t, c_crossattn=None):
+    def apply_model(self, x, t, c_crossattn=None, transformer_options=None):
         space = self.model_sampling
         time = self.process_timestep(space.timestep(t).float())
         return space.calculate_denoised(t, self.diffusion_model(space.calculate_input(t, x), time, c_crossattn), x)
+
+    def extra_conds(self, cross_attn, **_):
+        return {"c_crossattn": CONDRegular(cross_attn)}
 
     def process_latent_in(self, latent):
         return self.latent_format.process_in(latent)
@@ -173,6 +184,7 @@ class ModelPatcher:
     def __init__(self, model, load_device=CPU, offload_device=CPU):
         self.model, self.load_device, self.offload_device = model, load_device, offload_device
         self.patches, self.object_patches, self.attachments = {}, {}, {}
+        self.model_options = {"transformer_options": {}}
         self.backup, self.object_patches_backup = {}, {}
 
     def clone(self):
@@ -265,7 +277,18 @@ def calculate_weight(patches, weight):
     return weight
 
 
-# --- comfy.samplers, comfy.sample ---
+# --- comfy.sampler_helpers, comfy.samplers, comfy.sample ---
+
+
+def convert_cond(cond):
+    return [options | {"cross_attn": states, "model_conds": {}} for states, options in cond]
+
+
+def process_conds(model, noise, conds, device):
+    def prepared(cond):
+        return cond | {"model_conds": cond["model_conds"] | model.extra_conds(**cond, noise=noise, device=device)}
+
+    return {name: [prepared(cond) for cond in entries] for name, entries in conds.items()}
 
 
 class Sampler:
@@ -576,7 +599,9 @@ def modules() -> dict[str, dict[str, object]]:
         "comfy.model_patcher": {"ModelPatcher": ModelPatcher},
         "comfy.model_sampling": {"EPS": EPS, "V_PREDICTION": V_PREDICTION, "EDM": EDM, "CONST": CONST, "X0": X0},
         "comfy.sample": {"prepare_noise": prepare_noise, "fix_empty_latent_channels": fix_empty_latent_channels},
+        "comfy.sampler_helpers": {"convert_cond": convert_cond},
         "comfy.samplers": {
+            "process_conds": process_conds,
             "KSAMPLER": KSAMPLER,
             "CFGGuider": CFGGuider,
             "ksampler": ksampler,

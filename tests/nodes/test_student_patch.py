@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from torch.nn import Conv2d
 from turbodistill.core.card import CardError, fingerprint, read
 from turbodistill.core.families import of_card
 
@@ -95,7 +96,7 @@ class Other(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first = torch.nn.Conv2d(4, 8, 3, padding=1)
+        self.first = Conv2d(4, 8, 3, padding=1)
 
 
 @pytest.fixture

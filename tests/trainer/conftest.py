@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import Conv2d, Linear
 from turbodistill.core.card import fingerprint
 from turbodistill.core.denoiser import Cond, Denoiser
 from turbodistill.core.schedule import DiscreteSchedule, expand
@@ -26,11 +27,11 @@ class ConvNet(nn.Module):
 
     def __init__(self, width: int = 12):
         super().__init__()
-        self.conv_in = nn.Conv2d(4, width, 3, padding=1)
-        self.blocks = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
-        self.text = nn.Linear(STATES, width)
-        self.time = nn.Linear(1, width)
-        self.conv_out = nn.Conv2d(width, 4, 3, padding=1)
+        self.conv_in = Conv2d(4, width, 3, padding=1)
+        self.blocks = nn.ModuleList(Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.text = Linear(STATES, width)
+        self.time = Linear(1, width)
+        self.conv_out = Conv2d(width, 4, 3, padding=1)
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         added = self.text(context.mean(1)) + self.time(time[:, None])

@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
 from PIL import Image
+from turbodistill.core.card import read_card
 from turbodistill.trainer import cli, demo, run
 from turbodistill.trainer.config import Config
 
@@ -238,7 +240,7 @@ def test_interrupting_saves_and_says_how_to_go_on(pipeline_folder, prompts, tmp_
     assert process.returncode == 130, err
     assert "stopping after this update" in err and "Traceback" not in err
     assert f"saved; to go on: turbodistill distill --model {pipeline_folder}" in out
-    done = torch.load(tmp_path / run.STATE, weights_only=True)["update"]
+    done = torch.serialization.load(tmp_path / run.STATE, weights_only=True)["update"]
     assert done == len(history.read_text().splitlines()) - 1 >= 3
     assert cli.main(["distill", *flags, "--updates", str(done + 2)]) == 0
     assert len(history.read_text().splitlines()) - 1 == done + 2
@@ -260,3 +262,39 @@ def test_evaluate_measures_a_student_against_its_teacher(
     assert f"{made.name}/student" in scores and len(scores) == 4
     assert figures["timings"][f"{made.name}/student"]["passes"] == 1
     assert figures["timings"]["teacher, 50 steps"]["passes"] == 100  # two rows a step: with guidance
+
+
+TINY = Config(rank=2, pairs=16, pair_steps=1, batch=4, warmup=1, width=8, updates=2, select_every=0, preview_every=0)
+
+
+@pytest.mark.slow
+def test_trainings_apart_are_commands_that_share_their_pairs(tmp_path):
+    out = tmp_path / "runs with a space"
+    demo.train_apart({"student": TINY, "regression": TINY.replace(adversarial_weight=0.0)}, out, [])
+    assert read_card(out / "student" / run.BEST).training["adversarial_weight"] == 1.0
+    assert read_card(out / "regression" / run.BEST).training["adversarial_weight"] == 0.0
+    assert list((out / demo.PAIRS).glob("*.safetensors")) and not (out / "student" / demo.PAIRS).exists()
+
+
+@pytest.mark.slow
+def test_a_training_apart_that_fails_is_told(tmp_path, capfd):
+    with pytest.raises(demo.Failed, match="status 1"):
+        demo.train_apart({"student": TINY.replace(taps="nowhere")}, tmp_path, [])
+    assert "nowhere" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_trainings_apart_end_and_save_as_soon_as_they_are_told_to(tmp_path, capfd):
+    stop = []
+    threading.Timer(0.0, lambda: _when((tmp_path / "student" / run.HISTORY).exists, stop)).start()
+    with pytest.raises(run.Interrupted):
+        demo.train_apart({"student": TINY.replace(updates=10**6)}, tmp_path, stop)
+    assert torch.serialization.load(tmp_path / "student" / run.STATE, weights_only=True)["update"] > 0
+    assert "saved; to go on" in capfd.readouterr().out
+
+
+def _when(true, stop, seconds=120):
+    until = time.monotonic() + seconds
+    while not true() and time.monotonic() < until:
+        time.sleep(0.05)
+    stop.append(True)

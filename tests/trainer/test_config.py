@@ -69,6 +69,8 @@ def test_toml_gives_what_it_names_and_leaves_the_defaults(tmp_path):
     expected = Config().replace(rank=8, lr=1e-3, adversarial="relativistic", condition_image=True)
     assert Config.from_toml(path) == expected
     assert Config.from_dict(expected.to_dict()) == expected
+    path.write_text(expected.to_toml())
+    assert Config.from_toml(path) == expected
 
 
 @pytest.mark.parametrize(

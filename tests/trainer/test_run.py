@@ -34,7 +34,7 @@ def updates(folder):
 
 
 def state_of(folder):
-    return torch.load(folder / run.STATE, weights_only=True)
+    return torch.serialization.load(folder / run.STATE, weights_only=True)
 
 
 def test_events_come_in_order_and_nothing_is_printed(kit, host, tmp_path, capfd):

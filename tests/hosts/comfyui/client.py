@@ -1,0 +1,205 @@
+"""A real ComfyUI as the tests see it: its process, and its API in a few calls."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load
+from torch import Tensor
+
+START, RUN = 180, 120  # seconds that the server and a prompt may take
+FLAGS = ("--cpu", "--listen", "127.0.0.1", "--disable-api-nodes", "--disable-auto-launch")
+
+
+class NodeError(Exception):
+    """What a node said when it refused its inputs or failed: `node` is its class, the message its words."""
+
+    def __init__(self, node: str, message: str):
+        super().__init__(f"{node}: {message}")
+        self.node = node
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node in a graph; itself as another's input it means its first output, `node[1]` the second."""
+
+    name: str
+
+    def __getitem__(self, output: int) -> list:
+        return [self.name, output]
+
+
+@dataclass
+class Graph:
+    """A prompt in the making."""
+
+    prompt: dict[str, dict] = field(default_factory=dict)
+
+    def add(self, kind: str, **inputs: Any) -> Node:
+        """A new node of a class, with values and links as its inputs."""
+        linked = {k: v[0] if isinstance(v, Node) else v for k, v in inputs.items()}
+        name = str(len(self.prompt) + 1)
+        self.prompt[name] = {"class_type": kind, "inputs": linked}
+        return Node(name)
+
+    def sample(self, model, positive, latent, seed: int = 0, steps: int = 1, denoise: float = 1.0) -> Node:
+        """One-Step Sample."""
+        return self.add(
+            "TurboDistillSample",
+            model=model,
+            positive=positive,
+            latent_image=latent,
+            seed=seed,
+            steps=steps,
+            denoise=denoise,
+        )
+
+    def custom(self, model, positive, latent, sigmas, sampler, seed: int = 0) -> Node:
+        """SamplerCustom at cfg 1."""
+        return self.add(
+            "SamplerCustom",
+            model=model,
+            add_noise=True,
+            noise_seed=seed,
+            cfg=1.0,
+            positive=positive,
+            negative=positive,
+            sampler=sampler,
+            sigmas=sigmas,
+            latent_image=latent,
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A prompt that ran: what its output nodes gave to the page, and the nodes that the cache answered."""
+
+    outputs: dict[str, dict]
+    cached: frozenset[str]
+
+
+@dataclass(frozen=True)
+class ComfyUI:
+    """A running server; `base` holds its models, inputs and outputs."""
+
+    url: str
+    base: Path
+    log: Path
+
+    def get(self, path: str) -> bytes:
+        """The body of a page; raises urllib.error.HTTPError."""
+        with urllib.request.urlopen(f"{self.url}/{path}", timeout=30) as answer:
+            return answer.read()
+
+    def run(self, graph: Graph) -> Run:
+        """Run a prompt to its end; raises NodeError if a node of it was refused or failed."""
+        body = json.dumps({"prompt": graph.prompt, "prompt_id": str(uuid.uuid4())}).encode()
+        request = urllib.request.Request(f"{self.url}/prompt", body, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                told = json.load(answer)
+        except urllib.error.HTTPError as error:
+            told = json.load(error)
+        for refused in told["node_errors"].values():
+            words = "; ".join(f"{e['message']}: {e['details']}" for e in refused["errors"])
+            raise NodeError(refused["class_type"], words)
+        if "error" in told:
+            raise NodeError("prompt", str(told["error"]))
+        return self._wait(told["prompt_id"])
+
+    def _wait(self, prompt: str) -> Run:
+        ends = time.monotonic() + RUN
+        while not (history := json.loads(self.get(f"history/{prompt}"))):
+            if time.monotonic() > ends:
+                raise TimeoutError(f"the prompt runs longer than {RUN} s")
+            time.sleep(0.02)
+        done = history[prompt]
+        said = dict(done["status"]["messages"])
+        if failed := said.get("execution_error"):
+            raise NodeError(failed["node_type"], failed["exception_message"])
+        return Run(done["outputs"], frozenset(said["execution_cached"]["nodes"]))
+
+    def _view(self, place: dict) -> bytes:
+        return self.get("view?" + urllib.parse.urlencode(place))
+
+    def latents(self, graph: Graph, *outputs) -> list[Tensor]:
+        """Run a graph and give the latents (B, C, H, W) of these outputs."""
+        return self.latents_and_run(graph, *outputs)[0]
+
+    def latents_and_run(self, graph: Graph, *outputs) -> tuple[list[Tensor], Run]:
+        """As `latents`, and the run itself."""
+        whole = Graph(dict(graph.prompt))
+        savers = [whole.add("SaveLatent", samples=o, filename_prefix=uuid.uuid4().hex) for o in outputs]
+        run = self.run(whole)
+        bodies = [self._view(run.outputs[saver.name]["latents"][0]) for saver in savers]
+        return [load(body)["latent_tensor"] for body in bodies], run
+
+    def pictures(self, run: Run, node: Node) -> Tensor:
+        """Pictures (B, H, W, 3) in [0, 1] that a node showed."""
+        shown = [Image.open(io.BytesIO(self._view(place))) for place in run.outputs[node.name]["images"]]
+        return torch.from_numpy(np.stack([np.asarray(picture) for picture in shown])) / 255
+
+    def text(self, graph: Graph, output) -> str:
+        """Run a graph and give one output as text."""
+        whole = Graph(dict(graph.prompt))
+        shown = whole.add("PreviewAny", source=output)
+        return self.run(whole).outputs[shown.name]["text"][0]
+
+
+@contextmanager
+def serve(comfyui: Path, python: str, base: Path) -> Iterator[ComfyUI]:
+    """A server of its own over the folder `base`, ended with the context; raises RuntimeError if it does not start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = base / "comfyui.log"
+    told = ("--base-directory", base, "--database-url", f"sqlite:///{base / 'comfyui.db'}", "--port", port)
+    offline = {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
+    with log.open("w") as lines:
+        process = subprocess.Popen(
+            [python, "main.py", *FLAGS, *map(str, told)],
+            cwd=comfyui,
+            env=os.environ | offline,
+            stdout=lines,
+            stderr=subprocess.STDOUT,
+        )
+    server = ComfyUI(f"http://127.0.0.1:{port}", base, log)
+    try:
+        _wait_until_up(server, process)
+        yield server
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_until_up(server: ComfyUI, process: subprocess.Popen) -> None:
+    ends = time.monotonic() + START
+    while process.poll() is None and time.monotonic() < ends:
+        try:
+            server.get("system_stats")
+            return
+        except OSError:
+            time.sleep(0.2)
+    what = f"is not up after {START} s" if process.poll() is None else f"ended with status {process.returncode}"
+    raise RuntimeError(f"ComfyUI {what}; its last lines:\n" + "\n".join(server.log.read_text().splitlines()[-20:]))

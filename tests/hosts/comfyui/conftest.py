@@ -1,0 +1,186 @@
+"""A ComfyUI of the tests' own: a server with this clone in its custom_nodes, and files for it to load."""
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from turbodistill.core.student import Student
+
+HERE = Path(__file__).parent
+CLONE = HERE.parents[2]
+PROMPT = "a red fox, flat"
+
+
+def module(name):
+    """A module beside this one, by its path: tests are no package, and nothing is put on sys.path."""
+    full = f"turbodistill_comfyui_{name}"
+    if full not in sys.modules:
+        spec = importlib.util.spec_from_file_location(full, HERE / f"{name}.py")
+        sys.modules[full] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+        spec.loader.exec_module(sys.modules[full])
+    return sys.modules[full]
+
+
+@pytest.fixture(scope="session")
+def installation():
+    """ComfyUI's folder and its Python."""
+    folder = Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI"))
+    if not (folder / "main.py").is_file():
+        pytest.skip(f"needs a ComfyUI: there is none in {folder}; say in COMFYUI_PATH where it is")
+    places = (folder / ".venv", folder / "venv", folder.parent / "venv")
+    found = next((p / "bin" / "python" for p in places if (p / "bin" / "python").exists()), sys.executable)
+    return folder, os.environ.get("COMFYUI_PYTHON", str(found))
+
+
+@pytest.fixture(scope="session")
+def comfyui(installation, tmp_path_factory):
+    """The server: client.ComfyUI."""
+    base = tmp_path_factory.mktemp("comfyui")
+    (base / "custom_nodes").mkdir()
+    (base / "custom_nodes" / "turbodistill").symlink_to(CLONE, target_is_directory=True)
+    (base / "custom_nodes" / "random_conditioning.py").symlink_to(HERE / "random_conditioning.py")
+    for folder in ("input", "output", "user", "models/checkpoints", "models/loras"):
+        (base / folder).mkdir(parents=True)
+    with module("client").serve(*installation, base) as server:
+        yield server
+    shutil.rmtree(base / "models")  # pytest keeps its last folders; the log is enough
+
+
+@pytest.fixture(scope="session")
+def node_error():
+    """The exception of a prompt that a node refused."""
+    return module("client").NodeError
+
+
+@pytest.fixture
+def graph():
+    return module("client").Graph()
+
+
+@pytest.fixture(scope="session")
+def checkpoints(comfyui):
+    """Synthetic checkpoints on the server, by short names: checkpoints.Checkpoint."""
+    return module("checkpoints").write(comfyui.base / "models")
+
+
+class Parts(NamedTuple):
+    """What a graph samples with: links to outputs of its nodes."""
+
+    model: object
+    positive: object
+    latent: object
+
+
+@pytest.fixture
+def synthetic(graph, checkpoints):
+    """A checkpoint's short name -> its model, a random prompt and an empty latent of 64 x 64, in the graph."""
+
+    def load(name, file=None, seed=0, batch=1):
+        checkpoint = checkpoints[name]
+        loaded = graph.add("CheckpointLoaderSimple", ckpt_name=file or checkpoint.file)
+        positive = graph.add("TestsRandomConditioning", seed=seed, width=checkpoint.width, pooled=checkpoint.pooled)
+        empty = "EmptySD3LatentImage" if name == "sd3" else "EmptyLatentImage"
+        return Parts(loaded[0], positive[0], graph.add(empty, width=64, height=64, batch_size=batch)[0])
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def condition(checkpoints):
+    """A checkpoint's short name -> the same random prompt (1 row) for its denoiser here."""
+    from turbodistill.core.denoiser import Cond
+
+    def draw(name, seed=0):
+        checkpoint = checkpoints[name]
+        drawn = module("random_conditioning").RandomConditioning().draw(seed, checkpoint.width, checkpoint.pooled)
+        ((states, told),) = drawn[0]
+        if not name.startswith("sdxl"):
+            return Cond(states)
+        sizes = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]])  # as made, cropped at, wanted
+        return Cond(states, told["pooled_output"], {"time_ids": sizes})
+
+    return draw
+
+
+class Demo(NamedTuple):
+    """The embedded model in a graph: `model` is its student, `text` the prompt."""
+
+    model: object
+    positive: object
+    latent: object
+    base: object
+    clip: object
+    vae: object
+    text: str
+
+
+@pytest.fixture
+def demo(graph):
+    """The embedded model and its shipped student in the graph, with one prompt and an empty latent of four."""
+    loaded = graph.add("TurboDistillLoadDemoModel", batch_size=4)
+    built_in = "the demo model's student (built in)"
+    student = graph.add("TurboDistillLoadStudent", model=loaded, student=built_in, strength=1.0)
+    positive = graph.add("CLIPTextEncode", clip=loaded[1], text=PROMPT)
+    return Demo(student[0], positive[0], loaded[3], loaded[0], loaded[1], loaded[2], PROMPT)
+
+
+@pytest.fixture
+def trained(toys):
+    """A denoiser -> a student of it that has learnt something; its hooks are gone when the test ends."""
+    made = []
+
+    def train(denoiser, rank=4, **settings):
+        student = Student(denoiser, rank, **settings)
+        made.append(student)
+        if student.lora:
+            toys.nudge(student.lora)
+        return student
+
+    yield train
+    for student in made:
+        student.release()
+
+
+@pytest.fixture(scope="session")
+def noise():
+    """Seed and shape -> the noise that ComfyUI draws."""
+
+    def draw(seed, *shape):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def gap():
+    """The largest difference of two tensors, in standard deviations of the second."""
+    return lambda found, expected: float((found - expected).abs().max() / expected.std())
+
+
+@pytest.fixture(scope="session")
+def saved(comfyui, checkpoints):
+    """A checkpoint's short name and a student of it -> the student's choice in Load Student."""
+    makers = module("checkpoints")
+
+    def save(name, student=None, file="student.safetensors", **card):
+        folder = "checkpoints" if card.get("kind") == "full" else "loras"
+        path = comfyui.base / "models" / folder / file
+        checkpoint = checkpoints[name]
+        if student is None:
+            makers.write_sd3_student(path, checkpoint)
+        else:
+            makers.write_student(path, student, makers.card_of(checkpoint, **card))
+        return f"{folder}/{file}"
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def whole(comfyui, checkpoints):
+    """The file of a Stable Diffusion 1 with its text encoder and autoencoder."""
+    return module("checkpoints").write_whole(checkpoints["sd15"], comfyui.base / "models")

@@ -1,0 +1,102 @@
+"""Detect One-Step Model: each family by its files' usual names, and what its model's one step then is."""
+
+import os
+
+import pytest
+import torch
+from turbodistill.core.families import FAMILIES, recognise
+
+pytestmark = pytest.mark.host
+FILES = {
+    "SD-Turbo, SDXL-Turbo": "sd_turbo.safetensors",
+    "SDXL-Lightning": "sdxl_lightning_1step_x0.safetensors",
+    "Hyper-SD": "Hyper-SDXL-1step-Unet-Comfyui.fp16.safetensors",
+    "DMD2": "dmd2_sdxl_1step_unet_fp16.safetensors",
+    "NitroFusion Realism": "nitrosd-realism_comfyui.safetensors",
+    "NitroFusion Vibrant": "nitrosd-vibrant_comfyui.safetensors",
+    "LCM": "LCM_Dreamshaper_v7_4k.safetensors",
+}
+# What each family's own recipe says: where noise enters, and the timestep that the network is told.
+RECIPES = {
+    "Hyper-SD": (800, 800),
+    "DMD2": (399, 399),
+    "NitroFusion Realism": (999, 249),
+    "NitroFusion Vibrant": (999, 499),
+}
+
+
+@torch.no_grad()
+def one_step(denoiser, family, noise, context):
+    """Unit noise (B, C, H, W) -> x0, by the family's own recipe on diffusers' network."""
+    start, told = RECIPES.get(family, (999, 999))
+    sigma = denoiser.schedule.sigma(start)
+    # ComfyUI's rule for the size of the noise: what enters at the top is the whole noisy picture's.
+    x = noise * ((sigma**2 + 1).sqrt() if start == 999 else sigma)
+    output = denoiser.backbone(x / (sigma**2 + 1).sqrt(), told, context).sample
+    if family == "SDXL-Lightning":
+        return output
+    x0 = x - sigma * output
+    if family == "LCM":
+        t = 10 * told
+        return x0 * t / (t**2 + 0.25) ** 0.5 + x * 0.25 / (t**2 + 0.25)
+    return x0
+
+
+def detect(graph, model, family="recognise by file name", made_for_steps=0):
+    return graph.add("TurboDistillDetectOneStep", model=model, family=family, made_for_steps=made_for_steps)
+
+
+@pytest.fixture
+def renamed(comfyui, checkpoints):
+    """The Stable Diffusion 1 under another name, for as long as the test runs."""
+    made = []
+
+    def link(name):
+        folder = comfyui.base / "models" / "checkpoints"
+        os.link(folder / checkpoints["sd15"].file, folder / name)
+        made.append(folder / name)
+        return name
+
+    yield link
+    for path in made:
+        path.unlink()
+
+
+def test_every_family_has_a_name():
+    assert set(FILES) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", FILES)
+def test_a_family_is_known_by_its_file(comfyui, graph, synthetic, renamed, checkpoints, condition, noise, gap, family):
+    base, positive, latent = synthetic("sd15", renamed(FILES[family]))
+    found = detect(graph, base)
+    (latents,) = comfyui.latents(graph, graph.sample(found, positive, latent, seed=5))
+    drawn = noise(5, *latents.shape)
+    expected = one_step(checkpoints["sd15"].denoiser, family, drawn, condition("sd15").context)
+    assert gap(latents * checkpoints["sd15"].scale, expected) < 1e-4
+    words = comfyui.text(graph, found[1])
+    assert words == recognise(FILES[family]).in_words() and words.startswith(family)
+
+
+def test_a_lora_s_name_goes_before_the_checkpoint_s(comfyui, graph, synthetic, renamed, checkpoints, trained, saved):
+    base, _, _ = synthetic("sd15", renamed("dreamshaper_turbo.safetensors"))
+    saved("sd15", trained(checkpoints["sd15"].denoiser), "Hyper-SD15-8steps-lora.safetensors")
+    lora = graph.add(
+        "LoraLoaderModelOnly", model=base, lora_name="Hyper-SD15-8steps-lora.safetensors", strength_model=1.0
+    )
+    assert comfyui.text(graph, detect(graph, lora)[1]).startswith("Hyper-SD: made for 8 steps")
+    assert comfyui.text(graph, detect(graph, base)[1]).startswith("SD-Turbo")
+
+
+def test_the_user_s_word_counts_more_than_the_name(comfyui, graph, synthetic, renamed):
+    base, _, _ = synthetic("sd15", renamed("sdxl_lightning_4step.safetensors"))
+    assert comfyui.text(graph, detect(graph, base)[1]).startswith("SDXL-Lightning: made for 4 steps")
+    assert "read as x0" in comfyui.text(graph, detect(graph, base, made_for_steps=1)[1])
+    assert comfyui.text(graph, detect(graph, base, "DMD2", 1)[1]).startswith("DMD2: made for 1 step, noise enters at")
+
+
+def test_an_unknown_name_asks_for_the_family(comfyui, graph, synthetic, node_error):
+    base, _, _ = synthetic("sd15")
+    with pytest.raises(node_error, match=r"recognised in sd15\.safetensors: choose the family") as error:
+        comfyui.text(graph, detect(graph, base)[1])
+    assert error.value.node == "TurboDistillDetectOneStep"
