@@ -88,10 +88,17 @@ def sds_weight(schedule: Schedule, sigma: Tensor) -> Tensor:
     return alpha / (2 * s) * s**2
 
 
+def equal_weight(schedule: Schedule, sigma: Tensor) -> Tensor:
+    """c(t) = 1, (B,)."""
+    return torch.ones_like(sigma)
+
+
 WEIGHTS: dict[str, Callable[[Schedule, Tensor], Tensor]] = {
     "exponential": exponential_weight,
     "sds": sds_weight,
-    "nfsd": exponential_weight,  # NFSD changes the target, not the weight
+    # These two change the target, not the weight.
+    "nfsd": exponential_weight,
+    "matching": equal_weight,
 }
 
 
@@ -145,6 +152,35 @@ def nfsd_target(
     correction = small * eps[1] + (1 - small) * above
     alpha, s = schedule.alpha_sigma(sigma)
     return x0 - expand(s / alpha, x) * (correction + guidance * (eps[0] - eps[1]))
+
+
+@torch.no_grad()
+def matching_target(
+    teacher: Denoiser,
+    score: Denoiser,
+    x: Tensor,
+    x0: Tensor,
+    sigma: Tensor,
+    cond: Cond,
+    uncond: Cond | None,
+    guidance: float,
+) -> Tensor:
+    """Distribution matching's target (DMD, arXiv 2311.18828, eq. 7 and 8), (B, C, H, W).
+
+    `score` denoises what the student makes, the teacher what it should make; x0 is moved by their
+    difference at x, its noised self at sigma (B,), over the teacher's mean distance from x0.
+    """
+    real = guided(teacher, x, sigma, cond, uncond, guidance)
+    fake = score(x, sigma, cond)
+    scale = (x0 - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-4)
+    return x0 + (real - fake) / scale
+
+
+def denoising(denoiser: Denoiser, x0: Tensor, noise: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+    """The ordinary training loss of a diffusion model, on its backbone's output: x0, noise (B, ...), sigma (B,)."""
+    x = denoiser.schedule.add_noise(x0, noise, sigma)
+    wanted = denoiser.schedule.from_x0(denoiser.prediction, x, x0, sigma)
+    return F.mse_loss(denoiser.output(x, sigma, cond).float(), wanted)
 
 
 def distillation(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn import Conv2d
 from turbodistill.core import losses
-from turbodistill.core.denoiser import Guided
+from turbodistill.core.denoiser import Guided, guided
 from turbodistill.core.losses import ADVERSARIAL, WEIGHTS
 from turbodistill.core.sampling import sample_euler
 from turbodistill.core.schedule import DiscreteSchedule, FlowSchedule, expand
@@ -126,6 +126,42 @@ def test_weights_are_add_s():
 def test_weights_are_finite_at_every_level(name, schedule):
     weight = WEIGHTS[name](schedule, schedule.sigma(torch.arange(schedule.timesteps)))
     assert torch.isfinite(weight).all() and (weight >= 0).all()
+
+
+def test_matching_moves_the_picture_from_its_own_score_to_the_teacher_s(toys):
+    x, x0, sigma, cond = toys.picture(), toys.picture(), torch.tensor([3.0, 0.5]), toys.cond()
+    teacher = toys.Recorder(lambda x, s, c: x0 + 2.0)
+    score = toys.Recorder(lambda x, s, c: x0 + 5.0)
+    target = losses.matching_target(teacher, score, x, x0, sigma, cond, None, 1.0)
+    # The scores differ by 3, the teacher is 2 away from the picture.
+    assert torch.allclose(target, x0 - 3.0 / 2.0, atol=1e-5)
+    same = losses.matching_target(teacher, teacher, x, x0, sigma, cond, None, 1.0)
+    assert torch.equal(same, x0)
+
+
+def test_matching_guides_the_teacher_and_not_the_score(toys):
+    x, x0, sigma, cond, uncond = (
+        toys.picture(),
+        toys.picture(),
+        torch.tensor([3.0, 0.5]),
+        toys.cond(),
+        toys.cond(1, 0.0),
+    )
+    teacher, score = toys.conv(), toys.conv(seed=1)
+    found = losses.matching_target(teacher, score, x, x0, sigma, cond, uncond, 4.0)
+    real, fake = guided(teacher, x, sigma, cond, uncond, 4.0), score(x, sigma, cond)
+    scale = torch.stack([(a - b).abs().mean() for a, b in zip(x0, real, strict=True)]).view(-1, 1, 1, 1)
+    assert torch.allclose(found, x0 + (real - fake) / scale, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "flow"])
+def test_denoising_is_the_error_of_what_the_backbone_puts_out(toys, prediction):
+    toy, x0, noise, cond = toys.conv(prediction), toys.picture(), toys.picture(), toys.cond()
+    sigma = toy.schedule.sigma(torch.tensor([800.0, 300.0]))
+    alpha, s = (v.view(-1, 1, 1, 1) for v in toy.schedule.alpha_sigma(sigma))
+    wanted = {"eps": noise, "v": alpha * noise - s * x0, "flow": noise - x0}[prediction]
+    output = toy.output(toy.schedule.add_noise(x0, noise, sigma), sigma, cond)
+    assert torch.allclose(losses.denoising(toy, x0, noise, sigma, cond), (output - wanted).square().mean(), rtol=1e-3)
 
 
 def test_distillation_weighs_each_row_and_pulls_to_the_target():

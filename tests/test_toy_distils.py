@@ -62,12 +62,17 @@ SETTINGS = {
     "LoRA": {"rank": 8, "updates": 300, "warmup": 300},
     "adversarial": {"rank": 0, "updates": 300, "warmup": 200, "regression_weight": 0.5},
     "ADD": {"rank": 0, "updates": 400, "warmup": 100, "distillation_weight": 0.5, "distillation_guidance": 1.0},
+    "matching": {
+        **{"rank": 0, "updates": 400, "warmup": 200, "ramp": 50, "adversarial_weight": 0.0, "regression_weight": 0.5},
+        **{"distillation": "matching", "distillation_weight": 0.5, "distillation_guidance": 1.0, "score_rank": 8},
+    },
 }
 TERMS = {
     "regression": {"regression"},
     "LoRA": {"regression"},
     "adversarial": {"regression", "adversarial", "discriminator", "r1"},
     "ADD": {"regression", "adversarial", "distillation"},
+    "matching": {"regression", "distillation", "score"},
 }
 
 
@@ -81,7 +86,7 @@ def test_one_step_of_the_student_covers_the_modes(taught, recipe):
     before = teacher(held_out(), torch.full((1000,), 3.0), nothing(1000))
     steps = list(distill.distill(state, pairs, nothing(1)))
     modes, share = coverage(student.generate(held_out(), nothing(1000)), means)
-    student.release()
+    state.release()
     assert len(steps) == config.updates
     assert steps[-1].losses.keys() >= TERMS[recipe]  # the recipe did use what it is named after
     assert modes == 8 and share > 0.6

@@ -65,9 +65,10 @@ class Config:
     accumulate: int = option(1, "batches whose gradients make one update", "training", low=1)
     lr: float = option(2e-4, "learning rate of the student", "training", low=0)
     lr_discriminator: float = option(5e-4, "learning rate of the discriminator", "training", low=0)
-    warmup: int = option(
+    warmup: int = option(200, "first updates with the regression alone", "training", low=0)
+    ramp: int = option(
         200,
-        "first updates with the regression alone; the adversarial weight rises over as many again",
+        "updates after the warm-up in which the weights of the adversarial and the matching loss rise to their full",
         "training",
         low=0,
     )
@@ -86,11 +87,19 @@ class Config:
     adversarial_weight: float = option(
         1.0, "weight of the adversarial loss; 0 leaves the discriminator out", "losses", low=0
     )
-    distillation: str = option("exponential", "weighting of the distillation loss over noise levels", "losses", WEIGHTS)
+    distillation: str = option(
+        "exponential",
+        "distillation loss: ADD's with a weighting over noise levels; nfsd; or matching, which compares the "
+        "teacher's score with the student's own, learnt by a second LoRA",
+        "losses",
+        WEIGHTS,
+    )
     distillation_weight: float = option(
         0.0, "weight of ADD's distillation loss (the paper's lambda is 2.5)", "losses", low=0
     )
     distillation_guidance: float = option(4.0, "the teacher's guidance scale in the distillation loss", "losses", low=1)
+    score_rank: int = option(32, "rank of the LoRA that learns the student's own score", "losses", low=1, high=512)
+    lr_score: float = option(5e-4, "learning rate of that LoRA", "losses", low=0)
     teacher_steps: int = option(1, "teacher steps in the distillation loss", "losses", low=1, high=8)
     regression_weight: float = option(1.0, "weight of the regression to the pairs", "losses", low=0)
     feature_weight: float = option(0.0, "weight of matching the teacher's features of the pair", "losses", low=0)

@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Generator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from .config import Config, check_resumable
 from .data import Samples
 from .health import Health, measure
 from .precision import autocast
+from .score import Score
 
 
 class Diverged(RuntimeError):
@@ -51,6 +53,7 @@ class State:
     optimizer: torch.optim.Optimizer
     discriminator_optimizer: torch.optim.Optimizer
     average: nn.Module  # the running average of student.trained
+    score: Score | None = None  # the student's own, where distribution matching needs it
     update: int = 0
     spent: float = 0.0  # seconds of training
     extra: dict[str, Any] = field(default_factory=dict)
@@ -79,7 +82,14 @@ class State:
                 discriminator.parameters(), lr=config.lr_discriminator, betas=(0.0, 0.99), weight_decay=0.0
             ),
             copy.deepcopy(trained).requires_grad_(False),
+            Score(student, config) if config.distillation_weight > 0 and config.distillation == "matching" else None,
         )
+
+    def release(self) -> None:
+        """Take every LoRA's hooks out of the shared backbone."""
+        self.student.release()
+        if self.score:
+            self.score.denoiser.release()
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -92,6 +102,7 @@ class State:
             "update": self.update,
             "spent": self.spent,
             "extra": self.extra,
+            "score": self.score and self.score.state_dict(),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -102,6 +113,8 @@ class State:
         self.discriminator.load_state_dict(saved["discriminator"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.discriminator_optimizer.load_state_dict(saved["discriminator_optimizer"])
+        if self.score:
+            self.score.load_state_dict(saved["score"])
         self.update, self.spent, self.extra = saved["update"], saved["spent"], saved["extra"]
 
 
@@ -167,25 +180,27 @@ def discriminator_loss(
 
 
 def distillation_loss(state: State, output: Tensor, batch: Batch, uncond: Cond) -> Tensor:
-    """ADD's distillation term: noise goes on the student's output, the teacher denoises it."""
+    """The distillation term: noise goes on the student's output, the teacher (and the score) denoises it."""
     config, teacher, schedule = state.config, state.student.teacher, state.student.schedule
     sigma = batch.distill_sigma
     noisy = schedule.add_noise(output.detach(), batch.distill_noise, sigma)
+    guidance = config.distillation_guidance
     if config.distillation == "nfsd":
-        target = losses.nfsd_target(
-            teacher, noisy, output.detach(), sigma, batch.cond, uncond, config.distillation_guidance
-        )
+        target = losses.nfsd_target(teacher, noisy, output.detach(), sigma, batch.cond, uncond, guidance)
+    elif state.score:
+        score = state.score.denoiser
+        target = losses.matching_target(
+            teacher, score, noisy, output.detach(), sigma, batch.cond, uncond, guidance
+        ).float()
     else:
-        target = losses.teacher_target(
-            teacher, noisy, sigma, batch.cond, uncond, config.distillation_guidance, config.teacher_steps
-        )
+        target = losses.teacher_target(teacher, noisy, sigma, batch.cond, uncond, guidance, config.teacher_steps)
     return losses.distillation(output, target, losses.WEIGHTS[config.distillation](schedule, sigma))
 
 
 def ramp(state: State) -> float:
-    """The adversarial weight's rise from 0 to 1 after the warm-up: a fresh discriminator's gradient is noise."""
-    warmup = state.config.warmup
-    return min(1.0, (state.update - warmup + 1) / warmup) if warmup else 1.0
+    """What learns beside the student counts from 0 to 1 after the warm-up: fresh, its gradient is noise."""
+    config = state.config
+    return min(1.0, (state.update - config.warmup + 1) / config.ramp) if config.ramp else 1.0
 
 
 def rate(state: State) -> float:
@@ -210,7 +225,8 @@ def student_loss(
             output[batch.paired], batch.target[batch.paired]
         )
     if adversarial and config.distillation_weight > 0:
-        parts["distillation"] = config.distillation_weight * distillation_loss(state, output, batch, uncond)
+        weight = config.distillation_weight * (ramp(state) if state.score else 1.0)
+        parts["distillation"] = weight * distillation_loss(state, output, batch, uncond)
     match = config.feature_weight > 0 and batch.paired.any()
     if adversarial and (config.adversarial_weight > 0 or match):
         with torch.no_grad():
@@ -276,15 +292,15 @@ def distill(state: State, pairs: Samples, uncond: Cond, reals: Samples | None = 
     config, student = state.config, state.student
     uncond = uncond.to(student.device)
     uses_discriminator = config.adversarial_weight > 0
-    with student.training():
+    with student.training(), state.score.denoiser.training() if state.score else nullcontext():
         while state.update < config.updates and not (config.minutes and state.spent >= config.minutes * 60):
             begun = time.monotonic()
             adversarial = state.update >= config.warmup
             scale = rate(state)
-            for optimizer, lr in (
-                (state.optimizer, config.lr),
-                (state.discriminator_optimizer, config.lr_discriminator),
-            ):
+            rates = [(state.optimizer, config.lr), (state.discriminator_optimizer, config.lr_discriminator)]
+            if state.score:
+                rates.append((state.score.optimizer, config.lr_score))
+            for optimizer, lr in rates:
                 for group in optimizer.param_groups:
                     group["lr"] = lr * scale
             totals: dict[str, float] = {}
@@ -311,7 +327,15 @@ def distill(state: State, pairs: Samples, uncond: Cond, reals: Samples | None = 
                         parts, on_real, on_fake = discriminator_loss(state, used["real"], used["fake"], batch.seed)
                     (torch.stack(list(parts.values())).sum() * share).backward()
                     _add(totals, parts, share)
+                if adversarial and state.score:
+                    with autocast(config, student.device):
+                        parts = {"score": state.score.loss(used["output"], batch)}
+                    (parts["score"] * share).backward()
+                    _add(totals, parts, share)
             _check(state.update + 1, totals)
+            if state.score and adversarial:
+                norm = _update(state.score.optimizer, state.score.denoiser.trained, config.clip)
+                _check(state.update + 1, {"score's gradient": norm})
             if on_real:
                 _check(
                     state.update + 1,

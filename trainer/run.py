@@ -180,14 +180,34 @@ def make_card(host: Host, state: State, metrics: dict[str, Any]) -> StudentCard:
         rank=config.rank,
         alpha=student.lora.alpha if student.lora is not None else 0.0,
         targets=config.targets,
+        method=_method(config),
         training={"updates": state.update, "minutes": round(state.spent / 60, 1), **_told(config)},
         metrics=metrics,
     )
 
 
+def _method(config: Config) -> str:
+    """What the student was made by, in the papers' names."""
+    names = ["ADD/LADD"] if config.adversarial_weight > 0 else []
+    if config.distillation_weight > 0:
+        names.append(
+            {"matching": "distribution matching", "nfsd": "NFSD"}.get(config.distillation, "ADD's distillation")
+        )
+    return ", ".join(names) or "regression to the teacher's pictures"
+
+
 def _told(config: Config) -> dict[str, Any]:
     """The settings that a reader of the card asks for."""
-    names = ("pairs", "batch", "steps", "positives", "adversarial", "adversarial_weight", "distillation_weight")
+    names = (
+        "pairs",
+        "batch",
+        "steps",
+        "positives",
+        "adversarial",
+        "adversarial_weight",
+        "distillation",
+        "distillation_weight",
+    )
     return {n: getattr(config, n) for n in (*names, "regression_weight", "seed")}
 
 
@@ -287,9 +307,13 @@ def run(
     student = _create(host, config)
     try:
         state = State.create(student, config, pairs)
+    except BaseException:
+        student.release()
+        raise
+    try:
         yield from _train(host, state, folder, train, held, reals, score)
     finally:
-        student.release()
+        state.release()
 
 
 def _create(host: Host, config: Config) -> Student:

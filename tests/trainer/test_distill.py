@@ -12,6 +12,7 @@ from turbodistill.trainer import run
 from turbodistill.trainer.data import Samples
 from turbodistill.trainer.distill import Diverged, distill
 
+ALONE = {"adversarial_weight": 0.0, "regression_weight": 0.0}
 OPTIONS = {
     "default": {},
     "nonsaturating": {"adversarial": "nonsaturating"},
@@ -24,7 +25,10 @@ OPTIONS = {
     "nfsd": {"distillation_weight": 2.5, "distillation": "nfsd"},
     "teacher steps": {"distillation_weight": 2.5, "teacher_steps": 2},
     "distillation unguided": {"distillation_weight": 2.5, "distillation_guidance": 1.0},
-    "distillation alone": {"distillation_weight": 1.0, "adversarial_weight": 0.0, "regression_weight": 0.0},
+    "distillation alone": {"distillation_weight": 1.0, **ALONE},
+    "matching": {"distillation_weight": 0.5, "distillation": "matching"},
+    "matching of a full copy": {"distillation_weight": 0.5, "distillation": "matching", "rank": 0, "score_rank": 2},
+    "matching alone": {"distillation_weight": 0.5, "distillation": "matching", **ALONE, "accumulate": 2},
     "features": {"feature_weight": 1.0},
     "features without a discriminator": {"feature_weight": 1.0, "adversarial_weight": 0.0},
     "features with real positives": {"feature_weight": 1.0, "positives": "real"},
@@ -87,7 +91,7 @@ def check_updates(kit, host, state, samples):
     assert all(p.grad is None for p in teacher.parameters())
     still = all(torch.equal(a, b) for a, b in zip(state.discriminator.parameters(), heads, strict=True))
     assert still == (state.config.adversarial_weight == 0)
-    state.student.release()
+    state.release()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
     return steps
 
@@ -119,6 +123,29 @@ def test_a_diffusers_unet_is_distilled_with_the_taps_found_in_it(kit, tmp_path, 
 def test_a_step_names_the_losses_that_made_it(kit, host, tmp_path, changes, names):
     state, samples = start(kit, host, tmp_path, **changes)
     assert all(set(step.losses) == names for step in distill(state, samples, host.encode_text([""])))
+
+
+def test_the_student_s_score_learns_what_it_makes_and_is_off_for_all_else(kit, host, tmp_path):
+    changes = {"distillation_weight": 0.5, "distillation": "matching", "lr": 0.0, "lr_score": 0.01, "updates": 40}
+    state, samples = start(kit, host, tmp_path, **ALONE, **changes)
+    cond, uncond = samples.cond.rows(slice(4)), host.encode_text([""])
+    x, sigma = torch.randn(4, *host.latent_shape), torch.full((4,), 2.0)
+    before = host.denoiser(x, sigma, cond)
+    assert torch.equal(state.score.denoiser(x, sigma, cond), before)
+    steps = list(distill(state, samples, uncond))
+    first, last = ([s.losses["score"] for s in part] for part in (steps[:10], steps[-10:]))
+    assert sum(last) < sum(first)
+    assert torch.equal(host.denoiser(x, sigma, cond), before)
+    assert not torch.equal(state.score.denoiser(x, sigma, cond), before)
+    state.release()
+
+
+def test_matching_rises_after_the_warm_up_as_the_adversarial_term_does(kit, host, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "distillation_loss", lambda state, output, *_: 1.0 + 0.0 * output.sum())
+    changes = {"distillation_weight": 0.5, "distillation": "matching", "warmup": 2, "ramp": 2, "updates": 5}
+    state, samples = start(kit, host, tmp_path, **changes)
+    told = [s.losses.get("distillation") for s in distill(state, samples, host.encode_text([""]))]
+    assert told == [None, None, 0.25, 0.5, 0.5]
 
 
 def test_the_distillation_term_noises_the_students_output(kit, host, tmp_path, monkeypatch):

@@ -155,6 +155,7 @@ def start(folder, settings, pause):
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_student_bit_for_bit(kit, tmp_path):
     settings = {"updates": 20, "save_every": 3, "select_every": 4, "steps": 2, "warmup": 2, "discriminator_updates": 2}
+    settings |= {"distillation": "matching", "distillation_weight": 0.5}
     killed = start(tmp_path / "killed", settings, 0.2)
     for line in killed.stdout:
         if int(line) == 8:
@@ -175,6 +176,7 @@ def test_a_killed_run_goes_on_to_the_same_student_bit_for_bit(kit, tmp_path):
     assert ours["extra"] == theirs["extra"] and ours["update"] == theirs["update"] == 20
     for part in ("student", "average", "discriminator"):
         assert kit.same(ours[part], theirs[part])
+    assert kit.same(ours["score"]["lora"], theirs["score"]["lora"])
 
 
 def without_time(folder):
@@ -405,3 +407,18 @@ def test_a_student_of_another_architecture_is_refused_and_leaves_no_hook(kit, ho
     unet.prediction = "v"
     with pytest.raises(CardError, match="predicts eps, this one predicts v: load toy, its base"):
         load_student(finished.path, unet)
+
+
+@pytest.mark.parametrize(
+    ("changes", "method"),
+    [
+        ({}, "ADD/LADD"),
+        ({"adversarial_weight": 0.0}, "regression to the teacher's pictures"),
+        ({"distillation_weight": 1.0}, "ADD/LADD, ADD's distillation"),
+        ({"distillation_weight": 1.0, "distillation": "matching"}, "ADD/LADD, distribution matching"),
+        ({"distillation_weight": 1.0, "distillation": "nfsd", "adversarial_weight": 0.0}, "NFSD"),
+    ],
+)
+def test_the_card_says_by_what_it_was_made(kit, host, tmp_path, changes, method):
+    *_, finished = kit.go(host, kit.config(updates=1, **changes), tmp_path)
+    assert finished.card.method == method
