@@ -16,6 +16,7 @@ import comfy.utils
 import folder_paths
 import latent_preview
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..core.card import CardError, StudentCard, fingerprint
@@ -195,6 +196,23 @@ def files(folder: str) -> list[str]:
 def file_path(folder: str, name: str) -> str | None:
     """Where such a file lies; None if it has gone."""
     return folder_paths.get_full_path(folder, name)
+
+
+FOLDERS = ("loras", "checkpoints", "diffusion_models")  # of weight files
+TITLES = ("modelspec.title", "ss_output_name", "title")
+
+
+def titles(name: str) -> list[str]:
+    """What a weight file's own metadata calls it; nothing where it is no safetensors file, or has none."""
+    paths = filter(None, (file_path(folder, name) for folder in FOLDERS))
+    for path in paths:
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+        except (OSError, SafetensorError):
+            continue
+        return [metadata[key] for key in TITLES if metadata.get(key)]
+    return []
 
 
 def check_channels(model, latent: Tensor) -> Tensor:

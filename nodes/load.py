@@ -10,15 +10,15 @@ from ..core.card import read
 from ..core.families import FAMILIES, recognise
 from . import host, host_embedded
 from .graph import file_names
+from .schema import schema
 
 CATEGORY = "TurboDistill"
 BUILT_IN = "the demo model's student (built in)"
-FOLDERS = ("loras", "checkpoints", "diffusion_models")
 
 
 def student_files() -> list[str]:
     """The files that may be students, as `folder/name`."""
-    return [BUILT_IN] + [f"{folder}/{name}" for folder in FOLDERS for name in host.files(folder)]
+    return [BUILT_IN] + [f"{folder}/{name}" for folder in host.FOLDERS for name in host.files(folder)]
 
 
 def student_path(choice: str) -> Path:
@@ -26,7 +26,7 @@ def student_path(choice: str) -> Path:
     if choice == BUILT_IN:
         return host_embedded.STUDENT
     folder, _, name = choice.partition("/")
-    path = host.file_path(folder, name) if folder in FOLDERS else None
+    path = host.file_path(folder, name) if folder in host.FOLDERS else None
     if path is None:
         raise FileNotFoundError(f"student {choice} is not there any more: refresh the page and choose again")
     return Path(path)
@@ -35,7 +35,8 @@ def student_path(choice: str) -> Path:
 class LoadStudent(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
+            search_aliases=["turbo lora", "distilled lora", "add", "ladd", "one step lora"],
             node_id="TurboDistillLoadStudent",
             display_name="Load Student",
             category=CATEGORY,
@@ -86,30 +87,31 @@ class LoadStudent(io.ComfyNode):
 
 
 class DetectOneStep(io.ComfyNode):
-    AUTOMATIC = "recognise by file name"
+    AUTOMATIC = "recognise by its files"
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
+            search_aliases=["sdxl turbo", "lightning", "hyper sd", "dmd2", "lcm", "nitrofusion", "distilled model"],
             node_id="TurboDistillDetectOneStep",
             display_name="Detect One-Step Model",
             category=CATEGORY,
             description="For one-step and few-step models made elsewhere (Turbo, Lightning, Hyper-SD, DMD2, "
-            "NitroFusion, LCM): finds out the family from the files that the model was loaded from, and sets "
+            "NitroFusion, LCM): finds out the family from the names and metadata of the model's files, and sets "
             "prediction type and timesteps accordingly.",
             inputs=[
                 io.Model.Input("model", tooltip="A distilled checkpoint, or a model with a distillation LoRA."),
                 io.Combo.Input(
                     "family",
                     options=[cls.AUTOMATIC, *FAMILIES],
-                    tooltip="Choose it yourself if the file name does not tell.",
+                    tooltip="Choose it yourself if the files do not tell.",
                 ),
                 io.Int.Input(
                     "made_for_steps",
                     default=0,
                     min=0,
                     max=8,
-                    tooltip="Steps it was made for, where the file name does not tell; 0 is the family's own.",
+                    tooltip="Steps it was made for, where the files do not tell; 0 is the family's own.",
                 ),
             ],
             outputs=[
@@ -123,7 +125,7 @@ class DetectOneStep(io.ComfyNode):
     def execute(cls, model, family: str, made_for_steps: int) -> io.NodeOutput:
         names = file_names(cls.hidden.prompt or {}, cls.hidden.unique_id)
         if family == cls.AUTOMATIC:
-            found = recognise(*names)
+            found = recognise(*(hint for name in names for hint in (name, *host.titles(name))))
             if found is None:
                 raise ValueError(
                     f"no one-step family is recognised in {', '.join(names) or 'this graph'}: choose the family"
@@ -138,7 +140,8 @@ class DetectOneStep(io.ComfyNode):
 class LoadDemoModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
+            search_aliases=["emoji", "example model", "demo checkpoint"],
             node_id="TurboDistillLoadDemoModel",
             display_name="Load Demo Model",
             category=CATEGORY,

@@ -11,6 +11,7 @@ from ..core.families import MOST
 from . import host
 from .load import CATEGORY
 from .picture import side_by_side
+from .schema import schema
 
 
 def model_input() -> io.Model.Input:
@@ -19,7 +20,11 @@ def model_input() -> io.Model.Input:
 
 def steps_input() -> io.Int.Input:
     return io.Int.Input(
-        "steps", default=1, min=1, max=MOST, tooltip="1 is what the model was made for; 2 to 4 add detail."
+        "steps",
+        default=1,
+        min=1,
+        max=MOST,
+        tooltip="1 is what most are made for. More may add detail, and keeps less of a picture in image to image.",
     )
 
 
@@ -41,7 +46,8 @@ def sigmas_of(model, steps: int, denoise: float) -> torch.Tensor:
 class OneStepScheduler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
+            search_aliases=["turbo scheduler", "trailing timesteps", "one step sigmas"],
             node_id="TurboDistillScheduler",
             display_name="One-Step Scheduler",
             category=CATEGORY,
@@ -58,7 +64,8 @@ class OneStepScheduler(io.ComfyNode):
 class OneStepSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
+            search_aliases=["turbo sampler", "few step", "consistency sampler"],
             node_id="TurboDistillSampler",
             display_name="One-Step Sampler",
             category=CATEGORY,
@@ -75,7 +82,8 @@ class OneStepSampler(io.ComfyNode):
 class OneStepSample(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
+            search_aliases=["ksampler turbo", "one step", "fast sample", "add sampler"],
             node_id="TurboDistillSample",
             display_name="One-Step Sample",
             category=CATEGORY,
@@ -109,7 +117,8 @@ class OneStepSample(io.ComfyNode):
 class Compare(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
+            search_aliases=["before after", "teacher student", "benchmark"],
             node_id="TurboDistillCompare",
             display_name="Compare Teacher and Student",
             category=CATEGORY,

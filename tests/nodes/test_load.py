@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from turbodistill.core.card import CardError, fingerprint
 from turbodistill.core.families import FAMILIES
 
@@ -106,8 +107,6 @@ def test_a_warning_stands_before_the_card(nodes, toys, model_of, lora):
 
 
 def test_a_file_that_is_no_student_is_told(nodes, teacher, model_of, folders):
-    from safetensors.torch import save_file
-
     save_file({"a": torch.zeros(1)}, folders["loras"] / "style.safetensors")
     with pytest.raises(CardError, match=r"style\.safetensors holds no student card"):
         nodes.load.LoadStudent.run(model=model_of(teacher), student="loras/style.safetensors", strength=1.0)
@@ -171,6 +170,28 @@ def test_a_family_is_recognised_by_file_name(detected, files, family, steps):
     sampling, words = detected(*files)
     assert sampling == FAMILIES[family].for_steps(steps)
     assert words == sampling.in_words() and family in words
+
+
+@pytest.mark.parametrize("folder", ["checkpoints", "diffusion_models", "loras"])
+@pytest.mark.parametrize("key", ["modelspec.title", "ss_output_name", "title"])
+def test_a_family_is_recognised_by_what_the_file_calls_itself(detected, folders, folder, key):
+    save_file(
+        {"a": torch.zeros(1)},
+        folders[folder] / "renamed.safetensors",
+        {"author": "turbo", key: "SDXL Lightning 2-step"},
+    )
+    assert detected("renamed.safetensors")[0] == FAMILIES["SDXL-Lightning"].for_steps(2)
+
+
+def test_the_nearest_file_counts_by_metadata_too(detected, folders):
+    save_file({"a": torch.zeros(1)}, folders["loras"] / "renamed.safetensors", {"modelspec.title": "LCM LoRA"})
+    assert detected("sd_turbo.safetensors", "renamed.safetensors")[0].name == "LCM"
+
+
+def test_a_file_whose_metadata_cannot_be_read_is_passed_over(detected, folders):
+    (folders["loras"] / "broken.safetensors").write_bytes(b"no header")
+    save_file({"a": torch.zeros(1)}, folders["loras"] / "plain.safetensors")
+    assert detected("sd_turbo.safetensors", "plain.safetensors", "broken.safetensors")[0].name == "SD-Turbo, SDXL-Turbo"
 
 
 @pytest.mark.parametrize("steps", [1, 4, 8])

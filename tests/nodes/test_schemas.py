@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import re
+from dataclasses import make_dataclass
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,11 @@ def test_every_help_page_is_a_node_s():
 def test_only_the_comparison_runs_unasked(found):
     # ComfyUI runs what output nodes need, and nothing else.
     assert [name for name, cls in found.items() if cls.define_schema().is_output_node] == ["TurboDistillCompare"]
+
+
+def test_words_to_search_by_are_given_where_the_host_takes_them(nodes, monkeypatch):
+    about = {"node_id": "Any", "inputs": [], "outputs": []}
+    assert not hasattr(nodes.schema.schema(["turbo"], **about), "search_aliases")
+    newer = make_dataclass("Schema", [*about, "search_aliases"])
+    monkeypatch.setattr(nodes.schema.io, "Schema", newer)
+    assert nodes.schema.schema(("turbo", "fast"), **about).search_aliases == ["turbo", "fast"]

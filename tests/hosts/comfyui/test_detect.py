@@ -42,7 +42,7 @@ def one_step(denoiser, family, noise, context):
     return x0
 
 
-def detect(graph, model, family="recognise by file name", made_for_steps=0):
+def detect(graph, model, family="recognise by its files", made_for_steps=0):
     return graph.add("TurboDistillDetectOneStep", model=model, family=family, made_for_steps=made_for_steps)
 
 

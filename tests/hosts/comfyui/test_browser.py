@@ -1,0 +1,195 @@
+"""ComfyUI's page in a real browser: our templates open and run, our help pages open, our locale is used."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import turbodistill
+
+pytestmark = [pytest.mark.host, pytest.mark.browser]
+
+ROOT = Path(turbodistill.__file__).parent
+TEMPLATES = sorted((ROOT / "workflows").glob("*.json"))
+PAGES = sorted((ROOT / "web" / "docs").glob("*.md"))
+PATIENCE = 60_000  # milliseconds
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-sync",
+    "--disable-component-update",
+    "--disable-background-networking",
+)
+# A page in the user's language is asked for first; that we have none is no fault.
+ASKED_IN_VAIN = re.compile(r"docs/\w+/en\.md")
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A function that starts a browser; asked for before a server is started for nothing."""
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    path = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+    if not Path(path).is_file():
+        pytest.skip(f"needs a Chromium: there is none at {path}; say in CHROMIUM where it is")
+    with api.sync_playwright() as playwright:
+        yield lambda: playwright.chromium.launch(executable_path=path, args=FLAGS)
+
+
+@pytest.fixture(scope="module")
+def browser(chromium, comfyui):
+    opened = chromium()
+    yield opened
+    opened.close()
+
+
+def visit(page, comfyui):
+    """Open ComfyUI's page and wait until it is ready."""
+    page.set_default_timeout(PATIENCE)
+    page.request.post(f"{comfyui.url}/api/settings", data={"Comfy.TutorialCompleted": True})  # else it covers the page
+    page.goto(comfyui.url)
+    page.wait_for_function("() => window.app?.graph && LiteGraph.registered_node_types.TurboDistillSample")
+
+
+@pytest.fixture(scope="module")
+def tab(browser, comfyui):
+    """ComfyUI's page, ready, and what it complained of since it was opened."""
+    page = browser.new_page(viewport={"width": 1600, "height": 950})
+    said = []
+    page.on("console", lambda m: said.append(f"{m.text} {m.location.get('url')}") if m.type == "error" else None)
+    page.on("pageerror", lambda error: said.append(f"{error} {error.stack}"))
+    page.on("response", lambda answer: said.append(f"{answer.status} {answer.url}") if answer.status >= 400 else None)
+    visit(page, comfyui)
+    return page, said
+
+
+@pytest.fixture
+def page(tab):
+    """The page; no complaint may be about a file of ours."""
+    opened, said = tab
+    said.clear()
+    yield opened
+    ours = [line for line in said if "turbodistill" in line.lower() and not ASKED_IN_VAIN.search(line)]
+    assert ours == []
+
+
+@pytest.fixture
+def browse(page):
+    """Open the template browser at our templates."""
+
+    def opened():
+        page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+        page.locator("aside").get_by_text("TurboDistill", exact=True).click()
+
+    yield opened
+    while page.locator(".p-dialog").count():
+        page.keyboard.press("Escape")
+        page.wait_for_timeout(500)
+
+
+def card(page, template):
+    return page.get_by_test_id(f"template-workflow-{template.stem}")
+
+
+def open_template(page, browse, template):
+    """Click its card and wait for its graph; the workflow."""
+    workflow = json.loads(template.read_text(encoding="utf-8"))
+    browse()
+    card(page, template).click()
+    page.wait_for_function("id => app.graph.id === id", arg=workflow["id"])
+    return workflow
+
+
+def test_the_template_browser_shows_ours_with_their_pictures(page, browse):
+    browse()
+    page.wait_for_function(
+        "n => document.querySelectorAll('[data-testid^=template-workflow-]').length >= n", arg=len(TEMPLATES)
+    )
+    for template in TEMPLATES:
+        card(page, template).scroll_into_view_if_needed()
+        page.wait_for_function(
+            "name => document.querySelector(`[data-testid='template-workflow-${name}'] img`)?.naturalWidth === 512",
+            arg=template.stem,
+        )
+        assert template.stem in card(page, template).inner_text()
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: template.stem)
+def test_a_template_opens_with_every_node(page, browse, template):
+    workflow = open_template(page, browse, template)
+    shown = page.evaluate(
+        "() => app.graph.nodes.map(n => [n.type, n.type in LiteGraph.registered_node_types, !!n.has_errors])"
+    )
+    assert sorted(shown) == sorted([node["type"], True, False] for node in workflow["nodes"])
+    # Boxes that the front end would have to enlarge would cover their neighbours.
+    small = page.evaluate(
+        "() => app.graph.nodes.filter(n => n.size.some((s, i) => s < n.computeSize()[i])).map(n => n.type)"
+    )
+    assert small == []
+
+
+@pytest.mark.parametrize("template", [t for t in TEMPLATES if " Demo " in t.stem], ids=lambda template: template.stem)
+def test_a_demo_runs_at_a_press(page, browse, template):
+    open_template(page, browse, template)
+    shows = "app.graph.nodes.find(n => ['PreviewImage', 'TurboDistillCompare'].includes(n.type))"
+    assert not page.evaluate(f"() => {shows}.imgs?.length")
+    page.get_by_test_id("queue-button").get_by_role("button").first.click()
+    page.wait_for_function(f"() => {shows}.imgs?.every(picture => picture.naturalWidth)")
+    spread = page.evaluate(
+        f"""() => {shows}.imgs.map(picture => {{
+            const canvas = new OffscreenCanvas(picture.naturalWidth, picture.naturalHeight)
+            const pen = canvas.getContext('2d')
+            pen.drawImage(picture, 0, 0)
+            const red = pen.getImageData(0, 0, canvas.width, canvas.height).data.filter((_, i) => i % 4 === 0)
+            return red.reduce((a, b) => Math.max(a, b)) - red.reduce((a, b) => Math.min(a, b))
+        }})"""
+    )
+    assert min(spread) > 50  # of 255: something is drawn in each
+    assert page.locator(".p-dialog").count() == 0
+
+
+@pytest.mark.parametrize("help_page", PAGES, ids=lambda help_page: help_page.stem)
+def test_the_help_page_opens_from_its_node(page, help_page):
+    page.evaluate(
+        """async name => {
+            app.graph.clear()
+            const node = LiteGraph.createNode(name)
+            app.graph.add(node)
+            app.canvas.selectNode(node)
+            app.canvas.centerOnNode(node)
+        }""",
+        help_page.stem,
+    )
+    page.get_by_test_id("info-button").click()
+    headings = re.findall(r"^#+ (.+)$", help_page.read_text(encoding="utf-8"), re.MULTILINE)
+    shown = page.locator(".node-help-content")
+    shown.get_by_role("heading", name=headings[0], exact=True).wait_for()
+    assert shown.get_by_role("heading").all_inner_texts() == headings
+
+
+def test_the_page_speaks_the_locale(browser, comfyui):
+    """Every word of ours is marked on its way to the page, and comes back with its mark."""
+    written = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
+
+    def marked(words):
+        return {k: marked(v) for k, v in words.items()} if isinstance(words, dict) else f"{words} *"
+
+    def mark(route):
+        told = route.fetch().json()
+        told["en"]["nodeDefs"] = {k: marked(v) if k in written else v for k, v in told["en"]["nodeDefs"].items()}
+        route.fulfill(json=told)
+
+    page = browser.new_page()
+    page.route("**/i18n", mark)
+    visit(page, comfyui)
+    shown = page.evaluate(
+        """names => names.map(name => {
+            const node = LiteGraph.createNode(name)
+            return [node.title, node.constructor.nodeData.description, ...node.inputs.map(i => i.localized_name)]
+        })""",
+        list(written),
+    )
+    for words, (title, description, *inputs) in zip(map(marked, written.values()), shown, strict=True):
+        assert (title, description) == (words["display_name"], words["description"])
+        assert set(inputs) == {word["name"] for word in words["inputs"].values()}

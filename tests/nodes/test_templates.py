@@ -1,0 +1,141 @@
+"""The workflow templates fit our nodes and themselves; that they run is shown in a real ComfyUI."""
+
+import asyncio
+import json
+import re
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import turbodistill
+from PIL import Image
+
+FOLDER = Path(turbodistill.__file__).parent / "workflows"
+FILES = sorted(FOLDER.glob("*.json"))
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+OPTIONAL = 7  # the shape of a socket that may stay open
+
+
+@pytest.fixture(params=FILES, ids=lambda file: file.stem)
+def file(request):
+    return request.param
+
+
+@pytest.fixture
+def workflow(file):
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def schemas(nodes):
+    """Node id -> schema."""
+    extension = asyncio.run(turbodistill.comfy_entrypoint())
+    found = [cls.define_schema() for cls in asyncio.run(extension.get_node_list())]
+    return {schema.node_id: schema for schema in found}
+
+
+def ours(workflow):
+    return [node for node in workflow["nodes"] if node["type"].startswith("TurboDistill")]
+
+
+def values(node, schema):
+    """A node's widgets as pairs of input and value; what stands after a seed is left out, but must be there."""
+    left, pairs = list(node["widgets_values"]), []
+    for socket in schema.inputs:
+        if socket.io_type in WIDGETS:
+            pairs.append((socket, left.pop(0)))
+            if getattr(socket, "control_after_generate", None):
+                assert left.pop(0) in ("fixed", "increment", "decrement", "randomize")
+    assert left == []
+    return pairs
+
+
+def test_there_are_templates(schemas):
+    used = {node["type"] for file in FILES for node in ours(json.loads(file.read_text(encoding="utf-8")))}
+    assert used <= set(schemas)
+    # The two that are left are parts of One-Step Sample, for those who build their own sampling.
+    assert set(schemas) - used == {"TurboDistillScheduler", "TurboDistillSampler"}
+
+
+def test_a_template_has_a_name_and_a_picture(file):
+    assert re.fullmatch(r"[\w .-]+", file.stem)  # it is a title, and part of an address
+    picture = file.with_suffix(".jpg")
+    with Image.open(picture) as shown:
+        assert shown.format == "JPEG" and shown.size == (512, 512)
+    assert picture.stat().st_size < 60_000
+
+
+def test_every_picture_is_a_template_s():
+    assert {p.stem for p in FOLDER.glob("*.jpg")} == {p.stem for p in FILES}
+    assert {p.suffix for p in FOLDER.iterdir()} == {".json", ".jpg"}
+
+
+def test_links_agree_with_their_nodes(workflow):
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    links = {link[0]: link for link in workflow["links"]}
+    assert len(nodes) == len(workflow["nodes"]) and max(nodes) == workflow["last_node_id"]
+    assert len(links) == len(workflow["links"]) and max(links) == workflow["last_link_id"]
+    for number, source, output, target, place, kind in workflow["links"]:
+        begin, end = nodes[source]["outputs"][output], nodes[target]["inputs"][place]
+        assert number in begin["links"] and number == end["link"]
+        assert begin["type"] == kind and end["type"] in (kind, "*")
+        assert nodes[source]["order"] < nodes[target]["order"]
+    for node in workflow["nodes"]:
+        told = [i["link"] for i in node["inputs"]] + [n for o in node["outputs"] for n in o["links"] or []]
+        assert {number for number in told if number is not None} <= set(links)
+
+
+def test_nothing_that_must_be_connected_is_left_open(workflow):
+    for node in workflow["nodes"]:
+        assert [i["name"] for i in node["inputs"] if i["link"] is None and "widget" not in i and "shape" not in i] == []
+        assert all(i.get("shape", OPTIONAL) == OPTIONAL for i in node["inputs"])
+
+
+def test_our_nodes_have_the_sockets_of_their_schemas(workflow, schemas):
+    assert ours(workflow)
+    for node in ours(workflow):
+        schema = schemas[node["type"]]
+        plain = [i for i in schema.inputs if i.io_type not in WIDGETS]
+        shown = plain + [i for i in schema.inputs if i.io_type in WIDGETS]  # as the front end orders them
+        assert [(i["name"], i["type"]) for i in node["inputs"]] == [(i.id, i.io_type) for i in shown]
+        assert [i["name"] for i in node["inputs"] if "widget" in i] == [i.id for i in shown[len(plain) :]]
+        told = [(o.display_name or o.io_type, o.io_type) for o in schema.outputs]
+        assert [(o["name"], o["type"]) for o in node["outputs"]] == told
+
+
+def test_our_nodes_have_values_that_their_inputs_allow(workflow, schemas):
+    for node in ours(workflow):
+        for socket, value in values(node, schemas[node["type"]]):
+            if socket.io_type in ("INT", "FLOAT"):
+                assert socket.min <= value <= socket.max, socket.id
+            elif socket.id == "student":  # a file that the user brings, or ours
+                assert value in socket.options or re.fullmatch(r"(loras|checkpoints|diffusion_models)/[\w.]+", value)
+            else:
+                assert value in socket.options, socket.id
+
+
+def test_a_demo_needs_no_file(file, workflow, nodes):
+    kinds = {node["type"] for node in workflow["nodes"]}
+    demo = "TurboDistillLoadDemoModel" in kinds
+    assert demo == (" Demo " in file.stem)
+    if demo:
+        assert not {"LoadImage", "CheckpointLoaderSimple"} & kinds
+        students = [n["widgets_values"][0] for n in ours(workflow) if n["type"] == "TurboDistillLoadStudent"]
+        assert students == [nodes.load.BUILT_IN]
+
+
+def test_a_note_says_what_to_do(workflow):
+    (note,) = [node for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
+    (text,) = note["widgets_values"]
+    assert text.startswith("## ") and "**" in text and len(text) < 1000
+
+
+def test_nodes_do_not_cover_each_other(workflow):
+    def box(node):
+        (left, top), (width, height) = node["pos"], node["size"]
+        return left, top - 30, left + width, top + height  # a node's title stands above its place
+
+    for one, other in combinations(workflow["nodes"], 2):
+        a, b = box(one), box(other)
+        apart = a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1]
+        assert apart, (one["type"], other["type"])
