@@ -591,7 +591,7 @@ def modules() -> dict[str, dict[str, object]]:
         "comfy.model_management": {
             "get_torch_device": lambda: CPU,
             "intermediate_device": lambda: CPU,
-            "load_models_gpu": lambda models: None,
+            "load_models_gpu": lambda models, memory_required=0, force_full_load=False: None,
             "unet_dtype": lambda device=None, model_params=0, supported_dtypes=(), weight_dtype=None: torch.float32,
             "unet_manual_cast": lambda weight_dtype, inference_device, supported_dtypes=(): None,
             "unet_offload_device": lambda: CPU,

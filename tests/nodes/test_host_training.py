@@ -1,0 +1,150 @@
+"""A loaded checkpoint as the trainer's host: gradients on ComfyUI's own weights, which stay as they were."""
+
+import pytest
+import torch
+from turbodistill.core.student import Student
+from turbodistill.trainer import run
+from turbodistill.trainer.config import Config
+
+WORDS = ("fox", "owl", "elk", "ant", "bee", "cod", "emu", "yak")
+
+
+class Text:
+    """A CLIP: token states from a prompt's letters, longer for a long prompt."""
+
+    def tokenize(self, text):
+        return text
+
+    def encode_from_tokens_scheduled(self, tokens):
+        draws = torch.Generator().manual_seed(len(tokens) + sum(map(ord, tokens)))
+        return [[torch.randn(1, 3 if len(tokens) < 9 else 6, self.width, generator=draws), {}]]
+
+
+class Pictures:
+    """A VAE: pictures are the first channels of the latents, twice as large."""
+
+    def spacial_compression_encode(self):
+        return 2
+
+    def decode(self, latents):
+        return latents[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3).movedim(1, -1)
+
+    def encode(self, pictures):
+        return torch.nn.functional.pad(pictures.movedim(-1, 1)[:, :, ::2, ::2], (0, 0, 0, 0, 0, 1))
+
+
+@pytest.fixture
+def loaded(toys, model_of):
+    """Prediction -> a MODEL as ComfyUI loads it, in inference mode, whose weights ask for gradients."""
+
+    def load(prediction="eps"):
+        with torch.inference_mode():
+            toy = toys.conv(prediction)
+            for module in toy.backbone.modules():
+                for name, weight in module._parameters.items():
+                    module._parameters[name] = torch.nn.Parameter(weight.clone())
+            return model_of(toy)
+
+    return load
+
+
+@pytest.fixture
+def host_of(nodes, toys):
+    """A MODEL -> the trainer's host over it."""
+
+    def build(model):
+        clip = Text()
+        clip.width = toys.cond(1).context.shape[-1]
+        return nodes.host_training.CheckpointHost(model, clip, Pictures(), "toy", 16, 16)
+
+    return build
+
+
+def bits(model):
+    return {name: weight.clone() for name, weight in model.model.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def learn(nodes, toys, model):
+    """One backward through a student of the MODEL; whether its LoRA got gradients."""
+    denoiser = nodes.host_denoiser.ModelDenoiser(model)
+    student = Student(denoiser, rank=2)
+    try:
+        with student.training():
+            sigma = denoiser.schedule.sigma(torch.tensor([999.0, 300.0]))
+            student(toys.picture(), sigma, toys.cond()).square().mean().backward()
+        return all(b.up.grad is not None for b in student.lora.each())
+    finally:
+        student.release()
+
+
+def test_what_was_loaded_in_inference_mode_takes_no_gradients_by_itself(nodes, toys, loaded):
+    with pytest.raises(RuntimeError, match="[Ii]nference tensor"):
+        learn(nodes, toys, loaded())
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "flow"])
+def test_within_it_does_and_the_weights_stay_to_the_bit(nodes, toys, loaded, prediction):
+    model = loaded(prediction)
+    before, flags = bits(model), [p.requires_grad for p in model.model.parameters()]
+    assert all(flags)
+    for _ in range(2):  # a second training starts clean
+        with torch.inference_mode(), nodes.host_training.trainable(model):
+            assert not any(p.requires_grad for p in model.model.parameters())
+            assert learn(nodes, toys, model)
+        assert same(bits(model), before)
+        assert [p.requires_grad for p in model.model.parameters()] == flags
+
+
+def test_flags_are_restored_after_an_error(nodes, loaded):
+    model = loaded()
+    with pytest.raises(MemoryError), torch.inference_mode(), nodes.host_training.trainable(model):
+        raise MemoryError
+    assert all(p.requires_grad for p in model.model.parameters())
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def test_prompts_of_different_lengths_make_one_batch(loaded, host_of):
+    cond = host_of(loaded()).encode_text(["fox", "a very long prompt", ""])
+    assert len(cond) == 3 and cond.context.shape[1] == 6
+    assert torch.equal(cond.context[0, :3], cond.context[0, 3:]) and not cond.context.is_inference()
+
+
+def test_pictures_go_in_and_out(loaded, host_of):
+    host = host_of(loaded())
+    assert host.latent_shape == (4, 8, 8) and host.resolution == (16, 16)
+    latents = torch.randn(2, 4, 8, 8)
+    pictures = host.decode(latents)
+    assert pictures.shape == (2, 3, 16, 16)
+    assert torch.equal(host.encode_images(pictures)[:, :3], latents[:, :3])
+
+
+def test_a_size_that_the_vae_cannot_make_is_refused(nodes, loaded):
+    with pytest.raises(ValueError, match="17 x 16 pixels: give multiples of 2"):
+        nodes.host_training.CheckpointHost(loaded(), Text(), Pictures(), "toy", 17, 16)
+
+
+def test_a_student_is_not_distilled_again(nodes, loaded, host_of):
+    from turbodistill.core.families import Sampling
+
+    with pytest.raises(ValueError, match="sampled as SDXL-Turbo already"):
+        host_of(nodes.host.with_sampling(loaded(), Sampling("SDXL-Turbo")))
+
+
+@pytest.mark.slow
+def test_the_trainer_runs_on_it_and_its_student_loads(nodes, loaded, host_of, tmp_path):
+    model = loaded()
+    before = bits(model)
+    config = Config(
+        **{"rank": 2, "pairs": 12, "pair_steps": 2, "batch": 4, "updates": 4, "warmup": 1, "ramp": 0, "width": 8},
+        **{"taps": "conv_in,down", "precision": "float32", "select_every": 2, "preview_every": 2},
+    )
+    with torch.inference_mode(), nodes.host_training.trainable(model):
+        *_, finished = run.run(host_of(model), config, tmp_path, WORDS)
+    assert same(bits(model), before)
+    tensors, card = nodes.load.read(finished.path)
+    patched, warning = nodes.host.with_student(model, tensors, card, 1.0, "student.safetensors")
+    assert warning == "" and len(patched.patches) == len(tensors) // 3 and card.base_model == "toy"
