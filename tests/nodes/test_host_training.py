@@ -82,7 +82,7 @@ def learn(nodes, toys, model):
 
 
 def test_what_was_loaded_in_inference_mode_takes_no_gradients_by_itself(nodes, toys, loaded):
-    with pytest.raises(RuntimeError, match="[Ii]nference tensor"):
+    with pytest.raises(RuntimeError, match=r"[Ii]nference tensor"):
         learn(nodes, toys, loaded())
 
 
