@@ -53,7 +53,11 @@ def make_parser() -> argparse.ArgumentParser:
 
     distill = commands.add_parser("distill", help="distil a checkpoint with prompts alone, or with your pictures")
     distill.add_argument("--model", type=Path, help="checkpoint or diffusers folder (default: the embedded model)")
-    distill.add_argument("--prompts", type=Path, help="text file, one prompt a line (default: the embedded model's)")
+    distill.add_argument(
+        "--prompts",
+        type=Path,
+        help="text file, one prompt a line; of {red|blue} in it one is drawn (default: the embedded model's)",
+    )
     distill.add_argument("--images", type=Path, help="folder of captioned pictures for the discriminator")
     distill.add_argument(
         "--out", type=Path, default=Path("runs/distill"), help="folder for everything; a run there goes on"
@@ -192,12 +196,13 @@ def write_preview(host, preview, folder: Path) -> None:
 def run_distill(args: argparse.Namespace) -> int:
     from . import data, run
     from .diffusers_host import load_host
+    from .prompts import generate
 
     config = settings(args)
     host = load_host(args.model)
     if args.prompts is None and args.model is not None:
         raise ConfigError("--model needs --prompts: a text file with one prompt a line, of what the model is good at")
-    prompts = data.read_prompts(args.prompts or DEFAULT_PROMPTS)
+    prompts = generate(data.read_prompts(args.prompts or DEFAULT_PROMPTS), config.pairs, config.seed)
     score = run.latent_score if args.model else _judge(None).kid_score(host)
     events = run.run(host, config, args.out, prompts, args.images, score, args.pairs_folder)
     try:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from turbodistill.core.card import read_card
-from turbodistill.trainer import cli, demo, run
+from turbodistill.trainer import cli, data, demo, run
 from turbodistill.trainer.config import Config
 
 COMMANDS = ("demo", "distill", "sample", "evaluate", "info")
@@ -262,6 +262,14 @@ def test_evaluate_measures_a_student_against_its_teacher(
     assert f"{made.name}/student" in scores and len(scores) == 4
     assert figures["timings"][f"{made.name}/student"]["passes"] == 1
     assert figures["timings"]["teacher, 50 steps"]["passes"] == 100  # two rows a step: with guidance
+
+
+def test_of_choices_in_prompts_one_is_drawn_for_each_pair(pipeline_folder, tmp_path):
+    lines = tmp_path / "lines.txt"
+    lines.write_text("a {red|blue} fox\n")
+    flags = ["--model", str(pipeline_folder), "--prompts", str(lines), "--out", str(tmp_path / "out"), *QUICK]
+    assert cli.main(["distill", *flags]) == 0
+    assert set(data.load_pairs(tmp_path / "out" / "pairs").prompts) == {"a red fox", "a blue fox"}
 
 
 TINY = Config(rank=2, pairs=16, pair_steps=1, batch=4, warmup=1, width=8, updates=2, select_every=0, preview_every=0)

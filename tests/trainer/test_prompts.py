@@ -1,0 +1,42 @@
+"""Choices in prompts: drawn by the seed, every alternative, nested ones, and none."""
+
+import random
+
+import pytest
+from turbodistill.trainer.prompts import expand, generate
+
+
+def test_every_alternative_comes_and_nothing_else_changes():
+    made = generate(["a {red|blue} fox, {photo|oil painting}"], 40, seed=3)
+    assert len(made) == 40
+    assert set(made) == {f"a {c} fox, {k}" for c in ("red", "blue") for k in ("photo", "oil painting")}
+
+
+def test_the_same_seed_draws_the_same():
+    lines = ["{a|b|c|d} {e|f|g|h}"]
+    assert generate(lines, 20, seed=1) == generate(lines, 20, seed=1) != generate(lines, 20, seed=2)
+    assert generate(lines, 20, seed=1)[:5] == generate(lines, 5, seed=1)
+
+
+def test_lines_come_in_turn():
+    assert generate(["{one|one}", "two"], 4) == ["one", "two", "one", "two"]
+
+
+def test_lines_without_choices_stay_as_they_are():
+    lines = ["a fox", "an owl (2 of them)"]
+    assert generate(lines, 100) == lines
+
+
+@pytest.mark.parametrize(
+    ("line", "allowed"),
+    [
+        ("a {red|{dark|light} blue} fox", {"a red fox", "a dark blue fox", "a light blue fox"}),
+        ("a {|big} fox", {"a fox", "a big fox"}),
+        ("fox {|at dusk}, photo", {"fox, photo", "fox at dusk, photo"}),
+        ("fox {|at dusk}", {"fox", "fox at dusk"}),
+        ("{}fox", {"fox"}),
+        ("an open { brace", {"an open { brace"}),
+    ],
+)
+def test_nested_empty_and_broken_choices(line, allowed):
+    assert {expand(line, random.Random(seed)) for seed in range(40)} == allowed
