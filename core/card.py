@@ -32,9 +32,9 @@ class CardError(ValueError):
 class StudentCard:
     """How a student is sampled and where it comes from.
 
-    `prediction` is how its backbone's output is read; `timesteps` the start of each of one to four
-    steps' schedules (the first is where pure noise enters); `guidance` the teacher's scale that is
-    baked in: sample with cfg 1.
+    `prediction` is how its backbone's output is read; `timesteps` the start of each step of the
+    longest schedule that it was trained for (the first is where pure noise enters); `guidance` the
+    teacher's scale that is baked in: sample with cfg 1.
     """
 
     kind: str
@@ -74,7 +74,7 @@ class StudentCard:
             "modelspec.implementation": "turbodistill",
             "modelspec.resolution": f"{width}x{height}",
             "modelspec.prediction_type": {"eps": "epsilon"}.get(self.prediction, self.prediction),
-            "modelspec.usage_hint": f"1 to 4 steps, cfg 1, first timestep {self.timesteps[0]}",
+            "modelspec.usage_hint": f"{self._steps()}, cfg 1, first timestep {self.timesteps[0]}",
         }
 
     @classmethod
@@ -99,16 +99,21 @@ class StudentCard:
         except (KeyError, TypeError) as error:
             raise CardError(f"{path}: the student card lacks a field ({error}): make the file again") from None
 
+    def _steps(self) -> str:
+        return "1 step" if len(self.timesteps) == 1 else f"1 to {len(self.timesteps)} steps"
+
     def in_words(self) -> str:
         """The card as a person reads it."""
         form = f"LoRA of rank {self.rank} ({self.targets})" if self.kind == "lora" else "full model"
         width, height = self.resolution
+        single = len(self.timesteps) == 1
         lines = [
             f"One-step student of {self.base_model}, a {form}, made by {self.method}.",
             f"Base model: {self.architecture}, hash {self.base_hash}.",
-            f"Sampling: 1 to {len(self.timesteps)} steps at cfg 1 (a guidance of {self.guidance:g} is baked in; "
+            f"Sampling: {self._steps()} at cfg 1 (a guidance of {self.guidance:g} is baked in; "
             "negative prompts do nothing).",
-            f"  noise enters at timestep {self.timesteps[0]}; few steps run {list(self.timesteps)}.",
+            f"  noise enters at timestep {self.timesteps[0]}"
+            + ("; it was trained for no further step." if single else f"; few steps run {list(self.timesteps)}."),
             f"  the output is read as {self.prediction} (the base model predicts {self.base_prediction}).",
             f"Resolution: {width} x {height}.",
         ]

@@ -107,4 +107,4 @@ def recognise(*hints: str) -> Sampling | None:
 def of_card(card: StudentCard) -> Sampling:
     """The sampling of a student of ours."""
     prediction = "inherit" if card.prediction == card.base_prediction else card.prediction
-    return Sampling(f"student of {card.base_model}", prediction, card.timesteps[0], exact=True)
+    return Sampling(f"student of {card.base_model}", prediction, card.timesteps[0], len(card.timesteps), exact=True)

@@ -81,5 +81,5 @@ def test_what_cannot_be_sampled_is_told(steps, denoise, words):
 
 def test_a_student_of_ours_is_sampled_as_its_card_says():
     card = StudentCard("lora", "base", "0" * 16, "sd", "v", "v", (899, 674), 4.0, (64, 64))
-    assert of_card(card) == Sampling("student of base", "inherit", 899, exact=True)
+    assert of_card(card) == Sampling("student of base", "inherit", 899, 2, exact=True)
     assert of_card(StudentCard("lora", "base", "0" * 16, "sd", "x0", "v", (999,), 4.0, (64, 64))).prediction == "x0"

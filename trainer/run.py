@@ -166,7 +166,6 @@ def resume(state: State, folder: Path) -> bool:
 
 def make_card(host: Host, state: State, metrics: dict[str, Any]) -> StudentCard:
     config, student = state.config, state.student
-    longest = min(max(config.steps, 4), student.start + 1)
     return StudentCard(
         kind="lora" if student.lora is not None else "full",
         base_model=host.name,
@@ -174,7 +173,7 @@ def make_card(host: Host, state: State, metrics: dict[str, Any]) -> StudentCard:
         architecture=host.architecture,
         prediction=student.reading,
         base_prediction=student.prediction,
-        timesteps=tuple(trailing_timesteps(longest, student.start, student.schedule.timesteps)),
+        timesteps=tuple(trailing_timesteps(config.steps, student.start, student.schedule.timesteps)),
         guidance=config.guidance,
         resolution=host.resolution,
         rank=config.rank,
