@@ -28,7 +28,9 @@ def student_path(choice: str) -> Path:
     folder, _, name = choice.partition("/")
     path = host.file_path(folder, name) if folder in host.FOLDERS else None
     if path is None:
-        raise FileNotFoundError(f"student {choice} is not there any more: refresh the page and choose again")
+        raise FileNotFoundError(
+            f"student {choice} is not in ComfyUI's models: put it there, refresh the page (R) and choose it"
+        )
     return Path(path)
 
 

@@ -66,10 +66,10 @@ def test_every_choice_has_its_file(nodes, folders):
 )
 def test_what_is_not_there_is_told_before_anything_runs(nodes, folders, choice):
     (folders["vae"] / "other.safetensors").touch()  # there, but no place for students
-    with pytest.raises(FileNotFoundError, match="is not there any more: refresh the page and choose again"):
+    with pytest.raises(FileNotFoundError, match="is not in ComfyUI's models: put it there, refresh"):
         nodes.load.student_path(choice)
     words = nodes.load.LoadStudent.validate_inputs(student=choice)
-    assert words.startswith(f"student {choice} is not there any more")
+    assert words.startswith(f"student {choice} is not in ComfyUI's models")
     with pytest.raises(FileNotFoundError):  # ComfyUI takes this for "changed", so that the node runs and says it
         nodes.load.LoadStudent.fingerprint_inputs(student=choice, model=None, strength=1.0)
 

@@ -90,7 +90,7 @@ def test_a_file_that_has_gone(comfyui, graph, synthetic, student, refused):
     listed = json.loads(comfyui.get(f"object_info/{LOAD}"))[LOAD]["input"]["required"]["student"]
     assert choice in json.dumps(listed)
     (comfyui.base / "models" / choice).unlink()
-    refused(with_student(graph, synthetic("sd15"), choice), LOAD, "is not there any more: refresh the page")
+    refused(with_student(graph, synthetic("sd15"), choice), LOAD, "is not in ComfyUI's models: put it there")
 
 
 # --- latents ---
