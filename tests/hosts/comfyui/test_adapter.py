@@ -1,5 +1,6 @@
 """A MODEL of the real ComfyUI as core's Denoiser: the same x0, and gradients through the loaded weights."""
 
+import functools
 import os
 import subprocess
 from pathlib import Path
@@ -14,11 +15,13 @@ pytestmark = pytest.mark.host
 HERE = Path(__file__).parent
 
 
-@pytest.fixture
-def through(installation, comfyui, checkpoints, condition, tmp_path):
-    """A checkpoint's short name -> inputs, the condition, and what adapter.py found."""
+@pytest.fixture(scope="module")
+def through(installation, comfyui, checkpoints, condition, tmp_path_factory):
+    """A checkpoint's short name -> inputs, and what adapter.py found; ComfyUI starts once for each."""
 
+    @functools.cache
     def run(name):
+        folder = tmp_path_factory.mktemp(name)
         checkpoint = checkpoints[name]
         channels = 16 if name == "sd3" else 4
         torch.manual_seed(7)
@@ -26,18 +29,18 @@ def through(installation, comfyui, checkpoints, condition, tmp_path):
         # Levels of the table: between two, ComfyUI tells the network the nearest timestep, we the fraction.
         sigma = torch.tensor([0.99, 0.3]) if name == "sd3" else DiscreteSchedule().sigma(torch.tensor([990, 300]))
         given = {"x": x * sigma.view(-1, 1, 1, 1), "sigma": sigma, **_text(name, condition, checkpoint)}
-        save_file(given, tmp_path / "in.safetensors")
+        save_file(given, folder / "in.safetensors")
         file = comfyui.base / "models" / "checkpoints" / checkpoint.file
         command = [HERE / "adapter.py", installation[0], HERE.parents[2], file, "in.safetensors", "out.safetensors"]
         ran = subprocess.run(
             [installation[1], *map(str, command)],
-            cwd=tmp_path,
+            cwd=folder,
             env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
             capture_output=True,
             text=True,
         )
         assert ran.returncode == 0, ran.stderr[-3000:]
-        return given, load_file(tmp_path / "out.safetensors")
+        return given, load_file(folder / "out.safetensors")
 
     return run
 
