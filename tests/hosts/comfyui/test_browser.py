@@ -28,20 +28,23 @@ ASKED_IN_VAIN = re.compile(r"docs/\w+/en\.md")
 
 @pytest.fixture(scope="session")
 def chromium():
-    """A function that starts a browser; asked for before a server is started for nothing."""
-    api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    """Where the browser is; asked for before a server is started for nothing."""
+    pytest.importorskip("playwright", reason="needs playwright: pip install playwright")
     path = os.environ.get("CHROMIUM", "/usr/bin/chromium")
     if not Path(path).is_file():
         pytest.skip(f"needs a Chromium: there is none at {path}; say in CHROMIUM where it is")
-    with api.sync_playwright() as playwright:
-        yield lambda: playwright.chromium.launch(executable_path=path, args=FLAGS)
+    return path
 
 
 @pytest.fixture(scope="module")
 def browser(chromium, comfyui):
-    opened = chromium()
-    yield opened
-    opened.close()
+    from playwright.sync_api import sync_playwright
+
+    # Not longer than these tests: its event loop stands in the way of asyncio.run.
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield opened
+        opened.close()
 
 
 def visit(page, comfyui):
