@@ -123,11 +123,16 @@ def measure(server, new_graph, name: str, args: argparse.Namespace) -> None:
     for warm in (ours, turbo):
         seconds(server, warm(0))
     floor(0)
-    times: dict[str, list[float]] = {"ours": [], "floor": [], "turbo": []}
+    kinds = [
+        ("ours", lambda seed: seconds(server, ours(seed))),
+        ("floor", floor),
+        ("turbo", lambda seed: seconds(server, turbo(seed))),
+    ]
+    times: dict[str, list[float]] = {kind: [] for kind, _ in kinds}
     for seed in range(1, args.repeats + 1):
-        times["ours"].append(seconds(server, ours(seed)))
-        times["floor"].append(floor(seed))
-        times["turbo"].append(seconds(server, turbo(seed)))
+        first = seed % len(kinds)  # who comes first changes, so that no kind always follows another
+        for kind, run in kinds[first:] + kinds[:first]:
+            times[kind].append(run(seed))
     slow = [seconds(server, many(1))]
     print(f"{args.size} x {args.size}, {args.repeats} pictures of each kind, one after the other in turn")
     for kind, values in times.items():
