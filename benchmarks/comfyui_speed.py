@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -67,9 +66,7 @@ def main() -> None:
     args = parser.parse_args()
     client = module("client")
     client.RUN = 3600  # seconds: full size on a CPU takes its time
-    comfyui = Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI"))
-    own = comfyui / ".venv" / "bin" / "python"
-    python = os.environ.get("COMFYUI_PYTHON", str(own) if own.exists() else sys.executable)
+    comfyui, python = client.installation()
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         (base / "custom_nodes").mkdir()

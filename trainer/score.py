@@ -19,7 +19,6 @@ class Score:
     """The LoRA, as a denoiser of the student's pictures, and its optimizer."""
 
     def __init__(self, student: Student, config: Config):
-        self.seed = config.seed
         with torch.random.fork_rng():  # a host's own randomness stays as it was
             torch.manual_seed(config.seed + 1)
             self.denoiser = Student(student.teacher, config.score_rank)

@@ -286,8 +286,9 @@ def test_trainings_apart_are_commands_that_share_their_pairs(tmp_path):
 
 @pytest.mark.slow
 def test_a_training_apart_that_fails_is_told(tmp_path, capfd):
+    endless = TINY.replace(updates=10**6)  # ended, and saved, when the other fails
     with pytest.raises(demo.Failed, match="status 1"):
-        demo.train_apart({"student": TINY.replace(taps="nowhere")}, tmp_path, [])
+        demo.train_apart({"student": endless.replace(taps="nowhere"), "regression": endless}, tmp_path, [])
     assert "nowhere" in capfd.readouterr().err
 
 

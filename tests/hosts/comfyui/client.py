@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.parse
@@ -161,6 +162,16 @@ class ComfyUI:
         whole = Graph(dict(graph.prompt))
         shown = whole.add("PreviewAny", source=output)
         return self.run(whole).outputs[shown.name]["text"][0]
+
+
+def installation() -> tuple[Path, str]:
+    """ComfyUI's folder and its Python; raises FileNotFoundError, which says where it was looked for."""
+    folder = Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI"))
+    if not (folder / "main.py").is_file():
+        raise FileNotFoundError(f"needs a ComfyUI: there is none in {folder}; say in COMFYUI_PATH where it is")
+    places = (folder / ".venv", folder / "venv", folder.parent / "venv")
+    found = next((p / "bin" / "python" for p in places if (p / "bin" / "python").exists()), sys.executable)
+    return folder, os.environ.get("COMFYUI_PYTHON", str(found))
 
 
 @contextmanager

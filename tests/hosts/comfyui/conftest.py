@@ -1,7 +1,6 @@
 """A ComfyUI of the tests' own: a server with this clone in its custom_nodes, and files for it to load."""
 
 import importlib.util
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -29,12 +28,10 @@ def module(name):
 @pytest.fixture(scope="session")
 def installation():
     """ComfyUI's folder and its Python."""
-    folder = Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI"))
-    if not (folder / "main.py").is_file():
-        pytest.skip(f"needs a ComfyUI: there is none in {folder}; say in COMFYUI_PATH where it is")
-    places = (folder / ".venv", folder / "venv", folder.parent / "venv")
-    found = next((p / "bin" / "python" for p in places if (p / "bin" / "python").exists()), sys.executable)
-    return folder, os.environ.get("COMFYUI_PYTHON", str(found))
+    try:
+        return module("client").installation()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")
