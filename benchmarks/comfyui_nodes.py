@@ -1,12 +1,36 @@
 """ComfyUI nodes for `comfyui_speed.py`: the least work that a picture needs, timed, and an end for a graph."""
 
+import functools
 import time
 
+import comfy.model_base
 import comfy.model_management
 import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
+import comfy.sd
 import torch
+
+SPENT: list[float] = []  # seconds of every denoiser pass and decoding since the last end of a graph
+
+
+def timed(function):
+    """The same function, whose seconds go into SPENT."""
+
+    @functools.wraps(function)
+    def measured(*args, **kwargs):
+        begun = time.perf_counter()
+        result = function(*args, **kwargs)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        SPENT.append(time.perf_counter() - begun)
+        return result
+
+    return measured
+
+
+comfy.model_base.BaseModel.apply_model = timed(comfy.model_base.BaseModel.apply_model)
+comfy.sd.VAE.decode = timed(comfy.sd.VAE.decode)
 
 
 class Floor:
@@ -39,11 +63,12 @@ class Floor:
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - begun)
+        SPENT.clear()
         return {"ui": {"seconds": times}}
 
 
 class Sink:
-    """Takes pictures and does nothing."""
+    """Takes pictures; tells the seconds that were spent in passes and decoding."""
 
     RETURN_TYPES = ()
     OUTPUT_NODE = True
@@ -55,7 +80,9 @@ class Sink:
         return {"required": {"images": ("IMAGE",)}}
 
     def take(self, images):
-        return {"ui": {"pictures": [len(images)]}}
+        spent, count = sum(SPENT), len(SPENT)
+        SPENT.clear()
+        return {"ui": {"spent": [spent], "calls": [count]}}
 
 
 NODES = {"BenchmarkFloor": Floor, "BenchmarkSink": Sink}

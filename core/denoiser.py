@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -44,9 +45,18 @@ class Cond:
         """A batch of one, `count` times."""
         return self.map(lambda v: v.expand(count, *v.shape[1:]))
 
+    def lengthened(self, tokens: int) -> Cond:
+        """The token states repeated to `tokens`, a multiple of their number."""
+        return replace(self, context=self.context.repeat(1, tokens // self.context.shape[1], 1))
+
     @staticmethod
     def cat(parts: Sequence[Cond]) -> Cond:
-        """Batches one behind another; all must have the same fields."""
+        """Batches one behind another; all must have the same fields.
+
+        Texts of different lengths are repeated to the same: it changes no cross-attention, and hosts do so too.
+        """
+        tokens = math.lcm(*(p.context.shape[1] for p in parts))
+        parts = [p if p.context.shape[1] == tokens else p.lengthened(tokens) for p in parts]
         pooled = [p.pooled for p in parts if p.pooled is not None]
         extra = {k: torch.cat([p.extra[k] for p in parts]) for k in parts[0].extra}
         return Cond(torch.cat([p.context for p in parts]), torch.cat(pooled) if pooled else None, extra)

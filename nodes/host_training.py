@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -85,14 +84,7 @@ class CheckpointHost:
                 conditioning = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
                 cond = conditions(self.model, conditioning, empty)
             found.append(cond.map(lambda v: v.cpu().clone()))
-        length = math.lcm(*(cond.context.shape[1] for cond in found))
-        # Repeated tokens change no attention; so ComfyUI itself batches prompts.
-        return Cond.cat(
-            [
-                Cond(cond.context.repeat(1, length // cond.context.shape[1], 1), cond.pooled, cond.extra)
-                for cond in found
-            ]
-        )
+        return Cond.cat(found)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, H, W) as the network takes them -> pictures (B, 3, height, width) in [0, 1]."""

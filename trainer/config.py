@@ -81,6 +81,9 @@ class Config:
         0.995, "decay of the student's running average, which is what is kept", "training", low=0, high=1
     )
     precision: str = option("auto", "arithmetic of the passes", "training", ("auto", "float32", "bfloat16"))
+    checkpointing: bool = option(
+        False, "compute activations a second time instead of keeping them: much less memory, a third slower", "training"
+    )
     seed: int = option(0, "seed of everything random", "training", low=0)
     # Losses
     adversarial: str = option("hinge", "adversarial loss", "losses", ADVERSARIAL)
@@ -179,8 +182,9 @@ class Config:
         return dataclasses.replace(self, **changes)
 
 
-# What may change between a run and its resumption: it decides only how long and how often.
+# What may change between a run and its resumption: it decides how long, how often and with how much memory.
 RESUMABLE = {"updates", "minutes", "preview_every", "save_every", "select_every"}
+RESUMABLE |= {"batch", "accumulate", "precision", "checkpointing"}
 
 
 def check_resumable(saved: dict[str, Any], config: Config) -> None:

@@ -203,9 +203,9 @@ def pairs_key(host: Host, config: Config, prompts: Sequence[str]) -> str:
 def make_pairs(host: Host, config: Config, prompts: Sequence[str], folder: str | Path) -> Iterator[tuple[int, Samples]]:
     """Make `config.pairs` teacher pairs in `folder`, or what is missing of them.
 
-    Yields (number made so far, the newest samples) after each shard; closing the generator stops
-    it, and the next call goes on. Pair k has noise seed `config.seed * 1_000_000 + k` and prompt
-    k, the prompts repeating. A broken shard is made again.
+    Yields (number made so far, the newest samples) after each batch; closing the generator, or an
+    error, keeps what is made, and the next call goes on. Pair k has noise seed
+    `config.seed * 1_000_000 + k` and prompt k, the prompts repeating. A broken shard is made again.
     """
     if not prompts:
         raise DataError("no prompts to make teacher pairs from: give at least one")
@@ -219,30 +219,44 @@ def make_pairs(host: Host, config: Config, prompts: Sequence[str], folder: str |
     for first in range(0, config.pairs, SHARD):
         path = folder / f"pairs-{first:07d}.safetensors"
         count = min(SHARD, config.pairs - first)
-        if path.exists():
-            try:
-                samples = read_shard(path, key)
-                if len(samples) >= count:
-                    yield first + count, samples
-                    continue
-            except OtherRun:
-                raise
-            except DataError as error:
-                log.warning("%s; making it again", error)
-        numbers = range(first, first + count)
+        parts = _begun(path, key)
+        begun = made = sum(map(len, parts))
+        if made >= count:
+            yield first + count, parts[0]
+            continue
+        numbers = range(first + made, first + count)
         texts = [prompts[i % len(prompts)] for i in numbers]
         seeds = torch.tensor([config.seed * 1_000_000 + i for i in numbers])
-        cond = host.encode_text(texts).to(device)
-        noise = seeded_noise(seeds.tolist(), host.latent_shape, device)
-        x = schedule.add_noise(torch.zeros_like(noise), noise, sigmas[:1].to(device))
-        parts = []
-        for rows in torch.arange(count).split(config.batch):
-            model = Guided(host.denoiser, cond.rows(rows.to(device)), uncond, config.guidance)
-            with autocast(config, device):
-                parts.append(sample(model, x[rows], sigmas.to(device)).float().cpu())
-        samples = Samples(torch.cat(parts), cond.to("cpu"), texts, seeds)
-        write_shard(path, samples, key)
-        yield first + count, samples
+        whole = host.encode_text(texts)
+        try:
+            for rows in torch.arange(count - begun).split(config.batch):
+                cond = whole.rows(rows)
+                noise = seeded_noise(seeds[rows].tolist(), host.latent_shape, device)
+                x = schedule.add_noise(torch.zeros_like(noise), noise, sigmas[:1].to(device))
+                model = Guided(host.denoiser, cond.to(device), uncond, config.guidance)
+                with autocast(config, device):
+                    latents = sample(model, x, sigmas.to(device)).float().cpu()
+                parts.append(Samples(latents, cond.to("cpu"), [texts[i] for i in rows], seeds[rows]))
+                made += len(rows)
+                if made < count:
+                    yield first + made, parts[-1]
+        finally:  # a cancelled shard keeps what is made
+            if made > begun:
+                write_shard(path, Samples.cat(parts), key)
+        yield first + count, parts[-1]
+
+
+def _begun(path: Path, key: str) -> list[Samples]:
+    """What a shard holds already: nothing, or one part; raises OtherRun."""
+    if not path.exists():
+        return []
+    try:
+        return [read_shard(path, key)]
+    except OtherRun:
+        raise
+    except DataError as error:
+        log.warning("%s; making it again", error)
+        return []
 
 
 def load_pairs(folder: str | Path, limit: int | None = None) -> Samples:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Generator
-from contextlib import nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import losses
+from ..core.checkpointing import checkpointed
 from ..core.denoiser import Cond
 from ..core.discriminator import Discriminator
 from ..core.features import TeacherFeatures
@@ -57,6 +58,7 @@ class State:
     update: int = 0
     spent: float = 0.0  # seconds of training
     extra: dict[str, Any] = field(default_factory=dict)
+    whole: bool = True  # False while an update is being applied: not a state to go on from
 
     @classmethod
     def create(cls, student: Student, config: Config, sample: Samples) -> State:
@@ -90,6 +92,30 @@ class State:
         self.student.release()
         if self.score:
             self.score.denoiser.release()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The student acts with the running average of its weights within."""
+        live = list(self.student.trained.parameters())
+        kept = [p.data for p in live]
+        try:
+            for parameter, slow in zip(live, self.average.parameters(), strict=True):
+                parameter.data = slow.data
+            yield
+        finally:
+            for parameter, value in zip(live, kept, strict=True):
+                parameter.data = value
+
+    @contextmanager
+    def checkpointed(self) -> Iterator[None]:
+        """Within, no pass keeps more activations than the settings allow."""
+        loras = [s.lora for s in (self.student, self.score and self.score.denoiser) if s and s.lora]
+        backbones = {id(b): b for b in (self.student.teacher.backbone, self.student.backbone)}
+        with ExitStack() as stack:
+            if self.config.checkpointing:
+                for backbone in backbones.values():
+                    stack.enter_context(checkpointed(backbone, loras))
+            yield
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -292,7 +318,8 @@ def distill(state: State, pairs: Samples, uncond: Cond, reals: Samples | None = 
     config, student = state.config, state.student
     uncond = uncond.to(student.device)
     uses_discriminator = config.adversarial_weight > 0
-    with student.training(), state.score.denoiser.training() if state.score else nullcontext():
+    scoring = state.score.denoiser.training() if state.score else nullcontext()
+    with student.training(), scoring, state.checkpointed():
         while state.update < config.updates and not (config.minutes and state.spent >= config.minutes * 60):
             begun = time.monotonic()
             adversarial = state.update >= config.warmup
@@ -306,6 +333,7 @@ def distill(state: State, pairs: Samples, uncond: Cond, reals: Samples | None = 
             totals: dict[str, float] = {}
             if adversarial and uses_discriminator:
                 for extra in range(1, config.discriminator_updates):
+                    state.whole = False
                     _discriminate(state, pairs, reals, generator(config.seed, state.update, extra))
             draws = generator(config.seed, state.update)
             share = 1 / config.accumulate
@@ -333,6 +361,7 @@ def distill(state: State, pairs: Samples, uncond: Cond, reals: Samples | None = 
                     (parts["score"] * share).backward()
                     _add(totals, parts, share)
             _check(state.update + 1, totals)
+            state.whole = False
             if state.score and adversarial:
                 norm = _update(state.score.optimizer, state.score.denoiser.trained, config.clip)
                 _check(state.update + 1, {"score's gradient": norm})
@@ -357,6 +386,7 @@ def distill(state: State, pairs: Samples, uncond: Cond, reals: Samples | None = 
             seconds = time.monotonic() - begun
             state.update += 1
             state.spent += seconds
+            state.whole = True
             yield Step(state.update, totals, health, seconds, state.spent)
 
 

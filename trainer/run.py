@@ -5,29 +5,29 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import logging
 import random
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.card import StudentCard, read_card
 from ..core.features import TeacherFeatures
-from ..core.schedule import trailing_timesteps
-from ..core.student import Student, student_bytes
+from ..core.student import Student
 from . import data, health
+from .cards import write_student
 from .config import Config, ConfigError
 from .distill import Diverged, State, Step, distill, tap_names
+from .history import History
 from .host import Host
+from .memory import Memory, OutOfMemory, advice, is_out_of_memory, measure
 from .metrics import kernel_distance
 from .precision import autocast
 
@@ -44,6 +44,14 @@ Score = Callable[[Tensor, Tensor], float]
 
 class Interrupted(Exception):
     """The user ended a run before its time, after everything was saved; front ends raise it."""
+
+
+@dataclass
+class Control:
+    """What a front end asks of a run while it goes; may be set from another thread."""
+
+    stop: bool = False  # end after this update and keep the best student
+    preview: bool = False  # make a preview after this update
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,14 @@ class Warned:
 
 
 @dataclass(frozen=True)
+class Begun:
+    """Training begins, or goes on, at `update`; what memory it will take."""
+
+    update: int
+    memory: Memory
+
+
+@dataclass(frozen=True)
 class Finished:
     """The end: the student file, its card, and the score by which it was chosen, if one was taken."""
 
@@ -92,28 +108,14 @@ class Finished:
     score: float | None
 
 
-Event = PairsMade | Step | Preview | Selected | Warned | Finished
-
-
-@contextmanager
-def averaged(state: State) -> Iterator[None]:
-    """The student acts with the running average of its weights within."""
-    live = list(state.student.trained.parameters())
-    kept = [p.data for p in live]
-    try:
-        for parameter, slow in zip(live, state.average.parameters(), strict=True):
-            parameter.data = slow.data
-        yield
-    finally:
-        for parameter, value in zip(live, kept, strict=True):
-            parameter.data = value
+Event = PairsMade | Begun | Step | Preview | Selected | Warned | Finished
 
 
 def student_pictures(state: State, pairs: data.Samples, rows: Tensor, steps: int = 1) -> Tensor:
     """Latents (N, C, H, W), float32 on the CPU, that the averaged student makes from these pairs' noise."""
     device = state.student.device
     parts = []
-    with averaged(state), state.student.merged(), autocast(state.config, device):
+    with state.averaged(), state.student.merged(), autocast(state.config, device):
         for chunk in rows.split(state.config.batch):
             cond = pairs.cond.rows(chunk).to(device)
             parts.append(state.student.generate(pairs.noise(chunk).to(device), cond, steps).float().cpu())
@@ -160,104 +162,14 @@ def resume(state: State, folder: Path) -> bool:
         saved = torch.serialization.load(path, weights_only=True, map_location=state.student.device)
     except Exception as error:
         raise ConfigError(f"{path} cannot be read ({error}): delete it to begin anew; the teacher pairs stay") from None
+    now = state.extra.get("data")
     state.load_state_dict(saved)
-    return True
-
-
-def make_card(host: Host, state: State, metrics: dict[str, Any]) -> StudentCard:
-    config, student = state.config, state.student
-    return StudentCard(
-        kind="lora" if student.lora is not None else "full",
-        base_model=host.name,
-        base_hash=host.base_hash,
-        architecture=host.architecture,
-        prediction=student.reading,
-        base_prediction=student.prediction,
-        timesteps=tuple(trailing_timesteps(config.steps, student.start, student.schedule.timesteps)),
-        guidance=config.guidance,
-        resolution=host.resolution,
-        rank=config.rank,
-        alpha=student.lora.alpha if student.lora is not None else 0.0,
-        targets=config.targets,
-        method=_method(config),
-        training={"updates": state.update, "minutes": round(state.spent / 60, 1), **_told(config)},
-        metrics=metrics,
-    )
-
-
-def _method(config: Config) -> str:
-    """What the student was made by, in the papers' names."""
-    names = ["ADD/LADD"] if config.adversarial_weight > 0 else []
-    if config.distillation_weight > 0:
-        names.append(
-            {"matching": "distribution matching", "nfsd": "NFSD"}.get(config.distillation, "ADD's distillation")
+    before = state.extra.setdefault("data", now)
+    if before != now:
+        raise ConfigError(
+            f"{folder} holds a training of another model, or with other prompts or pairs: give this one another name"
         )
-    return ", ".join(names) or "regression to the teacher's pictures"
-
-
-def _told(config: Config) -> dict[str, Any]:
-    """The settings that a reader of the card asks for."""
-    names = (
-        "pairs",
-        "batch",
-        "steps",
-        "positives",
-        "adversarial",
-        "adversarial_weight",
-        "distillation",
-        "distillation_weight",
-    )
-    return {n: getattr(config, n) for n in (*names, "regression_weight", "seed")}
-
-
-def write_student(host: Host, state: State, path: Path, metrics: dict[str, Any]) -> StudentCard:
-    """Save the averaged student with its card."""
-    card = make_card(host, state, metrics)
-    with averaged(state):
-        data.write_whole(path, student_bytes(state.student, card))
-    return card
-
-
-class History:
-    """Losses and health of every update, in a CSV file that grows as training goes."""
-
-    def __init__(self, path: Path, update: int):
-        self.path = path
-        self.columns: list[str] = []
-        rows = []
-        if path.exists():
-            with path.open(newline="") as file:
-                rows = [r for r in csv.DictReader(file) if None not in r.values() and int(r["update"]) <= update]
-        # A run killed after its last saved state repeats some updates: their rows are dropped, as is a row cut short.
-        if rows:
-            self.columns = list(rows[0])
-            self._write(rows, "w")
-        elif path.exists():
-            path.unlink()
-
-    def add(self, step: Step) -> None:
-        row = {"update": step.update, "seconds": round(step.seconds, 4), **asdict(step.health), **step.losses}
-        if not set(row) <= set(self.columns):
-            old = []
-            if self.path.exists():
-                with self.path.open(newline="") as file:
-                    old = list(csv.DictReader(file))
-            self.columns += [c for c in row if c not in self.columns]
-            self._write([*old, row], "w")
-        else:
-            self._write([row], "a")
-
-    def _write(self, rows: Sequence[dict[str, Any]], mode: str) -> None:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.columns)
-        if mode == "w":
-            writer.writeheader()
-        writer.writerows(rows)
-        if mode == "w":
-            data.write_whole(self.path, text.getvalue().encode())
-        else:
-            with self.path.open("a", newline="") as file:
-                file.write(text.getvalue())
+    return True
 
 
 def latent_score(student: Tensor, teacher: Tensor) -> float:
@@ -275,15 +187,48 @@ def run(
     images: str | Path | None = None,
     score: Score = latent_score,
     pairs_folder: str | Path | None = None,
+    control: Control | None = None,
 ) -> Iterator[Event]:
     """Distil `host`'s model into a one-step student, in `folder`; an earlier run there goes on.
 
     Makes what is missing of the teacher pairs (in `pairs_folder`, by default inside `folder`), then
-    trains; yields events as it goes. Closing the generator saves the state and stops. `images` is a
-    captioned folder of real pictures for the discriminator. Ends with Finished. Raises DataError,
-    ConfigError, or Diverged (after writing the last good student).
+    trains; yields events as it goes. Closing the generator, or an error in a host's pass, saves the
+    state and stops; `control` asks for a preview, or for an early end. `images` is a captioned folder
+    of real pictures for the discriminator. Ends with Finished. Raises DataError, ConfigError,
+    OutOfMemory, or Diverged (after writing the last good student).
     """
-    folder = Path(folder)
+    out_of_memory = ""
+    doing = _Doing()
+    try:
+        yield from _run(host, config, Path(folder), prompts, images, score, pairs_folder, control or Control(), doing)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        out_of_memory = advice(doing.state, doing.what)
+    doing.state = None
+    if out_of_memory:  # outside of the handler: the old error's frames would hold on to what is to be freed
+        raise OutOfMemory(out_of_memory)
+
+
+@dataclass
+class _Doing:
+    """What a run is at, for its errors."""
+
+    what: str = "making teacher pairs"
+    state: State | None = None
+
+
+def _run(
+    host: Host,
+    config: Config,
+    folder: Path,
+    prompts: Sequence[str],
+    images: str | Path | None,
+    score: Score,
+    pairs_folder: str | Path | None,
+    control: Control,
+    doing: _Doing,
+) -> Iterator[Event]:
     _writable(folder)
     pairs_folder = Path(pairs_folder or folder / "pairs")
     if images is None and config.positives != "teacher":
@@ -296,6 +241,7 @@ def run(
     pairs = data.load_pairs(pairs_folder, config.pairs)
     reals = None
     if images is not None:
+        doing.what = "encoding pictures"
         parts = []
         for done, newest in data.cache_images(host, images, folder / "images"):
             parts.append(newest)
@@ -309,8 +255,10 @@ def run(
     except BaseException:
         student.release()
         raise
+    doing.what, doing.state = "training", state
+    state.extra |= {"data": data.pairs_key(host, config, prompts), "shape": tuple(pairs.latents.shape)}
     try:
-        yield from _train(host, state, folder, train, held, reals, score)
+        yield from _train(host, state, folder, train, held, reals, score, control)
     finally:
         state.release()
 
@@ -336,12 +284,14 @@ def _train(
     held: data.Samples,
     reals: data.Samples | None,
     score: Score,
+    control: Control,
 ) -> Iterator[Event]:
     config = state.config
     if resume(state, folder):
         log.info("going on from update %d", state.update)
-    history = History(folder / HISTORY, state.update)
     uncond = host.encode_text([""])
+    yield Begun(state.update, measure(state, train))
+    history = History(folder / HISTORY, state.update)
     recent: deque[health.Health] = deque(maxlen=100)
     shown = torch.arange(min(PREVIEWS, len(held)))
     card = None
@@ -372,7 +322,8 @@ def _train(
                 yield step
                 if config.select_every and step.update % config.select_every == 0:
                     yield select()
-                if config.preview_every and step.update % config.preview_every == 0:
+                if control.preview or (config.preview_every and step.update % config.preview_every == 0):
+                    control.preview = False
                     yield preview()
                 if step.update % config.save_every == 0:
                     save_state(state, folder)
@@ -380,12 +331,14 @@ def _train(
                 if step.update % 100 == 0 and recent:
                     for text in health.warnings(health.average(recent), config.adversarial_weight > 0):
                         yield Warned(step.update, text)
+                if control.stop:
+                    break
     except Diverged as error:
         if not (folder / BEST).exists():
             write_student(host, state, folder / BEST, {})
         raise Diverged(f"{error}: {folder / BEST}") from None
-    except GeneratorExit:  # closed between two updates, where the state is whole
-        if not saved:
+    except BaseException:  # closed, cancelled or failed: nothing of it is lost, unless in the middle of an update
+        if not saved and state.whole:
             save_state(state, folder)
         raise
     if not saved:

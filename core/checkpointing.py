@@ -1,0 +1,77 @@
+"""Gradient checkpointing (arXiv 1604.06174): a block's activations are computed again in backward, not kept."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .lora import LoRA
+
+# Residual and transformer blocks of the hosts' and diffusers' layouts, UNets and DiTs.
+BLOCKS = re.compile(
+    r"(?:^|\.)(?:(?:transformer|joint|double|single)_blocks|blocks|layers|resnets|(?:input|output)_blocks\.\d+|"
+    r"middle_block)\.\d+$"
+)
+
+
+def blocks(backbone: nn.Module) -> dict[str, nn.Module]:
+    """The innermost blocks by name; raises ValueError for an architecture without any that is known."""
+    found = {n: m for n, m in backbone.named_modules() if BLOCKS.search(n) and next(m.children(), None) is not None}
+    inner = {n: m for n, m in found.items() if not any(other.startswith(n + ".") for other in found)}
+    if not inner:
+        raise ValueError(f"no known blocks in {type(backbone).__name__}: set checkpointing to false")
+    return inner
+
+
+@contextmanager
+def checkpointed(backbone: nn.Module, loras: Sequence[LoRA] = ()) -> Iterator[None]:
+    """Within, passes with gradients keep the inputs of each block alone; the very same `forward`s are put back.
+
+    `loras` are those whose hooks sit in the backbone: a block is computed again as they were switched then.
+    """
+    changed = list(blocks(backbone).values())
+    own = [module.__dict__.get("forward") for module in changed]
+    try:
+        for module in changed:
+            module.forward = _again(module.forward, loras)
+        yield
+    finally:
+        for module, forward in zip(changed, own, strict=True):
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = forward
+
+
+def _again(forward, loras: Sequence[LoRA]):
+    def run(*args, **kwargs):
+        # Some hosts' blocks add to their input in place, which would then differ the second time.
+        return forward(*(a.clone() if isinstance(a, Tensor) else a for a in args), **kwargs)
+
+    def wrapped(*args: Any, **kwargs: Any):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        switches = [lora.enabled for lora in loras]
+        told: Any = {"use_reentrant": False, "preserve_rng_state": False}
+        return checkpoint(run, *args, context_fn=lambda: (nullcontext(), _switched(loras, switches)), **told, **kwargs)
+
+    return wrapped
+
+
+@contextmanager
+def _switched(loras: Sequence[LoRA], to: Sequence[bool]) -> Iterator[None]:
+    """The LoRAs are on or off as given within."""
+    before = [lora.enabled for lora in loras]
+    try:
+        for lora, on in zip(loras, to, strict=True):
+            lora.enabled = on
+        yield
+    finally:
+        for lora, on in zip(loras, before, strict=True):
+            lora.enabled = on
