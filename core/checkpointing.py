@@ -15,8 +15,8 @@ from .lora import LoRA
 
 # Residual and transformer blocks of the hosts' and diffusers' layouts, UNets and DiTs.
 BLOCKS = re.compile(
-    r"(?:^|\.)(?:(?:transformer|joint|double|single)_blocks|blocks|layers|resnets|(?:input|output)_blocks\.\d+|"
-    r"middle_block)\.\d+$"
+    r"(?:^|\.)(?:(?:single_)?transformer_blocks|(?:joint|double|single)_blocks|blocks|layers|resnets|"
+    r"(?:input|output)_blocks\.\d+|middle_block)\.\d+$"
 )
 
 
@@ -51,17 +51,28 @@ def checkpointed(backbone: nn.Module, loras: Sequence[LoRA] = ()) -> Iterator[No
 
 def _again(forward, loras: Sequence[LoRA]):
     def run(*args, **kwargs):
-        # Some hosts' blocks add to their input in place, which would then differ the second time.
-        return forward(*(a.clone() if isinstance(a, Tensor) else a for a in args), **kwargs)
+        return forward(*map(_own, args), **{k: _own(v) for k, v in kwargs.items()})
 
     def wrapped(*args: Any, **kwargs: Any):
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
+        # As it is now: a host writes into its options as it goes from block to block.
+        args, kwargs = tuple(map(_noted, args)), {k: _noted(v) for k, v in kwargs.items()}
         switches = [lora.enabled for lora in loras]
         told: Any = {"use_reentrant": False, "preserve_rng_state": False}
         return checkpoint(run, *args, context_fn=lambda: (nullcontext(), _switched(loras, switches)), **told, **kwargs)
 
     return wrapped
+
+
+def _noted(value: Any) -> Any:
+    """An argument as it is now."""
+    return dict(value) if isinstance(value, dict) else value
+
+
+def _own(value: Any) -> Any:
+    """An argument that a block may change: some hosts' blocks add to their input in place."""
+    return value.clone() if isinstance(value, Tensor) else _noted(value)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -18,6 +19,10 @@ UNET_TAPS = (
 )
 TRANSFORMER_TAPS = re.compile(r"^(?:joint_blocks|double_blocks|transformer_blocks|blocks|layers)\.\d+$")
 COUNT = 5
+# Blocks of text and picture: where the picture stands in what they put out (first, where none is named),
+# and those whose tokens may come as one sequence, the text's before the picture's.
+PICTURE_AT = {"joint_blocks": -1, "transformer_blocks": -1, "single_transformer_blocks": -1}
+ONE_SEQUENCE = ("single_blocks", "single_transformer_blocks")
 
 
 class _Collected(Exception):
@@ -47,7 +52,8 @@ def default_taps(backbone: nn.Module) -> list[str]:
 class TeacherFeatures:
     """Features (B, C_k, H_k, W_k) of the frozen teacher at K tapped modules, with gradients to the input.
 
-    The forward pass ends at the last tap. Token features (B, H W, C) are laid out as pictures.
+    The forward pass ends at the last tap. Token features (B, H W, C) are laid out as pictures; the
+    text's tokens, where they go through the same block, are left out.
     """
 
     def __init__(self, teacher: Denoiser, taps: Sequence[str] | None = None):
@@ -68,7 +74,8 @@ class TeacherFeatures:
 
         def collect(index: int):
             def hook(_module, _args, output):
-                found[index] = output[0] if isinstance(output, tuple) else output
+                part = picture_part(self.taps[index], output, cond.context.shape[1])
+                found[index] = part.clone()  # the next block may add to it in place
                 if len(found) == len(self.modules):
                     raise _Collected
 
@@ -88,13 +95,22 @@ class TeacherFeatures:
         return [as_picture(found[i], x).float() for i in range(len(self.modules))]
 
 
+def picture_part(tap: str, output: Tensor | tuple, text: int) -> Tensor:
+    """What a tapped module put out -> its part of the picture, without the `text` tokens that went through beside."""
+    kind = tap.split(".")[-2] if "." in tap else ""
+    if isinstance(output, tuple):
+        return output[PICTURE_AT.get(kind, 0)]
+    return output[:, text:] if kind in ONE_SEQUENCE else output
+
+
 def as_picture(features: Tensor, x: Tensor) -> Tensor:
     """(B, N, C) tokens -> (B, C, H', W') in the aspect of x (B, _, H, W); pictures pass."""
     if features.ndim == 4:
         return features
     batch, tokens, channels = features.shape
     height, width = x.shape[-2:]
-    rows = round((tokens * height / width) ** 0.5)
-    if rows * (tokens // max(rows, 1)) != tokens:
-        raise ValueError(f"{tokens} tokens do not tile a picture of {height} x {width}")
-    return features.transpose(1, 2).reshape(batch, channels, rows, tokens // rows)
+    for patch in range(1, min(height, width) + 1):
+        rows, columns = math.ceil(height / patch), math.ceil(width / patch)
+        if rows * columns == tokens:
+            return features.transpose(1, 2).reshape(batch, channels, rows, columns)
+    raise ValueError(f"{tokens} tokens do not tile a picture of {height} x {width}")

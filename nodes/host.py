@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import comfy.lora
@@ -19,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..core.card import CardError, StudentCard, fingerprint
+from ..core.card import CardError, StudentCard, fingerprint, read_card
 from ..core.families import Sampling, of_card
 from ..core.lora import PARTS, check_match
 from ..core.sampling import sample_euler, sample_few_step
@@ -75,6 +77,37 @@ def base_weights(model) -> dict[str, Tensor]:
     return {name.removeprefix(PREFIX): entries[0][0] for name, entries in patches.items()}
 
 
+def model_hash(model) -> str:
+    """The fingerprint of the MODEL's weights, and of what is patched onto them, if anything is."""
+    found = fingerprint(base_weights(model))
+    names = sorted(name for name in model.patches if name.startswith(PREFIX))
+    if not names:
+        return found
+    digest = hashlib.sha256(found.encode())
+    for name in {names[i * len(names) // 16]: None for i in range(16)}:
+        for strength, change, base, *_ in model.patches[name]:
+            digest.update(f"{name} {strength} {base}".encode())
+            for tensor in _tensors(getattr(change, "weights", change)):
+                digest.update(tensor.detach().flatten()[:64].half().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def clip_hash(clip) -> str:
+    """The same of a CLIP, with the layer that it stops at."""
+    weights = clip.patcher.model.state_dict()
+    patched = f"{sorted(clip.patcher.patches)[:16]} {clip.layer_idx}" if clip.patcher.patches else str(clip.layer_idx)
+    return fingerprint({k: v for k, v in weights.items() if v.ndim}) + hashlib.sha256(patched.encode()).hexdigest()[:8]
+
+
+def _tensors(value) -> Iterator[Tensor]:
+    """The tensors in a patch, however deep."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)
+
+
 def prediction_of(model) -> str:
     """What the MODEL's network predicts, in the card's words, or "unknown"."""
     space = model.get_model_object("model_sampling")
@@ -93,12 +126,11 @@ def with_student(model, tensors: Mapping[str, Tensor], card: StudentCard, streng
             f"{path} was made for a model that predicts {card.base_prediction}, the one connected predicts {predicts}: "
             f"load {card.base_model}, its base"
         )
-    weights = base_weights(model)
     try:
         patched = _with_lora(model, tensors, strength) if card.kind == "lora" else _with_full(model, tensors, strength)
     except ValueError as error:
         raise CardError(f"{path} does not fit the connected model: {error} Its base is {card.base_model}.") from None
-    found = fingerprint(weights)
+    found = model_hash(model)
     warning = ""
     if found != card.base_hash:
         warning = (
@@ -130,7 +162,9 @@ def _with_lora(model, tensors: Mapping[str, Tensor], strength: float):
 
 def _with_full(model, tensors: Mapping[str, Tensor], strength: float):
     weights = model.model_state_dict(PREFIX)
-    given = {k.removeprefix("model."): v for k, v in tensors.items()}
+    # A merged checkpoint holds text encoder and autoencoder as well.
+    own = {k: v for k, v in tensors.items() if k.startswith(f"model.{PREFIX}")}
+    given = {k.removeprefix("model."): v for k, v in own.items()}
     check_match("student", given, weights)
     for name, value in given.items():
         if value.shape != weights[name].shape:
@@ -213,6 +247,43 @@ def titles(name: str) -> list[str]:
             continue
         return [metadata[key] for key in TITLES if metadata.get(key)]
     return []
+
+
+def hints(names: Sequence[str]) -> list[str]:
+    """What may tell a model's family: names of its files, and what these call themselves."""
+    return [hint for name in names for hint in (name, *titles(name))]
+
+
+def card_sampling(names: Sequence[str]) -> Sampling | None:
+    """How the first of these files is sampled that is a student of ours."""
+    for name in names:
+        for path in filter(None, (file_path(folder, name) for folder in FOLDERS)):
+            with suppress(CardError):
+                return of_card(read_card(path))
+    return None
+
+
+# ComfyUI's names of architectures -> ModelSpec's. What is not here keeps ComfyUI's.
+ARCHITECTURES = {
+    "SD15": "stable-diffusion-v1",
+    "SD20": "stable-diffusion-v2",
+    "SDXL": "stable-diffusion-xl-v1-base",
+    "SD3": "stable-diffusion-v3-medium",
+    "Flux": "flux-1-dev",
+    "FluxSchnell": "flux-1-schnell",
+}
+
+
+def architecture(model) -> str:
+    """What a card calls the MODEL's architecture."""
+    config = model.model.model_config
+    kind = type(config).__name__
+    return getattr(config, "architecture", ARCHITECTURES.get(kind, kind))
+
+
+def title(model) -> str:
+    """What a MODEL is called that no file of the graph gave."""
+    return getattr(model.model.model_config, "title", type(model.model).__name__)
 
 
 def check_channels(model, latent: Tensor) -> Tensor:

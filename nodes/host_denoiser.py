@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.sampler_helpers
@@ -15,13 +18,20 @@ from ..core.schedule import DiscreteSchedule, FlowSchedule, Schedule
 from .host import prediction_of
 
 TIMESTEPS = 1000  # of the discrete models that core knows
+# Norms whose input is added to in place while backward still needs it, of Flux and its kin.
+ADDED_TO = re.compile(r"^(double_blocks\.\d+\.(img|txt)_norm[12]|single_blocks\.\d+\.pre_norm)$")
+
+BESIDE = (
+    "this model ({}) takes a picture or a mask beside the latent, as those for inpainting and editing do, and its "
+    "student would never see one: connect the ordinary model"
+)
 
 
 def schedule_of(model) -> Schedule:
     """The MODEL's own noise levels as core's schedule; raises ValueError for a kind that core does not know."""
     space = model.get_model_object("model_sampling")
     prediction, table = prediction_of(model), getattr(space, "sigmas", torch.zeros(0)).detach().double().cpu()
-    if prediction in ("eps", "v") and len(table) == TIMESTEPS:
+    if prediction in ("eps", "v") and len(table) == TIMESTEPS and _by_number(space):
         return DiscreteSchedule(1 / (1 + table**2))
     if prediction == "flow" and len(table):
         # SD3, Flux and AuraFlow write the shift in different ways; the level halfway tells it for all.
@@ -36,14 +46,28 @@ def schedule_of(model) -> Schedule:
     )
 
 
+def _by_number(space) -> bool:
+    """Whether the network is told a level by its number in the table; EDM's kinds tell it the logarithm."""
+    return torch.equal(space.timestep(space.sigmas).cpu().float(), torch.arange(float(TIMESTEPS)))
+
+
 class ModelDenoiser(Denoiser):
     """x0 of a MODEL that is loaded (`host.load`), in the network's own latent space.
 
     `latent_in` and `latent_out` lead from ComfyUI's latents to that space and back. Patches of the
-    MODEL (LoRAs, attention) act as they do when it is sampled.
+    MODEL (LoRAs, attention) act as they do when it is sampled. Raises ValueError for a MODEL of another
+    kind of noise levels, of latents that are no pictures, or that wants a picture beside them.
     """
 
     def __init__(self, model):
+        dimensions = model.get_model_object("latent_format").latent_dimensions
+        if dimensions != 2:
+            raise ValueError(
+                f"this model's latents have {dimensions} dimensions ({type(model.model).__name__}): pictures, which "
+                "have 2, are what can be used here; video and sound are not"
+            )
+        if getattr(model.model, "concat_keys", ()):
+            raise ValueError(BESIDE.format(type(model.model).__name__))
         self.schedule = schedule_of(model)
         self.prediction = prediction_of(model)
         self.base = model.model
@@ -51,25 +75,47 @@ class ModelDenoiser(Denoiser):
         self.options: dict[str, Any] = model.model_options.get("transformer_options", {})
         self.latent_in = self.base.process_latent_in
         self.latent_out = self.base.process_latent_out
+        self._device = model.load_device
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         extra = cond.extra if cond.pooled is None else cond.extra | {"y": cond.pooled}
         options = dict(self.options)  # a forward writes into it
         return self.base.apply_model(x, sigma, c_crossattn=cond.context, transformer_options=options, **extra)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes: with little memory, weights of it may lie elsewhere."""
+        return self._device
+
     def with_backbone(self, backbone: nn.Module) -> ModelDenoiser:
-        """The same over another network of the same architecture; the MODEL keeps its own."""
+        """The same over another network of the same architecture, in float32; the MODEL keeps its own."""
         other = copy.copy(self)
         other.base = copy.copy(self.base)
+        # Weights in half precision or less are too coarse for an optimizer's steps.
+        backbone.float()
+        backbone.dtype, other.base.manual_cast_dtype = torch.float32, None
         other.base._modules = self.base._modules | {"diffusion_model": backbone}
         other.backbone = backbone
         return other
 
 
+@contextmanager
+def unshared(model) -> Iterator[None]:
+    """Within, backward reads what forward read: Flux's blocks add in place to what their norms keep for it."""
+    norms = [m for n, m in model.model.diffusion_model.named_modules() if ADDED_TO.search(n)]
+    hooks = [m.register_forward_pre_hook(lambda _module, args: (args[0].clone(), *args[1:])) for m in norms]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def conditions(model, conditioning, latent: Tensor) -> Cond:
     """ComfyUI's conditioning for latents (B, C, H, W) -> what the MODEL's network is given, B rows.
 
-    Raises ValueError for one that is not the same all over: areas, masks, timestep ranges, ControlNets.
+    Raises ValueError for one that is not the same all over: areas, masks, timestep ranges, ControlNets;
+    and for a MODEL that wants a picture beside the text.
     """
     if len(conditioning) != 1:
         raise ValueError(f"the conditioning has {len(conditioning)} parts: give one prompt, not combined ones")
@@ -82,6 +128,8 @@ def conditions(model, conditioning, latent: Tensor) -> Cond:
         name: value.process_cond(batch_size=len(latent), device=latent.device, area=None).cond
         for name, value in prepared.items()
     }
+    if "c_concat" in parts:
+        raise ValueError(BESIDE.format(type(model.model).__name__))
     other = [name for name, value in parts.items() if not isinstance(value, Tensor)]
     if other:
         raise ValueError(f"the conditioning's {', '.join(other)} cannot be given to a batch of single samples")

@@ -44,6 +44,8 @@ class DemoLatent(comfy.latent_formats.LatentFormat):
 class DemoConfig(comfy.supported_models_base.BASE):
     """Stable Diffusion 2's architecture in miniature, v-prediction."""
 
+    title = "TurboDistill demo: emoji in three styles"
+    architecture = "turbodistill-demo"
     unet_extra_config: ClassVar[dict[str, Any]] = {}
     latent_format = DemoLatent
 

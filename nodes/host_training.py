@@ -9,9 +9,8 @@ import comfy.model_management
 import torch
 from torch import Tensor, nn
 
-from ..core.card import fingerprint
 from ..core.denoiser import Cond
-from .host import KEY, base_weights
+from .host import KEY, architecture, clip_hash, load, model_hash
 from .host_denoiser import ModelDenoiser, conditions
 
 
@@ -23,7 +22,7 @@ def trainable(model) -> Iterator[None]:
     replaced one by one by ordinary tensors of the same bits, which stay; every flag is restored.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        comfy.model_management.load_models_gpu([model], memory_required=1e20, force_full_load=True)
+        load_whole(model)
         modules = list(model.model.modules())
         flags = [
             (module, name, p.requires_grad)
@@ -32,13 +31,32 @@ def trainable(model) -> Iterator[None]:
             if p is not None
         ]
         try:
-            for module in modules:
-                _thaw(module)
             yield
         finally:
             for module, name, flag in flags:
                 if (parameter := module._parameters.get(name)) is not None:
                     parameter.requires_grad_(flag)
+
+
+def load_whole(model) -> None:
+    """All of the MODEL to where it computes, everything else away from there, and no weight in inference mode."""
+    comfy.model_management.load_models_gpu([model], memory_required=1e20, force_full_load=True)
+    for module in model.model.modules():
+        _thaw(module)
+
+
+@contextmanager
+def cancellable(model) -> Iterator[None]:
+    """Within, every pass of the MODEL's network first looks whether the user has pressed Cancel."""
+
+    def look(*_):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    handle = model.model.diffusion_model.register_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _thaw(module: nn.Module) -> None:
@@ -56,44 +74,58 @@ def _thaw(module: nn.Module) -> None:
 class CheckpointHost:
     """`trainer.host.Host` over what a checkpoint loader gives; `width` and `height` are the pictures' pixels.
 
-    Raises ValueError for a MODEL that is a student already, or sizes that the VAE cannot make.
+    `load` brings the MODEL back when text encoder or VAE were used, which may have taken its place.
+    Raises ValueError for a MODEL that is a student already, a VAE of another kind, or sizes that it cannot make.
     """
 
-    def __init__(self, model, clip, vae, name: str, width: int, height: int):
+    def __init__(self, model, clip, vae, name: str, width: int, height: int, load=load):
         if KEY in model.attachments:
             raise ValueError(
                 f"this MODEL is sampled as {model.attachments[KEY].name} already: connect the model as it was loaded"
             )
         self.model, self.clip, self.vae, self.name = model, clip, vae, name
+        self._load = load
         self.denoiser = ModelDenoiser(model)
-        self.architecture = type(model.model).__name__
-        self.base_hash = fingerprint(base_weights(model))
+        self.architecture = architecture(model)
+        self.base_hash = model_hash(model)
+        self.text_hash = clip_hash(clip)
         self.resolution = (width, height)
         factor = vae.spacial_compression_encode()
         if width % factor or height % factor:
             raise ValueError(f"{width} x {height} pixels: give multiples of {factor}, which the VAE works in")
         channels = model.get_model_object("latent_format").latent_channels
+        if vae.latent_channels != channels:
+            raise ValueError(
+                f"the VAE makes latents of {vae.latent_channels} channels, the model wants {channels}: connect the VAE "
+                "that belongs to it"
+            )
         self.latent_shape = (channels, height // factor, width // factor)
+
+    @contextmanager
+    def _others(self) -> Iterator[None]:
+        """Text encoder and VAE compute within, as ComfyUI runs its own networks; then the MODEL is back."""
+        with torch.inference_mode():
+            yield
+        self._load(self.model)
 
     def encode_text(self, prompts: Sequence[str]) -> Cond:
         """Prompts -> a batch of conditions, on the CPU; texts of different lengths are repeated to the same."""
         empty = torch.zeros(1, *self.latent_shape)
         found = []
-        for prompt in prompts:
-            with torch.inference_mode():  # as ComfyUI runs its own networks
+        with self._others():
+            for prompt in prompts:
                 conditioning = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
-                cond = conditions(self.model, conditioning, empty)
-            found.append(cond.map(lambda v: v.cpu().clone()))
-        return Cond.cat(found)
+                found.append(conditions(self.model, conditioning, empty).map(torch.Tensor.cpu))
+        return Cond.cat([cond.map(torch.clone) for cond in found])
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, H, W) as the network takes them -> pictures (B, 3, height, width) in [0, 1]."""
-        with torch.inference_mode():
+        with self._others():
             pictures = self.vae.decode(self.denoiser.latent_out(latents.float()))
         return pictures.clone().movedim(-1, 1)[:, :3].float()
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, height, width) in [0, 1] -> latents (B, C, H, W) as the network takes them."""
-        with torch.inference_mode():
+        with self._others():
             latents = self.vae.encode(images.movedim(1, -1))
         return self.denoiser.latent_in(latents.clone().float())

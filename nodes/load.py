@@ -127,12 +127,12 @@ class DetectOneStep(io.ComfyNode):
     def execute(cls, model, family: str, made_for_steps: int) -> io.NodeOutput:
         names = file_names(cls.hidden.prompt or {}, cls.hidden.unique_id)
         if family == cls.AUTOMATIC:
-            found = recognise(*(hint for name in names for hint in (name, *host.titles(name))))
+            found = host.card_sampling(names) or recognise(*host.hints(names))
             if found is None:
                 raise ValueError(
                     f"no one-step family is recognised in {', '.join(names) or 'this graph'}: choose the family"
                 )
-            if made_for_steps:
+            if made_for_steps and found.name in FAMILIES:
                 found = FAMILIES[found.name].for_steps(made_for_steps)
         else:
             found = FAMILIES[family].for_steps(made_for_steps or None)

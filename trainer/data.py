@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 SHARD = 64  # samples in a file: what an interruption can cost
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow's decoders raise
 
 
 class DataError(ValueError):
@@ -46,13 +47,18 @@ def read_prompts(path: str | Path) -> list[str]:
     if not path.is_file():
         raise DataError(f"prompt file {path} does not exist: check the name")
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        prompts = prompt_lines(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:
         raise DataError(f"prompt file {path} is no UTF-8 text: save it as plain text, one prompt a line") from None
-    prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise DataError(f"prompt file {path} holds no prompt: write one a line")
     return prompts
+
+
+def prompt_lines(text: str) -> list[str]:
+    """The lines of a text that are prompts: not empty, and not begun with #."""
+    lines = [line.strip() for line in text.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def read_image_folder(folder: str | Path) -> list[tuple[Path, str]]:
@@ -88,6 +94,16 @@ def _caption(path: Path) -> str:
         raise DataError(f"caption {path} is no UTF-8 text: save it as plain text") from None
 
 
+def check_pictures(found: Sequence[tuple[Path, str]]) -> None:
+    """Raise DataError if one of the pictures is missing or broken, without decoding them all."""
+    for path, _ in found:
+        try:
+            with Image.open(path) as file:
+                file.verify()
+        except UNREADABLE as error:
+            raise DataError(f"picture {path} cannot be read ({error}): replace or remove it") from None
+
+
 def load_picture(path: Path, size: tuple[int, int]) -> Tensor:
     """A picture on white, scaled and cropped about its centre to (width, height) -> (3, height, width) in [0, 1].
 
@@ -97,7 +113,7 @@ def load_picture(path: Path, size: tuple[int, int]) -> Tensor:
     try:
         with Image.open(path) as file:
             picture = file.convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as Pillow's decoders do
+    except UNREADABLE as error:
         raise DataError(f"picture {path} cannot be read ({error}): replace or remove it") from None
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     scale = max(width / picture.width, height / picture.height)
@@ -195,7 +211,7 @@ def read_shard(path: Path, key: str | None = None) -> Samples:
 def pairs_key(host: Host, config: Config, prompts: Sequence[str]) -> str:
     """What decides a pair: model, sampler, guidance, size, prompts and seed."""
     made = (config.pair_sampler, config.pair_steps, config.guidance, config.seed, host.latent_shape)
-    text = json.dumps([host.base_hash, *made, *prompts])
+    text = json.dumps([host.base_hash + host.text_hash, *made, *prompts])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -55,7 +55,7 @@ class DiffusersHost:
         self.name, self.architecture, self.resolution = name, architecture, size
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.latent_shape = (vae.config.latent_channels, size[1] // factor, size[0] // factor)
-        self.base_hash = fingerprint(unet)
+        self.base_hash, self.text_hash = fingerprint(unet), ""
 
     @torch.no_grad()
     def encode_text(self, prompts: list[str]) -> Cond:

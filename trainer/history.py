@@ -13,16 +13,21 @@ from .data import write_whole
 from .distill import Step
 
 
+def read(path: Path, update: int) -> list[dict[str, str]]:
+    """The rows up to an update; a last one that was cut short is left out."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [r for r in csv.DictReader(file) if None not in r.values() and int(r["update"]) <= update]
+
+
 class History:
     """Losses and health of every update, in a CSV file that grows as training goes."""
 
     def __init__(self, path: Path, update: int):
         self.path = path
         self.columns: list[str] = []
-        rows = []
-        if path.exists():
-            with path.open(newline="") as file:
-                rows = [r for r in csv.DictReader(file) if None not in r.values() and int(r["update"]) <= update]
+        rows = read(path, update)
         # A run killed after its last saved state repeats some updates: their rows are dropped, as is a row cut short.
         if rows:
             self.columns = list(rows[0])

@@ -16,6 +16,7 @@ class Host(Protocol):
     name: str
     architecture: str  # a ModelSpec architecture: stable-diffusion-v1, ...
     base_hash: str
+    text_hash: str  # of a text encoder that is not the base's own; "" where it is
     latent_shape: tuple[int, int, int]  # (C, H, W) at the resolution worked at
     resolution: tuple[int, int]  # (width, height) in pixels
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
+ANYTHING = Path(__file__).with_name("anything.txt")  # prompts for any model that knows the world
+DEMO = Path(__file__).parents[1] / "demo" / "prompts.txt"
 CHOICE = re.compile(r"\{([^{}]*)\}")  # the innermost, so that choices may hold choices
 
 

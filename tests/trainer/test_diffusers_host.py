@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from turbodistill.core.denoiser import Guided
 from turbodistill.core.sampling import sample_euler, trailing_sigmas
 from turbodistill.core.student import Student, load_student, student_bytes
-from turbodistill.trainer import diffusers_host, run
+from turbodistill.trainer import cards, diffusers_host
 from turbodistill.trainer.diffusers_host import EMBEDDED, HEADER, ModelError, load_host
 from turbodistill.trainer.distill import distill
 
@@ -116,7 +116,7 @@ def test_a_student_of_a_diffusers_unet_is_written_in_single_file_names(kit, tiny
     state = kit.state(tiny, settings, samples)
     list(distill(state, samples, tiny.encode_text([""])))
     path = tmp_path / "student.safetensors"
-    path.write_bytes(student_bytes(state.student, run.make_card(tiny, state, {}), torch.float32))
+    path.write_bytes(student_bytes(state.student, cards.make_card(tiny, state, {}), torch.float32))
     names = set(kit.tensors(path))
     prefix = "lora_unet_input_blocks_1_0_" if rank else "model.diffusion_model.input_blocks.1.0."
     assert any(n.startswith(prefix) for n in names) and not any("down_blocks" in n for n in names)

@@ -16,7 +16,7 @@ from PIL import Image
 from turbodistill.core import losses
 from turbodistill.core.card import CardError, read_card
 from turbodistill.core.student import load_student, student_bytes
-from turbodistill.trainer import data, run
+from turbodistill.trainer import cards, data, run
 from turbodistill.trainer.config import ConfigError
 from turbodistill.trainer.data import DataError
 from turbodistill.trainer.distill import Diverged, Step, distill
@@ -107,7 +107,7 @@ def test_the_student_acts_with_its_average_within_and_as_before_after(kit, host,
     list(distill(state, samples, host.encode_text([""])))
     live, slow = kit.weights(state.student.trained), kit.weights(state.average)
     assert not kit.same(live, slow)
-    with pytest.raises(KeyError), run.averaged(state):
+    with pytest.raises(KeyError), state.averaged():
         assert kit.same(kit.weights(state.student.trained), slow)
         raise KeyError
     assert kit.same(kit.weights(state.student.trained), live)
@@ -382,7 +382,7 @@ def test_a_student_file_gives_the_same_pictures(kit, host, tmp_path, changes):
     samples = kit.pairs(host, settings, tmp_path)
     state = kit.state(host, settings, samples)
     list(distill(state, samples, host.encode_text([""])))
-    card = run.make_card(host, state, {})
+    card = cards.make_card(host, state, {})
     path = tmp_path / "student.safetensors"
     path.write_bytes(student_bytes(state.student, card, torch.float32))
     again, told, warning = load_student(path, host.denoiser)

@@ -1,15 +1,20 @@
 """Run by ComfyUI's own Python, without its server: our adapter on what its loader gives, and gradients through it.
 
-    python adapter.py COMFYUI CLONE CHECKPOINT INPUTS OUTPUTS
+    python adapter.py COMFYUI CLONE FOLDER
 
-INPUTS is a safetensors file of x (B, C, H, W), sigma (B,), states (1, T, D) and pooled (1, P); OUTPUTS
-becomes one of x0, the network's output, the context, and what became of gradients and weights.
+FOLDER holds jobs.json, {name: {"checkpoint": path, "dtype": "float16" or another or null}}, and for each name
+NAME.safetensors of x (2, C, H, W), sigma (2,), states (1, T, D) and pooled (1, P). It gets NAME.out.safetensors, and
+told.json, {name: what was found}. A job without a dtype is looked at from all sides, others train in two arithmetics.
 """
 
 import importlib.util
+import json
+import re
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 
-comfyui, clone, checkpoint, inputs, outputs = sys.argv[1:]
+comfyui, clone, folder = sys.argv[1:]
 sys.argv = sys.argv[:1]  # ComfyUI reads it
 sys.path.insert(0, comfyui)
 
@@ -17,41 +22,259 @@ import comfy.cli_args  # noqa: E402
 
 comfy.cli_args.args.cpu = True
 
+import comfy.lora  # noqa: E402
+import comfy.model_detection  # noqa: E402
+import comfy.model_management  # noqa: E402
 import comfy.sd  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from torch import amp  # noqa: E402
 
 spec = importlib.util.spec_from_file_location(
     "turbodistill", f"{clone}/__init__.py", submodule_search_locations=[clone]
 )
 sys.modules["turbodistill"] = importlib.util.module_from_spec(spec)
 
+from turbodistill.core.checkpointing import blocks, checkpointed  # noqa: E402
+from turbodistill.core.features import TeacherFeatures  # noqa: E402
+from turbodistill.core.lora import TARGETS, LoRA  # noqa: E402
 from turbodistill.core.student import Student  # noqa: E402
-from turbodistill.nodes.host_denoiser import ModelDenoiser, conditions  # noqa: E402
+from turbodistill.nodes.host_denoiser import ModelDenoiser, conditions, unshared  # noqa: E402
 from turbodistill.nodes.host_training import trainable  # noqa: E402
 
-with torch.inference_mode():  # as nodes run
-    model, *_ = comfy.sd.load_checkpoint_guess_config(checkpoint, output_vae=False, output_clip=False)
-before = {k: v.clone() for k, v in model.model.state_dict().items()}
-frozen = all(p.is_inference() for p in model.model.diffusion_model.parameters())
+detected = comfy.model_detection.detect_unet_config
 
-with torch.inference_mode(), trainable(model):
-    given = {k: v.clone() for k, v in load_file(inputs).items()}
-    x, sigma = given["x"], given["sigma"]
-    denoiser = ModelDenoiser(model)
-    cond = conditions(model, [[given["states"], {"pooled_output": given["pooled"]}]], x).map(torch.clone)
+
+def narrow(weights, prefix, *told, **more):
+    """ComfyUI's own detection, but Flux's widths are the file's, not those of the one Flux there is."""
+    config = detected(weights, prefix, *told, **more)
+    if config and config.get("image_model") == "flux":
+        hidden, width = weights[f"{prefix}txt_in.weight"].shape
+        config |= {"hidden_size": hidden, "context_in_dim": width, "num_heads": 2, "axes_dim": [8, 12, 12]}
+    return config
+
+
+comfy.model_detection.detect_unet_config = narrow
+
+
+def load(checkpoint, dtype):
+    """A MODEL as a loader node gives it."""
+    options = {"dtype": getattr(torch, dtype)} if dtype else {}
+    with torch.inference_mode():
+        model, *_ = comfy.sd.load_checkpoint_guess_config(
+            checkpoint, output_vae=False, output_clip=False, model_options=options
+        )
+    return model
+
+
+def bits(model):
+    """The weights as bytes, which float8 and nan can be compared by."""
+    return {k: v.detach().clone().view(torch.uint8) for k, v in model.model.state_dict().items() if v.ndim}
+
+
+def same(before, model):
+    """Whether the weights are what they were."""
+    after = bits(model)
+    return before.keys() == after.keys() and all(torch.equal(v, after[k]) for k, v in before.items())
+
+
+def far(found, expected):
+    """The largest difference, in standard deviations of what was expected."""
+    return float((found - expected).abs().max() / expected.std())
+
+
+def nudged(denoiser, targets="all"):
+    """A student whose LoRA does something."""
+    torch.manual_seed(1)
+    student = Student(denoiser, rank=2, targets=targets)
+    with torch.no_grad():
+        for branch in student.lora.each():
+            branch.up.normal_(std=0.02)
+    return student
+
+
+def learn(student, features, x, sigma, cond):
+    """A training pass in small: the student's picture, noised, through the teacher's features; the loss."""
+    student.lora.zero_grad(set_to_none=True)
+    x0 = student(x, sigma, cond).float()
+    noisy = student.schedule.add_noise(x0, torch.ones_like(x0), sigma)
+    loss = x0.square().mean() + sum(m.square().mean() for m in features(noisy, sigma, cond))
+    loss.backward()
+    return loss.detach()
+
+
+def gradients(student):
+    return [p.grad.clone() for b in student.lora.each() for p in (b.down, b.up) if p.grad is not None]
+
+
+def reached(student):
+    """How many branches learn, and whether all their gradients are numbers."""
+    found = gradients(student)
+    taught = sum(bool(b.up.grad is not None and b.up.grad.any()) for b in student.lora.each())
+    return {"branches": len(student.lora.each()), "taught": taught, "finite": all(g.isfinite().all() for g in found)}
+
+
+def inputs_of(backbone, names, run):
+    """What modules are given first in a run, by name."""
+    seen, modules = {}, dict(backbone.named_modules())
+
+    def see(name):
+        return lambda _module, args: seen.__setitem__(name, args[0].clone())
+
+    hooks = [modules[n].register_forward_pre_hook(see(n)) for n in names]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def picture_tokens(denoiser, x, sigma, cond):
+    """How far taps of transformer blocks are from the picture tokens that the next module is given."""
+    names = [n for n, _ in denoiser.backbone.named_modules()]
+    readers = {"joint_blocks": "final_layer", "double_blocks": "single_blocks.0", "single_blocks": "final_layer"}
+    blocks_of = {kind: [n for n in names if re.fullmatch(rf"{kind}\.\d+", n)] for kind in readers}
+    read = [(found[-1], readers[kind]) for kind, found in blocks_of.items() if found]
+    with torch.no_grad():
+        seen = inputs_of(denoiser.backbone, {reader for _, reader in read}, lambda: denoiser(x, sigma, cond))
+        found = {}
+        for tap, reader in read:
+            (tapped,) = TeacherFeatures(denoiser, [tap])(x, sigma, cond)
+            tokens = tapped.flatten(2).transpose(1, 2)
+            found[tap] = float((tokens - seen[reader][:, -tokens.shape[1] :]).abs().max())
+    return found
+
+
+def look_at_features(denoiser, x, sigma, cond):
+    """Default taps: their maps, what they depend on, and where the gradient goes."""
+    features, x = TeacherFeatures(denoiser), x.clone().requires_grad_(True)
+    with trained(denoiser):
+        maps = features(x, sigma, cond)
+        sum(m.square().mean() for m in maps).backward()
+    with torch.no_grad():
+        alone = [TeacherFeatures(denoiser, [tap])(x, sigma, cond)[0] for tap in features.taps]
+        others = features(x.flip(-1), sigma, cond)
+        maps = [m.detach() for m in maps]
+    return {
+        "taps": features.taps,
+        "shapes": [list(m.shape) for m in maps],
+        "finite": all(m.isfinite().all() for m in maps),
+        "alone": all(torch.equal(a, b) for a, b in zip(maps, alone, strict=True)),
+        "moved": min(far(a, b) for a, b in zip(others, maps, strict=True)),
+        "to_x": float(x.grad.abs().min()),
+        "to_weights": sum(p.grad is not None for p in denoiser.backbone.parameters()),
+        "picture_tokens": picture_tokens(denoiser, x, sigma, cond),
+    }
+
+
+def look_at_checkpointing(denoiser, x, sigma, cond):
+    """A training pass and the features' gradient, with and without."""
+    student, features = nudged(denoiser), TeacherFeatures(denoiser)
+
+    def passes():
+        x_in = x.clone().requires_grad_(True)
+        sum(m.square().mean() for m in features(x_in, sigma, cond)).backward()
+        return [learn(student, features, x, sigma, cond), x_in.grad, *gradients(student)]
+
+    with student.training():
+        plain = passes()
+        with checkpointed(denoiser.backbone, [student.lora]):
+            changed = sum("forward" in m.__dict__ for m in denoiser.backbone.modules())
+            again = passes()
+    student.release()
+    return {
+        "blocks": len(blocks(denoiser.backbone)),
+        "changed": changed,
+        "left": sum("forward" in m.__dict__ for m in denoiser.backbone.modules()),
+        "gradients": len(again) == len(plain),
+        "gap": max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(again, plain, strict=True)),
+    }
+
+
+def look_at_export(model, given):
+    """A student's file through ComfyUI's own LoRA loader, key by key and picture by picture."""
+    denoiser, x, sigma, cond = ready(model, given)
+    student = nudged(denoiser)
+    tensors = student.lora.export(denoiser.backbone, "kohya", torch.float32)
+    with torch.no_grad():
+        teacher, expected = denoiser(x, sigma, cond), student(x, sigma, cond)
+    student.release()
+    loaded = comfy.lora.load_lora(dict(tensors), comfy.lora.model_lora_keys_unet(model.model, {}))
+    patched = model.clone()
+    taken = patched.add_patches(loaded, 1.0)
+    with torch.no_grad():
+        comfy.model_management.load_models_gpu([patched], force_full_load=True)
+        found = ModelDenoiser(patched)(x, sigma, cond)
+        comfy.model_management.load_models_gpu([model], force_full_load=True)
+    names = len(student.lora.names)
+    return {"names": names, "taken": len(taken), "gap": far(found, expected), "teacher": far(teacher, expected)}
+
+
+def trained(denoiser):
+    """The teacher's flags as in training."""
+    denoiser.backbone.requires_grad_(False)
+    return nullcontext()
+
+
+def ready(model, given):
+    """What a pass needs."""
+    denoiser, x, sigma = ModelDenoiser(model), given["x"].clone(), given["sigma"].clone()
+    cond = conditions(model, [[given["states"], {"pooled_output": given["pooled"]}]], x)
+    return denoiser, x, sigma, cond.map(torch.clone)
+
+
+def whole(model, given):
+    """Everything of one architecture."""
+    denoiser, x, sigma, cond = ready(model, given)
     with torch.no_grad():
         x0, output = denoiser(x, sigma, cond), denoiser.output(x, sigma, cond)
+    targets = {}
+    for name in TARGETS:
+        lora = LoRA(denoiser.backbone, 1, targets=name)
+        lora.remove()
+        targets[name] = len(lora.names)
     student = Student(denoiser, rank=2)
     with student.training():
         student(x, sigma, cond).square().mean().backward()
-    taught = [bool(branch.up.grad is not None and branch.up.grad.any()) for branch in student.lora.each()]
+    told = {"lora": reached(student), "targets": targets, "extra": {k: list(v.shape) for k, v in cond.extra.items()}}
     student.release()
+    told["features"] = look_at_features(denoiser, x, sigma, cond)
+    told["checkpointing"] = look_at_checkpointing(denoiser, x, sigma, cond)
     with torch.no_grad():
-        again = denoiser(x, sigma, cond)
+        told["again"] = torch.equal(denoiser(x, sigma, cond), x0)
+    return told, {"x0": x0, "output": output, "levels": denoiser.schedule.sigma(torch.arange(1000.0))}
 
-after = model.model.state_dict()
-same = all(torch.equal(before[k], after[k]) for k in before) and all(p.requires_grad for p in model.model.parameters())
-told = {"frozen": frozen, "branches": len(taught), "taught": sum(taught), "same": same, "again": torch.equal(again, x0)}
-found = {k: torch.tensor(int(v)) for k, v in told.items()}
-save_file(found | {"x0": x0, "output": output, "levels": denoiser.schedule.sigma(torch.arange(1000.0))}, outputs)
+
+def low(model, given):
+    """A training pass over weights of a lower precision: plain, and checkpointed in bfloat16 arithmetic."""
+    denoiser, x, sigma, cond = ready(model, given)
+    features, told = TeacherFeatures(denoiser), {"weights": sorted({str(p.dtype) for p in denoiser.backbone.parameters()})}
+    for name in ("plain", "autocast"):
+        student = nudged(denoiser)
+        fast = name == "autocast"
+        again = checkpointed(denoiser.backbone, [student.lora]) if fast else nullcontext()
+        with student.training(), amp.autocast("cpu", torch.bfloat16, enabled=fast), again:
+            loss = learn(student, features, x, sigma, cond)
+        told[name] = reached(student) | {"loss": float(loss)}
+        student.release()
+    return told, {}
+
+
+told = {}
+for name, job in json.loads(Path(folder, "jobs.json").read_text()).items():
+    T=__import__("time").time(); model = load(job["checkpoint"], job["dtype"])
+    before = bits(model)
+    frozen = all(p.is_inference() for p in model.model.diffusion_model.parameters())
+    given, tensors = load_file(f"{folder}/{name}.safetensors"), {}
+    try:
+        with torch.inference_mode(), trainable(model), unshared(model):
+            found, tensors = (low if job["dtype"] else whole)(model, given)
+    except ValueError as error:
+        found = {"refused": str(error)}
+    found["flags"] = all(p.requires_grad for p in model.model.diffusion_model.parameters())
+    if not job["dtype"] and "refused" not in found:
+        found["export"] = look_at_export(model, given)
+    told[name] = found | {"frozen": frozen, "same": same(before, model)}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, f"{folder}/{name}.out.safetensors")
+    told[name]["T"] = __import__("time").time()-T
+    comfy.model_management.unload_all_models()
+Path(folder, "told.json").write_text(json.dumps(told))

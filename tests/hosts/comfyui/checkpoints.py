@@ -26,6 +26,8 @@ SD15 = {
     "attention_head_dim": 8,
     "cross_attention_dim": 768,
 }
+# Stable Diffusion 2 by the text's width and the linear projections; its heads are of 64.
+SD2 = SD15 | {"attention_head_dim": 5, "cross_attention_dim": 1024, "use_linear_projection": True}
 # An SDXL is told by the transformers' depths on the way down, too; those of KOALA-700M are the fewest.
 SDXL = {
     "sample_size": 8,
@@ -44,6 +46,15 @@ SDXL = {
     "projection_class_embeddings_input_dim": 2816,
 }
 SD3_DEPTH, SD3_TEXT, SD3_POOLED = 4, 64, 32
+FLUX_WIDTH, FLUX_TEXT, FLUX_POOLED = 64, 48, 32
+
+
+# ComfyUI's marks of models that predict v. Of a Stable Diffusion 2 it is how far a layer's biases are apart, which
+# only the full size has.
+MARKS = {
+    "sdxl_v": {"v_pred": torch.zeros(1)},
+    "sd2_v": {f"{FULL_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.tensor([-1.0, 1.0])},
+}
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,43 @@ def sd3_weights(depth: int = SD3_DEPTH) -> dict[str, Tensor]:
     return weights | {"pos_embed": random_weight(1, 16 * 16, width)}
 
 
+def flux_weights(guidance: bool, double: int = 2, single: int = 2) -> dict[str, Tensor]:
+    """The transformer of Flux, narrow: dev takes a guidance strength, schnell does not.
+
+    ComfyUI reads the numbers of blocks from a file, but takes the widths for granted: see adapter.py.
+    """
+    width = FLUX_WIDTH
+    layers = {"img_in": (width, 64), "txt_in": (width, FLUX_TEXT)}
+    for name, into in {"time": 256, "vector": FLUX_POOLED, "guidance": 256}.items():
+        if guidance or name != "guidance":
+            layers |= {f"{name}_in.in_layer": (width, into), f"{name}_in.out_layer": (width, width)}
+    attentions = []
+    for i in range(double):
+        for side in ("img", "txt"):
+            block = f"double_blocks.{i}.{side}"
+            layers |= {f"{block}_mod.lin": (6 * width, width), f"{block}_attn.qkv": (3 * width, width)}
+            layers |= {f"{block}_attn.proj": (width, width)}
+            layers |= {f"{block}_mlp.0": (4 * width, width), f"{block}_mlp.2": (width, 4 * width)}
+            attentions.append(f"{block}_attn")
+    for i in range(single):
+        block = f"single_blocks.{i}"
+        layers |= {f"{block}.linear1": (7 * width, width), f"{block}.linear2": (width, 5 * width)}
+        layers |= {f"{block}.modulation.lin": (3 * width, width)}
+        attentions.append(block)
+    layers |= {"final_layer.linear": (64, width), "final_layer.adaLN_modulation.1": (2 * width, width)}
+    torch.manual_seed(8)
+    weights = {f"{name}.weight": random_weight(*shape) for name, shape in layers.items()}
+    weights |= {f"{name}.bias": torch.zeros(shape[0]).half() for name, shape in layers.items()}
+    scales = (f"{a}.norm.{part}_norm.scale" for a in attentions for part in ("query", "key"))
+    return weights | {name: torch.ones(width // 2).half() for name in scales}  # two heads
+
+
+def inpainting_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A UNet's weights with five more channels in: a mask and a masked picture."""
+    first = "input_blocks.0.0.weight"
+    return weights | {first: torch.cat([weights[first], torch.zeros(320, 5, 3, 3).half()], 1)}
+
+
 def controlnet_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """A ControlNet over a UNet's own weights, whose outputs are not zero."""
     torch.manual_seed(4)
@@ -153,9 +201,11 @@ def vae_weights() -> dict[str, Tensor]:
 def write(models: Path) -> dict[str, Checkpoint]:
     """The checkpoints and a ControlNet in ComfyUI's model folders, by short names."""
     sd15, sdxl = unet_denoiser(SD15, 1, "eps"), unet_denoiser(SDXL, 2, "eps")
+    sd2 = unet_denoiser(SD2, 9, "v")
     sdxl_v = DiffusersDenoiser(sdxl.backbone, sdxl.schedule, "v")
     made = {
         "sd15": Checkpoint("sd15.safetensors", 768, 768, "eps", 0.18215, single_file(sd15.backbone), sd15),
+        "sd2_v": Checkpoint("sd2_v.safetensors", 1024, 1024, "v", 0.18215, single_file(sd2.backbone), sd2),
         "sdxl": Checkpoint("sdxl.safetensors", 2048, 1280, "eps", 0.13025, single_file(sdxl.backbone), sdxl),
         "sdxl_v": Checkpoint("sdxl_v.safetensors", 2048, 1280, "v", 0.13025, single_file(sdxl.backbone), sdxl_v),
         "sd3": Checkpoint("sd3.safetensors", SD3_TEXT, SD3_POOLED, "flow", 1.5305, sd3_weights()),
@@ -163,10 +213,24 @@ def write(models: Path) -> dict[str, Checkpoint]:
     for folder in ("checkpoints", "controlnet", "diffusion_models", "loras"):
         (models / folder).mkdir(parents=True, exist_ok=True)
     for name, checkpoint in made.items():
-        told = {"v_pred": torch.zeros(1)} if name == "sdxl_v" else {}  # ComfyUI's mark of an SDXL that predicts v
+        told = MARKS.get(name, {})
         weights = {FULL_PREFIX + k: v for k, v in checkpoint.weights.items()}
         save_file(weights | told, models / "checkpoints" / checkpoint.file)
     save_file(controlnet_weights(made["sd15"].weights), models / "controlnet" / "sd15.safetensors")
+    return made
+
+
+def write_special(models: Path, sd15: Checkpoint) -> dict[str, Checkpoint]:
+    """More, which the tests' server does not load: Flux, too narrow for it, and what cannot be distilled."""
+    inpainting = inpainting_weights(sd15.weights)
+    made = {
+        "flux": Checkpoint("flux.safetensors", FLUX_TEXT, FLUX_POOLED, "flow", 0.3611, flux_weights(True)),
+        "schnell": Checkpoint("schnell.safetensors", FLUX_TEXT, FLUX_POOLED, "flow", 0.3611, flux_weights(False)),
+        "inpainting": Checkpoint("inpainting.safetensors", 768, 768, "eps", 0.18215, inpainting),
+    }
+    for checkpoint in made.values():
+        weights = {FULL_PREFIX + k: v for k, v in checkpoint.weights.items()}
+        save_file(weights, models / "checkpoints" / checkpoint.file)
     return made
 
 

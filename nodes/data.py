@@ -1,0 +1,189 @@
+"""Nodes that give a distillation its data: prompts, pictures of one's own, and the teacher's pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from comfy_api.latest import io, ui
+
+from ..trainer import data
+from ..trainer.config import Config
+from ..trainer.data import DataError
+from ..trainer.monitor import Monitor
+from ..trainer.prompts import ANYTHING, DEMO, generate
+from ..trainer.run import PairsMade
+from . import host, host_page
+from .graph import file_names
+from .host_training import CheckpointHost, cancellable
+from .load import CATEGORY
+from .panel import watched
+from .schema import schema
+from .settings import OF_PAIRS, widgets
+
+PROMPTS = io.Custom("TURBODISTILL_PROMPTS")
+IMAGES = io.Custom("TURBODISTILL_IMAGES")
+PAIRS = io.Custom("TURBODISTILL_PAIRS")
+SHOWN = 16  # pictures that a node shows of many
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Teacher pairs on disk, and how they were made: what `trainer.run` needs to find them again."""
+
+    folder: Path
+    prompts: list[str]
+    settings: dict[str, Any]
+    width: int
+    height: int
+
+
+class Prompts(io.ComfyNode):
+    TEXT, FILE = "the text below", "the file below"
+    BUILT_IN = {"built in: anything": ANYTHING, "built in: the demo model's": DEMO}  # noqa: RUF012 - a constant
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            search_aliases=["prompt list", "wildcards", "dynamic prompts", "captions"],
+            node_id="TurboDistillPrompts",
+            display_name="Prompts",
+            category=CATEGORY,
+            description="The prompts that a student learns from: what you write, a file of yours, or built-in ones. "
+            "Of {red|blue} one is drawn for every picture.",
+            inputs=[
+                io.Combo.Input(
+                    "source",
+                    options=[cls.TEXT, cls.FILE, *cls.BUILT_IN],
+                    tooltip="Prompts like those you will use later are best; built in are some for any model.",
+                ),
+                io.String.Input(
+                    "text",
+                    default="a {red|black|white} {fox|cat|owl} in a {forest|city|garden}, {photo|oil painting}",
+                    multiline=True,
+                    dynamic_prompts=False,  # the page would draw once for all pictures
+                    tooltip="One prompt a line; of {red|blue} one is drawn. Lines that begin with # are left out.",
+                ),
+                io.String.Input(
+                    "file",
+                    default="",
+                    tooltip="A text file, one prompt a line: its name in ComfyUI's input folder, or its whole path.",
+                ),
+            ],
+            outputs=[
+                PROMPTS.Output("PROMPTS", tooltip="For Teacher Pairs."),
+                io.String.Output("examples", tooltip="Some of the prompts as they are drawn."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, source: str, text: str, file: str, **_):
+        path = host_page.input_folder() / file
+        stamp = path.stat().st_mtime_ns if source == cls.FILE and path.is_file() else 0
+        return f"{source} {text} {file} {stamp}"
+
+    @classmethod
+    def execute(cls, source: str, text: str, file: str) -> io.NodeOutput:
+        if source == cls.TEXT:
+            lines = data.prompt_lines(text)
+            if not lines:
+                raise DataError("there is no prompt in the text: write one a line")
+        elif source == cls.FILE:
+            lines = data.read_prompts(host_page.input_folder() / file)
+        else:
+            lines = data.read_prompts(cls.BUILT_IN[source])
+        return io.NodeOutput(lines, "\n".join(generate(lines, SHOWN)[:SHOWN]))
+
+
+class ImageFolder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            search_aliases=["dataset", "captions", "training images"],
+            node_id="TurboDistillImageFolder",
+            display_name="Image Folder",
+            category=CATEGORY,
+            description="Pictures of your own with captions, for the discriminator to take for real. Not needed: "
+            "prompts alone make a student of the model as it is.",
+            inputs=[
+                io.String.Input(
+                    "folder",
+                    default="",
+                    tooltip="A folder of pictures, each with a .txt of the same name, or with one metadata.jsonl "
+                    "(file_name, text): its name in ComfyUI's input folder, or its whole path.",
+                ),
+            ],
+            outputs=[
+                IMAGES.Output("IMAGES", tooltip="For Distill."),
+                PROMPTS.Output("CAPTIONS", tooltip="The captions as prompts, for Teacher Pairs."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str, **_):
+        try:
+            found = data.read_image_folder(host_page.input_folder() / folder)
+        except DataError as error:
+            return str(error)
+        return "\n".join(f"{path} {path.stat().st_mtime_ns if path.exists() else 0} {text}" for path, text in found)
+
+    @classmethod
+    def execute(cls, folder: str) -> io.NodeOutput:
+        if not folder.strip():
+            raise DataError("folder is empty: give the name of a folder in ComfyUI's input folder, or a whole path")
+        path = host_page.input_folder() / folder.strip()
+        found = data.read_image_folder(path)
+        data.check_pictures(found)
+        shown = torch.stack([data.load_picture(p, (256, 256)) for p, _ in found[:SHOWN]])
+        captions = list(dict.fromkeys(text for _, text in found if text))
+        return io.NodeOutput(path, captions, ui=ui.PreviewImage(shown.movedim(1, -1), cls=cls))
+
+
+def base_name(cls, model) -> str:
+    """What the MODEL is called: its files, as the graph names them."""
+    names = file_names(cls.hidden.prompt or {}, cls.hidden.unique_id)
+    return " + ".join(reversed(names)) or host.title(model)
+
+
+class TeacherPairs(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            search_aliases=["dataset", "synthetic data", "cache latents"],
+            node_id="TurboDistillTeacherPairs",
+            display_name="Teacher Pairs",
+            category=CATEGORY,
+            description="Makes pictures with the model as it is, from prompts alone: what the student learns to make "
+            "in one step from the same noise. They are kept on disk; cancel when you like, the next run goes on.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model that will be distilled, with any LoRA you want in it."),
+                io.Clip.Input("clip"),
+                io.Vae.Input("vae"),
+                PROMPTS.Input("prompts", tooltip="From Prompts, or an Image Folder's captions."),
+                io.Int.Input("width", default=512, min=16, max=4096, step=8, tooltip="Pixels; as you will sample it."),
+                io.Int.Input("height", default=512, min=16, max=4096, step=8, tooltip="Pixels; as you will sample it."),
+                *widgets(OF_PAIRS),
+                io.Int.Input("at_once", default=4, min=1, max=256, tooltip="Pictures that are made at a time."),
+            ],
+            outputs=[PAIRS.Output("PAIRS", tooltip="For Distill.")],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, clip, vae, prompts: Sequence[str], width, height, at_once, **settings) -> io.NodeOutput:
+        config = Config(**settings, batch=at_once)
+        loaded = CheckpointHost(model, clip, vae, base_name(cls, model), width, height)
+        texts = generate(prompts, config.pairs, config.seed)
+        folder = host_page.output_folder() / "pairs" / data.pairs_key(loaded, config, texts)
+        monitor = Monitor("pairs", folder.name, config, lambda latents: host_page.show(loaded.decode(latents)))
+        with watched(cls.hidden.unique_id, monitor) as panel, cancellable(model):
+            host.load(model)
+            for done, newest in data.make_pairs(loaded, config, texts, folder):
+                panel.follow(PairsMade(done, config.pairs, "teacher pairs", newest))
+            monitor.end("done")
+        return io.NodeOutput(Pairs(folder, texts, settings, width, height))

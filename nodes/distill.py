@@ -1,0 +1,196 @@
+"""The nodes that make a student of the loaded model, and keep it."""
+
+from __future__ import annotations
+
+import re
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..core.card import StudentCard, read, read_card
+from ..core.families import recognise
+from ..trainer import history, run
+from ..trainer.config import Config, ConfigError
+from ..trainer.data import DataError, pairs_key, write_whole
+from ..trainer.memory import OutOfMemory
+from ..trainer.monitor import Monitor
+from . import host, host_page, host_save
+from .data import IMAGES, PAIRS, Pairs, base_name
+from .graph import file_names
+from .host_training import CheckpointHost, cancellable, load_whole, trainable
+from .load import CATEGORY
+from .panel import stopped_early, watched
+from .schema import schema
+from .settings import ADVANCED, OF_DISTILL, widgets
+
+SETTINGS = io.Custom("TURBODISTILL_SETTINGS")
+STUDENT = io.Custom("TURBODISTILL_STUDENT")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A student's file, its card, and the MODEL that it was put on."""
+
+    path: Path
+    card: StudentCard
+    model: Any
+
+
+class AdvancedSettings(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            search_aliases=["hyperparameters", "learning rate", "training settings"],
+            node_id="TurboDistillAdvancedSettings",
+            display_name="Advanced Settings",
+            category=CATEGORY,
+            description="Every setting of a distillation that Distill does not ask for itself. What is good to begin "
+            "with is set.",
+            inputs=widgets(ADVANCED),
+            outputs=[SETTINGS.Output("SETTINGS", tooltip="For Distill.")],
+        )
+
+    @classmethod
+    def execute(cls, **settings) -> io.NodeOutput:
+        Config(**settings)  # a setting that cannot be is told here, on the node that has it
+        return io.NodeOutput(settings)
+
+
+def run_folder(name: str) -> Path:
+    """Where a run of this name lies; raises ConfigError for a name that is no folder's."""
+    if not re.fullmatch(r"[^\s./\\<>:\"|?*][^/\\<>:\"|?*]*", name) or name.endswith((".", " ")):
+        raise ConfigError(f"name is {name!r}: give one that can be a folder's, such as my-turbo")
+    return host_page.output_folder() / "runs" / name
+
+
+class Distill(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            search_aliases=["train", "turbo", "add", "ladd", "dmd", "one step lora", "lora training"],
+            node_id="TurboDistillDistill",
+            display_name="Distill",
+            category=CATEGORY,
+            description="Makes a one-step student of the loaded model, on the weights that are loaded already. "
+            "Everything is saved as it goes: cancel when you like, the same graph goes on from there.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model that the pairs were made with."),
+                io.Clip.Input("clip"),
+                io.Vae.Input("vae"),
+                PAIRS.Input("pairs", tooltip="From Teacher Pairs."),
+                io.String.Input(
+                    "name",
+                    default="my-turbo",
+                    tooltip="The run's folder in output/turbodistill/runs; a run of this name goes on.",
+                ),
+                *widgets(OF_DISTILL, batch=4, checkpointing=True),
+                IMAGES.Input("images", optional=True, tooltip="Pictures of yours, from Image Folder."),
+                SETTINGS.Input("settings", optional=True, tooltip="From Advanced Settings."),
+            ],
+            outputs=[
+                io.Model.Output("MODEL", tooltip="With the student on it: for One-Step Sample."),
+                STUDENT.Output("STUDENT", tooltip="For Save Student."),
+                io.String.Output("card", tooltip="What the student says of itself."),
+                io.Image.Output("PREVIEWS", tooltip="The student's pictures of the held-out prompts."),
+            ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, name: str, **_):
+        return stopped_early(name)
+
+    @classmethod
+    def execute(cls, model, clip, vae, pairs: Pairs, name: str, images=None, settings=None, **chosen) -> io.NodeOutput:
+        config = Config(**(settings or {}) | pairs.settings | chosen)
+        if images is not None and config.positives == "teacher":
+            config = config.replace(positives="both")
+        if images is None and config.positives != "teacher":
+            raise ConfigError(f"positives is {config.positives!r}: connect an Image Folder, or set it to teacher")
+        folder = run_folder(name)
+        with trainable(model):
+            base = base_name(cls, model)
+            loaded = CheckpointHost(model, clip, vae, base, pairs.width, pairs.height, load_whole)
+            if pairs_key(loaded, config, pairs.prompts) != pairs.folder.name:
+                raise DataError("the pairs were made with another model or CLIP: connect the same ones to Distill")
+            device = loaded.denoiser.device
+
+            def show(latents):
+                return host_page.show(loaded.decode(latents.to(device)))
+
+            monitor = Monitor("distill", name, config, show, host_page.free_memory(model))
+            with watched(cls.hidden.unique_id, monitor) as panel, cancellable(model):
+                if found := recognise(*host.hints(file_names(cls.hidden.prompt or {}, cls.hidden.unique_id))):
+                    monitor.warn(f"{base} looks like {found.name}, which is one-step already: connect its base model")
+                preview, finished = cls._train(loaded, config, folder, pairs, images, panel)
+            pictures = loaded.decode(preview.student.to(device)).movedim(1, -1).cpu()
+        tensors, card = read(finished.path)
+        student, _ = host.with_student(model, tensors, card, 1.0, finished.path.name)
+        return io.NodeOutput(student, Trained(finished.path, card, student), card.in_words(), pictures)
+
+    @staticmethod
+    def _train(loaded, config, folder, pairs, images, panel) -> tuple[run.Preview, run.Finished]:
+        """Run to the end; the last preview, and what was made."""
+        control = panel.monitor.control
+        events = run.run(loaded, config, folder, pairs.prompts, images, pairs_folder=pairs.folder, control=control)
+        preview = None
+        try:
+            with closing(events):
+                for event in events:
+                    if isinstance(event, run.Begun) and event.update:
+                        panel.monitor.recall(history.read(folder / run.HISTORY, event.update))
+                    if isinstance(event, run.Preview):
+                        preview = event
+                    panel.follow(event)
+                    if isinstance(event, run.Finished):
+                        return preview, event
+        except OutOfMemory:
+            host_page.empty_cache()
+            raise
+        raise RuntimeError("the run ended without a student")
+
+
+class SaveStudent(io.ComfyNode):
+    LORA, MERGED = "the student (LoRA)", "a whole checkpoint"
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            search_aliases=["save lora", "export", "merge"],
+            node_id="TurboDistillSaveStudent",
+            display_name="Save Student",
+            category=CATEGORY,
+            description="Puts a student where ComfyUI and other programs find it: a LoRA into models/loras, or the "
+            "model with it merged in into models/checkpoints. It says of itself how it is sampled.",
+            inputs=[
+                STUDENT.Input("student", tooltip="From Distill."),
+                io.String.Input("name", default="my-turbo", tooltip="The file's name; / makes subfolders."),
+                io.Combo.Input(
+                    "save_as",
+                    options=[cls.LORA, cls.MERGED],
+                    tooltip="A LoRA is small and works on the base model; a whole checkpoint works by itself.",
+                ),
+                io.Clip.Input("clip", optional=True, tooltip="For a whole checkpoint."),
+                io.Vae.Input("vae", optional=True, tooltip="For a whole checkpoint."),
+            ],
+            outputs=[io.String.Output("file", tooltip="Where it was saved.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, student: Trained, name: str, save_as: str, clip=None, vae=None) -> io.NodeOutput:
+        if save_as == cls.LORA:
+            folder = "loras" if student.card.kind == "lora" else "diffusion_models"
+            path = host_page.save_path(folder, name)
+            write_whole(path, student.path.read_bytes())
+        else:
+            folder = "checkpoints"
+            path = host_page.save_path(folder, name)
+            host_save.save_merged(path, student.model, clip, vae, student.card)
+        host_page.refresh(folder)
+        card = read_card(path)
+        return io.NodeOutput(f"{folder}/{path.name}", ui=ui.PreviewText(f"saved {path}\n{card.in_words()}"))

@@ -1,0 +1,111 @@
+"""What ComfyUI's page and disk are told: messages, routes, pictures, folders."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import numpy as np
+from aiohttp import web
+from PIL import Image
+from server import PromptServer
+from torch import Tensor
+
+SMALL = 128  # pixels; smaller pictures are kept without loss
+
+
+def send(event: str, told: dict[str, Any]) -> None:
+    """A message to every open page."""
+    PromptServer.instance.send_sync(event, told)
+
+
+def route(method: str, path: str, answer: Callable[..., Any]) -> None:
+    """`answer(*path parts)` gives JSON values, or None for an empty answer; KeyError is 404, ValueError 409."""
+
+    async def handle(request: web.Request) -> web.Response:
+        try:
+            told = answer(*request.match_info.values())
+        except KeyError as error:
+            return web.json_response({"error": str(error)}, status=404)
+        except ValueError as error:
+            return web.json_response({"error": str(error)}, status=409)
+        return web.Response(status=204) if told is None else web.json_response(told)
+
+    PromptServer.instance.routes.route(method, path)(handle)
+
+
+def check_cancel() -> None:
+    """Raise ComfyUI's own exception if the user has pressed Cancel."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def is_cancel(error: BaseException) -> bool:
+    """Whether an error is ComfyUI's cancel."""
+    return isinstance(error, comfy.model_management.InterruptProcessingException)
+
+
+def free_memory(model) -> int | None:
+    """Bytes of the MODEL's device that could be used, its own included; None on a CPU."""
+    device = model.load_device
+    if comfy.model_management.is_device_cpu(device):
+        return None
+    return comfy.model_management.get_total_memory(device)
+
+
+def progress() -> Callable[[int, int], None]:
+    """ComfyUI's own progress bar of the running node, as a function of done and total."""
+    bar = comfy.utils.ProgressBar(1)
+    return lambda done, total: bar.update_absolute(done, total)
+
+
+def empty_cache() -> None:
+    """Give memory that nothing uses back to the device."""
+    comfy.model_management.soft_empty_cache(True)
+
+
+def output_folder() -> Path:
+    """Where runs and pairs lie."""
+    return Path(folder_paths.get_output_directory()) / "turbodistill"
+
+
+def input_folder() -> Path:
+    return Path(folder_paths.get_input_directory())
+
+
+def save_path(folder: str, name: str) -> Path:
+    """Where a new file `name`.safetensors goes in one of ComfyUI's model folders; with a number if there is one.
+
+    Raises ValueError for a name that leads out of the folder.
+    """
+    base = Path(folder_paths.get_folder_paths(folder)[0]).resolve()
+    name = name.strip().removesuffix(".safetensors")
+    if not name or base not in (base / f"{name}.safetensors").resolve().parents:
+        raise ValueError(f"name is {name!r}: give one that stays in models/{folder}, with / for subfolders")
+    names = chain([name], (f"{name}-{k}" for k in count(2)))
+    return next(path for path in (base / f"{n}.safetensors" for n in names) if not path.exists())
+
+
+def refresh(folder: str) -> None:
+    """Forget what was listed of a model folder, so that a new file is found."""
+    folder_paths.filename_list_cache.pop(folder, None)
+
+
+def show(pictures: Tensor) -> list[dict[str, str]]:
+    """Pictures (N, 3, H, W) in [0, 1] as temporary files; where the page finds each."""
+    subfolder = "turbodistill"
+    folder = Path(folder_paths.get_temp_directory()) / subfolder
+    folder.mkdir(parents=True, exist_ok=True)
+    places = []
+    for picture in pictures:
+        pixels = (picture.clamp(0, 1) * 255).round().byte().movedim(0, -1).cpu().numpy()
+        image = Image.fromarray(np.ascontiguousarray(pixels))
+        name = f"{uuid.uuid4().hex}.{'png' if max(image.size) <= SMALL else 'webp'}"
+        image.save(folder / name, quality=90)
+        places.append({"filename": name, "subfolder": subfolder, "type": "temp"})
+    return places

@@ -1,0 +1,105 @@
+"""The runs that the page shows beside their nodes: `web/turbodistill.js` draws them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..trainer.monitor import Monitor
+from ..trainer.run import Event, PairsMade
+from . import host_page
+
+EVENT = "turbodistill.run"
+EVERY = 0.5  # seconds between messages
+PICTURES_EVERY = 5.0  # seconds between looks at the pairs that are made
+
+_runs: dict[str, Monitor] = {}  # by the node's id: the last run of each
+_stopped: dict[str, float] = {}  # by a run's name: when it was ended early
+_lock = threading.Lock()
+
+
+def found(node: str) -> Monitor:
+    """Raises KeyError for a node that has not run since the server started."""
+    with _lock:
+        if node not in _runs:
+            raise KeyError(f"node {node} has no run")
+        return _runs[node]
+
+
+def stopped_early(name: str) -> float:
+    """Changes when the run of this name was ended early, so that ComfyUI runs its node again and it goes on."""
+    return _stopped.get(name, 0.0)
+
+
+def snapshot(node: str) -> dict[str, Any]:
+    return {"node": node} | found(node).snapshot()
+
+
+def ask(node: str, wish: str) -> None:
+    """`stop` or `preview`; raises ValueError where no training runs."""
+    monitor = found(node)
+    if not monitor.running:
+        raise ValueError("no training runs here now")
+    setattr(monitor.control, wish, True)
+
+
+def open_routes() -> None:
+    """Let the page ask; called once, when ComfyUI loads our nodes."""
+    base = "/turbodistill/runs/{node}"
+    host_page.route("GET", base, snapshot)
+    host_page.route("POST", f"{base}/stop", lambda node: ask(node, "stop"))
+    host_page.route("POST", f"{base}/preview", lambda node: ask(node, "preview"))
+
+
+class Panel:
+    """One run, beside one node: feeds its monitor and tells the pages, not too often."""
+
+    def __init__(self, node: str, monitor: Monitor):
+        self.node, self.monitor = node, monitor
+        self._sent, self._told, self._shown = 0, 0.0, 0.0
+        self._last = time.monotonic()
+        self._bar = host_page.progress()
+        with _lock:
+            _runs[node] = monitor
+        self.tell()
+
+    def follow(self, event: Event) -> None:
+        """Take in an event of the run; raises ComfyUI's exception if the user has cancelled."""
+        now = time.monotonic()
+        self.monitor.follow(event, now - self._last)
+        if isinstance(event, PairsMade) and now - self._shown >= PICTURES_EVERY:
+            self.monitor.newest(event.newest.latents)
+            self._shown = time.monotonic()
+        self._last = time.monotonic()
+        if self._last - self._told >= EVERY:
+            self.tell()
+        host_page.check_cancel()
+
+    def tell(self) -> None:
+        """Send what is new."""
+        told = self.monitor.snapshot(self._sent)
+        if told["total"]:
+            self._bar(told["done"], told["total"])
+        host_page.send(EVENT, {"node": self.node} | told)
+        self._sent, self._told = told["points"], time.monotonic()
+
+
+@contextmanager
+def watched(node: str, monitor: Monitor) -> Iterator[Panel]:
+    """A panel whose run ends with the context, well or not."""
+    panel = Panel(node, monitor)
+    try:
+        yield panel
+    except BaseException as error:
+        if host_page.is_cancel(error):
+            monitor.end("cancelled")
+        else:
+            monitor.end("failed", str(error))
+        panel.tell()
+        raise
+    if monitor.control.stop:
+        _stopped[monitor.name] = time.time()
+    panel.tell()

@@ -1,0 +1,46 @@
+"""Inputs of nodes made from the trainer's settings, which alone know defaults, bounds and help."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..trainer.config import Config
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+# What other nodes ask for themselves; everything else is in Advanced Settings.
+OF_PAIRS = ("pairs", "pair_steps", "pair_sampler", "guidance", "seed")
+OF_DISTILL = ("rank", "updates", "batch", "checkpointing")
+ADVANCED = tuple(name for name in FIELDS if name not in OF_PAIRS + OF_DISTILL)
+MOST = 2**31 - 1
+
+
+def widget(name: str, **changes: Any):
+    """A node's input for one setting; `changes` replace what its field says, such as another default."""
+    field = FIELDS[name]
+    about = field.metadata
+    told = {"default": field.default, "tooltip": about["help"][0].upper() + about["help"][1:] + "."} | changes
+    if about["choices"]:
+        return io.Combo.Input(name, options=list(about["choices"]), **told)
+    if isinstance(field.default, bool):
+        return io.Boolean.Input(name, **told)
+    if isinstance(field.default, str):
+        return io.String.Input(name, **told)
+    if isinstance(field.default, int):
+        return io.Int.Input(name, min=about["low"] or 0, max=about["high"] or MOST, **told)
+    low = -10.0 if about["low"] is None else float(about["low"])
+    return io.Float.Input(name, min=low, max=float(about["high"] or 1e6), step=_step(field.default), **told)
+
+
+def widgets(names: Iterable[str], **defaults: Any) -> list:
+    """Inputs for some settings; those in `defaults` begin with another value than the trainer's."""
+    return [widget(name, **({"default": defaults[name]} if name in defaults else {})) for name in names]
+
+
+def _step(default: float) -> float:
+    """A tenth of the default's own power of ten, so that the page does not round small values away."""
+    return 10.0 ** (math.floor(math.log10(default)) - 1) if 0 < default < 0.1 else 0.01

@@ -1,0 +1,198 @@
+// The panel in a node: draws a run, and knows nothing of ComfyUI.
+
+import { Chart, healthCurves, lossCurves } from "./charts.js";
+import { figures, status } from "./run.js";
+
+/** @import { Doors, Picture, Preview, Run } from "./types.d.ts" */
+
+const BEFORE = {
+  distill: "While this node trains you see here: how far it is, losses and health, and the student's pictures beside the teacher's.",
+  pairs: "While this node makes pairs you see here: how far it is, and the newest pictures.",
+};
+const PARTS = 25; // of a curve: each point is the mean over one
+const SMALL = 128; // pixels; smaller pictures are shown in squares, not blurred
+
+/**
+ * @template {keyof HTMLElementTagNameMap} T
+ * @param {T} tag @param {string} name of its class @param {(Node | string)[]} children
+ */
+function element(tag, name, ...children) {
+  const made = document.createElement(tag);
+  made.className = name;
+  made.append(...children);
+  return made;
+}
+
+/** Our style sheets, once in a page. */
+function dress() {
+  for (const file of ["../lib/uPlot.min.css", "panel.css"]) {
+    const href = new URL(file, import.meta.url).href;
+    if (document.querySelector(`link[href="${href}"]`)) continue;
+    document.head.append(Object.assign(document.createElement("link"), { rel: "stylesheet", href }));
+  }
+}
+
+export class Panel {
+  /** @type {Run | null} */ run = null;
+  root = element("div", "turbodistill-panel");
+  #status = element("div", "status");
+  #bar = element("progress", "bar");
+  #figures = element("div", "figures");
+  #error = element("div", "error");
+  #warnings = element("ul", "warnings");
+  #memory = element("div", "memory");
+  #charts = element("div", "charts");
+  #pictures = element("div", "pictures");
+  #slider = element("input", "");
+  #which = element("span", "which");
+  #said = element("span", "said");
+  #flip = element("div", "flip");
+  #buttons = element("div", "buttons");
+  /** @type {HTMLButtonElement} */ #stop;
+  /** @type {HTMLButtonElement} */ #preview;
+  #losses = new Chart("loss");
+  #health = new Chart("health");
+  #shown = ""; // which pictures are drawn
+  #asked = ""; // what was clicked and has not come yet
+  #previews = 0; // how many there were at the click
+  #follows = true; // the newest preview, until an earlier one is chosen
+  #frame = 0;
+
+  /** @param {"distill" | "pairs"} kind @param {Doors} doors */
+  constructor(kind, doors) {
+    dress();
+    this.kind = kind;
+    this.doors = doors;
+    this.#stop = this.#button("Stop and keep best", "stop");
+    this.#preview = this.#button("Preview now", "preview");
+    this.#buttons.append(this.#stop, this.#preview, this.#said);
+    this.#flip.append(this.#slider, this.#which);
+    Object.assign(this.#slider, { type: "range", min: "0", step: "1", title: "Earlier previews" });
+    this.#slider.addEventListener("input", () => {
+      this.#follows = this.#slider.value === this.#slider.max;
+      this.draw();
+    });
+    this.root.append(this.#status, this.#bar, this.#figures, this.#error, this.#warnings);
+    if (kind === "distill") {
+      this.#charts.append(this.#losses.root, this.#health.root);
+      this.root.append(this.#charts, this.#flip, this.#pictures, this.#memory, this.#buttons);
+    } else this.root.append(this.#pictures, this.#memory);
+    this.sizes = new ResizeObserver(() => this.draw());
+    this.sizes.observe(this.root);
+    // A theme is a set of variables on the root element.
+    this.themes = new MutationObserver(() => [this.#losses, this.#health].forEach((chart) => chart.redraw()));
+    this.themes.observe(document.documentElement, { attributeFilter: ["style", "class"] });
+    this.show(null);
+  }
+
+  /** @param {Run | null} run */
+  show(run) {
+    if (run?.name !== this.run?.name || (run?.previews.length ?? 0) < (this.run?.previews.length ?? 0)) this.#follows = true;
+    this.run = run;
+    this.draw();
+  }
+
+  /** Draw at the next frame, once for however many events came: none comes in a hidden tab. */
+  draw() {
+    this.#frame ||= requestAnimationFrame(() => {
+      this.#frame = 0;
+      this.#draw();
+    });
+  }
+
+  destroy() {
+    cancelAnimationFrame(this.#frame);
+    this.sizes.disconnect();
+    this.themes.disconnect();
+    this.#losses.destroy();
+    this.#health.destroy();
+  }
+
+  #draw() {
+    const run = this.run;
+    this.root.dataset.state = run?.state ?? "before";
+    this.#status.textContent = run ? status(run) : BEFORE[this.kind];
+    if (!run) return this.#pictures.replaceChildren();
+    this.#bar.max = run.total || 1;
+    if (run.total) this.#bar.value = run.done;
+    else this.#bar.removeAttribute("value"); // moves, for nobody knows how far
+    this.#figures.textContent = figures(run);
+    this.#error.textContent = run.error;
+    this.#memory.textContent = run.memory;
+    this.#warnings.replaceChildren(
+      ...run.warnings.slice(-3).map(({ update, text }) => element("li", "", update ? `Update ${update}: ${text}` : text)),
+    );
+    this.#warnings.title = run.warnings.map(({ update, text }) => `${update}: ${text}`).join("\n");
+    const { update } = run.history;
+    const width = Math.ceil(update.length / PARTS);
+    this.#charts.title = width > 1 ? `Means over ${width} points; click a name to hide or show its curve` : "";
+    this.#charts.hidden = !update.length;
+    this.#losses.draw(update, lossCurves(run, width));
+    this.#health.draw(update, healthCurves(run, width));
+    this.#drawPictures(run);
+    this.#drawButtons(run);
+  }
+
+  /** @param {Run} run */
+  #drawPictures(run) {
+    const last = run.previews.length - 1;
+    this.#flip.hidden = last < 1;
+    this.#slider.max = String(last);
+    if (this.#follows) this.#slider.value = String(last);
+    const at = this.#slider.valueAsNumber;
+    const preview = run.previews[at];
+    this.#which.textContent = preview ? `update ${preview.update} (${at + 1} of ${last + 1})` : "";
+    const shown = JSON.stringify(preview ?? run.pictures);
+    if (shown === this.#shown) return;
+    this.#shown = shown;
+    this.#pictures.replaceChildren(...(preview ? this.#cards(preview) : run.pictures.map((picture) => this.#picture(picture))));
+  }
+
+  /** @param {Preview} preview */
+  #cards({ prompts, teacher, student }) {
+    return student.map((picture, i) => {
+      const pair = element("div", "pair", this.#picture(picture, "student"));
+      const model = teacher[i];
+      if (model) pair.prepend(this.#picture(model, "teacher"));
+      const caption = element("figcaption", "", prompts[i] ?? "");
+      caption.title = prompts[i] ?? "";
+      return element("figure", "card", pair, caption);
+    });
+  }
+
+  /** @param {Picture} picture @param {string} [label] */
+  #picture(picture, label = "") {
+    const image = element("img", "");
+    image.alt = label || "teacher's picture";
+    image.draggable = false;
+    image.addEventListener("load", () => image.classList.toggle("small", image.naturalWidth < SMALL));
+    image.src = this.doors.url(picture);
+    return element("div", "picture", image, ...(label ? [element("span", "label", label)] : []));
+  }
+
+  /** @param {string} words @param {"stop" | "preview"} what */
+  #button(words, what) {
+    const button = element("button", "", words);
+    button.type = "button";
+    button.addEventListener("click", async () => {
+      this.#asked = what;
+      this.#previews = this.run?.previews.length ?? 0;
+      this.#said.textContent = "";
+      this.draw();
+      const hindered = await this.doors.ask(what);
+      if (hindered) [this.#asked, this.#said.textContent] = ["", hindered];
+      this.draw();
+    });
+    return button;
+  }
+
+  /** @param {Run} run */
+  #drawButtons(run) {
+    const trains = run.state === "working" && run.what === "training";
+    if (!trains || (this.#asked === "preview" && run.previews.length !== this.#previews)) this.#asked = "";
+    this.#stop.disabled = !trains || this.#asked === "stop";
+    this.#preview.disabled = !trains || this.#asked !== "";
+    this.#stop.textContent = this.#asked === "stop" ? "Stopping…" : "Stop and keep best";
+    this.#preview.textContent = this.#asked === "preview" ? "Preview asked for…" : "Preview now";
+  }
+}

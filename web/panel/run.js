@@ -1,0 +1,73 @@
+// A run: in words, and put together from what the server sends.
+
+/** @import { Columns, Run } from "./types.d.ts" */
+
+/** @param {number} seconds */
+export function duration(seconds) {
+  const whole = Math.round(seconds);
+  if (whole < 60) return `${whole} s`;
+  const minutes = Math.floor(whole / 60);
+  if (minutes < 60) return minutes < 10 ? `${minutes} min ${whole % 60} s` : `${minutes} min`;
+  return `${Math.floor(minutes / 60)} h ${String(minutes % 60).padStart(2, "0")} min`;
+}
+
+/** @param {number} value @param {number} digits */
+export const short = (value, digits) => String(Number(value.toPrecision(digits)));
+
+/** What it is at. @param {Run} run */
+export function status({ state, what, name, best }) {
+  const kept = best ? `; the best is that of update ${best.update} (score ${short(best.score, 3)})` : "";
+  switch (state) {
+    case "working":
+      if (what === "training") return `Training ${name}`;
+      return what ? `Making ${what} for ${name}` : `Preparing ${name}`;
+    case "done":
+      return `${name} is done${kept}`;
+    case "stopped":
+      return `${name} was stopped as asked${kept}`;
+    case "cancelled":
+      return `${name} was cancelled; Run continues it`;
+    case "failed":
+      return `${name} failed`;
+  }
+}
+
+/** How far, how fast, how long yet. @param {Run} run */
+export function figures({ state, unit, done, total, rate, time_left, history }) {
+  const timed = unit === "seconds";
+  const parts = [];
+  if (total) parts.push(timed ? `${duration(done)} of ${duration(total)}` : `${done} of ${total} ${unit}`);
+  if (timed && history.update.length) parts.push(`update ${history.update.at(-1)}`);
+  if (state !== "working") return parts.join(" · ");
+  if (rate && !timed) parts.push(rate < 1 ? `${short(1 / rate, 3)} ${unit} a second` : `${short(rate, 3)} s each`);
+  if (time_left !== null) parts.push(`${duration(time_left)} left`);
+  return parts.join(" · ");
+}
+
+/**
+ * Curves with those of an event behind them; either may have names that the other lacks.
+ * @param {Columns} columns @param {Columns} news @param {number} before @param {number} added
+ */
+function extended(columns, news, before, added) {
+  const nothing = (/** @type {number} */ n) => Array(n).fill(null);
+  const names = Object.keys({ ...columns, ...news });
+  return Object.fromEntries(
+    names.map((name) => [name, [...(columns[name] ?? nothing(before)), ...(news[name] ?? nothing(added))]]),
+  );
+}
+
+/** The run of an event, with the history of `known` before its own; null if they do not join. @param {Run | null} known @param {Run} run */
+export function join(known, run) {
+  const { update, losses, health, scores } = run.history;
+  const [before, added] = [run.first, update.length];
+  if ((run.points ?? before + added) !== before + added) return null;
+  if (before === 0) return run;
+  if (known?.name !== run.name || known.history.update.length !== before) return null;
+  const history = {
+    update: [...known.history.update, ...update],
+    losses: extended(known.history.losses, losses, before, added),
+    health: extended(known.history.health, health, before, added),
+    scores,
+  };
+  return { ...run, first: 0, history };
+}

@@ -1,0 +1,72 @@
+/** What the panel and the server say to each other, and the parts of ComfyUI's front end that its types leave out. */
+
+export interface Picture {
+  filename: string;
+  subfolder: string;
+  type: string;
+}
+
+export interface Preview {
+  update: number;
+  prompts: string[];
+  teacher: Picture[];
+  student: Picture[];
+}
+
+/** Curves by name; null where an update has no such value. */
+export type Columns = Record<string, (number | null)[]>;
+
+export interface History {
+  update: number[];
+  losses: Columns;
+  health: Columns;
+  scores: { update: number[]; score: number[] };
+}
+
+/** A run as the server tells it; in an event `history` holds only the points from `first` on. */
+export interface Run {
+  node: string;
+  /** The id of the workflow that it was started from. */
+  workflow?: string;
+  kind: "distill" | "pairs";
+  name: string;
+  state: "working" | "done" | "stopped" | "cancelled" | "failed";
+  what: string;
+  done: number;
+  total: number;
+  unit: "updates" | "pairs" | "seconds";
+  /** Seconds for one unit. */
+  rate: number | null;
+  time_left: number | null;
+  memory: string;
+  warnings: { update: number; text: string }[];
+  error: string;
+  best: { update: number; score: number } | null;
+  previews: Preview[];
+  pictures: Picture[];
+  ranges: Record<string, [number, number]>;
+  first: number;
+  /** Of all points, those before `first` too. */
+  points?: number;
+  history: History;
+}
+
+/** What a panel asks of whoever made it. */
+export interface Doors {
+  /** Where the page finds a picture. */
+  url(picture: Picture): string;
+  /** Ask the training for something; what hindered it, in words, or "". */
+  ask(what: "stop" | "preview"): Promise<string>;
+}
+
+export type App = import("@comfyorg/comfyui-frontend-types").ComfyApp;
+export type Graph = App["graph"];
+// addDOMWidget is added to every node at run time, which the published types do not carry.
+export type GraphNode = Graph["nodes"][number] & {
+  addDOMWidget(
+    name: string,
+    type: string,
+    element: HTMLElement,
+    options: Partial<import("@comfyorg/comfyui-frontend-types").DOMWidgetOptions<string>> & { serialize: boolean },
+  ): { serialize?: boolean };
+};

@@ -1,0 +1,117 @@
+// ComfyUI's page: a panel in each node that trains or makes pairs.
+
+import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+import { Panel } from "./panel/panel.js";
+import { join } from "./panel/run.js";
+
+/** @import { Doors, Graph, GraphNode, Picture, Run } from "./panel/types.d.ts" */
+
+/** Type of node -> its panel's kind, and the room in a node that it wants: width, least height, height of a new one. */
+const KINDS = /** @type {const} */ ({
+  TurboDistillDistill: { kind: "distill", width: 580, least: 340, height: 760 },
+  TurboDistillTeacherPairs: { kind: "pairs", width: 340, least: 130, height: 290 },
+});
+
+/** @type {WeakMap<GraphNode, Panel>} */
+const panels = new WeakMap();
+
+/** Every node below `graph` with its execution id: "12", or "7:12" for node 12 inside subgraph node 7. @param {Graph} graph @returns {Generator<[string, GraphNode]>} */
+function* nodesBelow(graph, path = "") {
+  for (const node of /** @type {GraphNode[]} */ (graph.nodes)) {
+    yield [`${path}${node.id}`, node];
+    // Front ends older than 1.24 know no subgraphs.
+    const inside = /** @type {{ subgraph?: Graph }} */ (node).subgraph;
+    if (inside) yield* nodesBelow(inside, `${path}${node.id}:`);
+  }
+}
+
+/** @returns {Generator<[string, Panel]>} */
+function* panelsShown() {
+  for (const [id, node] of nodesBelow(app.graph)) {
+    const panel = panels.get(node);
+    if (panel) yield [id, panel];
+  }
+}
+
+/** @param {string} id */
+const route = (id) => `/turbodistill/runs/${encodeURIComponent(id)}`;
+
+/** Node ids begin anew in every workflow: another's run is not shown. @param {Run} run */
+const isOurs = (run) => !run.workflow || run.workflow === app.graph.id;
+
+/** Ask the server for the whole run of a node, as after a reload, and show it. @param {string} id @param {Panel} panel */
+async function restore(id, panel) {
+  const answer = await api.fetchApi(route(id)).catch(() => null); // offline: `reconnected` asks again
+  if (!answer) return;
+  const run = answer.ok ? /** @type {Run} */ (await answer.json()) : null;
+  if (run && isOurs(run)) panel.show(run);
+  else if (panel.run?.state === "working" && panel.run.node === id)
+    panel.show({ ...panel.run, state: "cancelled", error: "ComfyUI was started again meanwhile." });
+}
+
+function restoreAll() {
+  for (const [id, panel] of panelsShown()) restore(id, panel);
+}
+
+/** @param {CustomEvent<Run>} event */
+function follow({ detail: run }) {
+  if (!isOurs(run)) return;
+  for (const [id, panel] of panelsShown()) {
+    if (id !== run.node) continue;
+    const whole = join(panel.run, run);
+    if (whole) panel.show(whole);
+    else restore(id, panel);
+  }
+}
+
+/** @param {GraphNode} node @returns {Doors} */
+function doors(node) {
+  return {
+    url: (picture) => api.apiURL(`/view?${new URLSearchParams({ ...picture })}`),
+    async ask(what) {
+      const id = panels.get(node)?.run?.node ?? "";
+      const answer = await api.fetchApi(`${route(id)}/${what}`, { method: "POST" }).catch(() => null);
+      if (!answer) return "ComfyUI does not answer.";
+      if (answer.ok) return "";
+      return answer.status === 409 ? "No training runs." : `ComfyUI answered ${answer.status}.`;
+    },
+  };
+}
+
+/** @param {GraphNode} node */
+function equip(node) {
+  const about = KINDS[/** @type {keyof typeof KINDS} */ (node.comfyClass)];
+  if (!about) return;
+  const panel = new Panel(about.kind, doors(node));
+  panels.set(node, panel);
+  const widget = node.addDOMWidget("panel", "turbodistill", panel.root, {
+    serialize: false, // not to the prompt,
+    hideOnZoom: false,
+    getMinHeight: () => about.least,
+  });
+  widget.serialize = false; // nor to the workflow
+  // A panel that need not scroll leaves the wheel to the canvas, which zooms.
+  panel.root.addEventListener("wheel", (event) => {
+    if (panel.root.scrollHeight > panel.root.clientHeight) event.stopPropagation();
+    else app.canvas.processMouseWheel(event);
+  });
+  const least = node.computeSize();
+  node.setSize([Math.max(node.size[0], about.width), least[1] + about.height - about.least]);
+  const removed = node.onRemoved;
+  node.onRemoved = function () {
+    removed?.call(this);
+    panel.destroy();
+  };
+}
+
+app.registerExtension({
+  name: "turbodistill.panel",
+  nodeCreated: (node) => equip(/** @type {GraphNode} */ (/** @type {unknown} */ (node))),
+  afterConfigureGraph: restoreAll,
+  setup() {
+    const events = /** @type {EventTarget} */ (api); // its own types list ComfyUI's events only
+    events.addEventListener("turbodistill.run", (event) => follow(/** @type {CustomEvent<Run>} */ (event)));
+    events.addEventListener("reconnected", restoreAll);
+  },
+});
