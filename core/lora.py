@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
@@ -41,16 +42,18 @@ def adaptable(module: nn.Module) -> bool:
 class Branch(nn.Module):
     """up(down(x)) alpha / rank beside one layer; down is (r, in, ...), up (out, r, ...)."""
 
-    def __init__(self, layer: nn.Module, rank: int, alpha: float):
+    def __init__(self, layer: nn.Module, rank: int, alpha: float, seed: int):
         super().__init__()
         weight = cast(Tensor, layer.weight)
         rank = min(rank, weight.shape[0], math.prod(weight.shape[1:]))
         self.scale = alpha / rank
         spatial = weight.shape[2:]
         device = weight.device
-        self.down = nn.Parameter(torch.empty(rank, *weight.shape[1:], device=device, dtype=torch.float32))
+        down = torch.empty(rank, *weight.shape[1:], dtype=torch.float32)
+        bound = math.prod(weight.shape[1:]) ** -0.5  # Kaiming's for a linear layer, as torch begins one
+        down.uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
+        self.down = nn.Parameter(down.to(device))
         self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, *(1 for _ in spatial), device=device))
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
         self.options = {k: getattr(layer, k) for k in ("stride", "padding", "dilation")} if spatial else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,7 +89,12 @@ class LoRA(nn.Module):
         if not layers:
             raise ValueError(f"LoRA targets {targets!r} match no layer: use one of {', '.join(TARGETS)}, or a pattern")
         self.names = list(layers)
-        self.branches = nn.ModuleList(Branch(m, rank, self.alpha) for m in layers.values())
+        # A layer's beginning is told by its name in a file, so that it is the same in every host's layout.
+        drawn = int(torch.randint(2**31, (1,)))
+        seeds = [drawn + zlib.crc32(name.encode()) for name in self.file_names(backbone)]
+        self.branches = nn.ModuleList(
+            Branch(m, rank, self.alpha, seed) for m, seed in zip(layers.values(), seeds, strict=True)
+        )
         self._hooks = [
             m.register_forward_hook(self._hook(b)) for m, b in zip(layers.values(), self.each(), strict=True)
         ]

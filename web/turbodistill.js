@@ -16,7 +16,10 @@ const KINDS = /** @type {const} */ ({
 /** @type {WeakMap<GraphNode, Panel>} */
 const panels = new WeakMap();
 
-/** Every node below `graph` with its execution id: "12", or "7:12" for node 12 inside subgraph node 7. @param {Graph} graph @returns {Generator<[string, GraphNode]>} */
+/**
+ * Every node below `graph` with its execution id: "12", or "7:12" for node 12 inside subgraph node 7.
+ * @param {Graph} graph @returns {Generator<[string, GraphNode]>}
+ */
 function* nodesBelow(graph, path = "") {
   for (const node of /** @type {GraphNode[]} */ (graph.nodes)) {
     yield [`${path}${node.id}`, node];
@@ -40,7 +43,7 @@ const route = (id) => `/turbodistill/runs/${encodeURIComponent(id)}`;
 /** Node ids begin anew in every workflow: another's run is not shown. @param {Run} run */
 const isOurs = (run) => !run.workflow || run.workflow === app.graph.id;
 
-/** Ask the server for the whole run of a node, as after a reload, and show it. @param {string} id @param {Panel} panel */
+/** Show a node's run as the server has it. @param {string} id @param {Panel} panel */
 async function restore(id, panel) {
   const answer = await api.fetchApi(route(id)).catch(() => null); // offline: `reconnected` asks again
   if (!answer) return;
@@ -74,7 +77,7 @@ function doors(node) {
       const answer = await api.fetchApi(`${route(id)}/${what}`, { method: "POST" }).catch(() => null);
       if (!answer) return "ComfyUI does not answer.";
       if (answer.ok) return "";
-      return answer.status === 409 ? "No training runs." : `ComfyUI answered ${answer.status}.`;
+      return [404, 409].includes(answer.status) ? "No training runs." : `ComfyUI answered ${answer.status}.`;
     },
   };
 }

@@ -6,8 +6,9 @@ import { figures, status } from "./run.js";
 /** @import { Doors, Picture, Preview, Run } from "./types.d.ts" */
 
 const BEFORE = {
-  distill: "While this node trains you see here: how far it is, losses and health, and the student's pictures beside the teacher's.",
-  pairs: "While this node makes pairs you see here: how far it is, and the newest pictures.",
+  distill:
+    "Here you will see how far the training is, losses, health, and the student's pictures beside the teacher's.",
+  pairs: "Here you will see how many pairs are made, and the newest pictures.",
 };
 const PARTS = 25; // of a curve: each point is the mean over one
 const SMALL = 128; // pixels; smaller pictures are shown in squares, not blurred
@@ -78,7 +79,7 @@ export class Panel {
       this.root.append(this.#charts, this.#flip, this.#pictures, this.#memory, this.#buttons);
     } else this.root.append(this.#pictures, this.#memory);
     this.sizes = new ResizeObserver(() => this.draw());
-    this.sizes.observe(this.root);
+    for (const root of [this.root, this.#losses.root]) this.sizes.observe(root);
     // A theme is a set of variables on the root element.
     this.themes = new MutationObserver(() => [this.#losses, this.#health].forEach((chart) => chart.redraw()));
     this.themes.observe(document.documentElement, { attributeFilter: ["style", "class"] });
@@ -87,7 +88,7 @@ export class Panel {
 
   /** @param {Run | null} run */
   show(run) {
-    if (run?.name !== this.run?.name || (run?.previews.length ?? 0) < (this.run?.previews.length ?? 0)) this.#follows = true;
+    if (run?.history.update[0] !== this.run?.history.update[0]) this.#follows = true; // another run
     this.run = run;
     this.draw();
   }
@@ -119,10 +120,9 @@ export class Panel {
     this.#figures.textContent = figures(run);
     this.#error.textContent = run.error;
     this.#memory.textContent = run.memory;
-    this.#warnings.replaceChildren(
-      ...run.warnings.slice(-3).map(({ update, text }) => element("li", "", update ? `Update ${update}: ${text}` : text)),
-    );
-    this.#warnings.title = run.warnings.map(({ update, text }) => `${update}: ${text}`).join("\n");
+    const warnings = run.warnings.map(({ update, text }) => (update ? `Update ${update}: ${text}` : text));
+    this.#warnings.replaceChildren(...warnings.slice(-3).map((words) => element("li", "", words)));
+    this.#warnings.title = warnings.join("\n");
     const { update } = run.history;
     const width = Math.ceil(update.length / PARTS);
     this.#charts.title = width > 1 ? `Means over ${width} points; click a name to hide or show its curve` : "";
@@ -145,7 +145,8 @@ export class Panel {
     const shown = JSON.stringify(preview ?? run.pictures);
     if (shown === this.#shown) return;
     this.#shown = shown;
-    this.#pictures.replaceChildren(...(preview ? this.#cards(preview) : run.pictures.map((picture) => this.#picture(picture))));
+    const loose = () => run.pictures.map((picture) => this.#picture(picture));
+    this.#pictures.replaceChildren(...(preview ? this.#cards(preview) : loose()));
   }
 
   /** @param {Preview} preview */

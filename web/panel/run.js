@@ -45,26 +45,33 @@ export function figures({ state, unit, done, total, rate, time_left, history }) 
 }
 
 /**
- * Curves with those of an event behind them; either may have names that the other lacks.
+ * The first points of curves with those of an event behind them; either may have names that the other lacks.
  * @param {Columns} columns @param {Columns} news @param {number} before @param {number} added
  */
 function extended(columns, news, before, added) {
   const nothing = (/** @type {number} */ n) => Array(n).fill(null);
   const names = Object.keys({ ...columns, ...news });
   return Object.fromEntries(
-    names.map((name) => [name, [...(columns[name] ?? nothing(before)), ...(news[name] ?? nothing(added))]]),
+    names.map((name) => {
+      const old = columns[name]?.slice(0, before) ?? nothing(before);
+      return [name, [...old, ...(news[name] ?? nothing(added))]];
+    }),
   );
 }
 
-/** The run of an event, with the history of `known` before its own; null if they do not join. @param {Run | null} known @param {Run} run */
+/**
+ * The run of an event, with the history of `known` before its own; null if they do not join.
+ * A page that asked in between two events knows some points of the later one already.
+ * @param {Run | null} known @param {Run} run
+ */
 export function join(known, run) {
   const { update, losses, health, scores } = run.history;
   const [before, added] = [run.first, update.length];
-  if ((run.points ?? before + added) !== before + added) return null;
+  if (run.points !== before + added) return null; // the server has thinned them out
   if (before === 0) return run;
-  if (known?.name !== run.name || known.history.update.length !== before) return null;
+  if (known?.name !== run.name || known.history.update.length < before) return null;
   const history = {
-    update: [...known.history.update, ...update],
+    update: [...known.history.update.slice(0, before), ...update],
     losses: extended(known.history.losses, losses, before, added),
     health: extended(known.history.health, health, before, added),
     scores,

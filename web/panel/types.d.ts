@@ -46,8 +46,8 @@ export interface Run {
   pictures: Picture[];
   ranges: Record<string, [number, number]>;
   first: number;
-  /** Of all points, those before `first` too. */
-  points?: number;
+  /** How many there are, those before `first` too. */
+  points: number;
   history: History;
 }
 

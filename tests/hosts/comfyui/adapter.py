@@ -2,9 +2,9 @@
 
     python adapter.py COMFYUI CLONE FOLDER
 
-FOLDER holds jobs.json, {name: {"checkpoint": path, "dtype": "float16" or another or null}}, and for each name
-NAME.safetensors of x (2, C, H, W), sigma (2,), states (1, T, D) and pooled (1, P). It gets NAME.out.safetensors, and
-told.json, {name: what was found}. A job without a dtype is looked at from all sides, others train in two arithmetics.
+FOLDER holds jobs.json, {name: {"checkpoint": path, "dtype": "float16" or another or null, "look": a key of LOOKS}},
+and for each name NAME.safetensors of x (2, C, H, W), sigma (2,), states (1, T, D) and pooled (1, P). It gets
+NAME.out.safetensors, and told.json, {name: what was found}.
 """
 
 import importlib.util
@@ -25,6 +25,8 @@ comfy.cli_args.args.cpu = True
 import comfy.lora  # noqa: E402
 import comfy.model_detection  # noqa: E402
 import comfy.model_management  # noqa: E402
+import comfy.sampler_helpers  # noqa: E402
+import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -36,6 +38,7 @@ spec = importlib.util.spec_from_file_location(
 sys.modules["turbodistill"] = importlib.util.module_from_spec(spec)
 
 from turbodistill.core.checkpointing import blocks, checkpointed  # noqa: E402
+from turbodistill.core.denoiser import Cond  # noqa: E402
 from turbodistill.core.features import TeacherFeatures  # noqa: E402
 from turbodistill.core.lora import TARGETS, LoRA  # noqa: E402
 from turbodistill.core.student import Student  # noqa: E402
@@ -147,9 +150,8 @@ def picture_tokens(denoiser, x, sigma, cond):
 def look_at_features(denoiser, x, sigma, cond):
     """Default taps: their maps, what they depend on, and where the gradient goes."""
     features, x = TeacherFeatures(denoiser), x.clone().requires_grad_(True)
-    with trained(denoiser):
-        maps = features(x, sigma, cond)
-        sum(m.square().mean() for m in maps).backward()
+    maps = features(x, sigma, cond)
+    sum(m.square().mean() for m in maps).backward()
     with torch.no_grad():
         alone = [TeacherFeatures(denoiser, [tap])(x, sigma, cond)[0] for tap in features.taps]
         others = features(x.flip(-1), sigma, cond)
@@ -209,12 +211,6 @@ def look_at_export(model, given):
     return {"names": names, "taken": len(taken), "gap": far(found, expected), "teacher": far(teacher, expected)}
 
 
-def trained(denoiser):
-    """The teacher's flags as in training."""
-    denoiser.backbone.requires_grad_(False)
-    return nullcontext()
-
-
 def ready(model, given):
     """What a pass needs."""
     denoiser, x, sigma = ModelDenoiser(model), given["x"].clone(), given["sigma"].clone()
@@ -222,11 +218,41 @@ def ready(model, given):
     return denoiser, x, sigma, cond.map(torch.clone)
 
 
-def whole(model, given):
-    """Everything of one architecture."""
+def own_x0(model, given):
+    """x0 by ComfyUI's own way from conditioning to the network."""
+    x, sigma = given["x"].clone(), given["sigma"].clone()
+    text = comfy.sampler_helpers.convert_cond([[given["states"], {"pooled_output": given["pooled"]}]])
+    conds = comfy.samplers.process_conds(model.model, x, {"positive": text}, x.device)
+    model.pre_run()
+    (x0,) = comfy.samplers.calc_cond_batch(model.model, [conds["positive"]], x, sigma, model.model_options)
+    model.cleanup()
+    return x0
+
+
+def shallow(model, given):
+    """What is denoised."""
     denoiser, x, sigma, cond = ready(model, given)
     with torch.no_grad():
-        x0, output = denoiser(x, sigma, cond), denoiser.output(x, sigma, cond)
+        x0, output, own = denoiser(x, sigma, cond), denoiser.output(x, sigma, cond), own_x0(model, given)
+    levels = denoiser.schedule.sigma(torch.arange(1000.0))
+    return {"own": far(x0, own)}, {"x0": x0, "output": output, "levels": levels}
+
+
+def look_at_conditions(denoiser, x, sigma, cond):
+    """How far x0 moves when one part of the conditions is another's."""
+    parts = {"context": cond.context, "pooled": cond.pooled} | cond.extra
+    with torch.no_grad():
+        x0, heard = denoiser(x, sigma, cond), {}
+        for name, value in parts.items():
+            if value is not None:
+                other = [{name: 2 * value}.get(n, v) for n, v in parts.items()]
+                moved = Cond(other[0], other[1], dict(zip(cond.extra, other[2:], strict=True)))
+                heard[name] = far(denoiser(x, sigma, moved), x0)
+    return heard
+
+
+def look_at_lora(denoiser, x, sigma, cond):
+    """Layers by targets; gradients of a fresh student."""
     targets = {}
     for name in TARGETS:
         lora = LoRA(denoiser.backbone, 1, targets=name)
@@ -235,19 +261,32 @@ def whole(model, given):
     student = Student(denoiser, rank=2)
     with student.training():
         student(x, sigma, cond).square().mean().backward()
-    told = {"lora": reached(student), "targets": targets, "extra": {k: list(v.shape) for k, v in cond.extra.items()}}
     student.release()
-    told["features"] = look_at_features(denoiser, x, sigma, cond)
-    told["checkpointing"] = look_at_checkpointing(denoiser, x, sigma, cond)
+    return reached(student) | {"targets": targets}
+
+
+def whole(model, given):
+    """Everything of one architecture."""
+    told, tensors = shallow(model, given)
+    looked = ready(model, given)
+    looks = {
+        "conditions": look_at_conditions,
+        "lora": look_at_lora,
+        "features": look_at_features,
+        "checkpointing": look_at_checkpointing,
+    }
+    told |= {name: look(*looked) for name, look in looks.items()}
+    denoiser, *given = looked
     with torch.no_grad():
-        told["again"] = torch.equal(denoiser(x, sigma, cond), x0)
-    return told, {"x0": x0, "output": output, "levels": denoiser.schedule.sigma(torch.arange(1000.0))}
+        told["again"] = torch.equal(denoiser(*given), tensors["x0"])
+    return told, tensors
 
 
 def low(model, given):
-    """A training pass over weights of a lower precision: plain, and checkpointed in bfloat16 arithmetic."""
+    """Training over weights of a lower precision: plain, checkpointed in bfloat16 arithmetic, and of a full copy."""
     denoiser, x, sigma, cond = ready(model, given)
-    features, told = TeacherFeatures(denoiser), {"weights": sorted({str(p.dtype) for p in denoiser.backbone.parameters()})}
+    told = {"weights": sorted({str(p.dtype) for p in denoiser.backbone.parameters()})}
+    features = TeacherFeatures(denoiser)
     for name in ("plain", "autocast"):
         student = nudged(denoiser)
         fast = name == "autocast"
@@ -256,25 +295,36 @@ def low(model, given):
             loss = learn(student, features, x, sigma, cond)
         told[name] = reached(student) | {"loss": float(loss)}
         student.release()
+    student = Student(denoiser, rank=0)
+    with student.training():
+        x0 = student(x, sigma, cond)
+        x0.square().mean().backward()
+    grads = [p.grad for p in student.backbone.parameters() if p.grad is not None]
+    told["copy"] = {
+        "gap": far(x0.detach(), denoiser(x, sigma, cond).detach()),
+        "types": sorted({str(g.dtype) for g in grads}),
+        "taught": len(grads) / len(list(student.backbone.parameters())),
+        "finite": all(g.isfinite().all().item() for g in grads),
+    }
     return told, {}
 
 
+LOOKS = {"whole": whole, "shallow": shallow, "low": low}
 told = {}
 for name, job in json.loads(Path(folder, "jobs.json").read_text()).items():
-    T=__import__("time").time(); model = load(job["checkpoint"], job["dtype"])
+    model = load(job["checkpoint"], job["dtype"])
     before = bits(model)
     frozen = all(p.is_inference() for p in model.model.diffusion_model.parameters())
     given, tensors = load_file(f"{folder}/{name}.safetensors"), {}
     try:
         with torch.inference_mode(), trainable(model), unshared(model):
-            found, tensors = (low if job["dtype"] else whole)(model, given)
+            found, tensors = LOOKS[job["look"]](model, given)
     except ValueError as error:
         found = {"refused": str(error)}
     found["flags"] = all(p.requires_grad for p in model.model.diffusion_model.parameters())
-    if not job["dtype"] and "refused" not in found:
+    if job["look"] == "whole":
         found["export"] = look_at_export(model, given)
     told[name] = found | {"frozen": frozen, "same": same(before, model)}
     save_file({k: v.contiguous() for k, v in tensors.items()}, f"{folder}/{name}.out.safetensors")
-    told[name]["T"] = __import__("time").time()-T
     comfy.model_management.unload_all_models()
 Path(folder, "told.json").write_text(json.dumps(told))

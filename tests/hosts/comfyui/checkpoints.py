@@ -50,9 +50,10 @@ FLUX_WIDTH, FLUX_TEXT, FLUX_POOLED = 64, 48, 32
 
 
 # ComfyUI's marks of models that predict v. Of a Stable Diffusion 2 it is how far a layer's biases are apart, which
-# only the full size has.
+# only the full size has; of EDM's levels, where they end.
 MARKS = {
     "sdxl_v": {"v_pred": torch.zeros(1)},
+    "sdxl_edm": {"edm_vpred.sigma_max": torch.tensor(120.0)},
     "sd2_v": {f"{FULL_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.tensor([-1.0, 1.0])},
 }
 
@@ -198,6 +199,13 @@ def vae_weights() -> dict[str, Tensor]:
     return weights
 
 
+def save(made: dict[str, Checkpoint], models: Path) -> None:
+    """Checkpoints into ComfyUI's folder of them."""
+    for name, checkpoint in made.items():
+        weights = {FULL_PREFIX + k: v for k, v in checkpoint.weights.items()}
+        save_file(weights | MARKS.get(name, {}), models / "checkpoints" / checkpoint.file)
+
+
 def write(models: Path) -> dict[str, Checkpoint]:
     """The checkpoints and a ControlNet in ComfyUI's model folders, by short names."""
     sd15, sdxl = unet_denoiser(SD15, 1, "eps"), unet_denoiser(SDXL, 2, "eps")
@@ -212,25 +220,21 @@ def write(models: Path) -> dict[str, Checkpoint]:
     }
     for folder in ("checkpoints", "controlnet", "diffusion_models", "loras"):
         (models / folder).mkdir(parents=True, exist_ok=True)
-    for name, checkpoint in made.items():
-        told = MARKS.get(name, {})
-        weights = {FULL_PREFIX + k: v for k, v in checkpoint.weights.items()}
-        save_file(weights | told, models / "checkpoints" / checkpoint.file)
+    save(made, models)
     save_file(controlnet_weights(made["sd15"].weights), models / "controlnet" / "sd15.safetensors")
     return made
 
 
-def write_special(models: Path, sd15: Checkpoint) -> dict[str, Checkpoint]:
+def write_special(models: Path, sd15: Checkpoint, sdxl: Checkpoint) -> dict[str, Checkpoint]:
     """More, which the tests' server does not load: Flux, too narrow for it, and what cannot be distilled."""
     inpainting = inpainting_weights(sd15.weights)
     made = {
         "flux": Checkpoint("flux.safetensors", FLUX_TEXT, FLUX_POOLED, "flow", 0.3611, flux_weights(True)),
         "schnell": Checkpoint("schnell.safetensors", FLUX_TEXT, FLUX_POOLED, "flow", 0.3611, flux_weights(False)),
         "inpainting": Checkpoint("inpainting.safetensors", 768, 768, "eps", 0.18215, inpainting),
+        "sdxl_edm": Checkpoint("sdxl_edm.safetensors", 2048, 1280, "v", 0.13025, sdxl.weights),
     }
-    for checkpoint in made.values():
-        weights = {FULL_PREFIX + k: v for k, v in checkpoint.weights.items()}
-        save_file(weights, models / "checkpoints" / checkpoint.file)
+    save(made, models)
     return made
 
 
