@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -140,6 +140,19 @@ def student_bytes(student: Student, card: StudentCard, dtype: torch.dtype = torc
     return save(tensors, card.to_metadata())
 
 
+def load_weights(student: Student, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """A student file's tensors into `module`: what the student trains, or a copy of that.
+
+    Raises ValueError if a name or a shape does not fit.
+    """
+    if isinstance(module, LoRA):
+        module.load(student.backbone, tensors)
+        return
+    names = _full_names(student.backbone)
+    check_match("student", tensors, names.values())
+    module.load_state_dict({k: tensors[v] for k, v in names.items()})
+
+
 def load_student(path: str | Path, teacher: Denoiser) -> tuple[Student, StudentCard, str]:
     """A student file over its loaded base model: the student, its card, and a warning in words or "".
 
@@ -158,12 +171,7 @@ def load_student(path: str | Path, teacher: Denoiser) -> tuple[Student, StudentC
     except (ValueError, re.error) as error:
         raise CardError(f"{path} does not fit this model: {error}") from None
     try:
-        if student.lora is not None:
-            student.lora.load(student.backbone, tensors)
-        else:
-            names = _full_names(student.backbone)
-            check_match("student", tensors, names.values())
-            student.backbone.load_state_dict({k: tensors[v] for k, v in names.items()})
+        load_weights(student, student.trained, tensors)
     except (ValueError, RuntimeError, KeyError) as error:
         student.release()
         raise CardError(f"{path} does not fit this model: {error}") from None

@@ -185,12 +185,12 @@ class SaveStudent(io.ComfyNode):
     def execute(cls, student: Trained, name: str, save_as: str, clip=None, vae=None) -> io.NodeOutput:
         if save_as == cls.LORA:
             folder = "loras" if student.card.kind == "lora" else "diffusion_models"
-            path = host_page.save_path(folder, name)
+            path, listed = host_page.save_path(folder, name)
             write_whole(path, student.path.read_bytes())
         else:
             folder = "checkpoints"
-            path = host_page.save_path(folder, name)
+            path, listed = host_page.save_path(folder, name)
             host_save.save_merged(path, student.model, clip, vae, student.card)
         host_page.refresh(folder)
         card = read_card(path)
-        return io.NodeOutput(f"{folder}/{path.name}", ui=ui.PreviewText(f"saved {path}\n{card.in_words()}"))
+        return io.NodeOutput(f"{folder}/{listed}", ui=ui.PreviewText(f"saved {path}\n{card.in_words()}"))

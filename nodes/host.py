@@ -71,21 +71,20 @@ def sampling_of(model) -> Sampling:
     return model.attachments.get(KEY) or Sampling("one-step model")
 
 
-def base_weights(model) -> dict[str, Tensor]:
-    """The MODEL's own weights, as they were before any patch, by single-file names."""
-    patches = model.get_key_patches(PREFIX)
-    return {name.removeprefix(PREFIX): entries[0][0] for name, entries in patches.items()}
+def base_weights(patcher, prefix: str = PREFIX) -> dict[str, Tensor]:
+    """A MODEL's own weights, as they were before any patch, by single-file names."""
+    return {name.removeprefix(prefix): entries[0][0] for name, entries in patcher.get_key_patches(prefix).items()}
 
 
-def model_hash(model) -> str:
-    """The fingerprint of the MODEL's weights, and of what is patched onto them, if anything is."""
-    found = fingerprint(base_weights(model))
-    names = sorted(name for name in model.patches if name.startswith(PREFIX))
+def model_hash(patcher, prefix: str = PREFIX) -> str:
+    """The fingerprint of a MODEL's weights, and of what is patched onto them, if anything is."""
+    found = fingerprint(base_weights(patcher, prefix))
+    names = sorted(name for name in patcher.patches if name.startswith(prefix))
     if not names:
         return found
     digest = hashlib.sha256(found.encode())
     for name in {names[i * len(names) // 16]: None for i in range(16)}:
-        for strength, change, base, *_ in model.patches[name]:
+        for strength, change, base, *_ in patcher.patches[name]:
             digest.update(f"{name} {strength} {base}".encode())
             for tensor in _tensors(getattr(change, "weights", change)):
                 digest.update(tensor.detach().flatten()[:64].half().cpu().numpy().tobytes())
@@ -94,9 +93,7 @@ def model_hash(model) -> str:
 
 def clip_hash(clip) -> str:
     """The same of a CLIP, with the layer that it stops at."""
-    weights = clip.patcher.model.state_dict()
-    patched = f"{sorted(clip.patcher.patches)[:16]} {clip.layer_idx}" if clip.patcher.patches else str(clip.layer_idx)
-    return fingerprint({k: v for k, v in weights.items() if v.ndim}) + hashlib.sha256(patched.encode()).hexdigest()[:8]
+    return model_hash(clip.patcher, "") + hashlib.sha256(str(clip.layer_idx).encode()).hexdigest()[:8]
 
 
 def _tensors(value) -> Iterator[Tensor]:
@@ -132,7 +129,7 @@ def with_student(model, tensors: Mapping[str, Tensor], card: StudentCard, streng
         raise CardError(f"{path} does not fit the connected model: {error} Its base is {card.base_model}.") from None
     found = model_hash(model)
     warning = ""
-    if found != card.base_hash:
+    if card.base_hash not in (found, fingerprint(base_weights(model))):  # made with what is patched onto it, or without
         warning = (
             f"{path} was made for {card.base_model} ({card.base_hash}); the connected model is another ({found}): "
             "pictures may suffer."

@@ -91,22 +91,35 @@ class ModelDenoiser(Denoiser):
         """The same over another network of the same architecture, in float32; the MODEL keeps its own."""
         other = copy.copy(self)
         other.base = copy.copy(self.base)
-        # Weights in half precision or less are too coarse for an optimizer's steps.
-        backbone.float()
-        backbone.dtype, other.base.manual_cast_dtype = torch.float32, None
+        other.base.manual_cast_dtype = torch.float32
+        backbone.float()  # weights of half precision or less are too coarse for an optimizer's steps
         other.base._modules = self.base._modules | {"diffusion_model": backbone}
         other.backbone = backbone
         return other
 
 
 @contextmanager
-def unshared(model) -> Iterator[None]:
-    """Within, backward reads what forward read: Flux's blocks add in place to what their norms keep for it."""
-    norms = [m for n, m in model.model.diffusion_model.named_modules() if ADDED_TO.search(n)]
+def differentiable(model) -> Iterator[None]:
+    """Within, the gradients of the MODEL's network are right; everything is put back at the end.
+
+    Flux's blocks add in place to what their norms keep for backward: the norms get copies. Float16 has no room
+    for small gradients: what ComfyUI computes in it is computed in float32, or as autocast says.
+    """
+    base, network = model.model, model.model.diffusion_model
+    cast = getattr(base, "manual_cast_dtype", None)
+    narrow = (cast or next(network.parameters()).dtype) == torch.float16
+    layers = [m for m in network.modules() if narrow and getattr(m, "comfy_cast_weights", None) is False]
+    norms = [m for n, m in network.named_modules() if ADDED_TO.search(n)]
     hooks = [m.register_forward_pre_hook(lambda _module, args: (args[0].clone(), *args[1:])) for m in norms]
     try:
+        base.manual_cast_dtype = torch.float32 if narrow else cast
+        for layer in layers:
+            layer.comfy_cast_weights = True  # to what comes in
         yield
     finally:
+        base.manual_cast_dtype = cast
+        for layer in layers:
+            layer.comfy_cast_weights = False
         for hook in hooks:
             hook.remove()
 

@@ -78,17 +78,18 @@ def input_folder() -> Path:
     return Path(folder_paths.get_input_directory())
 
 
-def save_path(folder: str, name: str) -> Path:
-    """Where a new file `name`.safetensors goes in one of ComfyUI's model folders; with a number if there is one.
+def save_path(folder: str, name: str) -> tuple[Path, str]:
+    """Where a new file `name`.safetensors goes in one of ComfyUI's model folders, and what its lists call it.
 
-    Raises ValueError for a name that leads out of the folder.
+    With a number if there is such a file. Raises ValueError for a name that leads out of the folder.
     """
     base = Path(folder_paths.get_folder_paths(folder)[0]).resolve()
-    name = name.strip().removesuffix(".safetensors")
-    if not name or base not in (base / f"{name}.safetensors").resolve().parents:
+    wanted = (base / f"{name.strip().removesuffix('.safetensors')}.safetensors").resolve()
+    if base not in wanted.parents or wanted.name.startswith("."):
         raise ValueError(f"name is {name!r}: give one that stays in models/{folder}, with / for subfolders")
-    names = chain([name], (f"{name}-{k}" for k in count(2)))
-    return next(path for path in (base / f"{n}.safetensors" for n in names) if not path.exists())
+    names = chain([wanted.stem], (f"{wanted.stem}-{k}" for k in count(2)))
+    path = next(path for path in (wanted.with_name(f"{n}.safetensors") for n in names) if not path.exists())
+    return path, str(path.relative_to(base))
 
 
 def refresh(folder: str) -> None:

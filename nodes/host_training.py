@@ -22,15 +22,14 @@ def trainable(model) -> Iterator[None]:
     replaced one by one by ordinary tensors of the same bits, which stay; every flag is restored.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        load_whole(model)
-        modules = list(model.model.modules())
         flags = [
             (module, name, p.requires_grad)
-            for module in modules
+            for module in model.model.modules()
             for name, p in module._parameters.items()
             if p is not None
         ]
         try:
+            load_whole(model)
             yield
         finally:
             for module, name, flag in flags:

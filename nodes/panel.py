@@ -100,6 +100,8 @@ def watched(node: str, monitor: Monitor) -> Iterator[Panel]:
             monitor.end("failed", str(error))
         panel.tell()
         raise
+    finally:
+        monitor.show = lambda latents: []  # the page may ask as long as the server runs, and that one holds the MODEL
     if monitor.control.stop:
         _stopped[monitor.name] = time.time()
     panel.tell()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -42,5 +41,8 @@ def widgets(names: Iterable[str], **defaults: Any) -> list:
 
 
 def _step(default: float) -> float:
-    """A tenth of the default's own power of ten, so that the page does not round small values away."""
-    return 10.0 ** (math.floor(math.log10(default)) - 1) if 0 < default < 0.1 else 0.01
+    """A hundredth, or a tenth of the default's last digit, so that the page does not round it away."""
+    digits = 2
+    while round(default, digits) != default:
+        digits += 1
+    return 10.0 ** -(digits + (digits > 2))

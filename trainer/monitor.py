@@ -105,7 +105,8 @@ class Monitor:
     def _shown(self, event: Preview) -> dict[str, Any]:
         self._teacher = self._teacher or self.show(event.teacher)
         student = self.show(event.student)
-        return {"update": event.update, "prompts": event.prompts, "teacher": self._teacher, "student": student}
+        told = {"update": event.update, "prompts": event.prompts, "seeds": event.seeds}
+        return told | {"teacher": self._teacher, "student": student}
 
     def newest(self, latents: Tensor) -> None:
         """Show some of these pairs."""

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core.card import StudentCard, read_card
+from ..core.card import StudentCard, read
 from ..core.features import TeacherFeatures
-from ..core.student import Student
+from ..core.student import Student, load_weights
 from . import data, health
 from .cards import write_student
 from .config import Config, ConfigError
@@ -72,6 +72,7 @@ class Preview:
     student: Tensor
     teacher: Tensor
     prompts: list[str]
+    seeds: list[int]  # of the noise, as every host draws it
 
 
 @dataclass(frozen=True)
@@ -294,20 +295,19 @@ def _train(
     history = History(folder / HISTORY, state.update)
     recent: deque[health.Health] = deque(maxlen=100)
     shown = torch.arange(min(PREVIEWS, len(held)))
-    card = None
     saved = True
 
     def preview() -> Preview:
         pictures = student_pictures(state, held, shown)
-        return Preview(state.update, pictures, held.latents[shown], [held.prompts[i] for i in shown])
+        seeds = [] if held.seeds is None else held.seeds[shown].tolist()
+        return Preview(state.update, pictures, held.latents[shown], [held.prompts[i] for i in shown], seeds)
 
     def select() -> Selected:
-        nonlocal card
         value = score(student_pictures(state, held, torch.arange(len(held))), held.latents)
         best = value <= state.extra.get("best", float("inf"))
         if best:
             state.extra["best"] = value
-            card = write_student(host, state, folder / BEST, {"score on held-out prompts": round(value, 4)})
+            write_student(host, state, folder / BEST, {"score on held-out prompts": round(value, 4)})
         return Selected(state.update, value, best)
 
     if state.update == 0:
@@ -348,10 +348,10 @@ def _train(
         save_state(state, folder)  # with the best score, or a longer run would begin to choose anew
         yield last
     if not config.select_every or not (folder / BEST).exists():
-        card = write_student(host, state, folder / BEST, {})
+        write_student(host, state, folder / BEST, {})
+    tensors, card = read(folder / BEST)
+    load_weights(state.student, state.average, tensors)  # the last preview is of what is kept
     yield preview()
-    if card is None:
-        card = read_card(folder / BEST)
     yield Finished(folder / BEST, card, state.extra.get("best"))
 
 

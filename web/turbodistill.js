@@ -9,7 +9,7 @@ import { join } from "./panel/run.js";
 
 /** Type of node -> its panel's kind, and the room in a node that it wants: width, least height, height of a new one. */
 const KINDS = /** @type {const} */ ({
-  TurboDistillDistill: { kind: "distill", width: 580, least: 340, height: 760 },
+  TurboDistillDistill: { kind: "distill", width: 580, least: 340, height: 790 },
   TurboDistillTeacherPairs: { kind: "pairs", width: 340, least: 130, height: 290 },
 });
 

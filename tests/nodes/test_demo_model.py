@@ -249,8 +249,8 @@ def test_a_class_wide_default_does_not_overwrite_the_configuration(nodes, comfyu
 def networks(comfyui):
     """ComfyUI's UNet and autoencoder are tensors of the configuration's shapes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comfyui, "UNetModel", lambda **config: unet_shapes(**config).module())
-        patch.setattr(comfyui, "AutoencoderKL", lambda **config: vae_shapes(**config).module())
+        patch.setattr(comfyui.loading, "UNetModel", lambda **config: unet_shapes(**config).module())
+        patch.setattr(comfyui.loading, "AutoencoderKL", lambda **config: vae_shapes(**config).module())
         yield
 
 
@@ -325,6 +325,6 @@ def test_a_unet_that_the_weights_do_not_fit_is_told(nodes, comfyui, networks, mo
         change(shapes)
         return shapes.module()
 
-    monkeypatch.setattr(comfyui, "UNetModel", other)
+    monkeypatch.setattr(comfyui.loading, "UNetModel", other)
     with pytest.raises(RuntimeError, match=f"does not fit ComfyUI's UNet: {words}"):
         nodes.host_embedded.load()

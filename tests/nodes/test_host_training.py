@@ -9,63 +9,14 @@ from turbodistill.trainer.config import Config
 WORDS = ("fox", "owl", "elk", "ant", "bee", "cod", "emu", "yak")
 
 
-class Text:
-    """A CLIP: token states from a prompt's letters, longer for a long prompt."""
-
-    def tokenize(self, text):
-        return text
-
-    def encode_from_tokens_scheduled(self, tokens):
-        draws = torch.Generator().manual_seed(len(tokens) + sum(map(ord, tokens)))
-        return [[torch.randn(1, 3 if len(tokens) < 9 else 6, self.width, generator=draws), {}]]
-
-
-class Pictures:
-    """A VAE: pictures are the first channels of the latents, twice as large."""
-
-    def spacial_compression_encode(self):
-        return 2
-
-    def decode(self, latents):
-        return latents[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3).movedim(1, -1)
-
-    def encode(self, pictures):
-        return torch.nn.functional.pad(pictures.movedim(-1, 1)[:, :, ::2, ::2], (0, 0, 0, 0, 0, 1))
-
-
 @pytest.fixture
-def loaded(toys, model_of):
-    """Prediction -> a MODEL as ComfyUI loads it, in inference mode, whose weights ask for gradients."""
-
-    def load(prediction="eps"):
-        with torch.inference_mode():
-            toy = toys.conv(prediction)
-            for module in toy.backbone.modules():
-                for name, weight in module._parameters.items():
-                    module._parameters[name] = torch.nn.Parameter(weight.clone())
-            return model_of(toy)
-
-    return load
-
-
-@pytest.fixture
-def host_of(nodes, toys):
+def host_of(nodes, comfyui, clip_of):
     """A MODEL -> the trainer's host over it."""
 
-    def build(model):
-        clip = Text()
-        clip.width = toys.cond(1).context.shape[-1]
-        return nodes.host_training.CheckpointHost(model, clip, Pictures(), "toy", 16, 16)
+    def build(model, width=16):
+        return nodes.host_training.CheckpointHost(model, clip_of(), comfyui.Pictures(), "toy", width, 16)
 
     return build
-
-
-def bits(model):
-    return {name: weight.clone() for name, weight in model.model.state_dict().items()}
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
 def learn(nodes, toys, model):
@@ -87,15 +38,15 @@ def test_what_was_loaded_in_inference_mode_takes_no_gradients_by_itself(nodes, t
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "flow"])
-def test_within_it_does_and_the_weights_stay_to_the_bit(nodes, toys, loaded, prediction):
+def test_within_it_does_and_the_weights_stay_to_the_bit(kit, nodes, toys, loaded, prediction):
     model = loaded(prediction)
-    before, flags = bits(model), [p.requires_grad for p in model.model.parameters()]
+    before, flags = kit.bits(model), [p.requires_grad for p in model.model.parameters()]
     assert all(flags)
     for _ in range(2):  # a second training starts clean
         with torch.inference_mode(), nodes.host_training.trainable(model):
             assert not any(p.requires_grad for p in model.model.parameters())
             assert learn(nodes, toys, model)
-        assert same(bits(model), before)
+        assert kit.same(kit.bits(model), before)
         assert [p.requires_grad for p in model.model.parameters()] == flags
 
 
@@ -122,9 +73,9 @@ def test_pictures_go_in_and_out(loaded, host_of):
     assert torch.equal(host.encode_images(pictures)[:, :3], latents[:, :3])
 
 
-def test_a_size_that_the_vae_cannot_make_is_refused(nodes, loaded):
+def test_a_size_that_the_vae_cannot_make_is_refused(loaded, host_of):
     with pytest.raises(ValueError, match="17 x 16 pixels: give multiples of 2"):
-        nodes.host_training.CheckpointHost(loaded(), Text(), Pictures(), "toy", 17, 16)
+        host_of(loaded(), 17)
 
 
 def test_a_student_is_not_distilled_again(nodes, loaded, host_of):
@@ -135,16 +86,16 @@ def test_a_student_is_not_distilled_again(nodes, loaded, host_of):
 
 
 @pytest.mark.slow
-def test_the_trainer_runs_on_it_and_its_student_loads(nodes, loaded, host_of, tmp_path):
+def test_the_trainer_runs_on_it_and_its_student_loads(kit, nodes, loaded, host_of, tmp_path):
     model = loaded()
-    before = bits(model)
+    before = kit.bits(model)
     config = Config(
         **{"rank": 2, "pairs": 12, "pair_steps": 2, "batch": 4, "updates": 4, "warmup": 1, "ramp": 0, "width": 8},
         **{"taps": "conv_in,down", "precision": "float32", "select_every": 2, "preview_every": 2},
     )
     with torch.inference_mode(), nodes.host_training.trainable(model):
         *_, finished = run.run(host_of(model), config, tmp_path, WORDS)
-    assert same(bits(model), before)
+    assert kit.same(kit.bits(model), before)
     tensors, card = nodes.load.read(finished.path)
     patched, warning = nodes.host.with_student(model, tensors, card, 1.0, "student.safetensors")
     assert warning == "" and len(patched.patches) == len(tensors) // 3 and card.base_model == "toy"

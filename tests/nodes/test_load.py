@@ -16,7 +16,7 @@ def folders(comfyui, tmp_path, monkeypatch):
     for root in roots.values():
         root.mkdir(parents=True)
     (tmp_path / "models" / "beside.safetensors").touch()
-    monkeypatch.setattr(comfyui, "FOLDERS", roots)
+    monkeypatch.setattr(comfyui.server, "FOLDERS", roots)
     return roots
 
 

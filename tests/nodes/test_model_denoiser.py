@@ -45,16 +45,52 @@ def test_a_flow_schedule_s_shift_is_found(nodes, comfyui, shift, entries):
     assert nodes.host_denoiser.schedule_of(model).shift == pytest.approx(shift, rel=1e-3)
 
 
+def by_logarithm(comfyui):
+    """A thousand levels that the network is told as EDM does."""
+
+    class ModelSamplingContinuousEDM(comfyui.ModelSamplingDiscrete):
+        def timestep(self, sigma):
+            return 0.25 * sigma.log()
+
+    return ModelSamplingContinuousEDM
+
+
 def test_a_schedule_of_another_kind_is_refused(nodes, comfyui):
     spaces = [
         comfyui.model_sampling(comfyui.EDM, comfyui.ModelSamplingDiscrete),
         comfyui.model_sampling(comfyui.EPS, comfyui.ModelSamplingDiscreteDistilled),
         comfyui.model_sampling(comfyui.CONST, comfyui.ModelSamplingDiscrete, torch.linspace(0.001, 1, 1000) ** 2),
+        comfyui.model_sampling(comfyui.V_PREDICTION, by_logarithm(comfyui)),
     ]
     for space in spaces:
         model = comfyui.ModelPatcher(comfyui.BaseModel(torch.nn.Identity(), space))
         with pytest.raises(ValueError, match="noise levels"):
             nodes.host_denoiser.schedule_of(model)
+
+
+@pytest.mark.parametrize("dimensions", [1, 3])
+def test_latents_that_are_no_pictures_are_refused(nodes, toys, model_of, comfyui, dimensions):
+    form = comfyui.LatentFormat()
+    form.latent_dimensions = dimensions
+    with pytest.raises(ValueError, match=f"latents have {dimensions} dimensions"):
+        nodes.host_denoiser.ModelDenoiser(model_of(toys.conv("flow"), latent_format=form))
+
+
+def test_a_model_that_wants_a_picture_is_refused(nodes, toys, model_of):
+    model = model_of(toys.conv("eps"))
+    model.model.concat_keys = ("mask", "masked_image")
+    with pytest.raises(ValueError, match="takes a picture or a mask beside the latent"):
+        nodes.host_denoiser.ModelDenoiser(model)
+
+
+def test_a_condition_with_a_picture_is_refused(nodes, toys, model_of, monkeypatch):
+    model, states = model_of(toys.conv("eps")), toys.cond(1).context
+    extra = model.model.extra_conds
+    monkeypatch.setattr(
+        model.model, "extra_conds", lambda **given: extra(**given) | {"c_concat": next(iter(extra(**given).values()))}
+    )
+    with pytest.raises(ValueError, match="takes a picture or a mask beside the latent"):
+        nodes.host_denoiser.conditions(model, [[states, {}]], toys.picture())
 
 
 def test_a_lora_student_learns_on_it_and_off_is_the_teacher(toys, pair):
@@ -81,6 +117,89 @@ def test_a_full_copy_leaves_the_model_s_network_alone(toys, pair):
             weight.mul_(1.5)
     assert not torch.allclose(student(x, sigma, cond), before)
     assert torch.equal(found(x, sigma, cond), before) and found.base.diffusion_model is toy.backbone
+
+
+def test_a_full_copy_of_half_precision_is_in_float32(toys, pair):
+    toy, found = pair("v")
+    x, cond, sigma = toys.picture(), toys.cond(), toy.schedule.sigma(torch.tensor([999.0, 300.0]))
+    toy.backbone.half().float()
+    expected = found(x, sigma, cond)
+    toy.backbone.half()
+    student = Student(found, rank=0)
+    assert torch.allclose(student(x, sigma, cond), expected, atol=1e-5)
+    assert {p.dtype for p in student.backbone.parameters()} == {torch.float32}
+    assert {p.dtype for p in toy.backbone.parameters()} == {torch.float16}
+
+
+class Layer(torch.nn.Module):
+    """A layer of ComfyUI's own, which casts its weight to its input's type where it is told to."""
+
+    comfy_cast_weights = False
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.eye(4))
+
+    def forward(self, x):
+        return x @ (self.weight.to(x.dtype) if self.comfy_cast_weights else self.weight)
+
+
+@pytest.mark.parametrize(
+    ("weights", "cast", "within"),
+    [
+        (torch.float16, None, torch.float32),
+        (torch.bfloat16, None, None),
+        (torch.float8_e4m3fn, torch.float16, torch.float32),
+        (torch.float8_e4m3fn, torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32, torch.float32),
+        (torch.float32, None, None),
+    ],
+)
+def test_what_computes_in_float16_is_computed_in_float32(nodes, model_of, toys, weights, cast, within):
+    toy = toys.conv("eps")
+    toy.backbone = Layer().to(weights)
+    model = model_of(toy)
+    model.model.manual_cast_dtype = cast
+    with pytest.raises(KeyError), nodes.host_denoiser.differentiable(model):
+        assert model.model.manual_cast_dtype == within
+        assert toy.backbone.comfy_cast_weights == (within == torch.float32 != cast)
+        raise KeyError
+    assert model.model.manual_cast_dtype == cast and not toy.backbone.comfy_cast_weights
+
+
+class SingleBlock(torch.nn.Module):
+    """As Flux's: it adds in place to what its norm keeps for backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.pre_norm, self.layer = torch.nn.LayerNorm(4), torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        x += self.layer(self.pre_norm(x))
+        return x
+
+
+def test_backward_reads_what_blocks_that_add_in_place_were_given(nodes, model_of, toys):
+    toy = toys.conv("eps")
+    toy.backbone = torch.nn.Module()
+    toy.backbone.single_blocks = torch.nn.ModuleList([SingleBlock(), SingleBlock()])
+    model, x = model_of(toy), torch.randn(2, 3, 4, requires_grad=True)
+
+    def run():
+        y = x * 1
+        for block in toy.backbone.single_blocks:
+            y = block(y)
+        return torch.autograd.grad(y.square().mean(), x)[0]
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        run()
+    with nodes.host_denoiser.differentiable(model):
+        found = run()
+    y = x
+    for block in toy.backbone.single_blocks:
+        y = y + block.layer(block.pre_norm(y))
+    assert torch.allclose(found, torch.autograd.grad(y.square().mean(), x)[0], atol=1e-6)
+    assert not any(m._forward_pre_hooks for m in toy.backbone.modules())
 
 
 def test_latents_are_scaled_on_their_way_in_and_out(nodes, toys, model_of, comfyui):

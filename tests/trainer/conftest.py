@@ -64,7 +64,7 @@ class UNetDenoiser(ConvDenoiser):
 class ToyHost:
     """Text states from a hash of the prompt; pictures are a linear map of the latents, four times as large."""
 
-    name, architecture = "toy", "toy-v1"
+    name, architecture, text_hash = "toy", "toy-v1", ""
     latent_shape, resolution = (4, SIDE, SIDE), (4 * SIDE, 4 * SIDE)
 
     def __init__(self, denoiser: Denoiser):

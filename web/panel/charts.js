@@ -10,7 +10,7 @@ import { short } from "./run.js";
  */
 
 // Middle tones: they stand out from ComfyUI's dark and light ground alike.
-const COLOURS = ["#3d94e0", "#e0803a", "#35a86b", "#b865cc", "#c9a11f", "#d6546c"];
+const COLOURS = ["#3d94e0", "#e0803a", "#35a86b", "#b865cc", "#b08d12", "#d6546c"];
 const HEALTH = ["accuracy", "saturation", "sharpness", "diversity"];
 
 /** Powers of ten, between which a logarithmic axis needs no lines. @param {number} value */
@@ -71,7 +71,7 @@ export class Chart {
     // Logarithms know no loss below zero, which some adversarial ones reach: arcsinh bends around it.
     const below = curves.some(({ values }) => values.some((value) => value !== null && value <= 0));
     const made = [below, ...curves.map(({ name }) => name)].join();
-    const data = /** @type {import("uplot").AlignedData} */ ([update, ...curves.map(({ values }) => values)]);
+    const data = /** @type {uPlot.AlignedData} */ ([update, ...curves.map(({ values }) => values)]);
     if (made !== this.#made) {
       this.destroy();
       this.#plot = new uPlot(this.#options(below ? 4 : 3), data, this.root);
@@ -105,7 +105,7 @@ export class Chart {
     return getComputedStyle(this.root).getPropertyValue(name);
   }
 
-  /** @param {3 | 4} bend of the losses' axis @returns {import("uplot").Options} */
+  /** @param {3 | 4} bend of the losses' axis @returns {uPlot.Options} */
   #options(bend) {
     const axis = {
       stroke: () => this.#colour("--turbodistill-quiet"),
@@ -125,10 +125,11 @@ export class Chart {
         y: false,
         drag: { x: false, y: false },
         points: { size: 5 },
-        // ComfyUI scales the whole node when it zooms: the pointer's way is scaled back.
-        move: ({ over }, left, top) => {
-          const scale = over.getBoundingClientRect().width / over.offsetWidth || 1;
-          return [left / scale, top / scale];
+        // ComfyUI pans and zooms the node unseen by uPlot: where the pointer is, is looked up at each move.
+        move: ({ over, cursor: { event } }, left, top) => {
+          const box = over.getBoundingClientRect();
+          const scale = box.width / over.offsetWidth || 1;
+          return event ? [(event.clientX - box.left) / scale, (event.clientY - box.top) / scale] : [left, top];
         },
       },
       scales: {
@@ -148,7 +149,7 @@ export class Chart {
     };
   }
 
-  /** @param {Curve} curve @param {number} i @returns {import("uplot").Series} */
+  /** @param {Curve} curve @param {number} i @returns {uPlot.Series} */
   #series({ name, few }, i) {
     return {
       label: name,

@@ -24,13 +24,11 @@ function element(tag, name, ...children) {
   return made;
 }
 
-/** Our style sheets, once in a page. */
-function dress() {
-  for (const file of ["../lib/uPlot.min.css", "panel.css"]) {
-    const href = new URL(file, import.meta.url).href;
-    if (document.querySelector(`link[href="${href}"]`)) continue;
-    document.head.append(Object.assign(document.createElement("link"), { rel: "stylesheet", href }));
-  }
+/** Our style sheets, within the panel: the page's head is everyone's. */
+function styles() {
+  return ["../lib/uPlot.min.css", "panel.css"].map((file) =>
+    Object.assign(document.createElement("link"), { rel: "stylesheet", href: new URL(file, import.meta.url).href }),
+  );
 }
 
 export class Panel {
@@ -61,7 +59,6 @@ export class Panel {
 
   /** @param {"distill" | "pairs"} kind @param {Doors} doors */
   constructor(kind, doors) {
-    dress();
     this.kind = kind;
     this.doors = doors;
     this.#stop = this.#button("Stop and keep best", "stop");
@@ -73,7 +70,7 @@ export class Panel {
       this.#follows = this.#slider.value === this.#slider.max;
       this.draw();
     });
-    this.root.append(this.#status, this.#bar, this.#figures, this.#error, this.#warnings);
+    this.root.append(...styles(), this.#status, this.#bar, this.#figures, this.#error, this.#warnings);
     if (kind === "distill") {
       this.#charts.append(this.#losses.root, this.#health.root);
       this.root.append(this.#charts, this.#flip, this.#pictures, this.#memory, this.#buttons);

@@ -15,20 +15,22 @@ export function duration(seconds) {
 export const short = (value, digits) => String(Number(value.toPrecision(digits)));
 
 /** What it is at. @param {Run} run */
-export function status({ state, what, name, best }) {
-  const kept = best ? `; the best is that of update ${best.update} (score ${short(best.score, 3)})` : "";
+export function status({ kind, state, what, name, best }) {
+  const subject = kind === "pairs" ? "Teacher pairs" : name; // pairs are named by a key that tells nobody anything
+  const kept = best ? `; the best student is that of update ${best.update} (score ${short(best.score, 3)})` : "";
   switch (state) {
     case "working":
+      if (kind === "pairs") return what ? `Making ${what}` : "Preparing";
       if (what === "training") return `Training ${name}`;
       return what ? `Making ${what} for ${name}` : `Preparing ${name}`;
     case "done":
-      return `${name} is done${kept}`;
+      return `${subject}: done${kept}`;
     case "stopped":
-      return `${name} was stopped as asked${kept}`;
+      return `${subject}: stopped as asked${kept}`;
     case "cancelled":
-      return `${name} was cancelled; Run continues it`;
+      return `${subject}: cancelled; Run goes on from there`;
     case "failed":
-      return `${name} failed`;
+      return `${subject}: failed`;
   }
 }
 

@@ -2,9 +2,10 @@
 
     python adapter.py COMFYUI CLONE FOLDER
 
-FOLDER holds jobs.json, {name: {"checkpoint": path, "dtype": "float16" or another or null, "look": a key of LOOKS}},
-and for each name NAME.safetensors of x (2, C, H, W), sigma (2,), states (1, T, D) and pooled (1, P). It gets
-NAME.out.safetensors, and told.json, {name: what was found}.
+FOLDER holds jobs.json, {name: {"checkpoint": path, "dtype": null or that of the weights, "native": whether it is
+computed in, too, as an accelerator does, "look": a key of LOOKS}}, and for each name NAME.safetensors of x
+(2, C, H, W), sigma (2,), states (1, T, D) and pooled (1, P). It gets NAME.out.safetensors, and told.json,
+{name: what was found}.
 """
 
 import importlib.util
@@ -25,6 +26,7 @@ comfy.cli_args.args.cpu = True
 import comfy.lora  # noqa: E402
 import comfy.model_detection  # noqa: E402
 import comfy.model_management  # noqa: E402
+import comfy.ops  # noqa: E402
 import comfy.sampler_helpers  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
@@ -42,7 +44,7 @@ from turbodistill.core.denoiser import Cond  # noqa: E402
 from turbodistill.core.features import TeacherFeatures  # noqa: E402
 from turbodistill.core.lora import TARGETS, LoRA  # noqa: E402
 from turbodistill.core.student import Student  # noqa: E402
-from turbodistill.nodes.host_denoiser import ModelDenoiser, conditions, unshared  # noqa: E402
+from turbodistill.nodes.host_denoiser import ModelDenoiser, conditions, differentiable  # noqa: E402
 from turbodistill.nodes.host_training import trainable  # noqa: E402
 
 detected = comfy.model_detection.detect_unet_config
@@ -60,13 +62,16 @@ def narrow(weights, prefix, *told, **more):
 comfy.model_detection.detect_unet_config = narrow
 
 
-def load(checkpoint, dtype):
+def load(checkpoint, dtype, native, **_):
     """A MODEL as a loader node gives it."""
     options = {"dtype": getattr(torch, dtype)} if dtype else {}
+    options |= {"custom_operations": comfy.ops.disable_weight_init} if native else {}
     with torch.inference_mode():
         model, *_ = comfy.sd.load_checkpoint_guess_config(
             checkpoint, output_vae=False, output_clip=False, model_options=options
         )
+    if native:
+        model.model.manual_cast_dtype = None
     return model
 
 
@@ -309,15 +314,24 @@ def low(model, given):
     return told, {}
 
 
-LOOKS = {"whole": whole, "shallow": shallow, "low": low}
+def gradient(model, given):
+    """The gradient of a small loss at the noisy picture, through features."""
+    denoiser, x, sigma, cond = ready(model, given)
+    x.requires_grad_(True)
+    maps = TeacherFeatures(denoiser)(x, sigma, cond)
+    (1e-3 * sum(m.mean(1).tanh().mean() for m in maps)).backward()
+    return {}, {"gradient": x.grad}
+
+
+LOOKS = {"whole": whole, "shallow": shallow, "low": low, "gradient": gradient}
 told = {}
 for name, job in json.loads(Path(folder, "jobs.json").read_text()).items():
-    model = load(job["checkpoint"], job["dtype"])
+    model = load(**job)
     before = bits(model)
     frozen = all(p.is_inference() for p in model.model.diffusion_model.parameters())
     given, tensors = load_file(f"{folder}/{name}.safetensors"), {}
     try:
-        with torch.inference_mode(), trainable(model), unshared(model):
+        with torch.inference_mode(), trainable(model), differentiable(model):
             found, tensors = LOOKS[job["look"]](model, given)
     except ValueError as error:
         found = {"refused": str(error)}

@@ -199,15 +199,8 @@ def vae_weights() -> dict[str, Tensor]:
     return weights
 
 
-def save(made: dict[str, Checkpoint], models: Path) -> None:
-    """Checkpoints into ComfyUI's folder of them."""
-    for name, checkpoint in made.items():
-        weights = {FULL_PREFIX + k: v for k, v in checkpoint.weights.items()}
-        save_file(weights | MARKS.get(name, {}), models / "checkpoints" / checkpoint.file)
-
-
 def write(models: Path) -> dict[str, Checkpoint]:
-    """The checkpoints and a ControlNet in ComfyUI's model folders, by short names."""
+    """The checkpoints and a ControlNet in ComfyUI's model folders, by short names; Flux is for adapter.py alone."""
     sd15, sdxl = unet_denoiser(SD15, 1, "eps"), unet_denoiser(SDXL, 2, "eps")
     sd2 = unet_denoiser(SD2, 9, "v")
     sdxl_v = DiffusersDenoiser(sdxl.backbone, sdxl.schedule, "v")
@@ -217,24 +210,22 @@ def write(models: Path) -> dict[str, Checkpoint]:
         "sdxl": Checkpoint("sdxl.safetensors", 2048, 1280, "eps", 0.13025, single_file(sdxl.backbone), sdxl),
         "sdxl_v": Checkpoint("sdxl_v.safetensors", 2048, 1280, "v", 0.13025, single_file(sdxl.backbone), sdxl_v),
         "sd3": Checkpoint("sd3.safetensors", SD3_TEXT, SD3_POOLED, "flow", 1.5305, sd3_weights()),
+        "flux": Checkpoint("flux.safetensors", FLUX_TEXT, FLUX_POOLED, "flow", 0.3611, flux_weights(True)),
+        "schnell": Checkpoint("schnell.safetensors", FLUX_TEXT, FLUX_POOLED, "flow", 0.3611, flux_weights(False)),
+    }
+    inpainting = inpainting_weights(made["sd15"].weights)
+    fill = made["flux"].weights | {"img_in.weight": random_weight(FLUX_WIDTH, 6 * 64)}  # of as many channels in
+    made |= {
+        "fill": Checkpoint("fill.safetensors", FLUX_TEXT, FLUX_POOLED, "flow", 0.3611, fill),
+        "inpainting": Checkpoint("inpainting.safetensors", 768, 768, "eps", 0.18215, inpainting),
+        "sdxl_edm": Checkpoint("sdxl_edm.safetensors", 2048, 1280, "v", 0.13025, made["sdxl"].weights),
     }
     for folder in ("checkpoints", "controlnet", "diffusion_models", "loras"):
         (models / folder).mkdir(parents=True, exist_ok=True)
-    save(made, models)
+    for name, checkpoint in made.items():
+        weights = {FULL_PREFIX + k: v for k, v in checkpoint.weights.items()}
+        save_file(weights | MARKS.get(name, {}), models / "checkpoints" / checkpoint.file)
     save_file(controlnet_weights(made["sd15"].weights), models / "controlnet" / "sd15.safetensors")
-    return made
-
-
-def write_special(models: Path, sd15: Checkpoint, sdxl: Checkpoint) -> dict[str, Checkpoint]:
-    """More, which the tests' server does not load: Flux, too narrow for it, and what cannot be distilled."""
-    inpainting = inpainting_weights(sd15.weights)
-    made = {
-        "flux": Checkpoint("flux.safetensors", FLUX_TEXT, FLUX_POOLED, "flow", 0.3611, flux_weights(True)),
-        "schnell": Checkpoint("schnell.safetensors", FLUX_TEXT, FLUX_POOLED, "flow", 0.3611, flux_weights(False)),
-        "inpainting": Checkpoint("inpainting.safetensors", 768, 768, "eps", 0.18215, inpainting),
-        "sdxl_edm": Checkpoint("sdxl_edm.safetensors", 2048, 1280, "v", 0.13025, sdxl.weights),
-    }
-    save(made, models)
     return made
 
 

@@ -37,6 +37,10 @@ class NodeError(Exception):
         self.node = node
 
 
+class Cancelled(Exception):
+    """The prompt was cancelled."""
+
+
 @dataclass(frozen=True)
 class Node:
     """A node in a graph; itself as another's input it means its first output, `node[1]` the second."""
@@ -103,14 +107,29 @@ class ComfyUI:
     url: str
     base: Path
     log: Path
+    process: subprocess.Popen
 
     def get(self, path: str) -> bytes:
         """The body of a page; raises urllib.error.HTTPError."""
         with urllib.request.urlopen(f"{self.url}/{path}", timeout=30) as answer:
             return answer.read()
 
+    def post(self, path: str, told: dict | None = None) -> int:
+        """Send JSON to a route; the answer's status."""
+        body = json.dumps(told or {}).encode()
+        request = urllib.request.Request(f"{self.url}/{path}", body, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+
     def run(self, graph: Graph) -> Run:
-        """Run a prompt to its end; raises NodeError if a node of it was refused or failed."""
+        """Run a prompt to its end; raises NodeError if a node of it was refused or failed, Cancelled if it was."""
+        return self.wait(self.queue(graph))
+
+    def queue(self, graph: Graph) -> str:
+        """Begin to run a prompt, and give its id; raises NodeError if a node of it was refused."""
         body = json.dumps({"prompt": graph.prompt, "prompt_id": str(uuid.uuid4())}).encode()
         request = urllib.request.Request(f"{self.url}/prompt", body, {"Content-Type": "application/json"})
         try:
@@ -123,9 +142,10 @@ class ComfyUI:
             raise NodeError(refused["class_type"], words)
         if "error" in told:
             raise NodeError("prompt", str(told["error"]))
-        return self._wait(told["prompt_id"])
+        return told["prompt_id"]
 
-    def _wait(self, prompt: str) -> Run:
+    def wait(self, prompt: str) -> Run:
+        """A queued prompt's end, as `run` gives it."""
         ends = time.monotonic() + RUN
         while not (history := json.loads(self.get(f"history/{prompt}"))):
             if time.monotonic() > ends:
@@ -135,6 +155,8 @@ class ComfyUI:
         said = dict(done["status"]["messages"])
         if failed := said.get("execution_error"):
             raise NodeError(failed["node_type"], failed["exception_message"])
+        if "execution_interrupted" in said:
+            raise Cancelled(prompt)
         return Run(done["outputs"], frozenset(said["execution_cached"]["nodes"]))
 
     def _view(self, place: dict) -> bytes:
@@ -191,7 +213,7 @@ def serve(comfyui: Path, python: str, base: Path) -> Iterator[ComfyUI]:
             stdout=lines,
             stderr=subprocess.STDOUT,
         )
-    server = ComfyUI(f"http://127.0.0.1:{port}", base, log)
+    server = ComfyUI(f"http://127.0.0.1:{port}", base, log, process)
     try:
         _wait_until_up(server, process)
         yield server

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from turbodistill.core.student import Student
 
 HERE = Path(__file__).parent
@@ -40,12 +41,32 @@ def comfyui(installation, tmp_path_factory):
     base = tmp_path_factory.mktemp("comfyui")
     (base / "custom_nodes").mkdir()
     (base / "custom_nodes" / "turbodistill").symlink_to(CLONE, target_is_directory=True)
-    (base / "custom_nodes" / "random_conditioning.py").symlink_to(HERE / "random_conditioning.py")
+    for name in ("random_conditioning.py", "faults.py"):
+        (base / "custom_nodes" / name).symlink_to(HERE / name)
     for folder in ("input", "output", "user", "models/checkpoints", "models/loras"):
         (base / folder).mkdir(parents=True)
     with module("client").serve(*installation, base) as server:
         yield server
     shutil.rmtree(base / "models")  # pytest keeps its last folders; the log is enough
+
+
+@pytest.fixture(scope="session")
+def serve(installation):
+    """A folder -> a context with a server of a test's own over it, with this clone."""
+
+    def start(base):
+        if not (base / "custom_nodes").exists():
+            (base / "custom_nodes").mkdir(parents=True)
+            (base / "custom_nodes" / "turbodistill").symlink_to(CLONE, target_is_directory=True)
+        return module("client").serve(*installation, base)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def cancelled():
+    """The exception of a prompt that was cancelled."""
+    return module("client").Cancelled
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +78,21 @@ def node_error():
 @pytest.fixture
 def graph():
     return module("client").Graph()
+
+
+@pytest.fixture(scope="session")
+def new_graph():
+    """Makes further graphs."""
+    return module("client").Graph
+
+
+@pytest.fixture(scope="session")
+def other_vae(comfyui):
+    """The file of an autoencoder with sixteen channels, as newer models have; ComfyUI fills what it lacks."""
+    folder = comfyui.base / "models" / "vae"
+    folder.mkdir(exist_ok=True)
+    save_file({"decoder.conv_in.weight": torch.zeros(512, 16, 3, 3)}, folder / "sixteen.safetensors")
+    return "sixteen.safetensors"
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,402 @@
+"""Distilling the loaded model inside a real ComfyUI: it ends, is cancelled, fails, is killed, and nothing is lost."""
+
+import json
+import os
+import random
+import resource
+import signal
+import time
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.host
+
+SMALL = {"pairs": 24, "pair_steps": 2, "pair_sampler": "dpmpp_2m", "guidance": 3.0, "seed": 0, "at_once": 8}
+SHORT = {"rank": 4, "updates": 12, "batch": 4, "checkpointing": False}
+BUILT_IN = "the demo model's student (built in)"
+ADVERSARIAL = {"warmup": 4, "ramp": 2, "save_every": 3, "select_every": 6, "preview_every": 6}
+
+
+@pytest.fixture
+def distilling(graph):
+    """Settings -> a graph that distils the demo model; the nodes by name."""
+
+    def build(name, graph=graph, model=None, pairs=(), images=None, advanced=(), **chosen):
+        nodes = {"demo": graph.add("TurboDistillLoadDemoModel", batch_size=2)}
+        demo = nodes["demo"]
+        model = demo if model is None else model(demo)
+        parts = {"model": model, "clip": demo[1], "vae": demo[2]}
+        lines = "a {red|blue|green|black} {fox|owl|fish|cat}, animal, in flat noto style"
+        nodes["prompts"] = graph.add("TurboDistillPrompts", source="the text below", text=lines, file="")
+        settings = SMALL | dict(pairs)
+        nodes["pairs"] = graph.add(
+            "TurboDistillTeacherPairs", **parts, prompts=nodes["prompts"], width=64, height=64, **settings
+        )
+        more = {"images": images} if images else {}
+        settings = all_settings(ADVERSARIAL | dict(advanced))
+        more["settings"] = graph.add("TurboDistillAdvancedSettings", **settings)
+        nodes["distill"] = graph.add(
+            "TurboDistillDistill", **parts, pairs=nodes["pairs"], name=name, **SHORT | chosen, **more
+        )
+        nodes["card"] = graph.add("PreviewAny", source=nodes["distill"][2])
+        return nodes
+
+    return build
+
+
+def all_settings(changes):
+    """What the page sends for Advanced Settings: every setting."""
+    from turbodistill.trainer.config import Config
+
+    own = set(SMALL) | set(SHORT)
+    return {k: v for k, v in Config().to_dict().items() if k not in own} | changes
+
+
+@pytest.fixture
+def teacher(comfyui, new_graph):
+    """Hash of the cached demo model, and a picture that it makes in four steps."""
+
+    def look(moment):
+        graph = new_graph()
+        demo = graph.add("TurboDistillLoadDemoModel", batch_size=2)
+        told = comfyui.text(graph, graph.add("TestsHash", model=demo, moment=moment)[0])
+        positive = graph.add("CLIPTextEncode", clip=demo[1], text="a red fox, animal, in flat noto style")
+        settings = {"steps": 4, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+        inputs = {"model": demo, "positive": positive, "negative": positive, "latent_image": demo[3]}
+        (latents,) = comfyui.latents(graph, graph.add("KSampler", **inputs, **settings, seed=moment % 1))
+        return told, latents
+
+    return look
+
+
+def runs(comfyui, name):
+    return comfyui.base / "output" / "turbodistill" / "runs" / name
+
+
+def snapshot(comfyui, node):
+    return json.loads(comfyui.get(f"turbodistill/runs/{node.name}"))
+
+
+def wait_for(comfyui, node, update):
+    """Until the node's run has come to an update; the snapshot. What an earlier run left is passed over."""
+    seen = False
+    for _ in range(1200):
+        try:
+            told = snapshot(comfyui, node)
+        except OSError:
+            told = {}
+        seen = seen or told.get("state") == "working"
+        if seen and told["state"] != "working":
+            raise AssertionError(f"it ended before update {update}: {told['state']} {told['error']}")
+        if seen and told["what"] == "training" and told["done"] >= update:
+            return told
+        time.sleep(0.05)
+    raise TimeoutError(f"no update {update}")
+
+
+def test_it_ends_with_a_student_that_the_host_loads_whole(comfyui, graph, distilling, new_graph, teacher):
+    before = teacher(1)
+    nodes = distilling("whole")
+    saved = graph.add(
+        "TurboDistillSaveStudent", student=nodes["distill"][1], name="whole", save_as="the student (LoRA)"
+    )
+    shown = graph.add("PreviewImage", images=nodes["distill"][3])
+    run = comfyui.run(graph)
+    assert "saved " in run.outputs[saved.name]["text"][0]
+    told = snapshot(comfyui, nodes["distill"])
+    assert told["state"] == "done" and told["done"] == told["total"] == 12 and told["error"] == ""
+    assert told["history"]["update"] == list(range(1, 13))
+    assert {"regression", "adversarial", "discriminator"} <= told["history"]["losses"].keys()
+    assert told["memory"].startswith("training takes about ")
+    assert [p["update"] for p in told["previews"]] == [0, 6, 12, 12]
+    # Core's own loader takes every key of the file, and makes in one step what the preview showed.
+    shown_last = told["previews"][-1]
+    prompts, seeds = shown_last["prompts"][:2], shown_last["seeds"][:2]
+    other = new_graph()
+    demo = other.add("TurboDistillLoadDemoModel", batch_size=1)
+    lora = other.add("LoraLoaderModelOnly", model=demo, lora_name="whole.safetensors", strength_model=1.0)
+    made = []
+    for text, seed in zip(prompts, seeds, strict=True):
+        positive = other.add("CLIPTextEncode", clip=demo[1], text=text)
+        one = other.add("VAEDecode", samples=other.sample(lora, positive, demo[3], seed=seed), vae=demo[2])
+        made.append(other.add("PreviewImage", images=one))
+    at = len(comfyui.log.read_text())
+    run_other = comfyui.run(other)
+    assert "lora key not loaded" not in comfyui.log.read_text()[at:]
+    preview = comfyui.pictures(run, shown)[:2]
+    pictures = torch.cat([comfyui.pictures(run_other, node) for node in made])
+    assert (pictures - preview).abs().mean() < 0.01
+    # The weights that others share are as they were, and no trace is left in the network.
+    after = teacher(2)
+    assert after[0] == before[0] and torch.equal(after[1], before[1])
+
+
+def test_the_page_asks_for_a_preview_and_for_the_end(comfyui, graph, distilling):
+    nodes = distilling("early", updates=400, advanced={"preview_every": 0, "select_every": 0})
+    queued = comfyui.queue(graph)
+    node = nodes["distill"]
+    wait_for(comfyui, node, 2)
+    assert comfyui.post(f"turbodistill/runs/{node.name}/preview") == 204
+    for _ in range(200):
+        if len((told := snapshot(comfyui, node))["previews"]) == 2:
+            break
+        time.sleep(0.05)
+    assert 2 <= told["previews"][-1]["update"] < 400
+    assert comfyui.post(f"turbodistill/runs/{node.name}/stop") == 204
+    comfyui.wait(queued)
+    told = snapshot(comfyui, node)
+    assert told["state"] == "stopped" and 2 <= told["done"] < 400
+    assert (runs(comfyui, "early") / "student.safetensors").exists()
+    assert comfyui.post(f"turbodistill/runs/{node.name}/stop") == 409
+    assert comfyui.post("turbodistill/runs/none/stop") == 404
+    # The same graph goes on from there.
+    queued = comfyui.queue(graph)
+    later = wait_for(comfyui, node, told["done"] + 2)
+    assert later["history"]["update"][:2] == [1, 2]
+    assert comfyui.post(f"turbodistill/runs/{node.name}/stop") == 204
+    comfyui.wait(queued)
+
+
+def test_many_cancels_at_random_moments_leave_the_model_as_it_was(comfyui, distilling, new_graph, teacher, cancelled):
+    before = teacher(3)
+    draws, reached = random.Random(0), set()
+    for k in range(20):
+        graph = new_graph()
+        # New pairs every few times, so that some cancels meet the making of pairs.
+        nodes = distilling(f"cancelled-{k // 4}", graph, pairs={"seed": 100 + k // 4}, updates=100000)
+        queued = comfyui.queue(graph)
+        if k % 4:
+            wait_for(comfyui, nodes["distill"], 1)
+        time.sleep(draws.uniform(0, 1.5))
+        begun = time.monotonic()
+        comfyui.post("interrupt")
+        with pytest.raises(cancelled):
+            comfyui.wait(queued)
+        assert time.monotonic() - begun < 5  # one pass, not one training
+        told = [snapshot(comfyui, nodes[n]) for n in ("pairs", "distill") if known(comfyui, nodes[n])]
+        reached |= {t["kind"] for t in told if t["state"] == "cancelled"}
+        assert all(t["state"] != "working" for t in told)
+    assert reached == {"pairs", "distill"}
+    after = teacher(4)
+    assert after[0] == before[0] and torch.equal(after[1], before[1])
+    # A second training starts clean, and a cancelled one goes on.
+    graph = new_graph()
+    done = torch.serialization.load(runs(comfyui, "cancelled-4") / "state.pt", weights_only=True)["update"]
+    nodes = distilling("cancelled-4", graph, pairs={"seed": 104}, updates=done + 2)
+    comfyui.run(graph)
+    assert snapshot(comfyui, nodes["distill"])["done"] == done + 2
+
+
+def known(comfyui, node):
+    try:
+        snapshot(comfyui, node)
+    except OSError:
+        return False
+    return True
+
+
+def test_out_of_memory_says_what_to_change_and_the_queue_goes_on(comfyui, distilling, new_graph, teacher, node_error):
+    before = teacher(5)
+    comfyui.run(with_pairs(new_graph(), distilling))  # the pairs are there: the fault meets the training
+    graph = new_graph()
+    nodes = distilling("full", graph, model=lambda demo: graph.add("TestsOutOfMemory", model=demo, after=20))
+    with pytest.raises(node_error, match=r"out of memory while training .*checkpointing to true, or lower batch"):
+        comfyui.run(graph)
+    told = snapshot(comfyui, nodes["distill"])
+    assert told["state"] == "failed" and "out of memory" in told["error"]
+    after = teacher(6)
+    assert after[0] == before[0] and torch.equal(after[1], before[1])
+    graph = new_graph()
+    nodes = distilling("full", graph)
+    comfyui.run(graph)  # goes on from what was saved
+    assert snapshot(comfyui, nodes["distill"])["state"] == "done"
+
+
+def with_pairs(graph, distilling):
+    nodes = distilling("unused", graph)
+    del graph.prompt[nodes["card"].name], graph.prompt[nodes["distill"].name]
+    return graph
+
+
+def test_a_killed_server_goes_on_to_the_same_bits(installation, serve, distilling, new_graph, tmp_path):
+    def files(base):
+        return load_file(base / "output" / "turbodistill" / "runs" / "killed" / "student.safetensors")
+
+    with serve(tmp_path / "whole") as server:
+        graph = new_graph()
+        distilling("killed", graph)
+        server.run(graph)
+    with serve(tmp_path / "killed") as server:
+        graph = new_graph()
+        nodes = distilling("killed", graph)
+        server.queue(graph)
+        wait_for(server, nodes["distill"], 7)
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.process.wait()
+    with serve(tmp_path / "killed") as server:
+        server.run(graph)
+        told = snapshot(server, nodes["distill"])
+        assert told["history"]["update"] == list(range(1, 13))  # the curves of before the kill are there
+    whole, resumed = files(tmp_path / "whole"), files(tmp_path / "killed")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_both_front_ends_run_one_trainer(comfyui, graph, distilling, tmp_path):
+    """The same data, seed and settings on the command line: the same losses, and as good a student."""
+    from turbodistill.trainer import cli, history
+
+    advanced = {"precision": "float32", "width": 16}
+    distilling("parity", advanced=advanced, pairs={"pairs": 32}, updates=20)
+    comfyui.run(graph)
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("a {red|blue|green|black} {fox|owl|fish|cat}, animal, in flat noto style\n")
+    settings = all_settings(ADVERSARIAL | advanced) | SMALL | SHORT | {"pairs": 32, "updates": 20}
+    del settings["at_once"]
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in settings.items() if not isinstance(v, bool)]
+    assert cli.main(["distill", "--prompts", str(lines), "--out", str(tmp_path / "run"), *flags]) == 0
+    ours = history.read(runs(comfyui, "parity") / "history.csv", 20)
+    theirs = history.read(tmp_path / "run" / "history.csv", 20)
+    assert len(ours) == len(theirs) == 20
+    for name in ("regression", "adversarial", "discriminator", "sharpness", "diversity"):
+        a = torch.tensor([float(row[name] or 0) for row in ours])
+        b = torch.tensor([float(row[name] or 0) for row in theirs])
+        assert (a - b).abs().max() < 0.02 * b.abs().max(), name
+
+
+def test_no_prompts(comfyui, graph, distilling, node_error):
+    nodes = distilling("bad")
+    graph.prompt[nodes["prompts"].name]["inputs"]["text"] = "# only a remark\n\n"
+    with pytest.raises(node_error, match="there is no prompt in the text: write one a line"):
+        comfyui.run(graph)
+
+
+def test_a_folder_with_a_broken_picture(comfyui, graph, distilling, node_error):
+    folder = comfyui.base / "input" / "mine"
+    folder.mkdir()
+    for k in range(3):
+        Image.new("RGB", (80, 64), (80 * k, 0, 0)).save(folder / f"{k}.png")
+        (folder / f"{k}.txt").write_text("a square")
+    whole = (folder / "1.png").read_bytes()
+    (folder / "1.png").write_bytes(whole[:60])
+    images = graph.add("TurboDistillImageFolder", folder="mine")
+    nodes = distilling("mine", images=images)
+    with pytest.raises(node_error, match=r"picture .*1\.png cannot be read .*replace or remove it"):
+        comfyui.run(graph)
+    (folder / "1.png").write_bytes(whole)
+    comfyui.run(graph)
+    assert snapshot(comfyui, nodes["distill"])["state"] == "done"
+    assert "positives both" in nodes_card(comfyui, graph, nodes)
+
+
+def nodes_card(comfyui, graph, nodes):
+    return comfyui.run(graph).outputs[nodes["card"].name]["text"][0]
+
+
+def test_a_vae_of_another_kind(comfyui, graph, distilling, node_error, other_vae):
+    nodes = distilling("vae")
+    vae = graph.add("VAELoader", vae_name=other_vae)
+    graph.prompt[nodes["pairs"].name]["inputs"]["vae"] = vae[0]
+    with pytest.raises(node_error, match="the VAE makes latents of 16 channels, the model wants 4"):
+        comfyui.run(graph)
+
+
+def test_a_size_that_the_vae_cannot_make(comfyui, graph, distilling, node_error):
+    nodes = distilling("size")
+    graph.prompt[nodes["pairs"].name]["inputs"]["width"] = 62
+    with pytest.raises(node_error, match="62 x 64 pixels: give multiples of"):
+        comfyui.run(graph)
+
+
+def test_a_base_that_is_a_student_already(comfyui, graph, distilling, node_error):
+    def student(demo):
+        return graph.add("TurboDistillLoadStudent", model=demo, student=BUILT_IN, strength=1.0)
+
+    distilling("again", model=student)
+    with pytest.raises(node_error, match="connect the model as it was loaded"):
+        comfyui.run(graph)
+
+
+def test_a_lora_on_the_model_is_part_of_the_teacher(comfyui, graph, distilling, new_graph, teacher):
+    """The pairs are the adapted model's, and the student fits it and not the bare one."""
+    plain = new_graph()
+    distilling("first", plain)
+    saving = plain.add(
+        "TurboDistillSaveStudent",
+        student=[str(len(plain.prompt) - 1), 1],
+        name="style",
+        save_as="the student (LoRA)",
+    )
+    comfyui.run(plain)
+    assert saving
+    before = teacher(7)
+
+    def adapted(demo):
+        return graph.add("LoraLoaderModelOnly", model=demo, lora_name="style.safetensors", strength_model=0.5)
+
+    nodes = distilling("over-a-lora", model=adapted)
+    out = graph.add("TurboDistillSaveStudent", student=nodes["distill"][1], name="over", save_as="the student (LoRA)")
+    run = comfyui.run(graph)
+    assert "One-step student of style.safetensors" in run.outputs[out.name]["text"][0]
+    after = teacher(8)
+    # ComfyUI's own patching has changed which weights ask for gradients: the bits are what counts.
+    assert after[0].split()[0] == before[0].split()[0] and torch.equal(after[1], before[1])
+    warnings = []
+    for model in (lambda g, demo: demo, lambda g, demo: adapted_in(g, demo)):
+        other = new_graph()
+        demo = other.add("TurboDistillLoadDemoModel", batch_size=2)
+        loaded = other.add(
+            "TurboDistillLoadStudent", model=model(other, demo), student="loras/over.safetensors", strength=1.0
+        )
+        warnings.append("pictures may suffer" in comfyui.text(other, loaded[1]))
+    assert warnings == [True, False]
+
+
+def adapted_in(graph, demo):
+    return graph.add("LoraLoaderModelOnly", model=demo, lora_name="style.safetensors", strength_model=0.5)
+
+
+def test_pairs_of_another_model_are_refused(comfyui, graph, distilling, node_error, new_graph):
+    nodes = distilling("mixed")
+    demo = nodes["demo"]
+    lora = graph.add("LoraLoaderModelOnly", model=demo, lora_name="whole.safetensors", strength_model=0.5)
+    graph.prompt[nodes["distill"].name]["inputs"]["model"] = lora[0]
+    with pytest.raises(node_error, match="the pairs were made with another model or CLIP"):
+        comfyui.run(graph)
+
+
+def test_other_settings_or_prompts_do_not_go_on(comfyui, graph, distilling, node_error, new_graph):
+    distilling("fixed")
+    comfyui.run(graph)
+    other = new_graph()
+    distilling("fixed", other, rank=8)
+    with pytest.raises(node_error, match="rank was 4 and is 8"):
+        comfyui.run(other)
+    other = new_graph()
+    distilling("fixed", other, pairs={"seed": 5})
+    with pytest.raises(node_error, match="seed was 0 and is 5"):
+        comfyui.run(other)
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs Linux: a limit on the server's files")
+def test_a_disk_without_room(comfyui, graph, distilling, node_error):
+    distilling("no-room")
+    before = resource.prlimit(comfyui.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(comfyui.process.pid, resource.RLIMIT_FSIZE, (2**20, before[1]))
+    try:
+        with pytest.raises(node_error, match=r"cannot write .*free some space or choose another folder"):
+            comfyui.run(graph)
+    finally:
+        resource.prlimit(comfyui.process.pid, resource.RLIMIT_FSIZE, before)
+    assert not list(runs(comfyui, "no-room").glob("*.part"))
+    comfyui.run(graph)
+
+
+@pytest.mark.parametrize("name", ["", "../out", "a/b", "C:\\x"])
+def test_a_name_that_is_no_folder_s(comfyui, graph, distilling, node_error, name):
+    distilling(name)
+    with pytest.raises(node_error, match="give one that can be a folder's"):
+        comfyui.run(graph)

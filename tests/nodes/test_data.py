@@ -1,0 +1,263 @@
+"""Nodes that give a distillation its data: prompts, pictures of one's own, and the teacher's pairs."""
+
+import os
+import random
+
+import pytest
+import torch
+from PIL import Image
+from turbodistill.trainer import data as trainer_data
+from turbodistill.trainer.data import DataError
+from turbodistill.trainer.prompts import ANYTHING, DEMO
+
+# --- Prompts ---
+
+
+@pytest.fixture
+def prompts(nodes, places):
+    """The node, with nothing written in what is not asked for."""
+    node = nodes.data.Prompts
+    return lambda source, text="", file="": node.run(source=source, text=text, file=file).args
+
+
+def test_prompts_are_the_lines_of_the_text(nodes, prompts):
+    lines, examples = prompts(nodes.data.Prompts.TEXT, " a fox \n\n# a comment\nan owl\n")
+    assert lines == ["a fox", "an owl"] and examples == "a fox\nan owl"
+
+
+def test_choices_are_drawn_in_the_examples_and_kept_for_the_pairs(nodes, prompts):
+    lines, examples = prompts(nodes.data.Prompts.TEXT, "a {red|blue} fox")
+    assert lines == ["a {red|blue} fox"]
+    assert set(examples.splitlines()) == {"a red fox", "a blue fox"} and len(examples.splitlines()) == 16
+
+
+@pytest.mark.parametrize("text", ["", "  \n\n", "# only a comment"])
+def test_a_text_without_a_prompt_is_told(nodes, prompts, text):
+    with pytest.raises(DataError, match="no prompt in the text: write one a line"):
+        prompts(nodes.data.Prompts.TEXT, text, "beside.txt")
+
+
+def test_prompts_come_from_a_file_in_the_input_folder_or_anywhere(nodes, prompts, places, tmp_path):
+    source = nodes.data.Prompts.FILE
+    (places.input / "words").mkdir()
+    (places.input / "words" / "mine.txt").write_text("a fox\n")
+    outside = tmp_path / "outside.txt"
+    outside.write_text("an owl\n")
+    assert prompts(source, "not this", "words/mine.txt")[0] == ["a fox"]
+    assert prompts(source, "not this", str(outside))[0] == ["an owl"]
+
+
+@pytest.mark.parametrize("file", ["", "missing.txt", "/missing/prompts.txt"])
+def test_a_file_that_is_not_there_is_told(nodes, prompts, file):
+    with pytest.raises(DataError, match="does not exist: check the name"):
+        prompts(nodes.data.Prompts.FILE, "not this", file)
+
+
+def test_what_is_built_in_needs_nothing(nodes, prompts):
+    built_in = nodes.data.Prompts.BUILT_IN
+    assert set(built_in.values()) == {ANYTHING, DEMO}
+    for source, path in built_in.items():
+        lines, examples = prompts(source)
+        assert lines == trainer_data.read_prompts(path) and len(examples.splitlines()) == 16
+        assert "{" not in examples
+    assert nodes.data.Prompts.define_schema().inputs[0].options[2:] == list(built_in)
+
+
+def test_a_changed_file_is_read_again(nodes, places):
+    node, path = nodes.data.Prompts, places.input / "mine.txt"
+
+    def stamp(source=node.FILE, text="", file="mine.txt"):
+        return node.fingerprint_inputs(source, text, file)
+
+    assert stamp() == stamp()  # also while there is none
+    path.write_text("a fox")
+    before = stamp()
+    path.write_text("an owl")
+    os.utime(path, ns=(1, 1))
+    assert stamp() != before
+    # A file that is not asked for is none of its business.
+    assert stamp(node.TEXT) == stamp(node.TEXT) and stamp(node.TEXT, "a") != stamp(node.TEXT, "b")
+
+
+# --- Image Folder ---
+
+
+@pytest.fixture
+def pictures(places):
+    """A folder of captioned pictures in the input folder."""
+    folder = places.input / "pets"
+    folder.mkdir()
+    for k, text in enumerate(("a fox", "an owl", "a fox", "")):
+        Image.new("RGB", (40, 20 + k), (80 * k, 0, 0)).save(folder / f"{k}.png")
+        (folder / f"{k}.txt").write_text(text)
+    return folder
+
+
+def test_a_folder_of_pictures_with_their_captions(nodes, pictures):
+    node = nodes.data.ImageFolder
+    for name in ("pets", " pets ", str(pictures)):
+        made = node.run(folder=name)
+        assert made.args == (pictures, ["a fox", "an owl"])  # as prompts, each once
+        assert made.ui.image.shape == (4, 256, 256, 3) and 0 <= made.ui.image.min() <= made.ui.image.max() <= 1
+
+
+def test_of_many_pictures_some_are_shown(nodes, pictures):
+    for k in range(4, 20):
+        Image.new("RGB", (8, 8)).save(pictures / f"{k}.png")
+        (pictures / f"{k}.txt").write_text(f"number {k}")
+    made = nodes.data.ImageFolder.run(folder="pets")
+    assert len(made.ui.image) == 16 and len(made[1]) == 18
+
+
+def broken(folder):
+    (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:60])
+
+
+def without_caption(folder):
+    (folder / "2.txt").unlink()
+
+
+def emptied(folder):
+    for path in folder.iterdir():
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (broken, r"picture .*2\.png cannot be read .*: replace or remove it"),
+        (without_caption, r"1 pictures have no caption, the first is .*2\.png"),
+        (emptied, "holds no picture"),
+    ],
+)
+def test_pictures_that_cannot_be_used_are_told(nodes, pictures, harm, told):
+    harm(pictures)
+    with pytest.raises(DataError, match=told):
+        nodes.data.ImageFolder.run(folder="pets")
+
+
+def test_a_broken_picture_is_found_among_those_that_are_not_shown(nodes, pictures):
+    for k in range(4, 20):
+        Image.new("RGB", (8, 8)).save(pictures / f"{k}.png")
+        (pictures / f"{k}.txt").write_text("a dot")
+    (pictures / "9.png").write_bytes(b"no picture")  # the last by name
+    with pytest.raises(DataError, match=r"9\.png cannot be read"):
+        nodes.data.ImageFolder.run(folder="pets")
+
+
+@pytest.mark.parametrize(("name", "told"), [("  ", "folder is empty: give the name"), ("nowhere", "does not exist")])
+def test_a_folder_that_is_none_is_told(nodes, pictures, name, told):
+    with pytest.raises(DataError, match=told):
+        nodes.data.ImageFolder.run(folder=name)
+
+
+def test_a_changed_folder_is_looked_at_again(nodes, pictures):
+    stamp = nodes.data.ImageFolder.fingerprint_inputs
+    before = stamp("pets")
+    assert stamp("pets") == before
+    (pictures / "0.txt").write_text("another")
+    assert stamp("pets") != before
+    emptied(pictures)
+    assert "holds no picture" in stamp("pets")  # told when it is run, not when it is asked whether to run
+
+
+# --- Teacher Pairs ---
+
+
+def shards(pairs):
+    return {path.name: path.read_bytes() for path in pairs.folder.iterdir()}
+
+
+def test_pairs_lie_in_a_folder_of_their_own_kind(nodes, graph, places, kit):
+    pairs = graph.pairs()
+    assert pairs.folder.parent == places.output / "turbodistill" / "pairs"
+    assert (pairs.width, pairs.height, pairs.prompts) == (16, 16, kit.words)
+    assert set(pairs.settings) == {*nodes.settings.OF_PAIRS}
+    samples = trainer_data.load_pairs(pairs.folder)
+    assert samples.latents.shape == (12, 4, 8, 8) and samples.latents.isfinite().all()
+    assert samples.prompts == [*kit.words, *kit.words[:3]]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompts": ["other"]},
+        {"guidance": 3.0},
+        {"seed": 1},
+        {"pair_steps": 3},
+        {"height": 32},
+    ],
+)
+def test_other_pairs_have_another_folder(graph, changes):
+    before = graph.pairs()
+    stamp = shards(before)
+    assert graph.pairs(**changes).folder != before.folder and shards(before) == stamp
+
+
+def test_pairs_of_another_model_have_another_folder(graph, toys, loaded, clip_of):
+    folders = {graph.pairs().folder}
+    styled = graph.model.clone()
+    key = "diffusion_model.conv_in.weight"
+    styled.add_patches({key: (torch.ones(8, 4, 3, 3),)}, 0.5)
+    stronger = graph.model.clone()
+    stronger.add_patches({key: (torch.ones(8, 4, 3, 3),)}, 0.7)
+    for other in (styled, stronger, loaded(make=toys.row, seed=1)):
+        folders.add(graph.pairs(model=other).folder)
+    folders.add(graph.pairs(clip=clip_of(seed=1)).folder)
+    assert len(folders) == 5
+
+
+def test_more_pairs_go_on_from_those_that_are_there(graph):
+    few, many = graph.pairs(), graph.pairs(pairs=20)
+    assert few.folder == many.folder
+    assert len(trainer_data.load_pairs(many.folder)) == 20
+
+
+def test_a_choice_is_drawn_for_every_pair(graph):
+    pairs = graph.pairs(prompts=["a {red|blue} fox"], pairs=8)
+    assert len(pairs.prompts) == 8 and set(pairs.prompts) == {"a red fox", "a blue fox"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cancelled_pairs_are_kept_and_the_next_run_goes_on(graph, comfyui, server, kit, tmp_path, seed):
+    whole = trainer_data.load_pairs(graph.pairs().folder)
+    for path in (graph.pairs().folder).iterdir():
+        path.unlink()
+    before = kit.bits(graph.model)
+    number = random.Random(seed).randint(2, 6)  # of the six passes: three batches of two steps
+    handle = graph.at_pass(number, comfyui.server.interrupt_current_processing)
+    with pytest.raises(comfyui.server.InterruptProcessingException):
+        graph.pairs()
+    handle.remove()
+    assert server.sent[-1][1]["state"] == "cancelled" and server.sent[-1][1]["done"] == (number - 1) // 2 * 4
+    assert kit.same(kit.bits(graph.model), before) and kit.hooks(graph.model) == 0
+    passes = []
+    handle = graph.model.model.diffusion_model.register_forward_pre_hook(lambda *_: passes.append(1))
+    again = trainer_data.load_pairs(graph.pairs().folder)
+    handle.remove()
+    assert len(passes) == 6 - (number - 1) // 2 * 2  # what was made is not made again
+    assert torch.equal(again.latents, whole.latents) and again.prompts == whole.prompts
+    assert server.sent[-1][1]["state"] == "done" and server.sent[-1][1]["done"] == 12
+
+
+def test_pairs_are_shown_while_they_are_made(nodes, graph, server, places, monkeypatch):
+    monkeypatch.setattr(nodes.panel, "PICTURES_EVERY", 0)
+    graph.pairs()
+    _, told = server.sent[-1]
+    assert (told["kind"], told["what"], told["unit"], told["total"]) == ("pairs", "teacher pairs", "pairs", 12)
+    assert len(told["pictures"]) == 8  # the newest
+    for picture in told["pictures"]:
+        with Image.open(places.temp / picture["subfolder"] / picture["filename"]) as shown:
+            assert shown.size == (16, 16)
+
+
+def test_a_model_that_cannot_be_distilled_is_told_before_pairs_are_made(nodes, graph, comfyui, places):
+    from turbodistill.core.families import Sampling
+
+    with pytest.raises(ValueError, match="sampled as SDXL-Turbo already"):
+        graph.pairs(model=nodes.host.with_sampling(graph.model, Sampling("SDXL-Turbo")))
+    with pytest.raises(ValueError, match=r"latents of 16 channels, the model wants 4: connect the VAE"):
+        graph.pairs(vae=comfyui.Pictures(16))
+    with pytest.raises(ValueError, match="17 x 16 pixels: give multiples of 2"):
+        graph.pairs(width=17)
+    assert not (places.output / "turbodistill").exists()

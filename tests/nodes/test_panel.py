@@ -1,0 +1,276 @@
+"""What the page is told of a run: messages now and then, the whole when it asks, and what it may ask for."""
+
+import math
+
+import pytest
+import torch
+from PIL import Image
+from turbodistill.trainer import monitor as trainer_monitor
+from turbodistill.trainer.config import Config
+from turbodistill.trainer.health import Health
+from turbodistill.trainer.monitor import Monitor
+from turbodistill.trainer.run import PairsMade, Step
+
+NODE = "7"
+RUN = f"/turbodistill/runs/{NODE}"
+
+
+def step(update, **losses):
+    return Step(update, {"regression": 1 / update} | losses, Health(0.5, update, 1.0, 1.0, 1.0), 0.1, 0.1 * update)
+
+
+class Clock:
+    """Seconds that go on only when told."""
+
+    now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+    def time(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(nodes, monkeypatch):
+    made = Clock()
+    monkeypatch.setattr(nodes.panel, "time", made)
+    return made
+
+
+@pytest.fixture
+def monitor():
+    return Monitor("distill", "my-turbo", Config(updates=10_000), lambda latents: [f"{len(latents)} pictures"])
+
+
+class Page:
+    """A page that knows a run by its messages: joins each to what it has, or asks for the whole."""
+
+    def __init__(self, server):
+        self.server, self.run, self.read, self.asked = server, None, 0, 0
+
+    def catch_up(self):
+        for _, told in self.server.sent[self.read :]:
+            self.take(told)
+        self.read = len(self.server.sent)
+
+    def take(self, told):
+        news, before = told["history"], told["first"]
+        if told["points"] != before + len(news["update"]) or before > len(self.run["update"] if self.run else ()):
+            self.asked += 1
+            told = self.server.routes.ask("GET", RUN)[1]
+            news, before = told["history"], 0
+        rows = {"update": news["update"]} | {f"{kind} {n}": v for kind in ("losses", "health") for n, v in news[kind].items()}
+        old = self.run or {}
+        nothing = [None] * before
+        self.run = {
+            name: [*old.get(name, nothing)[:before], *rows.get(name, [None] * len(news["update"]))]
+            for name in {**(old if before else {}), **rows}
+        }
+
+
+def whole(server):
+    page = Page(server)
+    page.take(server.routes.ask("GET", RUN)[1])
+    return page.run
+
+
+# --- routes ---
+
+
+def test_a_node_that_has_not_run_is_not_found(server):
+    for method, path in (("GET", RUN), ("POST", f"{RUN}/stop"), ("POST", f"{RUN}/preview")):
+        status, told = server.routes.ask(method, path)
+        assert status == 404 and "has no run" in told["error"]
+
+
+def test_a_node_inside_a_subgraph_is_found(nodes, server, monitor):
+    with nodes.panel.watched("7:12", monitor):
+        assert server.routes.ask("GET", "/turbodistill/runs/7:12")[1]["node"] == "7:12"
+
+
+def test_stop_and_preview_reach_the_training(nodes, server, monitor):
+    with nodes.panel.watched(NODE, monitor) as panel:
+        panel.follow(step(1))
+        for wish in ("stop", "preview"):
+            assert not getattr(monitor.control, wish)
+            assert server.routes.ask("POST", f"{RUN}/{wish}") == (204, None)
+            assert getattr(monitor.control, wish)
+
+
+def test_what_does_not_train_cannot_be_asked(nodes, server, monitor):
+    def refused():
+        answers = [server.routes.ask("POST", f"{RUN}/{wish}") for wish in ("stop", "preview")]
+        return answers == [(409, {"error": "no training runs here now"})] * 2
+
+    with nodes.panel.watched(NODE, monitor) as panel:
+        assert refused()  # before it began
+        panel.follow(PairsMade(4, 12, "teacher pairs", SAMPLES))
+        assert refused()
+        panel.follow(step(1))
+        assert not refused()
+        monitor.control.stop = monitor.control.preview = False
+        monitor.end("done")
+    assert refused() and not monitor.control.stop and not monitor.control.preview
+
+
+# --- messages ---
+
+
+class SAMPLES:
+    latents = torch.zeros(3, 4, 2, 2)
+
+
+def test_messages_come_at_the_beginning_now_and_then_and_at_the_end(nodes, server, monitor, clock):
+    with nodes.panel.watched(NODE, monitor) as panel:
+        assert len(server.sent) == 1
+        for update in range(1, 101):
+            clock.now += 0.06
+            panel.follow(step(update))
+        between = len(server.sent) - 1
+        assert between == pytest.approx(6 / nodes.panel.EVERY, abs=2)
+    assert len(server.sent) == 1 + between + 1
+    assert {event for event, _ in server.sent} == {"turbodistill.run"}
+    assert all(told["node"] == NODE for _, told in server.sent)
+    # A point is told once.
+    assert [u for _, told in server.sent for u in told["history"]["update"]] == list(range(1, 101))
+    assert [told["first"] for _, told in server.sent][1:] == [told["points"] for _, told in server.sent][:-1]
+
+
+def test_comfyui_s_own_bar_goes_along(nodes, server, comfyui, monitor, clock):
+    with nodes.panel.watched(NODE, monitor) as panel:
+        clock.now += 1
+        panel.follow(step(300))
+    bar = comfyui.server.ProgressBar.shown[-1]
+    assert (bar.current, bar.total) == (300, 10_000)
+
+
+def test_a_page_that_joins_messages_has_the_whole_history(nodes, server, monitor, clock):
+    page = Page(server)
+    with nodes.panel.watched(NODE, monitor) as panel:
+        for update in range(1, 400):
+            clock.now += 0.05
+            panel.follow(step(update, **({"adversarial": -0.5} if update > 200 else {})))
+            page.catch_up()
+    page.catch_up()
+    assert page.run == whole(server) and page.run["update"] == list(range(1, 400)) and page.asked == 0
+    assert page.run["losses adversarial"] == [None] * 200 + [-0.5] * 199
+
+
+def test_a_page_that_comes_in_between_has_it_too(nodes, server, monitor, clock):
+    with nodes.panel.watched(NODE, monitor) as panel:
+        for update in range(1, 100):
+            clock.now += 0.05
+            panel.follow(step(update))
+        page = Page(server)
+        page.take(server.routes.ask("GET", RUN)[1])  # knows points that the next message brings again
+        page.read = len(server.sent)
+        for update in range(100, 200):
+            clock.now += 0.05
+            panel.follow(step(update))
+            page.catch_up()
+    page.catch_up()
+    assert page.run == whole(server) and page.asked == 0
+
+
+@pytest.mark.parametrize("pace", [0.02, 1.0])
+def test_a_long_history_is_thinned_out_and_asked_for_anew(nodes, server, monitor, clock, monkeypatch, pace):
+    monkeypatch.setattr(trainer_monitor, "POINTS", 50)
+    page, most = Page(server), 0
+    with nodes.panel.watched(NODE, monitor) as panel:
+        for update in range(1, 501):
+            clock.now += pace
+            panel.follow(step(update))
+            page.catch_up()
+            most = max(most, monitor.snapshot()["points"])
+    page.catch_up()
+    assert page.run == whole(server)
+    assert most < 100 and 1 <= page.asked <= 6
+    updates = page.run["update"]
+    assert 50 <= len(updates) < 100 and len({b - a for a, b in zip(updates, updates[1:], strict=False)}) == 1
+    assert updates[-1] > 490  # the newest are among them
+
+
+def test_a_history_of_before_is_told_with_the_first_message(nodes, server, monitor, clock):
+    page = Page(server)
+    with nodes.panel.watched(NODE, monitor) as panel:
+        row = {"update": "1", "seconds": "0.1", "accuracy": "0.5", "logit_gap": "1", "saturation": "1"}
+        row |= {"sharpness": "1", "diversity": "1", "regression": "0.5", "adversarial": ""}
+        monitor.recall([row, row | {"update": "2", "adversarial": "0.25"}])
+        clock.now += 1
+        panel.follow(step(3))
+    page.catch_up()
+    assert page.run == whole(server) and page.run["update"] == [1, 2, 3]
+    assert page.run["losses adversarial"] == [None, 0.25, None] and "losses seconds" not in page.run
+
+
+def test_what_is_no_number_reaches_the_page_as_nothing(nodes, server, monitor, clock):
+    with nodes.panel.watched(NODE, monitor) as panel:
+        panel.follow(step(1, adversarial=math.nan, r1=math.inf))
+    losses = server.sent[-1][1]["history"]["losses"]
+    assert losses["regression"] == [1.0] and losses["adversarial"] == losses["r1"] == [None]
+
+
+def test_newest_pairs_are_shown_now_and_then(nodes, server, monitor, clock):
+    shown = []
+    monitor.show = lambda latents: shown.append(len(latents)) or ["picture"] * len(latents)
+    with nodes.panel.watched(NODE, monitor) as panel:
+        for done in range(3, 61, 3):
+            clock.now += 1
+            panel.follow(PairsMade(done, 60, "teacher pairs", SAMPLES))
+    assert shown == [3] * 4  # of twenty seconds, every fifth
+    assert len(server.sent[-1][1]["pictures"]) == 8
+
+
+# --- ends ---
+
+
+def test_cancel_is_looked_for_after_every_event(nodes, server, comfyui, monitor):
+    cancelled = comfyui.server.InterruptProcessingException
+    with pytest.raises(cancelled), nodes.panel.watched(NODE, monitor) as panel:
+        panel.follow(step(1))
+        comfyui.server.interrupt_current_processing()
+        panel.follow(step(2))
+    told = server.sent[-1][1]
+    assert (told["state"], told["error"], told["done"]) == ("cancelled", "", 2)
+
+
+def test_an_error_is_told_in_its_words(nodes, server, monitor):
+    with pytest.raises(ValueError, match="too small"), nodes.panel.watched(NODE, monitor):
+        raise ValueError("the pictures are too small")
+    told = server.sent[-1][1]
+    assert (told["state"], told["error"]) == ("failed", "the pictures are too small")
+    assert server.routes.ask("GET", RUN)[1]["state"] == "failed"  # also for a page that comes later
+
+
+def test_the_next_run_of_a_node_takes_the_place_of_the_last(nodes, server, monitor):
+    with nodes.panel.watched(NODE, monitor) as panel:
+        panel.follow(step(1))
+    after = Monitor("distill", "other", Config(), lambda latents: [])
+    with nodes.panel.watched(NODE, after):
+        told = server.routes.ask("GET", RUN)[1]
+        assert told["name"] == "other" and told["points"] == 0
+        assert server.sent[-1][1] == told
+
+
+# --- pictures on the page ---
+
+
+@pytest.mark.parametrize(("size", "kind"), [((128, 64), "PNG"), ((136, 64), "WEBP")])
+def test_pictures_are_files_that_the_page_can_ask_for(nodes, places, size, kind):
+    width, height = size
+    pictures = torch.linspace(-0.5, 1.5, 3 * width).view(1, 3, 1, width).expand(2, 3, height, width)
+    found = nodes.host_page.show(pictures)
+    assert len({place["filename"] for place in found}) == 2
+    for place in found:
+        assert (place["subfolder"], place["type"]) == ("turbodistill", "temp")
+        with Image.open(places.temp / place["subfolder"] / place["filename"]) as shown:
+            assert shown.size == size and shown.format == kind
+            if kind == "PNG":  # without loss, and what is out of range is cut off
+                assert shown.getpixel((0, 0))[0] == 0 and shown.getpixel((width - 1, 0))[2] == 255
+
+
+def test_free_memory_is_the_device_s_where_there_is_one(nodes, graph):
+    assert nodes.host_page.free_memory(graph.model) is None
+    graph.model.load_device = torch.device("cuda")
+    assert nodes.host_page.free_memory(graph.model) == 8 * 1024**3

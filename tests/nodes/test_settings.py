@@ -1,0 +1,79 @@
+"""The settings of a distillation as widgets: every one once, with the trainer's own defaults and bounds."""
+
+import dataclasses
+import json
+
+import pytest
+from turbodistill.trainer.config import Config, ConfigError
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+# Begun with otherwise in ComfyUI, where a large model on one card is the rule.
+OTHER = {"TurboDistillDistill": {"batch": 4, "checkpointing": True}}
+KINDS = {bool: "BOOLEAN", int: "INT", float: "FLOAT", str: "STRING"}
+NOT_SETTINGS = {("TurboDistillTeacherPairs", "width")}  # of the pictures; Advanced Settings has the heads'
+
+
+@pytest.fixture(scope="module")
+def widgets(nodes):
+    """Pairs of node id and widget, of the three nodes that ask for settings."""
+    asking = (nodes.data.TeacherPairs, nodes.distill.Distill, nodes.distill.AdvancedSettings)
+    schemas = [node.define_schema() for node in asking]
+    inputs = [(schema.node_id, i) for schema in schemas for i in schema.inputs if i.io_type in (*KINDS.values(), "COMBO")]
+    return [(node, i) for node, i in inputs if i.id in FIELDS and (node, i.id) not in NOT_SETTINGS]
+
+
+def test_every_setting_is_asked_for_exactly_once(widgets):
+    assert sorted(i.id for _, i in widgets) == sorted(FIELDS)
+
+
+def test_defaults_and_help_are_the_trainer_s(widgets):
+    for node, i in widgets:
+        field = FIELDS[i.id]
+        assert i.default == OTHER.get(node, {}).get(i.id, field.default) and type(i.default) is type(field.default)
+        assert i.tooltip.lower() == field.metadata["help"].lower() + "."
+
+
+def test_what_a_widget_allows_is_what_the_trainer_takes(widgets):
+    for _, i in widgets:
+        about = FIELDS[i.id].metadata
+        if about["choices"]:
+            assert i.io_type == "COMBO" and tuple(i.options) == about["choices"]
+            continue
+        assert i.io_type == KINDS[type(i.default)], i.id
+        if i.io_type in ("INT", "FLOAT"):
+            assert about["low"] is None or i.min == about["low"], i.id
+            assert about["high"] is None or i.max == about["high"], i.id
+            assert i.min <= i.default <= i.max
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_both_ends_of_a_widget_are_settings_that_can_be(nodes, name):
+    i = nodes.settings.widget(name)
+    ends = i.options if i.io_type == "COMBO" else [i.min, i.max] if i.io_type in ("INT", "FLOAT") else [i.default]
+    # Steps are no more than timesteps; some loss must have a weight.
+    beside = {"start": {"steps": 1}, "regression_weight": {"feature_weight": 1.0}}.get(name, {})
+    for value in ends:
+        assert getattr(Config(**{name: value} | beside), name) == value
+
+
+def test_a_step_does_not_round_a_default_away(widgets):
+    # The page rounds what is typed to a multiple of the step.
+    for _, i in widgets:
+        if i.io_type == "FLOAT":
+            assert i.default == pytest.approx(round(i.default / i.step) * i.step, rel=1e-9), i.id
+            assert i.step < i.max - i.min
+
+
+def test_advanced_settings_are_what_was_chosen(nodes):
+    node = nodes.distill.AdvancedSettings
+    given = {i.id: i.default for i in node.define_schema().inputs} | {"lr": 1e-3, "adversarial": "relativistic"}
+    settings = node.run(**given)[0]
+    assert settings == given and Config(**settings).lr == 1e-3
+    assert json.dumps(settings)  # plain values
+
+
+def test_settings_that_cannot_be_are_told_on_the_node_that_has_them(nodes):
+    node = nodes.distill.AdvancedSettings
+    given = {i.id: i.default for i in node.define_schema().inputs}
+    with pytest.raises(ConfigError, match="steps is 8: from start 2 there are 3 at most"):
+        node.run(**given | {"steps": 8, "start": 2})
