@@ -10,13 +10,9 @@ from torch import Tensor, nn
 
 from .denoiser import Cond, Denoiser
 
-# Where to tap, by layout; in each, the last module of every group (first capture) is taken.
-UNET_TAPS = (
-    re.compile(r"^(down_blocks\.\d+)\.(?:resnets|attentions)\.\d+$"),
-    re.compile(r"^(mid_block)\.(?:resnets|attentions)\.\d+$"),
-    re.compile(r"^(input_blocks\.\d+)\.[01]$"),
-    re.compile(r"^(middle_block)\.\d+$"),
-)
+# Residual blocks of a UNet's encoder and middle, in diffusers' layout and in the hosts'.
+DIFFUSERS_BLOCK = re.compile(r"^(down_blocks\.\d+|mid_block)\.resnets\.\d+$")
+HOSTS_BLOCK = re.compile(r"^(input_blocks|middle_block)\.\d*[1-9]\d*(?:\.0)?$")
 TRANSFORMER_TAPS = re.compile(r"^(?:joint_blocks|double_blocks|transformer_blocks|blocks|layers)\.\d+$")
 COUNT = 5
 # Blocks of text and picture: where the picture stands in what they put out (first, where none is named),
@@ -30,16 +26,12 @@ class _Collected(Exception):
 
 
 def default_taps(backbone: nn.Module) -> list[str]:
-    """Names of the modules to tap: a UNet's encoder and middle, a transformer's blocks, at most five, evenly.
+    """Names of the modules to tap: a UNet's last residual block at every size, a transformer's blocks evenly.
 
-    Raises ValueError for an architecture that is not known; name the taps in the settings then.
+    At most five; a UNet's are the same in every layout. Raises ValueError for an architecture that is
+    not known; name the taps in the settings then.
     """
-    groups: dict[str, str] = {}
-    for name, _ in backbone.named_modules():
-        for pattern in UNET_TAPS:
-            if match := pattern.match(name):
-                groups[match[1]] = name
-    names = list(groups.values()) or [n for n, _ in backbone.named_modules() if TRANSFORMER_TAPS.match(n)]
+    names = _unet_taps(backbone) or [n for n, _ in backbone.named_modules() if TRANSFORMER_TAPS.match(n)]
     if not names:
         raise ValueError(
             f"no known blocks in {type(backbone).__name__}: name the modules to tap with the setting 'taps'"
@@ -47,6 +39,21 @@ def default_taps(backbone: nn.Module) -> list[str]:
     if len(names) <= COUNT:
         return names
     return [names[round((i + 1) * len(names) / COUNT) - 1] for i in range(COUNT)]
+
+
+def _unet_taps(backbone: nn.Module) -> list[str]:
+    """The last residual block at every size on the way down, and in the middle; none for other architectures."""
+    last: dict[str, str] = {}
+    level = 0
+    for name, module in backbone.named_modules():
+        if match := DIFFUSERS_BLOCK.match(name):
+            last[match[1]] = name
+        elif match := HOSTS_BLOCK.match(name):
+            if hasattr(module, "op"):  # a downsampling: what follows is smaller
+                level += 1
+            elif name.endswith(".0") or match[1] == "middle_block":
+                last[f"{match[1]} {level}"] = name
+    return list(last.values())
 
 
 class TeacherFeatures:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import amp, nn
 from torch.nn import Linear
 from torch.utils.checkpoint import CheckpointError
 from turbodistill.core.checkpointing import blocks, checkpointed
@@ -129,7 +129,7 @@ def test_fewer_activations_are_kept(backbone):
 
 def test_autocast_is_the_same_the_second_time(backbone, lora, learn):
     def fast():
-        with torch.amp.autocast("cpu", torch.bfloat16):
+        with amp.autocast("cpu", torch.bfloat16):
             return learn()
 
     plain = fast()

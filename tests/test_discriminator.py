@@ -104,11 +104,13 @@ def skeleton(names):
 
 
 def test_default_taps_of_the_hosts_unet():
-    inputs = [f"input_blocks.{i}.{j}" for i in range(12) for j in range(2)]
+    # As of Stable Diffusion 1: four sizes of two blocks each, the first three attend, between them a downsampling.
+    inside = {0: ["0"], **{i: ["0", "1"] for i in (1, 2, 4, 5, 7, 8)}, **{i: ["0.op"] for i in (3, 6, 9)}}
+    inputs = [f"input_blocks.{i}.{part}" for i in range(12) for part in inside.get(i, ["0"])]
     names = [*inputs, *(f"middle_block.{i}" for i in range(3)), *(f"output_blocks.{i}.0" for i in range(12))]
     taps = default_taps(skeleton(names))
-    # Five of the thirteen groups, evenly; the last of each group; the middle is the last; no decoder.
-    assert taps == ["input_blocks.2.1", "input_blocks.4.1", "input_blocks.7.1", "input_blocks.9.1", "middle_block.2"]
+    # The last residual block of each size, as in diffusers' layout; the middle is the last; no decoder.
+    assert taps == ["input_blocks.2.0", "input_blocks.5.0", "input_blocks.8.0", "input_blocks.11.0", "middle_block.2"]
 
 
 @pytest.mark.parametrize("blocks", ["joint_blocks", "double_blocks", "transformer_blocks", "blocks", "layers"])

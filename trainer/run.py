@@ -306,8 +306,8 @@ def _train(
         value = score(student_pictures(state, held, torch.arange(len(held))), held.latents)
         best = value <= state.extra.get("best", float("inf"))
         if best:
-            state.extra["best"] = value
             write_student(host, state, folder / BEST, {"score on held-out prompts": round(value, 4)})
+            state.extra["best"] = value  # now that it is kept
         return Selected(state.update, value, best)
 
     if state.update == 0:

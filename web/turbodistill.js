@@ -15,6 +15,8 @@ const KINDS = /** @type {const} */ ({
 
 /** @type {WeakMap<GraphNode, Panel>} */
 const panels = new WeakMap();
+/** The events that come while a whole run is asked for. @type {WeakMap<Panel, Run[]>} */
+const late = new WeakMap();
 
 /**
  * Every node below `graph` with its execution id: "12", or "7:12" for node 12 inside subgraph node 7.
@@ -43,14 +45,27 @@ const route = (id) => `/turbodistill/runs/${encodeURIComponent(id)}`;
 /** Node ids begin anew in every workflow: another's run is not shown. @param {Run} run */
 const isOurs = (run) => !run.workflow || run.workflow === app.graph.id;
 
-/** Show a node's run as the server has it. @param {string} id @param {Panel} panel */
+/** Show a node's run as the server has it, and what came meanwhile. @param {string} id @param {Panel} panel */
 async function restore(id, panel) {
+  if (late.has(panel)) return;
+  /** @type {Run[]} */
+  const events = [];
+  late.set(panel, events);
   const answer = await api.fetchApi(route(id)).catch(() => null); // offline: `reconnected` asks again
-  if (!answer) return;
-  const run = answer.ok ? /** @type {Run} */ (await answer.json()) : null;
+  const run = answer?.status === 200 ? /** @type {Run} */ (await answer.json().catch(() => null)) : null;
+  late.delete(panel);
   if (run && isOurs(run)) panel.show(run);
-  else if (panel.run?.state === "working" && panel.run.node === id)
+  else if ([204, 404].includes(answer?.status ?? 0) && panel.run?.state === "working" && panel.run.node === id)
     panel.show({ ...panel.run, state: "cancelled", error: "ComfyUI was started again meanwhile." });
+  for (const event of events) take(id, panel, event);
+}
+
+/** @param {string} id @param {Panel} panel @param {Run} run */
+function take(id, panel, run) {
+  const [events, whole] = [late.get(panel), join(panel.run, run)];
+  if (events) events.push(run);
+  else if (whole) panel.show(whole);
+  else restore(id, panel);
 }
 
 function restoreAll() {
@@ -60,12 +75,7 @@ function restoreAll() {
 /** @param {CustomEvent<Run>} event */
 function follow({ detail: run }) {
   if (!isOurs(run)) return;
-  for (const [id, panel] of panelsShown()) {
-    if (id !== run.node) continue;
-    const whole = join(panel.run, run);
-    if (whole) panel.show(whole);
-    else restore(id, panel);
-  }
+  for (const [id, panel] of panelsShown()) if (id === run.node) take(id, panel, run);
 }
 
 /** @param {GraphNode} node @returns {Doors} */
@@ -112,7 +122,7 @@ app.registerExtension({
   name: "turbodistill.panel",
   nodeCreated: (node) => equip(/** @type {GraphNode} */ (/** @type {unknown} */ (node))),
   afterConfigureGraph: restoreAll,
-  setup() {
+  init() {
     const events = /** @type {EventTarget} */ (api); // its own types list ComfyUI's events only
     events.addEventListener("turbodistill.run", (event) => follow(/** @type {CustomEvent<Run>} */ (event)));
     events.addEventListener("reconnected", restoreAll);

@@ -169,7 +169,8 @@ def test_real_positives_without_pictures_are_refused(graph, places, positives):
 
 
 @pytest.mark.parametrize(
-    "name", ["", " ", ".", "..", "../outside", "a/b", "a\\b", "/tmp/a", "C:a", ".hidden", "dot.", "space ", " space", "a|b"]
+    "name",
+    ["", " ", ".", "..", "../outside", "a/b", "a\\b", "/tmp/a", "C:a", ".hidden", "dot.", "space ", " space", "a|b"],
 )
 def test_a_name_that_is_no_folder_s_is_refused(graph, places, name):
     pairs = graph.pairs()
@@ -207,7 +208,9 @@ def test_a_student_is_not_distilled_again(nodes, graph, places):
     pairs = graph.pairs()
     model = graph.distill(pairs)[0]
     for student in (model, nodes.host.with_sampling(graph.model, Sampling("SDXL-Turbo"))):
-        with pytest.raises(ValueError, match=r"this MODEL is sampled as .* already: connect the model as it was loaded"):
+        with pytest.raises(
+            ValueError, match=r"this MODEL is sampled as .* already: connect the model as it was loaded"
+        ):
             graph.distill(pairs, name="again", model=student)
     assert not folder(places, "again").exists()
 
@@ -333,7 +336,10 @@ def out_of_memory():
 @pytest.mark.parametrize(
     ("changes", "remedy"),
     [
-        ({"checkpointing": False}, "set checkpointing to true, or lower batch and raise accumulate by as much, or make"),
+        (
+            {"checkpointing": False},
+            "set checkpointing to true, or lower batch and raise accumulate by as much, or make",
+        ),
         ({}, "): lower batch and raise accumulate by as much, or make smaller pictures, or lower rank"),
         ({"batch": 1}, "): make smaller pictures, or lower rank"),
     ],

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import LayerNorm, Linear
 from turbodistill.core.student import Student
 
 PREDICTIONS = ("eps", "v", "flow")
@@ -172,7 +173,7 @@ class SingleBlock(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.pre_norm, self.layer = torch.nn.LayerNorm(4), torch.nn.Linear(4, 4)
+        self.pre_norm, self.layer = LayerNorm(4), Linear(4, 4)
 
     def forward(self, x):
         x += self.layer(self.pre_norm(x))

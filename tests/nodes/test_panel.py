@@ -60,7 +60,9 @@ class Page:
             self.asked += 1
             told = self.server.routes.ask("GET", RUN)[1]
             news, before = told["history"], 0
-        rows = {"update": news["update"]} | {f"{kind} {n}": v for kind in ("losses", "health") for n, v in news[kind].items()}
+        rows = {"update": news["update"]} | {
+            f"{kind} {n}": v for kind in ("losses", "health") for n, v in news[kind].items()
+        }
         old = self.run or {}
         nothing = [None] * before
         self.run = {

@@ -112,7 +112,9 @@ def test_a_full_disk_leaves_nothing_half(nodes, graph, student, places, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full)
         patch.setattr(nodes.host_save.comfy.sd, "save_checkpoint", full)
-        with pytest.raises(OSError, match=r"cannot write .*my-turbo.safetensors .*No space left on device.*: free some"):
+        with pytest.raises(
+            OSError, match=r"cannot write .*my-turbo.safetensors .*No space left on device.*: free some"
+        ):
             graph.save(student, save_as=getattr(nodes.distill.SaveStudent, way))
     assert [p for p in places.loras.parent.rglob("*") if p.is_file()] == []
     assert graph.save(student)[0] == "loras/my-turbo.safetensors"

@@ -18,7 +18,9 @@ def widgets(nodes):
     """Pairs of node id and widget, of the three nodes that ask for settings."""
     asking = (nodes.data.TeacherPairs, nodes.distill.Distill, nodes.distill.AdvancedSettings)
     schemas = [node.define_schema() for node in asking]
-    inputs = [(schema.node_id, i) for schema in schemas for i in schema.inputs if i.io_type in (*KINDS.values(), "COMBO")]
+    inputs = [
+        (schema.node_id, i) for schema in schemas for i in schema.inputs if i.io_type in (*KINDS.values(), "COMBO")
+    ]
     return [(node, i) for node, i in inputs if i.id in FIELDS and (node, i.id) not in NOT_SETTINGS]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from turbodistill.core.denoiser import Cond, Guided
 from turbodistill.core.sampling import sample_euler, seeded_noise, trailing_sigmas
 from turbodistill.trainer import data
@@ -295,3 +296,94 @@ def test_a_shard_keeps_every_field_of_the_conditions(tmp_path):
     assert torch.allclose(again.cond.pooled, cond.pooled, atol=2e-3)
     assert torch.equal(again.cond.extra["y"], cond.extra["y"]) and again.cond.extra["y"].dtype == torch.int64
     assert again.prompts == ["ä", "b"] and torch.equal(again.seeds, samples.seeds)
+
+
+def whole_of(path):
+    """All that a shard holds; the order in a file's header is safetensors' own."""
+    with safe_open(path, "pt") as file:
+        return file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+
+
+def same_shards(kit, one, other):
+    for path in one.iterdir():
+        (about, tensors), (about_other, tensors_other) = whole_of(path), whole_of(other / path.name)
+        assert about == about_other and kit.same(tensors, tensors_other)
+        assert path.stat().st_size == (other / path.name).stat().st_size
+    assert {p.name for p in one.iterdir()} == {p.name for p in other.iterdir()}
+
+
+@pytest.mark.parametrize("after", [1, 2, 3, 4])
+def test_a_shard_that_is_begun_is_completed_to_the_same(kit, host, tmp_path, monkeypatch, after):
+    monkeypatch.setattr(data, "SHARD", 8)
+    config = kit.config(pairs=14, batch=3)
+    kit.pairs(host, config, tmp_path / "whole")
+    making = data.make_pairs(host, config, kit.WORDS, tmp_path / "cut")
+    done = [next(making)[0] for _ in range(after)][-1]
+    making.close()
+    assert done == (3, 6, 8, 11)[after - 1]
+    assert len(data.load_pairs(tmp_path / "cut")) == done  # nothing of it is lost, nor half
+    told = [done for done, _ in data.make_pairs(host, config, kit.WORDS, tmp_path / "cut")]
+    assert told[-1] == 14 and all(number > done for number in told if number != 8)
+    same_shards(kit, tmp_path / "whole", tmp_path / "cut")
+
+
+def test_an_error_in_a_pass_keeps_what_is_made(kit, host, tmp_path):
+    config, passes = kit.config(pairs=12), iter(range(1, 100))
+
+    def look(*_):
+        if next(passes) == 4:  # of two for every batch of four
+            raise KeyError("a host's own")
+
+    kit.pairs(host, config, tmp_path / "whole")
+    handle = host.denoiser.backbone.register_forward_pre_hook(look)
+    with pytest.raises(KeyError, match="a host's own"):
+        kit.pairs(host, config, tmp_path / "cut")
+    handle.remove()
+    assert len(data.load_pairs(tmp_path / "cut")) == 4
+    kit.pairs(host, config, tmp_path / "cut")
+    same_shards(kit, tmp_path / "whole", tmp_path / "cut")
+
+
+def test_nothing_is_written_before_anything_is_made(kit, host, tmp_path, monkeypatch):
+    monkeypatch.setattr(host.denoiser.schedule, "add_noise", None)
+    with pytest.raises(TypeError):
+        kit.pairs(host, kit.config(), tmp_path / "pairs")
+    assert not (tmp_path / "pairs").exists()
+
+
+def test_fewer_pairs_are_those_that_are_there(kit, host, tmp_path):
+    kit.pairs(host, kit.config(pairs=12), tmp_path)
+    before = contents(tmp_path)
+    assert [done for done, _ in data.make_pairs(host, kit.config(pairs=5), kit.WORDS, tmp_path)] == [5]
+    assert contents(tmp_path) == before and len(data.load_pairs(tmp_path, 5)) == 5
+
+
+def test_prompts_are_the_lines_of_a_text():
+    assert data.prompt_lines(" a fox \r\n\n# not this\n\tan owl #2") == ["a fox", "an owl #2"]
+    assert data.prompt_lines("\n  # nor this\n") == []
+
+
+def test_whole_pictures_pass(tmp_path):
+    assert data.check_pictures(data.read_image_folder(captioned(tmp_path / "images"))) is None
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "chunk", "length"])
+def test_a_broken_picture_among_others_is_named_without_decoding_them(tmp_path, monkeypatch, kind):
+    found = data.read_image_folder(captioned(tmp_path / "images"))
+    (tmp_path / "images" / "1.png").write_bytes(broken_pictures()[kind])
+    monkeypatch.setattr(data, "load_picture", None)
+    with pytest.raises(DataError, match=r"picture .*1\.png cannot be read .*: replace or remove it"):
+        data.check_pictures(found)
+
+
+def test_a_picture_that_a_table_names_must_be_there(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a fox"}')
+    with pytest.raises(DataError, match=r"picture .*a\.png cannot be read"):
+        data.check_pictures(data.read_image_folder(tmp_path))
+
+
+def test_the_text_encoder_is_part_of_a_pair_s_key(kit, host, monkeypatch):
+    before = data.pairs_key(host, kit.config(), kit.WORDS)
+    assert data.pairs_key(host, kit.config(lr=1.0, pairs=99), kit.WORDS) == before  # what does not decide a pair
+    monkeypatch.setattr(host, "text_hash", "another", raising=False)
+    assert data.pairs_key(host, kit.config(), kit.WORDS) != before

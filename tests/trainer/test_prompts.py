@@ -3,7 +3,8 @@
 import random
 
 import pytest
-from turbodistill.trainer.prompts import expand, generate
+from turbodistill.trainer.data import read_prompts
+from turbodistill.trainer.prompts import ANYTHING, DEMO, expand, generate
 
 
 def test_every_alternative_comes_and_nothing_else_changes():
@@ -40,3 +41,10 @@ def test_lines_without_choices_stay_as_they_are():
 )
 def test_nested_empty_and_broken_choices(line, allowed):
     assert {expand(line, random.Random(seed)) for seed in range(40)} == allowed
+
+
+@pytest.mark.parametrize(("path", "least"), [(ANYTHING, 400), (DEMO, 20)], ids=["anything", "demo"])
+def test_the_built_in_prompts_are_many_and_clean(path, least):
+    made = generate(read_prompts(path), 500)
+    assert len(set(made)) >= least
+    assert [p for p in made if set("{}|#") & set(p) or "  " in p or p != p.strip() or not p] == []

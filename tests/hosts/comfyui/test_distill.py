@@ -264,7 +264,9 @@ def test_both_front_ends_run_one_trainer(comfyui, graph, distilling, tmp_path):
     for name in ("regression", "adversarial", "discriminator", "sharpness", "diversity"):
         a = torch.tensor([float(row[name] or 0) for row in ours])
         b = torch.tensor([float(row[name] or 0) for row in theirs])
-        assert (a - b).abs().max() < 0.02 * b.abs().max(), name
+        gap = (a - b).abs() / b.abs().max()
+        assert gap[:5].max() < 0.01, name  # two hosts' arithmetic; the discriminator has just begun
+        assert gap.max() < 0.1, name  # and what an adversarial game makes of it in 16 updates
 
 
 def test_no_prompts(comfyui, graph, distilling, node_error):

@@ -1,0 +1,159 @@
+"""The part of `comfyui_training.py` that ComfyUI's own Python runs."""
+
+import gc
+import importlib.util
+import statistics
+import sys
+import time
+from pathlib import Path
+
+comfyui, clone, checkpoint, *numbers, precision = sys.argv[1:]
+size, batch, rank, repeats, checkpointing = map(int, numbers)
+sys.argv = sys.argv[:1]  # ComfyUI reads it
+sys.path.insert(0, comfyui)
+
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True
+
+import comfy.sd  # noqa: E402
+
+spec = importlib.util.spec_from_file_location(
+    "turbodistill", f"{clone}/__init__.py", submodule_search_locations=[clone]
+)
+sys.modules["turbodistill"] = importlib.util.module_from_spec(spec)
+
+from turbodistill.core.denoiser import guided  # noqa: E402
+from turbodistill.core.student import Student  # noqa: E402
+from turbodistill.nodes.host_denoiser import ModelDenoiser, conditions  # noqa: E402
+from turbodistill.nodes.host_training import trainable  # noqa: E402
+from turbodistill.trainer.config import Config  # noqa: E402
+from turbodistill.trainer.data import Samples  # noqa: E402
+from turbodistill.trainer.distill import State, distill  # noqa: E402
+from turbodistill.trainer.memory import measure  # noqa: E402
+from turbodistill.trainer.precision import autocast  # noqa: E402
+
+GB = 1024**3
+CUDA = torch.cuda.is_available()
+
+
+def wait() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def restart_peak() -> None:
+    gc.collect()
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> int:
+    """Bytes at the most since `restart_peak`: on the accelerator, else of this process (Linux)."""
+    if CUDA:
+        return torch.cuda.max_memory_allocated()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+
+
+def seconds(work) -> float:
+    """Median over the repeats, after one to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        wait()
+        begun = time.perf_counter()
+        work()
+        wait()
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times[1:])
+
+
+with torch.inference_mode():  # as nodes run
+    model, *_ = comfy.sd.load_checkpoint_guess_config(checkpoint, output_vae=False, output_clip=False)
+
+with torch.inference_mode(), trainable(model):
+    denoiser = ModelDenoiser(model)
+    device = denoiser.device
+    config = Config(
+        rank=rank, batch=batch, checkpointing=bool(checkpointing), precision=precision, updates=10**6,
+        warmup=0, ramp=0, distillation_weight=1.0, select_every=0,
+    )  # fmt: skip
+    channels = model.get_model_object("latent_format").latent_channels
+    draws = torch.Generator().manual_seed(0)
+    latents = torch.randn(8, channels, size // 8, size // 8, generator=draws)
+    width = model.model.model_config.unet_config["context_dim"]
+    pooled = {"pooled_output": torch.randn(1, 1280, generator=draws)}
+    cond = conditions(model, [[torch.randn(1, 77, width, generator=draws), pooled]], latents)
+    pairs = Samples(latents, cond, ["a prompt"] * 8, torch.arange(8))
+    uncond = cond.rows(slice(1)).to(device)
+    one = cond.rows(slice(batch)).to(device)
+    x = latents[:batch].to(device)
+    sigma = denoiser.schedule.sigma(torch.full((batch,), 500.0)).to(device)
+    weights = sum(p.numel() * p.element_size() for p in denoiser.backbone.parameters())
+
+    # Memory: weights and one pass forward and backward through them, before there is any student.
+    restart_peak()
+    given = x.clone().requires_grad_(True)
+    with autocast(config, device):
+        denoiser(given, sigma, one).square().mean().backward()
+    floor_peak = peak()
+    del given
+
+    student = Student(denoiser, rank)
+    state = State.create(student, config, pairs)
+    estimate = measure(state, pairs)
+    restart_peak()
+    steps = distill(state, pairs, uncond.to("cpu"))
+    times = [next(steps).seconds for _ in range(repeats + 1)][1:]
+    run_peak = peak()
+    steps.close()
+
+    def learn():
+        with state.checkpointed(), autocast(config, device):
+            loss = student(x, sigma, one).float().square().mean()
+        loss.backward()
+        student.trained.zero_grad(set_to_none=True)
+
+    def judge():
+        given = x.clone().requires_grad_(True)
+        with state.checkpointed(), autocast(config, device):
+            loss = sum(f.square().mean() for f in state.features(given, sigma, one))
+        loss.backward()
+
+    @torch.no_grad()
+    def look():
+        with autocast(config, device):
+            state.features(x, sigma, one)
+
+    @torch.no_grad()
+    def teach():
+        with autocast(config, device):
+            guided(denoiser, x, sigma, one, uncond, 4.0)
+
+    with student.training():
+        parts = {
+            "student, forward and backward": seconds(learn),
+            "features of the student's picture, forward and backward": seconds(judge),
+            "features of the positive, forward": seconds(look),
+            "teacher with guidance, forward": seconds(teach),
+        }
+    state.release()
+
+step, floor = statistics.median(times), sum(parts.values())
+print(f"{type(model.model).__name__}, {size} x {size}, batch {batch}, rank {rank}, checkpointing {bool(checkpointing)}")
+for name, value in parts.items():
+    print(f"{name:<60} {value:8.3f} s")
+print(f"{'a whole step (least to most: ' + f'{min(times):.3f} to {max(times):.3f})':<60} {step:8.3f} s")
+print(f"step / sum of its passes: {step / floor:.3f}")
+trained = estimate.trained / GB
+print(f"weights {weights / GB:.2f} GB; peak of weights + one forward and backward {floor_peak / GB:.2f} GB")
+print(
+    f"peak of the training {run_peak / GB:.2f} GB = {run_peak / floor_peak:.3f} x that; {trained:.2f} GB of it is student"
+)
+print(f"a second copy of the weights would have made it {(run_peak + weights) / floor_peak:.3f} x")
+print(f"estimate beforehand: {estimate.in_words()}")
