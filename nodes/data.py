@@ -170,7 +170,7 @@ class TeacherPairs(io.ComfyNode):
                 io.Int.Input("at_once", default=4, min=1, max=256, tooltip="Pictures that are made at a time."),
             ],
             outputs=[PAIRS.Output("PAIRS", tooltip="For Distill.")],
-            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
 
@@ -181,7 +181,7 @@ class TeacherPairs(io.ComfyNode):
         texts = generate(prompts, config.pairs, config.seed)
         folder = host_page.output_folder() / "pairs" / data.pairs_key(loaded, config, texts)
         monitor = Monitor("pairs", folder.name, config, lambda latents: host_page.show(loaded.decode(latents)))
-        with watched(cls.hidden.unique_id, monitor) as panel, cancellable(model):
+        with watched(cls.hidden, monitor) as panel, cancellable(model):
             host.load(model)
             for done, newest in data.make_pairs(loaded, config, texts, folder):
                 panel.follow(PairsMade(done, config.pairs, "teacher pairs", newest))

@@ -11,7 +11,6 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..core.card import StudentCard, read, read_card
-from ..core.families import recognise
 from ..trainer import history, run
 from ..trainer.config import Config, ConfigError
 from ..trainer.data import DataError, pairs_key, write_whole
@@ -96,7 +95,7 @@ class Distill(io.ComfyNode):
                 io.String.Output("card", tooltip="What the student says of itself."),
                 io.Image.Output("PREVIEWS", tooltip="The student's pictures of the held-out prompts."),
             ],
-            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
 
@@ -123,8 +122,8 @@ class Distill(io.ComfyNode):
                 return host_page.show(loaded.decode(latents.to(device)))
 
             monitor = Monitor("distill", name, config, show, host_page.free_memory(model))
-            with watched(cls.hidden.unique_id, monitor) as panel, cancellable(model):
-                if found := recognise(*host.hints(file_names(cls.hidden.prompt or {}, cls.hidden.unique_id))):
+            with watched(cls.hidden, monitor) as panel, cancellable(model):
+                if found := host.sampling_by_files(file_names(cls.hidden.prompt or {}, cls.hidden.unique_id)):
                     monitor.warn(f"{base} looks like {found.name}, which is one-step already: connect its base model")
                 preview, finished = cls._train(loaded, config, folder, pairs, images, panel)
             pictures = loaded.decode(preview.student.to(device)).movedim(1, -1).cpu()

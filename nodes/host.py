@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..core.card import CardError, StudentCard, fingerprint, read_card
-from ..core.families import Sampling, of_card
+from ..core.families import Sampling, of_card, recognise
 from ..core.lora import PARTS, check_match
 from ..core.sampling import sample_euler, sample_few_step
 
@@ -246,17 +246,14 @@ def titles(name: str) -> list[str]:
     return []
 
 
-def hints(names: Sequence[str]) -> list[str]:
-    """What may tell a model's family: names of its files, and what these call themselves."""
-    return [hint for name in names for hint in (name, *titles(name))]
-
-
-def card_sampling(names: Sequence[str]) -> Sampling | None:
-    """How the first of these files is sampled that is a student of ours."""
+def sampling_by_files(names: Sequence[str]) -> Sampling | None:
+    """How the first of these files is sampled that says so: by a student's card, or as a known family."""
     for name in names:
         for path in filter(None, (file_path(folder, name) for folder in FOLDERS)):
             with suppress(CardError):
                 return of_card(read_card(path))
+        if found := recognise(name, *titles(name)):
+            return found
     return None
 
 

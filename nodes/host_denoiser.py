@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import comfy.conds
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
@@ -135,11 +136,9 @@ def conditions(model, conditioning, latent: Tensor) -> Cond:
     given = {"area", "mask", "start_percent", "end_percent", "control", "hooks"} & conditioning[0][1].keys()
     if given:
         raise ValueError(f"the conditioning has {', '.join(sorted(given))}: give it as it comes from the text encoder")
-    conds = {"positive": comfy.sampler_helpers.convert_cond(conditioning)}
-    prepared = comfy.samplers.process_conds(model.model, latent, conds, latent.device)["positive"][0]["model_conds"]
     parts = {
         name: value.process_cond(batch_size=len(latent), device=latent.device, area=None).cond
-        for name, value in prepared.items()
+        for name, value in _prepared(model, conditioning, latent).items()
     }
     if "c_concat" in parts:
         raise ValueError(BESIDE.format(type(model.model).__name__))
@@ -149,3 +148,14 @@ def conditions(model, conditioning, latent: Tensor) -> Cond:
     context = parts.pop("c_crossattn").to(latent.device)
     pooled = parts.pop("y", None)
     return Cond(context, None if pooled is None else pooled.to(latent.device), parts)
+
+
+def attends_jointly(model, conditioning, latent: Tensor) -> bool:
+    """Whether text and picture are one sequence to the MODEL's network: repeated text tokens then change pictures."""
+    return not isinstance(_prepared(model, conditioning, latent)["c_crossattn"], comfy.conds.CONDCrossAttn)
+
+
+def _prepared(model, conditioning, latent: Tensor) -> dict[str, Any]:
+    """What ComfyUI makes of a conditioning for the MODEL's network."""
+    conds = {"positive": comfy.sampler_helpers.convert_cond(conditioning)}
+    return comfy.samplers.process_conds(model.model, latent, conds, latent.device)["positive"][0]["model_conds"]

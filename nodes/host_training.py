@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.denoiser import Cond
 from .host import KEY, architecture, clip_hash, load, model_hash
-from .host_denoiser import ModelDenoiser, conditions
+from .host_denoiser import ModelDenoiser, attends_jointly, conditions, differentiable
 
 
 @contextmanager
@@ -21,7 +21,7 @@ def trainable(model) -> Iterator[None]:
     ComfyUI loads in inference mode, and backward refuses what was made there. Such weights are
     replaced one by one by ordinary tensors of the same bits, which stay; every flag is restored.
     """
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), differentiable(model):
         flags = [
             (module, name, p.requires_grad)
             for module in model.model.modules()
@@ -108,13 +108,25 @@ class CheckpointHost:
         self._load(self.model)
 
     def encode_text(self, prompts: Sequence[str]) -> Cond:
-        """Prompts -> a batch of conditions, on the CPU; texts of different lengths are repeated to the same."""
+        """Prompts -> a batch of conditions, on the CPU.
+
+        Texts of different lengths are repeated to the same. Where that would change pictures, a longer
+        text than the empty prompt's is refused with ValueError.
+        """
         empty = torch.zeros(1, *self.latent_shape)
         found = []
         with self._others():
-            for prompt in prompts:
+            for prompt in ["", *prompts]:
                 conditioning = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
                 found.append(conditions(self.model, conditioning, empty).map(torch.Tensor.cpu))
+            joint = attends_jointly(self.model, conditioning, empty)
+        most = found.pop(0).context.shape[1]
+        for prompt, cond in zip(prompts, found, strict=True):
+            if joint and cond.context.shape[1] != most:
+                raise ValueError(
+                    f"prompt {prompt[:80]!r} has {cond.context.shape[1]} text tokens; distilled, this model takes "
+                    f"{most} at most: shorten it"
+                )
         return Cond.cat([cond.map(torch.clone) for cond in found])
 
     def decode(self, latents: Tensor) -> Tensor:

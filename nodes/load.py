@@ -7,7 +7,7 @@ from pathlib import Path
 from comfy_api.latest import io
 
 from ..core.card import read
-from ..core.families import FAMILIES, recognise
+from ..core.families import FAMILIES
 from . import host, host_embedded
 from .graph import file_names
 from .schema import schema
@@ -127,7 +127,7 @@ class DetectOneStep(io.ComfyNode):
     def execute(cls, model, family: str, made_for_steps: int) -> io.NodeOutput:
         names = file_names(cls.hidden.prompt or {}, cls.hidden.unique_id)
         if family == cls.AUTOMATIC:
-            found = host.card_sampling(names) or recognise(*host.hints(names))
+            found = host.sampling_by_files(names)
             if found is None:
                 raise ValueError(
                     f"no one-step family is recognised in {', '.join(names) or 'this graph'}: choose the family"

@@ -16,17 +16,9 @@ EVENT = "turbodistill.run"
 EVERY = 0.5  # seconds between messages
 PICTURES_EVERY = 5.0  # seconds between looks at the pairs that are made
 
-_runs: dict[str, Monitor] = {}  # by the node's id: the last run of each
+_panels: dict[str, Panel] = {}  # by the node's id: the last run of each
 _stopped: dict[str, float] = {}  # by a run's name: when it was ended early
 _lock = threading.Lock()
-
-
-def found(node: str) -> Monitor:
-    """Raises KeyError for a node that has not run since the server started."""
-    with _lock:
-        if node not in _runs:
-            raise KeyError(f"node {node} has no run")
-        return _runs[node]
 
 
 def stopped_early(name: str) -> float:
@@ -34,13 +26,19 @@ def stopped_early(name: str) -> float:
     return _stopped.get(name, 0.0)
 
 
-def snapshot(node: str) -> dict[str, Any]:
-    return {"node": node} | found(node).snapshot()
+def snapshot(node: str) -> dict[str, Any] | None:
+    """All that a page shows beside a node; None where nothing has run, which is no error."""
+    with _lock:
+        panel = _panels.get(node)
+    return panel.snapshot() if panel else None
 
 
 def ask(node: str, wish: str) -> None:
-    """`stop` or `preview`; raises ValueError where no training runs."""
-    monitor = found(node)
+    """`stop` or `preview`; raises KeyError where nothing has run, ValueError where no training runs now."""
+    with _lock:
+        if node not in _panels:
+            raise KeyError(f"node {node} has no run")
+        monitor = _panels[node].monitor
     if not monitor.running:
         raise ValueError("no training runs here now")
     setattr(monitor.control, wish, True)
@@ -57,13 +55,13 @@ def open_routes() -> None:
 class Panel:
     """One run, beside one node: feeds its monitor and tells the pages, not too often."""
 
-    def __init__(self, node: str, monitor: Monitor):
-        self.node, self.monitor = node, monitor
+    def __init__(self, node: str, workflow: str, monitor: Monitor):
+        self.node, self.workflow, self.monitor = node, workflow, monitor
         self._sent, self._told, self._shown = 0, 0.0, 0.0
         self._last = time.monotonic()
         self._bar = host_page.progress()
         with _lock:
-            _runs[node] = monitor
+            _panels[node] = self
         self.tell()
 
     def follow(self, event: Event) -> None:
@@ -78,19 +76,24 @@ class Panel:
             self.tell()
         host_page.check_cancel()
 
+    def snapshot(self, first: int = 0) -> dict[str, Any]:
+        """The monitor's, with the node, and the workflow's id: node ids are the same in other workflows."""
+        return {"node": self.node, "workflow": self.workflow} | self.monitor.snapshot(first)
+
     def tell(self) -> None:
         """Send what is new."""
-        told = self.monitor.snapshot(self._sent)
+        told = self.snapshot(self._sent)
         if told["total"]:
             self._bar(told["done"], told["total"])
-        host_page.send(EVENT, {"node": self.node} | told)
+        host_page.send(EVENT, told)
         self._sent, self._told = told["points"], time.monotonic()
 
 
 @contextmanager
-def watched(node: str, monitor: Monitor) -> Iterator[Panel]:
-    """A panel whose run ends with the context, well or not."""
-    panel = Panel(node, monitor)
+def watched(hidden, monitor: Monitor) -> Iterator[Panel]:
+    """A panel, beside the node whose `hidden` inputs these are, whose run ends with the context, well or not."""
+    workflow = (hidden.extra_pnginfo or {}).get("workflow") or {}
+    panel = Panel(hidden.unique_id, workflow.get("id", ""), monitor)
     try:
         yield panel
     except BaseException as error:

@@ -91,7 +91,7 @@ class _Kept:
             found = blocks(self.backbone)
         except ValueError:
             found = {}
-        self._handles = [m.register_forward_pre_hook(self._enter(n)) for n, m in found.items()]
+        self._handles = [m.register_forward_pre_hook(self._enter(n), with_kwargs=True) for n, m in found.items()]
         self._handles += [m.register_forward_hook(self._leave, always_call=True) for m in found.values()]
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._count, self._gone)
         self._hooks.__enter__()
@@ -103,9 +103,9 @@ class _Kept:
             handle.remove()
 
     def _enter(self, name: str):
-        def hook(_module, args):
+        def hook(_module, args, kwargs):
             self._now = name
-            self.inputs += _bytes(a for a in args if isinstance(a, Tensor))
+            self.inputs += _bytes(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
 
         return hook
 

@@ -124,6 +124,8 @@ class Monitor:
     def _add(self, update: int, losses: dict[str, float], health: dict[str, float]) -> None:
         if update % self._every:
             return
+        if "discriminator" not in losses:  # there was none yet: its measures mean nothing
+            health = {k: v for k, v in health.items() if k not in ("accuracy", "logit_gap")}
         self._rows.append({"update": update, "losses": losses, "health": health})
         if len(self._rows) >= 2 * POINTS:
             self._every *= 2

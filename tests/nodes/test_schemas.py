@@ -26,8 +26,6 @@ IDS = (
     "TurboDistillAdvancedSettings",
     "TurboDistillSaveStudent",
 )
-# Their help pages are not written yet.
-NO_PAGE = set(IDS[7:])
 # Inputs whose name says it all; their help page explains them.
 SELF_EXPLAINING = {
     "TurboDistillCompare": {"vae", "positive", "seed", "teacher_steps", "teacher_cfg", "student_steps"},
@@ -115,7 +113,7 @@ def test_defaults_are_allowed_values(node):
             assert socket.options and (socket.default is None or socket.default in socket.options), socket.id
 
 
-@pytest.mark.parametrize("name", [name for name in IDS if name not in NO_PAGE])
+@pytest.mark.parametrize("name", IDS)
 def test_the_help_page_names_every_input(found, name):
     schema = found[name].define_schema()
     page = (ROOT / turbodistill.WEB_DIRECTORY / "docs" / f"{name}.md").read_text(encoding="utf-8")
@@ -125,7 +123,7 @@ def test_the_help_page_names_every_input(found, name):
 
 def test_every_help_page_is_a_node_s():
     pages = {p.stem for p in (ROOT / turbodistill.WEB_DIRECTORY / "docs").glob("*.md")}
-    assert pages == set(IDS) - NO_PAGE
+    assert pages == set(IDS)
 
 
 def test_what_runs_unasked(found):

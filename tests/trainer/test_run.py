@@ -488,30 +488,27 @@ def fail_at(host, number, error=Refused):
     return host.denoiser.backbone.register_forward_pre_hook(look)
 
 
-def run_until_it_ends(host, settings, folder, kit, first, between):
-    """Runs that fail at pass `first`, then each after `between` more passes, until one does not; how many failed."""
-    failed, number = 0, first
-    while True:
+def fail_and_go_on(host, settings, folder, kit, first):
+    """A run that fails at pass `first`, goes on and fails once more, and then goes on to its end."""
+    for number in (first, 8):
         handle = fail_at(host, number)
-        try:
+        with pytest.raises(Refused):
             kit.go(host, settings, folder)
-            return failed
-        except Refused:
-            failed, number = failed + 1, between
-            assert sum(len(m._forward_hooks) for m in host.denoiser.backbone.modules()) == 0
-        finally:
-            handle.remove()
+        handle.remove()
+        assert not any(m._forward_hooks for m in host.denoiser.backbone.modules())
+    kit.go(host, settings, folder)
 
 
-# Passes of a run here: 6 for the pairs, 1 to find the features' shapes, 2 to measure memory, then the updates.
-@pytest.mark.parametrize("first", range(8, 24, 3))
+# Passes of a run here: 6 for the pairs, 1 to find the features' shapes, 2 to measure memory, 1 for the first preview,
+# then 3 an update, or 6 with two updates of the discriminator.
+@pytest.mark.parametrize("first", [9, 10, 12, 14, 18, 22])
 @pytest.mark.parametrize(
     "changes", [{}, {"discriminator_updates": 2}, {"save_every": 2}], ids=["plain", "two", "saved"]
 )
 def test_a_run_goes_on_bit_for_bit_after_an_error_in_any_pass(kit, host, tmp_path, changes, first):
-    settings = kit.config(updates=4, **changes)
+    settings = kit.config(updates=6, **changes)
     kit.go(host, settings, tmp_path / "whole")
-    assert run_until_it_ends(host, settings, tmp_path / "cut", kit, first, 15)
+    fail_and_go_on(host, settings, tmp_path / "cut", kit, first)
     ours, theirs = state_of(tmp_path / "cut"), state_of(tmp_path / "whole")
     for part in ("student", "average", "discriminator"):
         assert kit.same(ours[part], theirs[part]), part
@@ -527,10 +524,16 @@ def test_a_run_goes_on_bit_for_bit_after_an_error_in_any_pass(kit, host, tmp_pat
 def test_it_does_where_an_update_judges_before_its_last_pass(kit, host, tmp_path, changes):
     settings = kit.config(updates=3, **changes)
     kit.go(host, settings, tmp_path / "whole")
-    for first in range(10, 22):
+    for first in range(10, 20):
         folder = tmp_path / str(first)
-        run_until_it_ends(host, settings, folder, kit, first, 40)
-        assert kit.same(state_of(folder)["student"], state_of(tmp_path / "whole")["student"]), first
+        handle = fail_at(host, first)
+        with pytest.raises(Refused):
+            kit.go(host, settings, folder)
+        handle.remove()
+        kit.go(host, settings, folder)
+        ours, theirs = state_of(folder), state_of(tmp_path / "whole")
+        print(first, kit.same(ours["student"], theirs["student"]), kit.same(ours["discriminator"], theirs["discriminator"]))
+    assert 0
 
 
 def test_a_state_in_the_middle_of_an_update_is_not_saved(kit, host, tmp_path, monkeypatch):
@@ -631,7 +634,7 @@ def test_out_of_memory_while_pairs_are_made_is_told_too(kit, host, tmp_path, num
 def test_what_was_trained_is_free_once_out_of_memory_is_told(kit, host, tmp_path, monkeypatch):
     made, create = [], run._create
     monkeypatch.setattr(run, "_create", lambda *args: made.append(create(*args)) or made[-1])
-    handle = fail_at(host, 20, torch.cuda.OutOfMemoryError("CUDA out of memory."))
+    handle = fail_at(host, 20, torch.cuda.OutOfMemoryError)
     gc.disable()  # a front end empties the device's cache at once
     try:
         with pytest.raises(OutOfMemory):

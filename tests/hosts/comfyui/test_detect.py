@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from turbodistill.core.families import FAMILIES, recognise
 
 pytestmark = pytest.mark.host
@@ -81,11 +82,20 @@ def test_a_family_is_known_by_its_file(comfyui, graph, synthetic, renamed, check
 def test_a_lora_s_name_goes_before_the_checkpoint_s(comfyui, graph, synthetic, renamed, checkpoints, trained, saved):
     base, _, _ = synthetic("sd15", renamed("dreamshaper_turbo.safetensors"))
     saved("sd15", trained(checkpoints["sd15"].denoiser), "Hyper-SD15-8steps-lora.safetensors")
+    path = comfyui.base / "models" / "loras" / "Hyper-SD15-8steps-lora.safetensors"
+    save_file(load_file(path), path)  # as others' files are: without our card
     lora = graph.add(
         "LoraLoaderModelOnly", model=base, lora_name="Hyper-SD15-8steps-lora.safetensors", strength_model=1.0
     )
     assert comfyui.text(graph, detect(graph, lora)[1]).startswith("Hyper-SD: made for 8 steps")
     assert comfyui.text(graph, detect(graph, base)[1]).startswith("SD-Turbo")
+
+
+def test_a_student_says_of_itself_what_it_is(comfyui, graph, synthetic, checkpoints, trained, saved):
+    base, _, _ = synthetic("sd15")
+    saved("sd15", trained(checkpoints["sd15"].denoiser), "my-turbo.safetensors")
+    lora = graph.add("LoraLoaderModelOnly", model=base, lora_name="my-turbo.safetensors", strength_model=1.0)
+    assert comfyui.text(graph, detect(graph, lora)[1]).startswith("student of")
 
 
 def test_the_user_s_word_counts_more_than_the_name(comfyui, graph, synthetic, renamed):
