@@ -152,8 +152,6 @@ print(f"{'a whole step (least to most: ' + f'{min(times):.3f} to {max(times):.3f
 print(f"step / sum of its passes: {step / floor:.3f}")
 trained = estimate.trained / GB
 print(f"weights {weights / GB:.2f} GB; peak of weights + one forward and backward {floor_peak / GB:.2f} GB")
-print(
-    f"peak of the training {run_peak / GB:.2f} GB = {run_peak / floor_peak:.3f} x that; {trained:.2f} GB of it is student"
-)
+print(f"peak of the training {run_peak / GB:.2f} GB = {run_peak / floor_peak:.3f} x that; student {trained:.2f} GB")
 print(f"a second copy of the weights would have made it {(run_peak + weights) / floor_peak:.3f} x")
 print(f"estimate beforehand: {estimate.in_words()}")

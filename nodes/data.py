@@ -74,8 +74,8 @@ class Prompts(io.ComfyNode):
                 ),
             ],
             outputs=[
-                PROMPTS.Output("PROMPTS", tooltip="For Teacher Pairs."),
-                io.String.Output("examples", tooltip="Some of the prompts as they are drawn."),
+                PROMPTS.Output("PROMPTS", display_name="PROMPTS", tooltip="For Teacher Pairs."),
+                io.String.Output("examples", display_name="examples", tooltip="Some of the prompts as they are drawn."),
             ],
         )
 
@@ -117,14 +117,18 @@ class ImageFolder(io.ComfyNode):
                 ),
             ],
             outputs=[
-                IMAGES.Output("IMAGES", tooltip="For Distill."),
-                PROMPTS.Output("CAPTIONS", tooltip="The captions as prompts, for Teacher Pairs."),
+                IMAGES.Output("IMAGES", display_name="IMAGES", tooltip="For Distill."),
+                PROMPTS.Output(
+                    "CAPTIONS", display_name="CAPTIONS", tooltip="The captions as prompts, for Teacher Pairs."
+                ),
             ],
             is_output_node=True,
         )
 
     @classmethod
     def fingerprint_inputs(cls, folder: str, **_):
+        if not folder.strip():
+            return ""
         try:
             found = data.read_image_folder(host_page.input_folder() / folder)
         except DataError as error:
@@ -169,7 +173,7 @@ class TeacherPairs(io.ComfyNode):
                 *widgets(OF_PAIRS),
                 io.Int.Input("at_once", default=4, min=1, max=256, tooltip="Pictures that are made at a time."),
             ],
-            outputs=[PAIRS.Output("PAIRS", tooltip="For Distill.")],
+            outputs=[PAIRS.Output("PAIRS", display_name="PAIRS", tooltip="For Distill.")],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )

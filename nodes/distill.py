@@ -14,7 +14,6 @@ from ..core.card import StudentCard, read, read_card
 from ..trainer import history, run
 from ..trainer.config import Config, ConfigError
 from ..trainer.data import DataError, pairs_key, write_whole
-from ..trainer.memory import OutOfMemory
 from ..trainer.monitor import Monitor
 from . import host, host_page, host_save
 from .data import IMAGES, PAIRS, Pairs, base_name
@@ -49,7 +48,7 @@ class AdvancedSettings(io.ComfyNode):
             description="Every setting of a distillation that Distill does not ask for itself. What is good to begin "
             "with is set.",
             inputs=widgets(ADVANCED),
-            outputs=[SETTINGS.Output("SETTINGS", tooltip="For Distill.")],
+            outputs=[SETTINGS.Output("SETTINGS", display_name="SETTINGS", tooltip="For Distill.")],
         )
 
     @classmethod
@@ -91,9 +90,11 @@ class Distill(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output("MODEL", tooltip="With the student on it: for One-Step Sample."),
-                STUDENT.Output("STUDENT", tooltip="For Save Student."),
-                io.String.Output("card", tooltip="What the student says of itself."),
-                io.Image.Output("PREVIEWS", tooltip="The student's pictures of the held-out prompts."),
+                STUDENT.Output("STUDENT", display_name="STUDENT", tooltip="For Save Student."),
+                io.String.Output("card", display_name="card", tooltip="What the student says of itself."),
+                io.Image.Output(
+                    "PREVIEWS", display_name="PREVIEWS", tooltip="The student's pictures of the held-out prompts."
+                ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             is_output_node=True,
@@ -137,19 +138,15 @@ class Distill(io.ComfyNode):
         control = panel.monitor.control
         events = run.run(loaded, config, folder, pairs.prompts, images, pairs_folder=pairs.folder, control=control)
         preview = None
-        try:
-            with closing(events):
-                for event in events:
-                    if isinstance(event, run.Begun) and event.update:
-                        panel.monitor.recall(history.read(folder / run.HISTORY, event.update))
-                    if isinstance(event, run.Preview):
-                        preview = event
-                    panel.follow(event)
-                    if isinstance(event, run.Finished):
-                        return preview, event
-        except OutOfMemory:
-            host_page.empty_cache()
-            raise
+        with closing(events):
+            for event in events:
+                if isinstance(event, run.Begun) and event.update:
+                    panel.monitor.recall(history.read(folder / run.HISTORY, event.update))
+                if isinstance(event, run.Preview):
+                    preview = event
+                panel.follow(event)
+                if isinstance(event, run.Finished):
+                    return preview, event
         raise RuntimeError("the run ended without a student")
 
 
@@ -176,7 +173,7 @@ class SaveStudent(io.ComfyNode):
                 io.Clip.Input("clip", optional=True, tooltip="For a whole checkpoint."),
                 io.Vae.Input("vae", optional=True, tooltip="For a whole checkpoint."),
             ],
-            outputs=[io.String.Output("file", tooltip="Where it was saved.")],
+            outputs=[io.String.Output("file", display_name="file", tooltip="Where it was saved.")],
             is_output_node=True,
         )
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..trainer.memory import OutOfMemory, advice, is_out_of_memory
 from ..trainer.monitor import Monitor
 from ..trainer.run import Event, PairsMade
 from . import host_page
@@ -94,17 +95,25 @@ def watched(hidden, monitor: Monitor) -> Iterator[Panel]:
     """A panel, beside the node whose `hidden` inputs these are, whose run ends with the context, well or not."""
     workflow = (hidden.extra_pnginfo or {}).get("workflow") or {}
     panel = Panel(hidden.unique_id, workflow.get("id", ""), monitor)
+    full = ""
     try:
         yield panel
     except BaseException as error:
         if host_page.is_cancel(error):
             monitor.end("cancelled")
         else:
-            monitor.end("failed", str(error))
+            if is_out_of_memory(error):
+                doing = "making teacher pairs" if monitor.kind == "pairs" else "showing pictures"
+                full = str(error) if isinstance(error, OutOfMemory) else advice(None, doing)
+            monitor.end("failed", full or str(error))
         panel.tell()
-        raise
+        if not full:
+            raise
     finally:
         monitor.show = lambda latents: []  # the page may ask as long as the server runs, and that one holds the MODEL
+    if full:
+        host_page.empty_cache()
+        raise OutOfMemory(full)
     if monitor.control.stop:
         _stopped[monitor.name] = time.time()
     panel.tell()

@@ -30,6 +30,8 @@ def widget(name: str, **changes: Any):
     if isinstance(field.default, str):
         return io.String.Input(name, **told)
     if isinstance(field.default, int):
+        # Else the page draws another seed after every run, and with it the next one would have other pairs.
+        told["control_after_generate"] = False
         return io.Int.Input(name, min=about["low"] or 0, max=about["high"] or MOST, **told)
     low = -10.0 if about["low"] is None else float(about["low"])
     return io.Float.Input(name, min=low, max=float(about["high"] or 1e6), step=_step(field.default), **told)

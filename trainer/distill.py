@@ -315,79 +315,91 @@ def distill(state: State, pairs: Samples, uncond: Cond, reals: Samples | None = 
     The state lies whole between two yields, so closing the generator cancels; the teacher's flags
     are restored then. Raises Diverged when a loss or gradient is not finite, before it is applied.
     """
+    scoring = state.score.denoiser.training() if state.score else nullcontext()
     config, student = state.config, state.student
     uncond = uncond.to(student.device)
-    uses_discriminator = config.adversarial_weight > 0
-    scoring = state.score.denoiser.training() if state.score else nullcontext()
     with student.training(), scoring, state.checkpointed():
         while state.update < config.updates and not (config.minutes and state.spent >= config.minutes * 60):
-            begun = time.monotonic()
-            adversarial = state.update >= config.warmup
-            scale = rate(state)
-            rates = [(state.optimizer, config.lr), (state.discriminator_optimizer, config.lr_discriminator)]
-            if state.score:
-                rates.append((state.score.optimizer, config.lr_score))
-            for optimizer, lr in rates:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * scale
-            totals: dict[str, float] = {}
-            if adversarial and uses_discriminator:
-                for extra in range(1, config.discriminator_updates):
-                    state.whole = False
-                    _discriminate(state, pairs, reals, generator(config.seed, state.update, extra))
-            draws = generator(config.seed, state.update)
-            share = 1 / config.accumulate
-            on_real: list[Tensor] = []
-            on_fake: list[Tensor] = []
-            used: dict[str, Any] = {}
-            unpaired = config.adversarial_weight > 0 or config.distillation_weight > 0
-            fresh = config.fresh_share if adversarial and unpaired else 0.0
-            batches = [draw(config, student, pairs, reals, draws, fresh) for _ in range(config.accumulate)]
-            for batch in batches:
-                with autocast(config, student.device):
-                    parts, used = student_loss(state, batch, uncond, adversarial)
-                if not parts:
-                    parts = {"regression": 0.0 * used["output"].sum()}
-                (torch.stack(list(parts.values())).sum() * share).backward()
-                _add(totals, parts, share)
-                if adversarial and uses_discriminator:
-                    with autocast(config, student.device):
-                        parts, on_real, on_fake = discriminator_loss(state, used["real"], used["fake"], batch.seed)
-                    (torch.stack(list(parts.values())).sum() * share).backward()
-                    _add(totals, parts, share)
-                if adversarial and state.score:
-                    with autocast(config, student.device):
-                        parts = {"score": state.score.loss(used["output"], batch)}
-                    (parts["score"] * share).backward()
-                    _add(totals, parts, share)
-            _check(state.update + 1, totals)
+            # Spectral norms advance with every judgement: an update that is broken off must not leave its own.
+            norms = [buffer.clone() for buffer in state.discriminator.buffers()]
+            try:
+                step = _advance(state, pairs, uncond, reals)
+            except BaseException:
+                if state.whole:
+                    for buffer, before in zip(state.discriminator.buffers(), norms, strict=True):
+                        buffer.copy_(before)
+                raise
+            yield step
+
+
+def _advance(state: State, pairs: Samples, uncond: Cond, reals: Samples | None) -> Step:
+    """One update of everything that is trained. `state.whole` is False while it is being applied."""
+    config, student = state.config, state.student
+    begun = time.monotonic()
+    adversarial = state.update >= config.warmup
+    judged = adversarial and config.adversarial_weight > 0
+    _set_rates(state)
+    if judged:
+        for extra in range(1, config.discriminator_updates):
             state.whole = False
-            if state.score and adversarial:
-                norm = _update(state.score.optimizer, state.score.denoiser.trained, config.clip)
-                _check(state.update + 1, {"score's gradient": norm})
-            if on_real:
-                _check(
-                    state.update + 1,
-                    {
-                        "discriminator's gradient": _update(
-                            state.discriminator_optimizer, state.discriminator, config.clip
-                        )
-                    },
-                )
-            norm = _update(state.optimizer, student.trained, config.clip)
-            _check(state.update + 1, {"student's gradient": norm})
-            with torch.no_grad():
-                keep = min(config.ema, (1 + state.update) / (10 + state.update))
-                for slow, fast in zip(state.average.parameters(), student.trained.parameters(), strict=True):
-                    slow.lerp_(fast, 1 - keep)
-            health = measure(
-                on_real, on_fake, used["output"], batches[-1].positive, config.adversarial == "relativistic"
-            )
-            seconds = time.monotonic() - begun
-            state.update += 1
-            state.spent += seconds
-            state.whole = True
-            yield Step(state.update, totals, health, seconds, state.spent)
+            _discriminate(state, pairs, reals, generator(config.seed, state.update, extra))
+    draws = generator(config.seed, state.update)
+    totals: dict[str, float] = {}
+    share = 1 / config.accumulate
+    on_real: list[Tensor] = []
+    on_fake: list[Tensor] = []
+    used: dict[str, Any] = {}
+    unpaired = config.adversarial_weight > 0 or config.distillation_weight > 0
+    fresh = config.fresh_share if adversarial and unpaired else 0.0
+    batches = [draw(config, student, pairs, reals, draws, fresh) for _ in range(config.accumulate)]
+    for batch in batches:
+        with autocast(config, student.device):
+            parts, used = student_loss(state, batch, uncond, adversarial)
+        if not parts:
+            parts = {"regression": 0.0 * used["output"].sum()}
+        (torch.stack(list(parts.values())).sum() * share).backward()
+        _add(totals, parts, share)
+        if judged:
+            with autocast(config, student.device):
+                parts, on_real, on_fake = discriminator_loss(state, used["real"], used["fake"], batch.seed)
+            (torch.stack(list(parts.values())).sum() * share).backward()
+            _add(totals, parts, share)
+        if adversarial and state.score:
+            with autocast(config, student.device):
+                parts = {"score": state.score.loss(used["output"], batch)}
+            (parts["score"] * share).backward()
+            _add(totals, parts, share)
+    _check(state.update + 1, totals)
+    state.whole = False
+    norms = {}
+    if state.score and adversarial:
+        norms["score"] = _update(state.score.optimizer, state.score.denoiser.trained, config.clip)
+    if on_real:
+        norms["discriminator"] = _update(state.discriminator_optimizer, state.discriminator, config.clip)
+    norms["student"] = _update(state.optimizer, student.trained, config.clip)
+    _check(state.update + 1, {f"{name}'s gradient": norm for name, norm in norms.items()})
+    with torch.no_grad():
+        keep = min(config.ema, (1 + state.update) / (10 + state.update))
+        for slow, fast in zip(state.average.parameters(), student.trained.parameters(), strict=True):
+            slow.lerp_(fast, 1 - keep)
+    relative = config.adversarial == "relativistic"
+    health = measure(on_real, on_fake, used["output"], batches[-1].positive, relative)
+    seconds = time.monotonic() - begun
+    state.update += 1
+    state.spent += seconds
+    state.whole = True
+    return Step(state.update, totals, health, seconds, state.spent)
+
+
+def _set_rates(state: State) -> None:
+    """Every learning rate as it is at this update."""
+    config, scale = state.config, rate(state)
+    rates = [(state.optimizer, config.lr), (state.discriminator_optimizer, config.lr_discriminator)]
+    if state.score:
+        rates.append((state.score.optimizer, config.lr_score))
+    for optimizer, lr in rates:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * scale
 
 
 def _check(update: int, values: dict[str, float]) -> None:

@@ -31,13 +31,14 @@ class OutOfMemory(RuntimeError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is an accelerator's or a CPU's refusal to allocate."""
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)
+    said = str(error).lower()
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate" in said or "out of memory" in said
 
 
 def advice(state: State | None, what: str) -> str:
     """What to say when memory ran out during `what`."""
     if state is None:
-        return f"out of memory while {what}: lower batch, or make smaller pictures"
+        return f"out of memory while {what}: make fewer at once, or smaller pictures"
     config, (_, _, height, width) = state.config, state.extra.get("shape", (0, 0, 0, 0))
     remedies = [r for r in REMEDIES if not (config.checkpointing and "checkpointing" in r)]
     if config.batch == 1:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core.card import StudentCard, read
+from ..core.checkpointing import blocks
 from ..core.features import TeacherFeatures
 from ..core.student import Student, load_weights
 from . import data, health
@@ -268,6 +269,8 @@ def _create(host: Host, config: Config) -> Student:
     """A fresh student, the same for the same seed; raises ConfigError for targets or taps this model lacks."""
     try:
         TeacherFeatures(host.denoiser, tap_names(config))
+        if config.checkpointing:
+            blocks(host.denoiser.backbone)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             return Student(
@@ -304,6 +307,7 @@ def _train(
 
     def select() -> Selected:
         value = score(student_pictures(state, held, torch.arange(len(held))), held.latents)
+        state.extra["measured"] = state.update
         best = value <= state.extra.get("best", float("inf"))
         if best:
             write_student(host, state, folder / BEST, {"score on held-out prompts": round(value, 4)})
@@ -312,6 +316,9 @@ def _train(
 
     if state.update == 0:
         yield preview()
+    due = config.select_every and state.update and state.update % config.select_every == 0
+    if due and state.update < config.updates and state.extra.get("measured") != state.update:
+        yield select()  # it was broken off just before
     try:
         with closing(distill(state, train, uncond, reals)) as steps:
             for step in steps:

@@ -78,6 +78,12 @@ function follow({ detail: run }) {
   for (const [id, panel] of panelsShown()) if (id === run.node) take(id, panel, run);
 }
 
+/** A student that was saved can be chosen at once. @param {CustomEvent<{ node: string | number }>} event */
+function refreshChoices({ detail }) {
+  for (const [id, node] of nodesBelow(app.graph))
+    if (id === String(detail.node) && node.comfyClass === "TurboDistillSaveStudent") app.refreshComboInNodes();
+}
+
 /** @param {GraphNode} node @returns {Doors} */
 function doors(node) {
   return {
@@ -126,5 +132,6 @@ app.registerExtension({
     const events = /** @type {EventTarget} */ (api); // its own types list ComfyUI's events only
     events.addEventListener("turbodistill.run", (event) => follow(/** @type {CustomEvent<Run>} */ (event)));
     events.addEventListener("reconnected", restoreAll);
+    events.addEventListener("executed", (event) => refreshChoices(/** @type {CustomEvent} */ (event)));
   },
 });

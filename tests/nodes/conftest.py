@@ -137,7 +137,7 @@ def server(comfyui, nodes, monkeypatch):
     started = comfyui.server.PromptServer()
     monkeypatch.setattr(comfyui.server.PromptServer, "instance", started)
     monkeypatch.setattr(comfyui.server.Interrupt, "pressed", False)
-    for known in ("_runs", "_stopped"):
+    for known in ("_panels", "_stopped"):
         monkeypatch.setattr(nodes.panel, known, {})
     nodes.panel.open_routes()
     return started

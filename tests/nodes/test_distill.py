@@ -386,10 +386,9 @@ def test_memory_is_free_when_the_cache_is_emptied(graph, students, monkeypatch):
     assert left == [[None] * 4]
 
 
-@pytest.mark.xfail(strict=True, reason="Teacher Pairs passes on the device's own words")
 def test_out_of_memory_while_pairs_are_made_says_what_to_change(graph):
     handle = graph.at_pass(2, out_of_memory)
-    with pytest.raises(OutOfMemory, match="out of memory while making teacher pairs: lower at_once, or make smaller"):
+    with pytest.raises(OutOfMemory, match="out of memory while making teacher pairs: make fewer at once"):
         graph.pairs()
     handle.remove()
     assert graph.pairs().folder.is_dir()

@@ -64,6 +64,18 @@ def test_prompts_of_different_lengths_make_one_batch(loaded, host_of):
     assert torch.equal(cond.context[0, :3], cond.context[0, 3:]) and not cond.context.is_inference()
 
 
+def test_a_longer_prompt_is_refused_where_its_tokens_stand_beside_the_picture_s(comfyui, loaded, host_of):
+    """As in Flux and SD3: repeated there, text tokens would count double."""
+    model = loaded()
+    model.model.extra_conds = lambda cross_attn, **_: {"c_crossattn": comfyui.models.CONDRegular(cross_attn)}
+    host = host_of(model)
+    assert host.encode_text(["fox", ""]).context.shape == (2, 3, 6)
+    with pytest.raises(
+        ValueError, match=r"prompt 'a very long prompt' has 6 text tokens; .* takes 3 at most: shorten it"
+    ):
+        host.encode_text(["fox", "a very long prompt"])
+
+
 def test_pictures_go_in_and_out(loaded, host_of):
     host = host_of(loaded())
     assert host.latent_shape == (4, 8, 8) and host.resolution == (16, 16)

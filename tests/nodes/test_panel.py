@@ -1,6 +1,8 @@
 """What the page is told of a run: messages now and then, the whole when it asks, and what it may ask for."""
 
 import math
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,14 @@ from turbodistill.trainer.run import PairsMade, Step
 
 NODE = "7"
 RUN = f"/turbodistill/runs/{NODE}"
+
+
+def hidden(node, **about):
+    """What ComfyUI tells a node of itself and of the workflow that it is in."""
+    return SimpleNamespace(unique_id=node, extra_pnginfo=about)
+
+
+HIDDEN = hidden(NODE, workflow={"id": "a workflow"})
 
 
 def step(update, **losses):
@@ -80,19 +90,30 @@ def whole(server):
 # --- routes ---
 
 
-def test_a_node_that_has_not_run_is_not_found(server):
-    for method, path in (("GET", RUN), ("POST", f"{RUN}/stop"), ("POST", f"{RUN}/preview")):
-        status, told = server.routes.ask(method, path)
+def test_a_node_that_has_not_run_has_nothing_to_tell_and_cannot_be_asked(server):
+    assert server.routes.ask("GET", RUN) == (204, None)
+    for wish in ("stop", "preview"):
+        status, told = server.routes.ask("POST", f"{RUN}/{wish}")
         assert status == 404 and "has no run" in told["error"]
+    assert server.routes.ask("POST", f"{RUN}/burn") == (404, None)
+
+
+def test_a_run_says_of_which_workflow_it_is(nodes, server, monitor):
+    """Node ids are the same in other workflows."""
+    with nodes.panel.watched(HIDDEN, monitor):
+        assert server.sent[-1][1]["workflow"] == server.routes.ask("GET", RUN)[1]["workflow"] == "a workflow"
+    for unknown in (hidden(NODE), hidden(NODE, workflow=None), SimpleNamespace(unique_id=NODE, extra_pnginfo=None)):
+        with nodes.panel.watched(unknown, monitor):  # as where a script queued the graph
+            assert server.sent[-1][1]["workflow"] == ""
 
 
 def test_a_node_inside_a_subgraph_is_found(nodes, server, monitor):
-    with nodes.panel.watched("7:12", monitor):
+    with nodes.panel.watched(hidden("7:12"), monitor):
         assert server.routes.ask("GET", "/turbodistill/runs/7:12")[1]["node"] == "7:12"
 
 
 def test_stop_and_preview_reach_the_training(nodes, server, monitor):
-    with nodes.panel.watched(NODE, monitor) as panel:
+    with nodes.panel.watched(HIDDEN, monitor) as panel:
         panel.follow(step(1))
         for wish in ("stop", "preview"):
             assert not getattr(monitor.control, wish)
@@ -105,7 +126,7 @@ def test_what_does_not_train_cannot_be_asked(nodes, server, monitor):
         answers = [server.routes.ask("POST", f"{RUN}/{wish}") for wish in ("stop", "preview")]
         return answers == [(409, {"error": "no training runs here now"})] * 2
 
-    with nodes.panel.watched(NODE, monitor) as panel:
+    with nodes.panel.watched(HIDDEN, monitor) as panel:
         assert refused()  # before it began
         panel.follow(PairsMade(4, 12, "teacher pairs", SAMPLES))
         assert refused()
@@ -124,7 +145,7 @@ class SAMPLES:
 
 
 def test_messages_come_at_the_beginning_now_and_then_and_at_the_end(nodes, server, monitor, clock):
-    with nodes.panel.watched(NODE, monitor) as panel:
+    with nodes.panel.watched(HIDDEN, monitor) as panel:
         assert len(server.sent) == 1
         for update in range(1, 101):
             clock.now += 0.06
@@ -140,7 +161,7 @@ def test_messages_come_at_the_beginning_now_and_then_and_at_the_end(nodes, serve
 
 
 def test_comfyui_s_own_bar_goes_along(nodes, server, comfyui, monitor, clock):
-    with nodes.panel.watched(NODE, monitor) as panel:
+    with nodes.panel.watched(HIDDEN, monitor) as panel:
         clock.now += 1
         panel.follow(step(300))
     bar = comfyui.server.ProgressBar.shown[-1]
@@ -149,7 +170,7 @@ def test_comfyui_s_own_bar_goes_along(nodes, server, comfyui, monitor, clock):
 
 def test_a_page_that_joins_messages_has_the_whole_history(nodes, server, monitor, clock):
     page = Page(server)
-    with nodes.panel.watched(NODE, monitor) as panel:
+    with nodes.panel.watched(HIDDEN, monitor) as panel:
         for update in range(1, 400):
             clock.now += 0.05
             panel.follow(step(update, **({"adversarial": -0.5} if update > 200 else {})))
@@ -160,7 +181,7 @@ def test_a_page_that_joins_messages_has_the_whole_history(nodes, server, monitor
 
 
 def test_a_page_that_comes_in_between_has_it_too(nodes, server, monitor, clock):
-    with nodes.panel.watched(NODE, monitor) as panel:
+    with nodes.panel.watched(HIDDEN, monitor) as panel:
         for update in range(1, 100):
             clock.now += 0.05
             panel.follow(step(update))
@@ -179,7 +200,7 @@ def test_a_page_that_comes_in_between_has_it_too(nodes, server, monitor, clock):
 def test_a_long_history_is_thinned_out_and_asked_for_anew(nodes, server, monitor, clock, monkeypatch, pace):
     monkeypatch.setattr(trainer_monitor, "POINTS", 50)
     page, most = Page(server), 0
-    with nodes.panel.watched(NODE, monitor) as panel:
+    with nodes.panel.watched(HIDDEN, monitor) as panel:
         for update in range(1, 501):
             clock.now += pace
             panel.follow(step(update))
@@ -189,13 +210,13 @@ def test_a_long_history_is_thinned_out_and_asked_for_anew(nodes, server, monitor
     assert page.run == whole(server)
     assert most < 100 and 1 <= page.asked <= 6
     updates = page.run["update"]
-    assert 50 <= len(updates) < 100 and len({b - a for a, b in zip(updates, updates[1:], strict=False)}) == 1
+    assert 50 <= len(updates) < 100 and len({b - a for a, b in pairwise(updates)}) == 1
     assert updates[-1] > 490  # the newest are among them
 
 
 def test_a_history_of_before_is_told_with_the_first_message(nodes, server, monitor, clock):
     page = Page(server)
-    with nodes.panel.watched(NODE, monitor) as panel:
+    with nodes.panel.watched(HIDDEN, monitor) as panel:
         row = {"update": "1", "seconds": "0.1", "accuracy": "0.5", "logit_gap": "1", "saturation": "1"}
         row |= {"sharpness": "1", "diversity": "1", "regression": "0.5", "adversarial": ""}
         monitor.recall([row, row | {"update": "2", "adversarial": "0.25"}])
@@ -207,7 +228,7 @@ def test_a_history_of_before_is_told_with_the_first_message(nodes, server, monit
 
 
 def test_what_is_no_number_reaches_the_page_as_nothing(nodes, server, monitor, clock):
-    with nodes.panel.watched(NODE, monitor) as panel:
+    with nodes.panel.watched(HIDDEN, monitor) as panel:
         panel.follow(step(1, adversarial=math.nan, r1=math.inf))
     losses = server.sent[-1][1]["history"]["losses"]
     assert losses["regression"] == [1.0] and losses["adversarial"] == losses["r1"] == [None]
@@ -216,7 +237,7 @@ def test_what_is_no_number_reaches_the_page_as_nothing(nodes, server, monitor, c
 def test_newest_pairs_are_shown_now_and_then(nodes, server, monitor, clock):
     shown = []
     monitor.show = lambda latents: shown.append(len(latents)) or ["picture"] * len(latents)
-    with nodes.panel.watched(NODE, monitor) as panel:
+    with nodes.panel.watched(HIDDEN, monitor) as panel:
         for done in range(3, 61, 3):
             clock.now += 1
             panel.follow(PairsMade(done, 60, "teacher pairs", SAMPLES))
@@ -229,7 +250,7 @@ def test_newest_pairs_are_shown_now_and_then(nodes, server, monitor, clock):
 
 def test_cancel_is_looked_for_after_every_event(nodes, server, comfyui, monitor):
     cancelled = comfyui.server.InterruptProcessingException
-    with pytest.raises(cancelled), nodes.panel.watched(NODE, monitor) as panel:
+    with pytest.raises(cancelled), nodes.panel.watched(HIDDEN, monitor) as panel:
         panel.follow(step(1))
         comfyui.server.interrupt_current_processing()
         panel.follow(step(2))
@@ -238,7 +259,7 @@ def test_cancel_is_looked_for_after_every_event(nodes, server, comfyui, monitor)
 
 
 def test_an_error_is_told_in_its_words(nodes, server, monitor):
-    with pytest.raises(ValueError, match="too small"), nodes.panel.watched(NODE, monitor):
+    with pytest.raises(ValueError, match="too small"), nodes.panel.watched(HIDDEN, monitor):
         raise ValueError("the pictures are too small")
     told = server.sent[-1][1]
     assert (told["state"], told["error"]) == ("failed", "the pictures are too small")
@@ -246,10 +267,10 @@ def test_an_error_is_told_in_its_words(nodes, server, monitor):
 
 
 def test_the_next_run_of_a_node_takes_the_place_of_the_last(nodes, server, monitor):
-    with nodes.panel.watched(NODE, monitor) as panel:
+    with nodes.panel.watched(HIDDEN, monitor) as panel:
         panel.follow(step(1))
     after = Monitor("distill", "other", Config(), lambda latents: [])
-    with nodes.panel.watched(NODE, after):
+    with nodes.panel.watched(HIDDEN, after):
         told = server.routes.ask("GET", RUN)[1]
         assert told["name"] == "other" and told["points"] == 0
         assert server.sent[-1][1] == told

@@ -5,17 +5,27 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from turbodistill.core.card import read_card
+from turbodistill.core.card import read, read_card
 
 
 @pytest.fixture
-def trained(graph):
-    return graph.distill(graph.pairs())
+def student_with(nodes, graph, toys, student_of, saved):
+    """Rank -> what Distill gives for such a student of the graph's model."""
+
+    def build(rank):
+        student = student_of(toys.row(), rank)
+        path = saved(student)
+        tensors, card = read(path)
+        model, warning = nodes.host.with_student(graph.model, tensors, card, 1.0, path.name)
+        assert warning == ""
+        return nodes.distill.Trained(path, card, model)
+
+    return build
 
 
 @pytest.fixture
-def student(trained):
-    return trained[1]
+def student(student_with):
+    return student_with(2)
 
 
 def made(model):
@@ -25,28 +35,27 @@ def made(model):
         return network.apply_model(14 * noise, torch.tensor([14.0, 14.0]), torch.ones(2, 3, 6))
 
 
-def test_a_lora_is_found_by_load_student(nodes, graph, trained, places):
-    saved = graph.save(trained[1])
+def test_a_lora_is_found_by_load_student(nodes, graph, student, places):
+    saved = graph.save(student)
     assert saved.args == ("loras/my-turbo.safetensors",)
     path = places.loras / "my-turbo.safetensors"
-    assert path.read_bytes() == trained[1].path.read_bytes()
-    assert saved.ui.value == f"saved {path}\n{trained[1].card.in_words()}"
+    assert path.read_bytes() == student.path.read_bytes()
+    assert saved.ui.value == f"saved {path}\n{student.card.in_words()}"
     again, words = nodes.load.LoadStudent.run(model=graph.model, student=saved[0], strength=1.0).args
-    assert words == trained[1].card.in_words()  # no warning
-    assert torch.equal(made(again), made(trained[0]))
+    assert words == student.card.in_words()  # no warning
+    assert torch.equal(made(again), made(student.model)) and not torch.equal(made(again), made(graph.model))
 
 
-def test_a_full_copy_goes_to_the_diffusion_models(nodes, graph, places):
-    model, student, *_ = graph.distill(graph.pairs(), rank=0).args
+def test_a_full_copy_goes_to_the_diffusion_models(nodes, graph, student_with):
+    student = student_with(0)
     assert graph.save(student).args == ("diffusion_models/my-turbo.safetensors",)
     again, words = nodes.load.LoadStudent.run(
         model=graph.model, student="diffusion_models/my-turbo.safetensors", strength=1.0
     ).args
-    assert words == student.card.in_words() and torch.equal(made(again), made(model))
+    assert words == student.card.in_words() and torch.equal(made(again), made(student.model))
 
 
-def test_a_whole_checkpoint_has_it_merged_in(nodes, graph, trained, places):
-    model, student, *_ = trained.args
+def test_a_whole_checkpoint_has_it_merged_in(nodes, graph, student, places):
     saved = graph.save(student, save_as=nodes.distill.SaveStudent.MERGED, clip=graph.clip, vae=graph.vae)
     assert saved.args == ("checkpoints/my-turbo.safetensors",)
     path = places.checkpoints / "my-turbo.safetensors"
@@ -58,9 +67,9 @@ def test_a_whole_checkpoint_has_it_merged_in(nodes, graph, trained, places):
     assert (card.kind, card.rank, card.base_hash) == ("full", 0, student.card.base_hash)
     assert card.timesteps == student.card.timesteps and card.prediction == student.card.prediction
     # It is told how it is sampled by itself, and on its base it makes the same.
-    assert nodes.host.card_sampling([path.name]) == nodes.host.of_card(card)
+    assert nodes.host.sampling_by_files([path.name]) == nodes.host.of_card(card)
     again, _ = nodes.load.LoadStudent.run(model=graph.model, student=saved[0], strength=1.0).args
-    assert torch.allclose(made(again), made(model), atol=1e-5)
+    assert torch.allclose(made(again), made(student.model), atol=1e-5)
     assert [p.name for p in places.checkpoints.iterdir()] == ["my-turbo.safetensors"]
 
 

@@ -66,6 +66,11 @@ def test_a_step_does_not_round_a_default_away(widgets):
             assert i.step < i.max - i.min
 
 
+def test_the_page_draws_no_other_seed_after_a_run(widgets):
+    """It does by itself for a `seed`: every run would have pairs of its own."""
+    assert {i.control_after_generate for _, i in widgets if i.io_type == "INT"} == {False}
+
+
 def test_advanced_settings_are_what_was_chosen(nodes):
     node = nodes.distill.AdvancedSettings
     given = {i.id: i.default for i in node.define_schema().inputs} | {"lr": 1e-3, "adversarial": "relativistic"}

@@ -45,7 +45,8 @@ def values(node, schema):
     for socket in schema.inputs:
         if socket.io_type in WIDGETS:
             pairs.append((socket, left.pop(0)))
-            if getattr(socket, "control_after_generate", None):
+            told = getattr(socket, "control_after_generate", None)
+            if told or (told is None and socket.id in SEEDS):
                 assert left.pop(0) in ("fixed", "increment", "decrement", "randomize")
     assert left == []
     return pairs
@@ -111,6 +112,8 @@ def test_our_nodes_have_values_that_their_inputs_allow(workflow, schemas):
                 assert socket.min <= value <= socket.max, socket.id
             elif socket.id == "student":  # a file that the user brings, or ours
                 assert value in socket.options or re.fullmatch(r"(loras|checkpoints|diffusion_models)/[\w.]+", value)
+            elif socket.io_type in ("STRING", "BOOLEAN"):
+                assert type(value) is type(socket.default), socket.id
             else:
                 assert value in socket.options, socket.id
 
@@ -118,11 +121,34 @@ def test_our_nodes_have_values_that_their_inputs_allow(workflow, schemas):
 def test_a_demo_needs_no_file(file, workflow, nodes):
     kinds = {node["type"] for node in workflow["nodes"]}
     demo = "TurboDistillLoadDemoModel" in kinds
-    assert demo == (" Demo " in file.stem)
+    assert demo == (" demo " in file.stem.lower())
     if demo:
-        assert not {"LoadImage", "CheckpointLoaderSimple"} & kinds
+        assert not {"LoadImage", "CheckpointLoaderSimple", "TurboDistillImageFolder"} & kinds
         students = [n["widgets_values"][0] for n in ours(workflow) if n["type"] == "TurboDistillLoadStudent"]
-        assert students == [nodes.load.BUILT_IN]
+        prompts = [n["widgets_values"][0] for n in ours(workflow) if n["type"] == "TurboDistillPrompts"]
+        assert students + prompts in ([nodes.load.BUILT_IN], ["built in: the demo model's"])
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if " Distil " in f.stem], indirect=True, ids=lambda file: file.stem)
+def test_what_is_distilled_is_what_the_pairs_show(workflow):
+    """The same MODEL, CLIP and VAE at both nodes; pictures come with their captions."""
+    nodes = {node["type"]: node for node in workflow["nodes"]}
+    origin = {link[0]: link[1:3] for link in workflow["links"]}
+
+    def sources(kind):
+        return {i["name"]: origin[i["link"]] for i in nodes[kind]["inputs"] if i["link"]}
+
+    pairs, distill = sources("TurboDistillTeacherPairs"), sources("TurboDistillDistill")
+    assert all(pairs[name] == distill[name] for name in ("model", "clip", "vae"))
+    assert distill["pairs"] == [nodes["TurboDistillTeacherPairs"]["id"], 0]
+    pictures = nodes.get("TurboDistillImageFolder", {"id": None})["id"]
+    assert distill.get("images", [None])[0] == pictures
+    assert pairs["prompts"][0] == (pictures or nodes["TurboDistillPrompts"]["id"])
+
+
+def test_names_stand_in_the_order_of_their_numbers():
+    numbers = [int(file.stem.split()[0]) for file in FILES]
+    assert numbers == list(range(1, len(FILES) + 1))
 
 
 def test_a_note_says_what_to_do(workflow):

@@ -210,15 +210,17 @@ def reference_zip(tmp_path_factory):
     import json
     import zipfile
 
+    import numpy
     from PIL import Image
 
     path = tmp_path_factory.mktemp("reference") / "reference.zip"
-    rows = []
+    rows, noise = [], numpy.random.default_rng(0)
     with zipfile.ZipFile(path, "w") as archive:
         for i in range(24):
             style = ("flat", "rough")[i % 2]
             flat = Image.new("RGB", (32, 32), (10 * i, 255 - 10 * i, 90))
-            picture = flat if style == "flat" else Image.effect_noise((32, 32), 90).convert("RGB")
+            rough = Image.fromarray(noise.integers(0, 256, (32, 32), dtype="uint8")).convert("RGB")
+            picture = flat if style == "flat" else rough
             buffer = io.BytesIO()
             picture.save(buffer, "png")
             archive.writestr(f"{i}.png", buffer.getvalue())

@@ -39,6 +39,7 @@ OPTIONS = {
     "condition on the image": {"condition_image": True, "steps": 2},
     "four steps": {"steps": 4, "first_share": 0.4},
     "never the first step": {"steps": 2, "first_share": 0.0},
+    "a warm-up that never sees it": {"steps": 2, "first_share": 0.0, "warmup": 1},
     "lower start": {"start": 399},
     "full copy": {"rank": 0},
     "alpha": {"alpha": 1.0},

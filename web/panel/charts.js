@@ -38,7 +38,7 @@ export function lossCurves({ history: { update, losses, scores } }, width) {
     const at = update.findIndex((point) => point >= selected); // its own point may have been thinned out
     values[at < 0 ? values.length - 1 : at] = scores.score[i] ?? null;
   });
-  return [...curves, { name: "score", values, few: true }];
+  return [...curves, { name: "held-out score", values, few: true }];
 }
 
 /** Each measure by its place in its healthy range, 0 to 1. @param {Run} run @param {number} width @returns {Curve[]} */

@@ -147,13 +147,13 @@ export class Panel {
   }
 
   /** @param {Preview} preview */
-  #cards({ prompts, teacher, student }) {
+  #cards({ prompts, seeds, teacher, student }) {
     return student.map((picture, i) => {
       const pair = element("div", "pair", this.#picture(picture, "student"));
       const model = teacher[i];
       if (model) pair.prepend(this.#picture(model, "teacher"));
       const caption = element("figcaption", "", prompts[i] ?? "");
-      caption.title = prompts[i] ?? "";
+      caption.title = `${prompts[i] ?? ""}\nseed ${seeds[i] ?? "unknown"}`;
       return element("figure", "card", pair, caption);
     });
   }

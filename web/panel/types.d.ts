@@ -9,6 +9,8 @@ export interface Picture {
 export interface Preview {
   update: number;
   prompts: string[];
+  /** Of the noise: a sampler's seed that makes the same picture. */
+  seeds: number[];
   teacher: Picture[];
   student: Picture[];
 }

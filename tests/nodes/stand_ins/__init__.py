@@ -46,6 +46,7 @@ def modules() -> dict[str, dict[str, object]]:
     return {
         "aiohttp": {"web": SimpleNamespace(**found(server, "Response", "json_response"))},
         "comfy": {},
+        "comfy.conds": found(models, "CONDRegular", "CONDCrossAttn"),
         "comfy.latent_formats": found(models, "LatentFormat"),
         "comfy.lora": found(models, "model_lora_keys_unet", "load_lora"),
         "comfy.model_base": found(models, "ModelType", "BaseModel"),

@@ -72,10 +72,10 @@ class ComfyNode:
         raise NotImplementedError
 
     @classmethod
-    def run(cls, *, prompt=None, unique_id="1", **inputs):
+    def run(cls, *, prompt=None, unique_id="1", extra_pnginfo=None, **inputs):
         """As the executor does: in inference mode, on a clone of the class that holds the hidden inputs."""
         asked = {name.value for name in cls.define_schema().hidden}
-        held = {"PROMPT": prompt, "UNIQUE_ID": unique_id}
+        held = {"PROMPT": prompt, "UNIQUE_ID": unique_id, "EXTRA_PNGINFO": extra_pnginfo}
         hidden = SimpleNamespace(**{h.name: held.get(h.value) if h.value in asked else None for h in Hidden})
         with torch.inference_mode():
             return type(cls.__name__, (cls,), {"hidden": hidden}).execute(**inputs)

@@ -142,6 +142,10 @@ class CONDRegular:
         return type(self)(self.cond.repeat(batch_size, *(1 for _ in self.cond.shape[1:])))
 
 
+class CONDCrossAttn(CONDRegular):
+    """Of networks where the picture attends to the text, whose tokens may be repeated."""
+
+
 class ToyConfig:
     """What ComfyUI's detection would call a toy."""
 
@@ -162,7 +166,7 @@ class BaseModel(nn.Module):
         return space.calculate_denoised(t, self.diffusion_model(space.calculate_input(t, x), time, c_crossattn), x)
 
     def extra_conds(self, cross_attn, **_):
-        return {"c_crossattn": CONDRegular(cross_attn)}
+        return {"c_crossattn": CONDCrossAttn(cross_attn)}
 
     def process_latent_in(self, latent):
         return self.latent_format.process_in(latent)

@@ -1,0 +1,179 @@
+"""What a training will take is measured on one sample, and said in words; a running out says what to change."""
+
+import pytest
+import torch
+from turbodistill.core.schedule import expand
+from turbodistill.trainer import memory
+from turbodistill.trainer.config import Config
+from turbodistill.trainer.memory import GB, REMEDIES, Memory, measure
+
+
+@pytest.fixture
+def unet(kit):
+    return kit.unet_host()
+
+
+@pytest.fixture
+def made(kit, unet, tmp_path):
+    """Settings -> a fresh state over the UNet, and its pairs; every one is released in the end."""
+    states = []
+
+    def build(**changes):
+        settings = kit.config(taps="", **changes)
+        samples = kit.pairs(unet, kit.config(), tmp_path)
+        states.append(kit.state(unet, settings, samples))
+        return states[-1], samples
+
+    yield build
+    for state in states:
+        state.release()
+
+
+def estimate(made, **changes):
+    state, samples = made(**changes)
+    found = measure(state, samples)
+    state.release()
+    return found
+
+
+def test_it_grows_with_the_batch_alone_where_only_that_does(made):
+    one, four = estimate(made, batch=1), estimate(made, batch=4)
+    assert four.activations == 4 * one.activations > 0
+    assert (four.weights, four.trained) == (one.weights, one.trained)
+
+
+def test_checkpointing_takes_less(made):
+    plain, again = estimate(made), estimate(made, checkpointing=True)
+    assert 0 < again.activations < plain.activations / 2
+    assert (again.weights, again.trained) == (plain.weights, plain.trained)
+
+
+def test_what_is_not_computed_takes_nothing(made):
+    every, alone = estimate(made), estimate(made, adversarial_weight=0.0)
+    assert alone.activations < every.activations
+    assert estimate(made, adversarial_weight=0.0, feature_weight=1.0).activations == every.activations
+
+
+def test_the_student_is_counted_with_all_that_its_optimizer_keeps(made, unet):
+    state, samples = made(rank=4)
+    found = measure(state, samples)
+    of_weights = sum(p.numel() * 4 for p in unet.denoiser.backbone.parameters())
+    assert found.weights == of_weights
+    lora = sum(p.numel() * 4 for p in state.student.trained.parameters())
+    heads = sum(p.numel() * 4 for p in state.discriminator.parameters())
+    assert found.trained == 5 * lora + 4 * heads
+    assert found.total == found.weights + found.trained + found.activations
+    state.release()
+    scored, _ = made(rank=4, distillation="matching", distillation_weight=1.0, score_rank=4)
+    assert measure(scored, samples).trained == 10 * lora + 4 * heads
+    scored.release()
+    full, _ = made(rank=0)
+    assert measure(full, samples).trained == 5 * of_weights + 4 * heads
+
+
+def kept_by_autograd(state, samples):
+    """Bytes of distinct memory that is alive between forward and backward, parameters aside."""
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    modules = (state.student.teacher.backbone, state.student.trained, state.discriminator)
+    known = {p.untyped_storage().data_ptr() for m in modules for p in m.parameters()}
+    sigma = state.student.schedule.sigma(torch.tensor([500.0]))
+    x, cond = samples.latents[:1], samples.cond.rows(slice(1))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), state.student.training():
+        output = state.student(x * expand(sigma, x), sigma, cond)
+        maps = state.features(output, sigma, cond)
+        total = sum(size for place, size in storages.items() if place not in known)
+    assert maps
+    return total
+
+
+def test_it_is_near_what_autograd_keeps(made):
+    state, samples = made(batch=1)
+    assert measure(state, samples).activations == pytest.approx(kept_by_autograd(state, samples), rel=0.35)
+
+
+def test_nothing_is_kept_or_changed(kit, made, unet):
+    state, samples = made()
+    backbone = unet.denoiser.backbone
+    parts = (backbone, state.student.trained, state.discriminator, state.average)
+    before, flags = [kit.weights(m) for m in parts], [p.requires_grad for p in backbone.parameters()]
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in backbone.modules()]
+    torch.manual_seed(3)
+    drawn = torch.rand(2)
+    torch.manual_seed(3)
+    measure(state, samples)
+    assert torch.equal(torch.rand(2), drawn)
+    assert all(kit.same(kit.weights(m), b) for m, b in zip(parts, before, strict=True))
+    assert [p.requires_grad for p in backbone.parameters()] == flags
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in backbone.modules()] == hooks
+    assert all(p.grad is None for m in parts for p in m.parameters())
+
+
+def test_an_error_in_the_pass_leaves_no_hook(kit, made, unet):
+    state, samples = made()
+    backbone = unet.denoiser.backbone
+    handle = backbone.conv_out.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyError("cancelled")))
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in backbone.modules()]
+    with pytest.raises(KeyError, match="cancelled"):
+        measure(state, samples)
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in backbone.modules()] == hooks
+    handle.remove()
+
+
+def test_a_pass_that_was_only_counted_has_no_backward(unet):
+    x = torch.randn(1, 4, 8, 8)
+    with memory._Kept(unet.denoiser.backbone, set()):
+        output = unet.denoiser(x, torch.tensor([1.0]), unet.encode_text(["a"]))
+    with pytest.raises(RuntimeError, match="only counted"):
+        output.sum().backward()
+
+
+def test_a_network_without_known_blocks_is_counted_as_a_whole(kit, host, tmp_path):
+    samples = kit.pairs(host, kit.config(), tmp_path)
+    found = []
+    for checkpointing in (False, True):
+        state = kit.state(host, kit.config(checkpointing=checkpointing), samples)
+        found.append(measure(state, samples))
+        state.release()
+    assert found[0] == found[1] and found[0].activations > 0
+
+
+# --- in words ---
+
+
+def test_in_words_without_a_comparison():
+    told = Memory(2 * GB, GB // 2, 64 * 1024**2).in_words()
+    assert told == "training takes about 2.6 GB: 2.0 GB weights, 0.5 GB student, 64 MB activations"
+
+
+def test_in_words_where_it_is_enough_and_where_not():
+    needed = Memory(2 * GB, GB, GB)
+    assert needed.in_words(4 * GB).endswith("; 4.0 GB are there")
+    told = needed.in_words(3 * GB)
+    assert "; only 3.0 GB are there. It may run out of memory: " in told
+    assert all(remedy in told for remedy in REMEDIES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, ", or ".join(REMEDIES)),
+        ({"checkpointing": True}, ", or ".join(REMEDIES[1:])),
+        ({"batch": 1}, ", or ".join((REMEDIES[0], *REMEDIES[2:]))),
+    ],
+)
+def test_what_would_not_help_is_not_advised(made, changes, told):
+    state, _ = made(**changes)
+    state.extra["shape"] = (12, 4, 8, 16)
+    about = f"batch {changes.get('batch', 4)}, latents of 16 x 8, rank 2"
+    assert memory.advice(state, "training") == f"out of memory while training ({about}): {told}"
+
+
+def test_advice_names_settings_that_are():
+    for remedy in REMEDIES:
+        assert set(remedy.replace(",", "").split()) & {*Config.__dataclass_fields__, "pictures"}, remedy

@@ -1,0 +1,232 @@
+"""A run as a page shows it: where it is, how long yet, its curves, warnings and pictures."""
+
+import json
+import math
+
+import pytest
+import torch
+from turbodistill.trainer import history, monitor, run
+from turbodistill.trainer.config import Config
+from turbodistill.trainer.health import RANGES, Health
+from turbodistill.trainer.memory import GB, Memory
+from turbodistill.trainer.monitor import Monitor
+from turbodistill.trainer.run import Begun, PairsMade, Preview, Selected, Warned
+
+
+def watch(**settings):
+    """A monitor that shows latents as the words `mean of a picture`."""
+    return Monitor("distill", "my-turbo", Config(**settings), lambda latents: [f"{x.mean():.0f}" for x in latents])
+
+
+def step(update, seconds=0.5, spent=None, **losses):
+    health = Health(0.5, 1.0, 1.0, 1.0, 1.0)
+    spent = update * seconds if spent is None else spent
+    return run.Step(update, losses or {"regression": 1.0}, health, seconds, spent)
+
+
+def pictures(*values):
+    return torch.tensor(values, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 4, 2, 2)
+
+
+def made(done, total=64):
+    return PairsMade(done, total, "teacher pairs", None)
+
+
+# --- where it is, and how long yet ---
+
+
+def test_before_the_first_event_nothing_is_known():
+    told = watch().snapshot()
+    assert (told["state"], told["what"], told["total"]) == ("working", "", 0)
+    assert told["rate"] is told["time_left"] is told["best"] is None
+    assert (told["kind"], told["name"]) == ("distill", "my-turbo") and told["history"]["update"] == []
+    assert told["ranges"] == {name: [low, high] for name, (low, _, high, _) in RANGES.items()}
+
+
+def test_time_left_goes_by_the_pace_of_late():
+    seen = watch()
+    seen.follow(made(4), 9.0)  # the first also loads the model: it tells nothing of the pace
+    assert seen.snapshot()["time_left"] is None
+    seen.follow(made(8), 2.0)
+    told = seen.snapshot()
+    assert (told["what"], told["done"], told["total"], told["unit"]) == ("teacher pairs", 8, 64, "pairs")
+    assert told["rate"] == pytest.approx(0.5) and told["time_left"] == pytest.approx(0.5 * 56)
+    for done in range(12, 52, 2):  # twenty slower ones: the fast one is forgotten
+        seen.follow(made(done), 4.0)
+    assert seen.snapshot()["rate"] == pytest.approx((4.0 * 20) / (50 - 8), rel=0.05)
+
+
+def test_training_has_a_pace_of_its_own():
+    seen = watch(updates=100)
+    for done in (4, 8):
+        seen.follow(made(done), 60.0)
+    seen.follow(Begun(10, Memory(1, 1, 1)), 30.0)
+    assert seen.snapshot()["time_left"] is None and seen.running
+    seen.follow(step(11), 99.0)  # not how long the page took to be told, but the update
+    told = seen.snapshot()
+    assert (told["what"], told["done"], told["total"], told["unit"]) == ("training", 11, 100, "updates")
+    assert told["rate"] == 0.5 and told["time_left"] == pytest.approx(0.5 * 89)
+
+
+def test_a_limit_in_minutes_is_the_most_that_is_left():
+    seen = watch(updates=10_000, minutes=2.0)
+    seen.follow(Begun(0, Memory(1, 1, 1)), 0.0)
+    seen.follow(step(1, spent=0.5), 0.5)
+    assert seen.snapshot()["time_left"] == pytest.approx(119.5)
+    seen.follow(step(2, spent=130.0), 0.5)
+    assert seen.snapshot()["time_left"] == 0
+    short = watch(updates=10, minutes=2.0)
+    short.follow(Begun(0, Memory(1, 1, 1)), 0.0)
+    short.follow(step(1), 0.5)
+    assert short.snapshot()["time_left"] == pytest.approx(4.5)
+
+
+def test_pairs_do_not_go_by_the_training_s_limit():
+    seen = watch(minutes=1.0)
+    for done in (4, 8):
+        seen.follow(made(done), 60.0)
+    assert seen.snapshot()["time_left"] == pytest.approx(15 * 56)
+
+
+def test_only_a_training_can_be_asked_for_something():
+    seen = watch()
+    assert not seen.running
+    seen.follow(made(4), 1.0)
+    assert not seen.running
+    seen.follow(step(1), 1.0)
+    assert seen.running
+    seen.end("cancelled")
+    assert not seen.running
+
+
+@pytest.mark.parametrize(("updates", "state"), [(3, "stopped"), (5, "done")])
+def test_a_run_that_was_stopped_says_so_unless_it_was_at_its_end(updates, state):
+    seen = watch(updates=5)
+    seen.follow(step(updates), 1.0)
+    seen.control.stop = True
+    seen.follow(run.Finished(None, None, 1.0), 1.0)
+    assert seen.snapshot()["state"] == state
+
+
+def test_an_end_is_told_with_what_went_wrong():
+    seen = watch()
+    seen.end("failed", "no room")
+    assert (seen.snapshot()["state"], seen.snapshot()["error"]) == ("failed", "no room")
+
+
+def test_memory_is_told_against_what_is_there():
+    seen = Monitor("distill", "a", Config(), list, free=2 * GB)
+    seen.follow(Begun(0, Memory(GB, GB, GB)), 0.0)
+    assert "only 2.0 GB are there" in seen.snapshot()["memory"]
+
+
+# --- what it shows ---
+
+
+def test_the_best_is_the_last_that_was():
+    seen = watch()
+    for update, score, best in ((2, 3.0, True), (4, 1.0, True), (6, 2.0, False)):
+        seen.follow(Selected(update, score, best), 1.0)
+    told = seen.snapshot()
+    assert told["best"] == {"update": 4, "score": 1.0}
+    assert told["history"]["scores"] == {"update": [2, 4, 6], "score": [3.0, 1.0, 2.0]}
+
+
+def test_warnings_are_kept():
+    seen = watch()
+    seen.warn("looks like a turbo")
+    seen.follow(Warned(100, "pictures turn grey"), 1.0)
+    told = [{"update": 0, "text": "looks like a turbo"}, {"update": 100, "text": "pictures turn grey"}]
+    assert seen.snapshot()["warnings"] == told
+
+
+def test_previews_are_shown_beside_the_teacher_which_is_drawn_once():
+    drawn = []
+    seen = Monitor("distill", "a", Config(), lambda latents: drawn.append(1) or [f"{x.mean():.0f}" for x in latents])
+    for update in range(monitor.SHOWN + 3):
+        seen.follow(Preview(update, pictures(update, 1), pictures(7, 8), ["a", "b"], [0, 1]), 1.0)
+    previews = seen.snapshot()["previews"]
+    assert len(drawn) == 1 + monitor.SHOWN + 3
+    assert [p["update"] for p in previews] == list(range(3, monitor.SHOWN + 3))  # the newest
+    last = previews[-1]
+    assert last["student"] == [f"{monitor.SHOWN + 2}", "1"] and last["teacher"] == ["7", "8"]
+    assert last["prompts"] == ["a", "b"] and last["seeds"] == [0, 1]
+
+
+def test_the_newest_pairs_are_shown():
+    seen = watch()
+    seen.newest(pictures(*range(12)))
+    assert seen.snapshot()["pictures"] == [str(k) for k in range(12 - monitor.NEWEST, 12)]
+    seen.newest(pictures(50, 51))
+    assert seen.snapshot()["pictures"] == [*(str(k) for k in range(14 - monitor.NEWEST, 12)), "50", "51"]
+
+
+# --- curves ---
+
+
+def test_a_loss_that_comes_later_is_nothing_before():
+    seen = watch()
+    seen.follow(step(1, regression=1.0), 1.0)
+    seen.follow(step(2, regression=0.5, discriminator=-0.25), 1.0)
+    told = seen.snapshot()
+    assert told["history"]["losses"] == {"regression": [1.0, 0.5], "discriminator": [None, -0.25]}
+    later = seen.snapshot(first=1)
+    assert (later["first"], later["points"], later["history"]["update"]) == (1, 2, [2])
+
+
+def test_the_discriminator_s_health_is_nothing_before_there_is_one():
+    seen = watch()
+    seen.follow(step(1, regression=1.0), 1.0)
+    seen.follow(step(2, regression=1.0, discriminator=2.0), 1.0)
+    health = seen.snapshot()["history"]["health"]
+    assert set(health) == set(RANGES)
+    assert {name for name, values in health.items() if None in values} == {"accuracy", "logit_gap"}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_is_nothing(value):
+    seen = watch()
+    seen.follow(step(1, regression=value, r1=1.0), 1.0)
+    told = json.loads(json.dumps(seen.snapshot(), allow_nan=False))
+    assert told["history"]["losses"] == {"regression": [None], "r1": [1.0]}
+
+
+@pytest.mark.parametrize("updates", [1999, 2000, 2001, 4000, 9000])
+def test_a_long_curve_keeps_every_second_point_then_every_fourth(updates):
+    seen = watch(updates=updates)
+    for update in range(1, updates + 1):
+        seen.follow(step(update, regression=float(update)), 1.0)
+    told = seen.snapshot()
+    every = 1 if updates < 2000 else 2 if updates < 4000 else 4 if updates < 8000 else 8
+    assert told["history"]["update"] == list(range(every, updates + 1, every))
+    assert told["history"]["losses"]["regression"] == told["history"]["update"]
+    assert told["points"] == len(told["history"]["update"]) < 2 * monitor.POINTS
+
+
+def test_the_history_of_a_run_that_goes_on_is_taken_from_its_file(kit, host, tmp_path):
+    settings = kit.config(updates=4, warmup=2, select_every=2)
+    whole = watch()
+    for event in run.run(host, settings, tmp_path, kit.WORDS):
+        whole.follow(event, 1.0)
+    again = watch()
+    again.recall(history.read(tmp_path / run.HISTORY, 3))
+    told, before = again.snapshot()["history"], whole.snapshot()["history"]
+    assert told["update"] == [1, 2, 3]
+    for kind in ("losses", "health"):
+        assert told[kind] == {name: values[:3] for name, values in before[kind].items()}
+    assert again.snapshot()["what"] == ""  # it tells where the run was, not where it is
+
+
+def test_a_long_history_is_thinned_out_as_it_is_recalled():
+    seen = watch()
+    health = dict.fromkeys(RANGES, "1.0")
+    seen.recall([{"update": str(u), "seconds": "0.1", "regression": "0.5"} | health for u in range(1, 5001)])
+    told = seen.snapshot()["history"]
+    assert told["update"] == list(range(4, 5001, 4)) and set(told["losses"]) == {"regression"}
+    seen.follow(step(5001), 1.0)
+    seen.follow(step(5004), 1.0)
+    assert seen.snapshot()["history"]["update"][-2:] == [5000, 5004]
+
+
+def test_no_file_is_no_history(tmp_path):
+    assert history.read(tmp_path / run.HISTORY, 100) == []
