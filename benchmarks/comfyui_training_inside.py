@@ -62,15 +62,11 @@ def peak() -> int:
 
 
 def seconds(work) -> float:
-    """Median over the repeats, after one to warm up."""
-    times = []
-    for _ in range(repeats + 1):
-        wait()
-        begun = time.perf_counter()
-        work()
-        wait()
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times[1:])
+    wait()
+    begun = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - begun
 
 
 with torch.inference_mode():  # as nodes run
@@ -109,9 +105,9 @@ with torch.inference_mode(), trainable(model):
     estimate = measure(state, pairs)
     restart_peak()
     steps = distill(state, pairs, uncond.to("cpu"))
-    times = [next(steps).seconds for _ in range(repeats + 1)][1:]
+    for _ in range(2):
+        next(steps)
     run_peak = peak()
-    steps.close()
 
     def learn():
         with state.checkpointed(), autocast(config, device):
@@ -135,21 +131,35 @@ with torch.inference_mode(), trainable(model):
         with autocast(config, device):
             guided(denoiser, x, sigma, one, uncond, 4.0)
 
-    with student.training():
-        parts = {
-            "student, forward and backward": seconds(learn),
-            "features of the student's picture, forward and backward": seconds(judge),
-            "features of the positive, forward": seconds(look),
-            "teacher with guidance, forward": seconds(teach),
-        }
+    works = {
+        "student, forward and backward": learn,
+        "features of the student's picture, forward and backward": judge,
+        "features of the positive, forward": look,
+        "teacher with guidance, forward": teach,
+        "a whole step": lambda: next(steps),
+    }
+    # In turn, so that whatever else the machine does falls on all alike.
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(repeats + 1):
+        for name, work in works.items():
+            taken = seconds(work)
+            if turn:  # the first is to warm up
+                times[name].append(taken)
+    steps.close()
     state.release()
 
-step, floor = statistics.median(times), sum(parts.values())
 print(f"{type(model.model).__name__}, {size} x {size}, batch {batch}, rank {rank}, checkpointing {bool(checkpointing)}")
-for name, value in parts.items():
-    print(f"{name:<60} {value:8.3f} s")
-print(f"{'a whole step (least to most: ' + f'{min(times):.3f} to {max(times):.3f})':<60} {step:8.3f} s")
-print(f"step / sum of its passes: {step / floor:.3f}")
+for name, values in times.items():
+    told = f"median {statistics.median(values):7.3f} s, least {min(values):.3f}, most {max(values):.3f}"
+    print(f"{name:<58} {told}")
+whole = times.pop("a whole step")
+sums = [sum(row) for row in zip(*times.values(), strict=True)]
+ratios = sorted(step / floor for step, floor in zip(whole, sums, strict=True))
+least = min(whole) / sum(min(values) for values in times.values())
+print(
+    f"step / sum of its passes: {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}), "
+    f"of the least {least:.3f}"
+)
 trained = estimate.trained / GB
 print(f"weights {weights / GB:.2f} GB; peak of weights + one forward and backward {floor_peak / GB:.2f} GB")
 print(f"peak of the training {run_peak / GB:.2f} GB = {run_peak / floor_peak:.3f} x that; student {trained:.2f} GB")

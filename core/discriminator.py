@@ -65,7 +65,8 @@ class Discriminator(nn.Module):
             return
         for k, f in enumerate(features):
             getattr(self, f"mean_{k}").copy_(f.mean((0, 2, 3)))
-            getattr(self, f"std_{k}").copy_(f.std((0, 2, 3)).clamp(min=1e-3))
+            if f[:, 0].numel() > 1:  # of one value (a tiny picture, alone in its batch) there is no spread
+                getattr(self, f"std_{k}").copy_(f.std((0, 2, 3)).clamp(min=1e-3))
         self.calibrated.fill_(True)
 
     def standardise(self, features: Sequence[Tensor]) -> list[Tensor]:

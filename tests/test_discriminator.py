@@ -234,6 +234,13 @@ def test_calibration_makes_features_standard_once():
     assert torch.equal(discriminator.standardise(maps)[0], before)
 
 
+def test_calibration_by_one_value_leaves_the_spread_alone():
+    discriminator = Discriminator([4], 3)
+    discriminator.calibrate([torch.randn(1, 4, 1, 1)])
+    assert torch.equal(discriminator.std_0, torch.ones(4))
+    assert all(f.isfinite().all() for f in discriminator.standardise([torch.randn(2, 4, 1, 1)]))
+
+
 def test_calibration_is_saved_with_the_heads():
     discriminator, other = (Discriminator([3], text=6, width=8) for _ in range(2))
     maps = [torch.randn(4, 3, 4, 4) * 5]

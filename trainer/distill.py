@@ -24,6 +24,7 @@ from .batch import Batch, draw, generator
 from .config import Config, check_resumable
 from .data import Samples
 from .health import Health, measure
+from .optimizer import adam
 from .precision import autocast
 from .score import Score
 
@@ -79,10 +80,8 @@ class State:
             student,
             features,
             discriminator,
-            torch.optim.AdamW(trained.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0),
-            torch.optim.AdamW(
-                discriminator.parameters(), lr=config.lr_discriminator, betas=(0.0, 0.99), weight_decay=0.0
-            ),
+            adam(trained, config.lr, (0.9, 0.99)),
+            adam(discriminator, config.lr_discriminator, (0.0, 0.99)),
             copy.deepcopy(trained).requires_grad_(False),
             Score(student, config) if config.distillation_weight > 0 and config.distillation == "matching" else None,
         )

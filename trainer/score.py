@@ -13,6 +13,7 @@ from ..core import losses
 from ..core.student import Student
 from .batch import Batch
 from .config import Config
+from .optimizer import adam
 
 
 class Score:
@@ -22,9 +23,7 @@ class Score:
         with torch.random.fork_rng():  # a host's own randomness stays as it was
             torch.manual_seed(config.seed + 1)
             self.denoiser = Student(student.teacher, config.score_rank)
-        self.optimizer = torch.optim.AdamW(
-            self.denoiser.trained.parameters(), lr=config.lr_score, betas=(0.9, 0.99), weight_decay=0.0
-        )
+        self.optimizer = adam(self.denoiser.trained, config.lr_score, (0.9, 0.99))
 
     def loss(self, pictures: Tensor, batch: Batch) -> Tensor:
         """Denoising of the student's `pictures` (B, C, H, W) at levels and with noise of their own."""
