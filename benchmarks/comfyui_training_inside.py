@@ -32,9 +32,10 @@ from turbodistill.nodes.host_denoiser import ModelDenoiser, conditions  # noqa: 
 from turbodistill.nodes.host_training import trainable  # noqa: E402
 from turbodistill.trainer.config import Config  # noqa: E402
 from turbodistill.trainer.data import Samples  # noqa: E402
-from turbodistill.trainer.distill import State, distill  # noqa: E402
+from turbodistill.trainer.distill import distill  # noqa: E402
 from turbodistill.trainer.memory import measure  # noqa: E402
 from turbodistill.trainer.precision import autocast  # noqa: E402
+from turbodistill.trainer.state import State  # noqa: E402
 
 GB = 1024**3
 CUDA = torch.cuda.is_available()

@@ -109,8 +109,6 @@ class Distill(io.ComfyNode):
         config = Config(**(settings or {}) | pairs.settings | chosen)
         if images is not None and config.positives == "teacher":
             config = config.replace(positives="both")
-        if images is None and config.positives != "teacher":
-            raise ConfigError(f"positives is {config.positives!r}: connect an Image Folder, or set it to teacher")
         folder = run_folder(name)
         with trainable(model):
             base = base_name(cls, model)

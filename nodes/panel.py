@@ -104,7 +104,7 @@ def watched(hidden, monitor: Monitor) -> Iterator[Panel]:
         else:
             if is_out_of_memory(error):
                 doing = "making teacher pairs" if monitor.kind == "pairs" else "showing pictures"
-                full = str(error) if isinstance(error, OutOfMemory) else advice(None, doing)
+                full = str(error) if isinstance(error, OutOfMemory) else advice(doing)
             monitor.end("failed", full or str(error))
         panel.tell()
         if not full:

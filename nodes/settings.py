@@ -18,28 +18,28 @@ ADVANCED = tuple(name for name in FIELDS if name not in OF_PAIRS + OF_DISTILL)
 MOST = 2**31 - 1
 
 
-def widget(name: str, **changes: Any):
-    """A node's input for one setting; `changes` replace what its field says, such as another default."""
-    field = FIELDS[name]
-    about = field.metadata
-    told = {"default": field.default, "tooltip": about["help"][0].upper() + about["help"][1:] + "."} | changes
+def widgets(names: Iterable[str], **defaults: Any) -> list:
+    """Inputs for some settings; those in `defaults` begin with another value than the trainer's."""
+    return [widget(name, defaults.get(name)) for name in names]
+
+
+def widget(name: str, default: Any = None):
+    """A node's input for one setting, which begins with its field's default or another."""
+    about = FIELDS[name].metadata
+    default = FIELDS[name].default if default is None else default
+    told = {"default": default, "tooltip": about["help"][0].upper() + about["help"][1:] + "."}
     if about["choices"]:
         return io.Combo.Input(name, options=list(about["choices"]), **told)
-    if isinstance(field.default, bool):
+    if isinstance(default, bool):
         return io.Boolean.Input(name, **told)
-    if isinstance(field.default, str):
+    if isinstance(default, str):
         return io.String.Input(name, **told)
-    if isinstance(field.default, int):
+    if isinstance(default, int):
         # Else the page draws another seed after every run, and with it the next one would have other pairs.
         told["control_after_generate"] = False
         return io.Int.Input(name, min=about["low"] or 0, max=about["high"] or MOST, **told)
     low = -10.0 if about["low"] is None else float(about["low"])
-    return io.Float.Input(name, min=low, max=float(about["high"] or 1e6), step=_step(field.default), **told)
-
-
-def widgets(names: Iterable[str], **defaults: Any) -> list:
-    """Inputs for some settings; those in `defaults` begin with another value than the trainer's."""
-    return [widget(name, **({"default": defaults[name]} if name in defaults else {})) for name in names]
+    return io.Float.Input(name, min=low, max=float(about["high"] or 1e6), step=_step(default), **told)
 
 
 def _step(default: float) -> float:

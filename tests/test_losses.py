@@ -14,6 +14,7 @@ from turbodistill.trainer import distill
 from turbodistill.trainer.batch import draw
 from turbodistill.trainer.config import Config
 from turbodistill.trainer.data import Samples
+from turbodistill.trainer.state import State
 
 # --- Adversarial ---
 
@@ -253,7 +254,7 @@ def toy_state(toys, teacher=None, rank=0, **settings):
     config = Config(rank=rank, batch=4, width=8, taps="conv_in,down", precision="float32", **settings)
     pairs = Samples(toys.picture(8), toys.cond(8), [""] * 8, torch.arange(8))
     student = Student(teacher, rank=rank)
-    return distill.State.create(student, config, pairs), pairs
+    return State.create(student, config, pairs), pairs
 
 
 @pytest.mark.parametrize("weighting", WEIGHTS)

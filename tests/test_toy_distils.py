@@ -12,6 +12,7 @@ from turbodistill.core.student import Student
 from turbodistill.trainer import distill
 from turbodistill.trainer.config import Config
 from turbodistill.trainer.data import Samples
+from turbodistill.trainer.state import State
 
 STD = 0.1
 SHAPE = (2, 1, 1)
@@ -84,7 +85,7 @@ def test_one_step_of_the_student_covers_the_modes(taught, recipe):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         student = Student(teacher, rank=config.rank, output="inherit")
-    state = distill.State.create(student, config, pairs)
+    state = State.create(student, config, pairs)
     before = teacher(held_out(), torch.full((1000,), 3.0), nothing(1000))
     steps = list(distill.distill(state, pairs, nothing(1)))
     modes, share = coverage(student.generate(held_out(), nothing(1000)), means)

@@ -10,8 +10,8 @@ from ..core.schedule import trailing_timesteps
 from ..core.student import student_bytes
 from . import data
 from .config import Config
-from .distill import State
 from .host import Host
+from .state import State
 
 
 def make_card(host: Host, state: State, metrics: dict[str, Any]) -> StudentCard:

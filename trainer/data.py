@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,16 +166,29 @@ def write_shard(path: Path, samples: Samples, key: str) -> None:
     write_whole(path, save(tensors, about))
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that a crash or a full disk leaves the old one or the new one, never a half."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write a file so that a crash or a full disk leaves the old one or the new one, never a half.
+
+    Raises OSError, which says what to do.
+    """
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
+        yield part
         os.replace(part, path)
-    except OSError as error:
+    except BaseException as error:
         part.unlink(missing_ok=True) if part.parent.exists() else None
-        raise OSError(f"cannot write {path} ({error.strerror}): free some space or choose another folder") from error
+        if not isinstance(error, (OSError, SafetensorError)):  # a library's own file operations fail with the latter
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"cannot write {path} ({reason}): free some space or choose another folder") from error
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all; raises OSError, which says what to do."""
+    with whole_file(path) as part:
+        part.write_bytes(content)
 
 
 def checksum(tensors: dict[str, Tensor]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from ..core.checkpointing import blocks
 from ..core.denoiser import Cond
+from .config import Config
 from .data import Samples
-from .distill import State
 from .precision import autocast
+from .state import State
 
 GB = 1024**3
 # What to change when memory does not suffice, in the order in which it costs least.
@@ -35,11 +37,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate" in said or "out of memory" in said
 
 
-def advice(state: State | None, what: str) -> str:
-    """What to say when memory ran out during `what`."""
-    if state is None:
+def advice(what: str, config: Config | None = None, latent_shape: Sequence[int] = ()) -> str:
+    """What to say when memory ran out during `what`: in a training with its settings and latents (C, H, W)."""
+    if config is None:
         return f"out of memory while {what}: make fewer at once, or smaller pictures"
-    config, (_, _, height, width) = state.config, state.extra.get("shape", (0, 0, 0, 0))
+    height, width = latent_shape[1:]
     remedies = [r for r in REMEDIES if not (config.checkpointing and "checkpointing" in r)]
     if config.batch == 1:
         remedies = [r for r in remedies if not r.startswith("lower batch")]
@@ -85,7 +87,7 @@ class _Kept:
         self.backbone, self.parameters = backbone, parameters
         self.inside: dict[str, int] = defaultdict(int)  # bytes by block; "" is outside of all
         self.inputs = 0
-        self._now, self._seen = "", set()
+        self._now = ""
 
     def __enter__(self) -> _Kept:
         try:
@@ -114,9 +116,8 @@ class _Kept:
         self._now = ""
 
     def _count(self, tensor: Tensor) -> tuple:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen and storage.data_ptr() not in self.parameters:
-            # An address can be given out again, now that nothing is kept: bytes are then counted once too few.
+        # What two operations keep is counted twice: nothing is kept, so addresses do not tell tensors apart.
+        if tensor.untyped_storage().data_ptr() not in self.parameters:
             self.inside[self._now] += tensor.numel() * tensor.element_size()
         return ()
 

@@ -174,6 +174,4 @@ class Monitor:
 def _columns(rows: Sequence[dict[str, float]]) -> dict[str, list[float | None]]:
     """Rows of names and values as columns; what a row lacks, or is no number, is None."""
     names = dict.fromkeys(name for row in rows for name in row)
-    finite = ({k: v for k, v in row.items() if math.isfinite(v)} for row in rows)
-    table = list(finite)
-    return {name: [row.get(name) for row in table] for name in names}
+    return {name: [v if math.isfinite(v := row.get(name, math.nan)) else None for row in rows] for name in names}

@@ -25,12 +25,13 @@ from ..core.student import Student, load_weights
 from . import data, health
 from .cards import write_student
 from .config import Config, ConfigError
-from .distill import Diverged, State, Step, distill, tap_names
+from .distill import Diverged, Step, distill
 from .history import History
 from .host import Host
 from .memory import Memory, OutOfMemory, advice, is_out_of_memory, measure
 from .metrics import kernel_distance
 from .precision import autocast
+from .state import State, tap_names
 
 log = logging.getLogger(__name__)
 
@@ -206,8 +207,8 @@ def run(
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        out_of_memory = advice(doing.state, doing.what)
-    doing.state = None
+        trains = doing.what == "training"
+        out_of_memory = advice(doing.what, config, host.latent_shape) if trains else advice(doing.what)
     if out_of_memory:  # outside of the handler: the old error's frames would hold on to what is to be freed
         raise OutOfMemory(out_of_memory)
 
@@ -217,7 +218,6 @@ class _Doing:
     """What a run is at, for its errors."""
 
     what: str = "making teacher pairs"
-    state: State | None = None
 
 
 def _run(
@@ -231,10 +231,10 @@ def _run(
     control: Control,
     doing: _Doing,
 ) -> Iterator[Event]:
-    _writable(folder)
-    pairs_folder = Path(pairs_folder or folder / "pairs")
     if images is None and config.positives != "teacher":
         raise ConfigError(f"positives is {config.positives!r} but there are no images: give a folder, or use 'teacher'")
+    _writable(folder)
+    pairs_folder = Path(pairs_folder or folder / "pairs")
     total = 0 if images is None else len(data.read_image_folder(images))
     if config.rank:  # a setting that does not fit this model is told before hours of pairs
         _create(host, config).release()
@@ -251,14 +251,14 @@ def _run(
         reals = data.Samples.cat(parts)
     train_rows, held_rows = split(pairs)
     train, held = take(pairs, train_rows), take(pairs, held_rows)
+    doing.what = "training"
     student = _create(host, config)
     try:
         state = State.create(student, config, pairs)
     except BaseException:
         student.release()
         raise
-    doing.what, doing.state = "training", state
-    state.extra |= {"data": data.pairs_key(host, config, prompts), "shape": tuple(pairs.latents.shape)}
+    state.extra["data"] = data.pairs_key(host, config, prompts)
     try:
         yield from _train(host, state, folder, train, held, reals, score, control)
     finally:

@@ -93,7 +93,7 @@ def test_a_subfolder_is_made_and_told(nodes, graph, student, places):
         assert nodes.load.LoadStudent.validate_inputs(student=name) is True
 
 
-@pytest.mark.parametrize("name", ["", "  ", ".safetensors", "../fox", "a/../../fox", "/tmp/fox", "mine/", ".."])
+@pytest.mark.parametrize("name", ["", "  ", ".safetensors", "../fox", "a/../../fox", "/outside/fox", "mine/", ".."])
 def test_a_name_that_is_none_or_leads_out_of_the_folder_is_refused(graph, student, places, name):
     beside = sorted(places.loras.parent.rglob("*"))
     with pytest.raises(ValueError, match="give one that stays in models/loras, with / for subfolders"):

@@ -14,9 +14,10 @@ from torch.nn import Conv2d, Linear
 from turbodistill.core.card import fingerprint
 from turbodistill.core.denoiser import Cond, Denoiser
 from turbodistill.core.schedule import DiscreteSchedule, expand
+from turbodistill.core.student import Student
 from turbodistill.trainer import data, run
 from turbodistill.trainer.config import Config
-from turbodistill.trainer.distill import State, Student
+from turbodistill.trainer.state import State
 
 TOKENS, STATES, SIDE = 5, 16, 8
 WORDS = ("fox", "owl", "elk", "ant", "bee", "cod", "emu", "yak", "rat", "hen", "pig", "ram")

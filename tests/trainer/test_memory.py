@@ -169,9 +169,8 @@ def test_in_words_where_it_is_enough_and_where_not():
 )
 def test_what_would_not_help_is_not_advised(made, changes, told):
     state, _ = made(**changes)
-    state.extra["shape"] = (12, 4, 8, 16)
     about = f"batch {changes.get('batch', 4)}, latents of 16 x 8, rank 2"
-    assert memory.advice(state, "training") == f"out of memory while training ({about}): {told}"
+    assert memory.advice("training", state.config, (4, 8, 16)) == f"out of memory while training ({about}): {told}"
 
 
 def test_advice_names_settings_that_are():
