@@ -11,11 +11,16 @@ COMFYUI_PATH and COMFYUI_PYTHON as for the tests.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import tempfile
 from pathlib import Path
 
 from comfyui_speed import CLONE, full_size, module
+
+# An accelerator's allocator keeps what is freed for the next pass. glibc's gives it back to the system, which hands
+# it out again page by page, zeroed: a step, which holds more at once than any of its passes, then pays for that alone.
+KEEP = {"MALLOC_MMAP_THRESHOLD_": str(32 * 1024**2), "MALLOC_TRIM_THRESHOLD_": str(64 * 1024**3)}
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--checkpoint", type=Path, help="a checkpoint of your own")
@@ -23,6 +28,7 @@ parser.add_argument("--size", type=int, default=64, help="pixels of a side (defa
 parser.add_argument("--batch", type=int, default=1)
 parser.add_argument("--rank", type=int, default=64)
 parser.add_argument("--repeats", type=int, default=5, help="steps that are timed (default: 5)")
+parser.add_argument("--give-back", action="store_true", help="let the C library give freed memory back (see KEEP)")
 parser.add_argument("--checkpointing", action="store_true")
 parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"))
 
@@ -34,7 +40,8 @@ def main() -> None:
         path = args.checkpoint or Path(folder) / "checkpoints" / full_size(Path(folder))
         inside = Path(__file__).with_name("comfyui_training_inside.py")
         told = (args.size, args.batch, args.rank, args.repeats, int(args.checkpointing), args.precision)
-        subprocess.run([python, inside, comfyui, CLONE, path, *map(str, told)], check=True)
+        environment = os.environ | ({} if args.give_back else KEEP)
+        subprocess.run([python, inside, comfyui, CLONE, path, *map(str, told)], env=environment, check=True)
 
 
 if __name__ == "__main__":

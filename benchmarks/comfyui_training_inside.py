@@ -1,5 +1,6 @@
 """The part of `comfyui_training.py` that ComfyUI's own Python runs."""
 
+import ctypes
 import gc
 import importlib.util
 import statistics
@@ -51,6 +52,7 @@ def restart_peak() -> None:
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     else:
+        ctypes.CDLL(None).malloc_trim(0)  # what is freed and kept is no need of what comes
         Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ KEY = "turbodistill.card"
 VERSION = 1
 KINDS = ("lora", "full")
 READINGS = ("eps", "v", "x0", "flow")
+TITLES = ("modelspec.title", "ss_output_name", "title")  # metadata that names a weight file
 
 
 class CardError(ValueError):
@@ -148,20 +150,38 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], StudentCard]:
 
     Raises CardError for a file that is missing, truncated, no safetensors (a pickle), or without a card.
     """
+    with _opened(path) as file:
+        card = StudentCard.from_metadata(file.metadata(), path)
+        return {k: file.get_tensor(k) for k in file.keys()}, card  # noqa: SIM118 - not iterable in safetensors 0.4.2
+
+
+def read_card(path: str | Path) -> StudentCard:
+    """The card alone, from the file's header; raises as `read` does."""
+    with _opened(path) as file:
+        return StudentCard.from_metadata(file.metadata(), path)
+
+
+def titles(path: str | Path) -> list[str]:
+    """What a weight file's own metadata calls it; nothing where it is no safetensors file, or has none."""
+    try:
+        with _opened(path) as file:
+            metadata = file.metadata() or {}
+    except (CardError, OSError):
+        return []
+    return [metadata[key] for key in TITLES if metadata.get(key)]
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    """A safetensors file; raises CardError for a file that is missing, truncated, or another kind."""
     path = Path(path)
     if not path.is_file():
         raise CardError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}: check the name")
     try:
         with safe_open(path, "pt") as file:
-            card = StudentCard.from_metadata(file.metadata(), path)
-            return {k: file.get_tensor(k) for k in file.keys()}, card  # noqa: SIM118 - not iterable in safetensors 0.4.2
+            yield file
     except SafetensorError as error:
         raise CardError(
             f"{path} is no complete safetensors file ({error}). If the download broke off, get it again; "
             "pickle files (.ckpt, .pt) are not loaded, since they can run code"
         ) from None
-
-
-def read_card(path: str | Path) -> StudentCard:
-    """The card alone; raises as `read` does."""
-    return read(path)[1]

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from .card import StudentCard
+from .card import CardError, StudentCard, read_card, titles
 from .schedule import trailing_timesteps
 
 MOST = 8  # steps
@@ -108,3 +110,10 @@ def of_card(card: StudentCard) -> Sampling:
     """The sampling of a student of ours."""
     prediction = "inherit" if card.prediction == card.base_prediction else card.prediction
     return Sampling(f"student of {card.base_model}", prediction, card.timesteps[0], len(card.timesteps), exact=True)
+
+
+def by_file(path: str | Path, *hints: str) -> Sampling | None:
+    """How a weight file is sampled: by a student's card in it, else as the family that a hint or its title names."""
+    with suppress(CardError):
+        return of_card(read_card(path))
+    return recognise(*hints, *titles(path))

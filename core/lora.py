@@ -39,6 +39,14 @@ def adaptable(module: nn.Module) -> bool:
     )
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for this kind of device."""
+    try:
+        return torch.is_autocast_enabled(device.type)
+    except TypeError:  # torch before 2.4 has a function for each kind
+        return torch.is_autocast_cpu_enabled() if device.type == "cpu" else torch.is_autocast_enabled()
+
+
 class Branch(nn.Module):
     """up(down(x)) alpha / rank beside one layer; down is (r, in, ...), up (out, r, ...)."""
 
@@ -58,7 +66,7 @@ class Branch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         down, up = self.down, self.up
-        if not torch.is_autocast_enabled(x.device.type):
+        if not autocasts(x.device):
             down, up = down.to(x.dtype), up.to(x.dtype)
         if self.options is None:
             return F.linear(F.linear(x, down), up) * self.scale

@@ -21,6 +21,12 @@ def sigmas_of(schedule: Schedule, timesteps: Sequence[float]) -> Tensor:
     return torch.cat([schedule.sigma(torch.tensor(timesteps, dtype=torch.float64)), torch.zeros(1)])
 
 
+def sigmas_at(table: Tensor, timesteps: Sequence[int]) -> Tensor:
+    """Sigmas (n + 1,) of a host's own rising table, of any length, at timesteps of 1000, with the final 0."""
+    rows = [max(round((t + 1) * len(table) / 1000) - 1, 0) for t in timesteps]
+    return torch.cat([table[rows].float().cpu(), torch.zeros(1)])
+
+
 def trailing_sigmas(schedule: Schedule, steps: int, start: int | None = None) -> Tensor:
     """Sigmas (steps + 1,) of trailing timesteps; for Stable Diffusion in one step [14.6146, 0]."""
     last = schedule.timesteps - 1

@@ -183,3 +183,17 @@ class FlowSchedule(Schedule):
         if prediction == "x0":
             return x0
         raise ValueError(f"prediction {prediction!r} does not go with a flow schedule: use flow or x0")
+
+
+def flow_of(sigmas: Tensor) -> FlowSchedule | None:
+    """The flow schedule whose noise levels are these (T,), whatever its shift; None where there is none.
+
+    SD3, Flux and AuraFlow write the shift in different ways; the level halfway tells it for all.
+    """
+    table = sigmas.detach().double().cpu()
+    middle = float(table[len(table) // 2 - 1])
+    if not 0 < middle < 1:
+        return None
+    schedule = FlowSchedule(middle / (1 - middle))
+    times = torch.linspace(0, 1, len(table) + 1)[1:] * schedule.timesteps - 1
+    return schedule if torch.allclose(schedule.sigma(times).double(), table, atol=1e-4) else None

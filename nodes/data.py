@@ -11,7 +11,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..trainer import data
-from ..trainer.config import Config
+from ..trainer.config import OF_PAIRS, Config
 from ..trainer.data import DataError
 from ..trainer.monitor import Monitor
 from ..trainer.prompts import ANYTHING, DEMO, generate
@@ -22,7 +22,7 @@ from .host_training import CheckpointHost, cancellable
 from .load import CATEGORY
 from .panel import watched
 from .schema import schema
-from .settings import OF_PAIRS, widgets
+from .settings import widgets
 
 PROMPTS = io.Custom("TURBODISTILL_PROMPTS")
 IMAGES = io.Custom("TURBODISTILL_IMAGES")

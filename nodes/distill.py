@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from comfy_api.latest import io, ui
 
 from ..core.card import StudentCard, read, read_card
 from ..trainer import history, run
-from ..trainer.config import Config, ConfigError
+from ..trainer.config import ADVANCED, OF_DISTILL, Config
 from ..trainer.data import DataError, pairs_key, write_whole
 from ..trainer.monitor import Monitor
 from . import host, host_page, host_save
@@ -22,7 +21,7 @@ from .host_training import CheckpointHost, cancellable, load_whole, trainable
 from .load import CATEGORY
 from .panel import stopped_early, watched
 from .schema import schema
-from .settings import ADVANCED, OF_DISTILL, widgets
+from .settings import widgets
 
 SETTINGS = io.Custom("TURBODISTILL_SETTINGS")
 STUDENT = io.Custom("TURBODISTILL_STUDENT")
@@ -59,9 +58,7 @@ class AdvancedSettings(io.ComfyNode):
 
 def run_folder(name: str) -> Path:
     """Where a run of this name lies; raises ConfigError for a name that is no folder's."""
-    if not re.fullmatch(r"[^\s./\\<>:\"|?*][^/\\<>:\"|?*]*", name) or name.endswith((".", " ")):
-        raise ConfigError(f"name is {name!r}: give one that can be a folder's, such as my-turbo")
-    return host_page.output_folder() / "runs" / name
+    return host_page.output_folder() / "runs" / run.check_name(name)
 
 
 class Distill(io.ComfyNode):

@@ -6,7 +6,6 @@ import copy
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import comfy.lora
@@ -18,13 +17,12 @@ import comfy.utils
 import folder_paths
 import latent_preview
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..core.card import CardError, StudentCard, fingerprint, read_card
-from ..core.families import Sampling, of_card, recognise
+from ..core.card import CardError, StudentCard, fingerprint
+from ..core.families import Sampling, by_file, of_card, recognise
 from ..core.lora import PARTS, check_match
-from ..core.sampling import sample_euler, sample_few_step
+from ..core.sampling import sample_euler, sample_few_step, sigmas_at
 
 log = logging.getLogger(__name__)
 KEY = "turbodistill.sampling"  # the MODEL's attachment that says how it is sampled
@@ -173,9 +171,7 @@ def _with_full(model, tensors: Mapping[str, Tensor], strength: float):
 
 def sigmas_for(model, timesteps: Sequence[int]) -> Tensor:
     """Sigmas (n + 1,) of the MODEL's own schedule at timesteps of 1000, with the final 0."""
-    table = model.get_model_object("model_sampling").sigmas
-    rows = [max(round((t + 1) * len(table) / 1000) - 1, 0) for t in timesteps]
-    return torch.cat([table[rows].float().cpu(), torch.zeros(1)])
+    return sigmas_at(model.get_model_object("model_sampling").sigmas, timesteps)
 
 
 class Space:
@@ -230,29 +226,13 @@ def file_path(folder: str, name: str) -> str | None:
 
 
 FOLDERS = ("loras", "checkpoints", "diffusion_models")  # of weight files
-TITLES = ("modelspec.title", "ss_output_name", "title")
-
-
-def titles(name: str) -> list[str]:
-    """What a weight file's own metadata calls it; nothing where it is no safetensors file, or has none."""
-    paths = filter(None, (file_path(folder, name) for folder in FOLDERS))
-    for path in paths:
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-        except (OSError, SafetensorError):
-            continue
-        return [metadata[key] for key in TITLES if metadata.get(key)]
-    return []
 
 
 def sampling_by_files(names: Sequence[str]) -> Sampling | None:
     """How the first of these files is sampled that says so: by a student's card, or as a known family."""
     for name in names:
-        for path in filter(None, (file_path(folder, name) for folder in FOLDERS)):
-            with suppress(CardError):
-                return of_card(read_card(path))
-        if found := recognise(name, *titles(name)):
+        paths = filter(None, (file_path(folder, name) for folder in FOLDERS))
+        if found := next(filter(None, (by_file(path, name) for path in paths)), None) or recognise(name):
             return found
     return None
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.denoiser import Cond, Denoiser
-from ..core.schedule import DiscreteSchedule, FlowSchedule, Schedule
+from ..core.schedule import DiscreteSchedule, Schedule, flow_of
 from .host import prediction_of
 
 TIMESTEPS = 1000  # of the discrete models that core knows
@@ -34,13 +34,8 @@ def schedule_of(model) -> Schedule:
     prediction, table = prediction_of(model), getattr(space, "sigmas", torch.zeros(0)).detach().double().cpu()
     if prediction in ("eps", "v") and len(table) == TIMESTEPS and _by_number(space):
         return DiscreteSchedule(1 / (1 + table**2))
-    if prediction == "flow" and len(table):
-        # SD3, Flux and AuraFlow write the shift in different ways; the level halfway tells it for all.
-        middle = table[len(table) // 2 - 1]
-        schedule = FlowSchedule(float(middle / (1 - middle)))
-        times = torch.linspace(0, 1, len(table) + 1)[1:] * schedule.timesteps - 1
-        if torch.allclose(schedule.sigma(times).double(), table, atol=1e-4):
-            return schedule
+    if prediction == "flow" and len(table) and (schedule := flow_of(table)):
+        return schedule
     raise ValueError(
         f"this model predicts {prediction} over {len(table)} noise levels of its own kind ({type(space).__name__}): "
         f"eps and v over {TIMESTEPS} levels, and flow with a shift, are what can be used here"

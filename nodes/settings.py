@@ -11,10 +11,6 @@ from comfy_api.latest import io
 from ..trainer.config import Config
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
-# What other nodes ask for themselves; everything else is in Advanced Settings.
-OF_PAIRS = ("pairs", "pair_steps", "pair_sampler", "guidance", "seed")
-OF_DISTILL = ("rank", "updates", "batch", "checkpointing")
-ADVANCED = tuple(name for name in FIELDS if name not in OF_PAIRS + OF_DISTILL)
 MOST = 2**31 - 1
 
 

@@ -1,7 +1,7 @@
-"""The door of AUTOMATIC1111 and Forge: their script loader runs this file.
+"""The door of AUTOMATIC1111 and Forge: their script loader runs this file, at the start and at each Reload UI.
 
-It loads the clone as the package `turbodistill`, since its folder may bear any name; the sampler,
-panel and tab, which register from here, are coming.
+It loads the clone as the package `turbodistill`, since its folder may bear any name. The host takes
+every Script in this file's names for one to show: there is one, `Panel`.
 """
 
 import importlib.util
@@ -17,3 +17,13 @@ if "turbodistill" not in sys.modules:
     package = importlib.util.module_from_spec(specification)
     sys.modules["turbodistill"] = package
     specification.loader.exec_module(package)
+
+from turbodistill.webui_extension.host_kind import refusal  # noqa: E402 - there was no such package before
+
+if sentence := refusal():
+    print(sentence)
+else:
+    from turbodistill.webui_extension.host_panel import Panel  # noqa: F401
+    from turbodistill.webui_extension.host_start import start
+
+    start()

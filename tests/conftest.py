@@ -7,6 +7,18 @@ import pytest
 import torch
 
 
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    """On several processes: a host's tests run in one, so that its server starts once, and begin first, being long."""
+    for item in items:
+        room, *inside = item.path.relative_to(HERE).parts
+        group = f"{room}/{inside[0]}" if room == "hosts" else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: HERE / "hosts" not in item.path.parents)
+
+
 @pytest.fixture(scope="session")
 def toys():
     """The module `toys.py`, by its path: tests are no package, and nothing is put on sys.path."""

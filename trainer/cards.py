@@ -57,7 +57,8 @@ def _told(config: Config) -> dict[str, Any]:
         "distillation",
         "distillation_weight",
     )
-    return {n: getattr(config, n) for n in (*names, "regression_weight", "seed")}
+    told = {n: getattr(config, n) for n in (*names, "regression_weight", "seed")}
+    return told | ({"begun from": Path(config.begin).name} if config.begin else {})
 
 
 def write_student(host: Host, state: State, path: Path, metrics: dict[str, Any]) -> StudentCard:

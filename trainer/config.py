@@ -49,6 +49,9 @@ class Config:
         low=0,
         high=1,
     )
+    begin: str = option(
+        "", "student file to go on from, of this model, rank and targets; empty begins at the teacher", "student"
+    )
     # Data
     pairs: int = option(1024, "teacher pairs (noise, picture) to make from the prompts", "data", low=4)
     pair_steps: int = option(16, "sampling steps of the teacher for a pair", "data", low=1, high=1000)
@@ -66,6 +69,12 @@ class Config:
     lr: float = option(2e-4, "learning rate of the student", "training", low=0)
     lr_discriminator: float = option(5e-4, "learning rate of the discriminator", "training", low=0)
     warmup: int = option(200, "first updates with the regression alone", "training", low=0)
+    lead: int = option(
+        100,
+        "last updates of the warm-up in which the discriminator learns already, before the student is told",
+        "training",
+        low=0,
+    )
     ramp: int = option(
         200,
         "updates after the warm-up in which the weights of the adversarial and the matching loss rise to their full",
@@ -182,9 +191,15 @@ class Config:
         return dataclasses.replace(self, **changes)
 
 
+# What forms ask for at once: what decides the pairs, and what a training needs said. All else is advanced.
+OF_PAIRS = ("pairs", "pair_steps", "pair_sampler", "guidance", "seed")
+OF_DISTILL = ("rank", "updates", "batch", "checkpointing")
+ADVANCED = tuple(f.name for f in dataclasses.fields(Config) if f.name not in OF_PAIRS + OF_DISTILL)
+
 # What may change between a run and its resumption: it decides how long, how often and with how much memory.
 RESUMABLE = {"updates", "minutes", "preview_every", "save_every", "select_every"}
 RESUMABLE |= {"batch", "accumulate", "precision", "checkpointing"}
+RESUMABLE |= {"begin"}  # what has begun has done with it
 
 
 def check_resumable(saved: dict[str, Any], config: Config) -> None:

@@ -67,6 +67,13 @@ def look(state: State, x0: Tensor, cond: Cond, batch: Batch, real: bool = False)
     return Judged(state.discriminator.standardise(maps), batch.renoise, cond.summary, image)
 
 
+def both(state: State, output: Tensor, batch: Batch) -> tuple[Judged, Judged]:
+    """The batch's positives and the student's pictures, equally noised; gradients reach the student's."""
+    with torch.no_grad():
+        real = look(state, batch.positive, batch.positive_cond, batch, real=True)
+    return real, look(state, output, batch.cond, batch)
+
+
 def judge(state: State, seen: Judged) -> list[Tensor]:
     return state.discriminator(seen.inputs, seen.sigma, seen.text, seen.image)
 
@@ -144,9 +151,7 @@ def student_loss(
         parts["distillation"] = weight * distillation_loss(state, output, batch, uncond)
     match = config.feature_weight > 0 and batch.paired.any()
     if adversarial and (config.adversarial_weight > 0 or match):
-        with torch.no_grad():
-            real = look(state, batch.positive, batch.positive_cond, batch, real=True)
-        fake = look(state, output, batch.cond, batch)
+        real, fake = both(state, output, batch)
         used |= {"real": real, "fake": fake}
         if match:
             with torch.no_grad():
@@ -183,15 +188,16 @@ def _update(optimizer: torch.optim.Optimizer, module: nn.Module, clip: float) ->
     return norm
 
 
-def _discriminate(state: State, pairs: Samples, reals: Samples | None, draws: torch.Generator) -> None:
+def _discriminate(
+    state: State, pairs: Samples, reals: Samples | None, draws: torch.Generator, adversarial: bool
+) -> None:
     """One more discriminator update, on a batch of its own."""
-    batch = draw(state.config, state.student, pairs, reals, draws, state.config.fresh_share)
+    batch = draw(state.config, state.student, pairs, reals, draws, state.config.fresh_share if adversarial else 0.0)
     device = state.student.device
     with autocast(state.config, device):
         with torch.no_grad():
             output = state.student(batch.x, batch.sigma, batch.cond).float()
-            real = look(state, batch.positive, batch.positive_cond, batch, real=True)
-            fake = look(state, output, batch.cond, batch)
+            real, fake = both(state, output, batch)
         parts, _, _ = discriminator_loss(state, real, fake, batch.seed)
     torch.stack(list(parts.values())).sum().backward()
     norm = _update(state.discriminator_optimizer, state.discriminator, state.config.clip)
@@ -226,12 +232,13 @@ def _advance(state: State, pairs: Samples, uncond: Cond, reals: Samples | None) 
     config, student = state.config, state.student
     begun = time.monotonic()
     adversarial = state.update >= config.warmup
-    judged = adversarial and config.adversarial_weight > 0
+    # Heads that know nothing yet would only push the student about: they learn first (`lead`).
+    judged = state.update >= config.warmup - config.lead and config.adversarial_weight > 0
     _set_rates(state)
     if judged:
         for extra in range(1, config.discriminator_updates):
             state.whole = False
-            _discriminate(state, pairs, reals, generator(config.seed, state.update, extra))
+            _discriminate(state, pairs, reals, generator(config.seed, state.update, extra), adversarial)
     draws = generator(config.seed, state.update)
     totals: dict[str, float] = {}
     share = 1 / config.accumulate
@@ -250,6 +257,9 @@ def _advance(state: State, pairs: Samples, uncond: Cond, reals: Samples | None) 
         _add(totals, parts, share)
         if judged:
             with autocast(config, student.device):
+                if not adversarial:
+                    with torch.no_grad():
+                        used["real"], used["fake"] = both(state, used["output"], batch)
                 parts, on_real, on_fake = discriminator_loss(state, used["real"], used["fake"], batch.seed)
             (torch.stack(list(parts.values())).sum() * share).backward()
             _add(totals, parts, share)

@@ -150,6 +150,13 @@ def take(samples: data.Samples, rows: Tensor) -> data.Samples:
     return data.Samples(samples.latents[rows], samples.cond.rows(rows), texts, seeds)
 
 
+def check_name(name: str) -> str:
+    """The name of a run, which is its folder's; raises ConfigError for one that cannot be."""
+    if not re.fullmatch(r"[^\s./\\<>:\"|?*][^/\\<>:\"|?*]*", name) or name.endswith((".", " ")):
+        raise ConfigError(f"name is {name!r}: give one that can be a folder's, such as my-turbo")
+    return name
+
+
 def save_state(state: State, folder: Path) -> None:
     buffer = io.BytesIO()
     torch.save(state.state_dict(), buffer)
@@ -180,6 +187,16 @@ def latent_score(student: Tensor, teacher: Tensor) -> float:
     size = min(8, student.shape[-1])
     pooled = [torch.nn.functional.adaptive_avg_pool2d(x.float(), size).flatten(1) for x in (student, teacher)]
     return kernel_distance(*pooled)
+
+
+def estimate(host: Host, config: Config) -> Memory:
+    """What memory a training will take; raises ConfigError for settings that do not fit this model."""
+    sample = data.Samples(torch.zeros(1, *host.latent_shape), host.encode_text([""]), [""])
+    state = _begin(host, config, sample)
+    try:
+        return measure(state, sample)
+    finally:
+        state.release()
 
 
 def run(
@@ -252,12 +269,7 @@ def _run(
     train_rows, held_rows = split(pairs)
     train, held = take(pairs, train_rows), take(pairs, held_rows)
     doing.what = "training"
-    student = _create(host, config)
-    try:
-        state = State.create(student, config, pairs)
-    except BaseException:
-        student.release()
-        raise
+    state = _begin(host, config, pairs)
     state.extra["data"] = data.pairs_key(host, config, prompts)
     try:
         yield from _train(host, state, folder, train, held, reals, score, control)
@@ -273,11 +285,41 @@ def _create(host: Host, config: Config) -> Student:
             blocks(host.denoiser.backbone)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            return Student(
+            student = Student(
                 host.denoiser, config.rank, config.alpha or None, config.targets, config.output, config.start
             )
     except (ValueError, re.error) as error:
         raise ConfigError(str(error)) from None
+    if config.begin:
+        try:
+            _go_on_from(Path(config.begin), host, student)
+        except ValueError as error:
+            student.release()
+            raise ConfigError(f"begin: {error}") from None
+    return student
+
+
+def _go_on_from(path: Path, host: Host, student: Student) -> None:
+    """Fill a fresh student from another's file; raises ValueError if that is no student of this kind and model."""
+    tensors, card = read(path)
+    found = (card.base_hash, card.prediction, card.timesteps[0], card.rank)
+    wanted = (host.base_hash, student.reading, student.start, student.lora.rank if student.lora else 0)
+    if found != wanted:
+        raise ValueError(
+            f"{path} has base model, prediction, start and rank {found}, this training {wanted}: give it the same "
+            "settings, or begin at the teacher"
+        )
+    load_weights(student, student.trained, tensors)
+
+
+def _begin(host: Host, config: Config, sample: data.Samples) -> State:
+    """A fresh state of a fresh student; whoever asks for it releases it."""
+    student = _create(host, config)
+    try:
+        return State.create(student, config, sample)
+    except BaseException:
+        student.release()
+        raise
 
 
 def _train(

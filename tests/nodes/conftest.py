@@ -144,7 +144,7 @@ def server(comfyui, nodes, monkeypatch):
 
 
 QUICK: dict[str, Any] = {
-    "width": 8, "warmup": 0, "ramp": 0, "lr": 1e-2, "decay": 0.0, "precision": "float32", "preview_every": 0,
+    "width": 8, "warmup": 0, "lead": 0, "ramp": 0, "lr": 1e-2, "decay": 0.0, "precision": "float32", "preview_every": 0,
     "select_every": 0, "taps": "blocks.1",
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from turbodistill.trainer import data as trainer_data
+from turbodistill.trainer.config import OF_PAIRS
 from turbodistill.trainer.data import DataError
 from turbodistill.trainer.prompts import ANYTHING, DEMO
 
@@ -172,7 +173,7 @@ def test_pairs_lie_in_a_folder_of_their_own_kind(nodes, graph, places, kit):
     pairs = graph.pairs()
     assert pairs.folder.parent == places.output / "turbodistill" / "pairs"
     assert (pairs.width, pairs.height, pairs.prompts) == (16, 16, kit.words)
-    assert set(pairs.settings) == {*nodes.settings.OF_PAIRS}
+    assert set(pairs.settings) == {*OF_PAIRS}
     samples = trainer_data.load_pairs(pairs.folder)
     assert samples.latents.shape == (12, 4, 8, 8) and samples.latents.isfinite().all()
     assert samples.prompts == [*kit.words, *kit.words[:3]]

@@ -1,6 +1,7 @@
 """The training loop: every loss and option makes updates, and nothing of the teacher changes."""
 
 import contextlib
+import itertools
 import math
 
 import pytest
@@ -124,6 +125,34 @@ def test_a_diffusers_unet_is_distilled_with_the_taps_found_in_it(kit, tmp_path, 
 def test_a_step_names_the_losses_that_made_it(kit, host, tmp_path, changes, names):
     state, samples = start(kit, host, tmp_path, **changes)
     assert all(set(step.losses) == names for step in distill(state, samples, host.encode_text([""])))
+
+
+def test_the_discriminator_learns_first_on_the_pairs_own_noise(kit, host, tmp_path, monkeypatch):
+    drawn, draw = [], loop.draw
+    monkeypatch.setattr(loop, "draw", lambda *args: drawn.append(args[-1]) or draw(*args))
+    settings = {"warmup": 3, "lead": 2, "updates": 4, "fresh_share": 0.5, "discriminator_updates": 2}
+    state, samples = start(kit, host, tmp_path, **settings)
+    heads = [[p.detach().clone() for p in state.discriminator.parameters()]]
+    names = []
+    for step in distill(state, samples, host.encode_text([""])):
+        names.append(set(step.losses))
+        heads.append([p.detach().clone() for p in state.discriminator.parameters()])
+    learnt = {"discriminator", "r1"}
+    assert names == [{"regression"}, {"regression"} | learnt, {"regression"} | learnt, {"adversarial"} | names[1]]
+    moved = [any(not torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(heads)]
+    assert moved == [False, True, True, True]
+    assert drawn == [0.0] * 5 + [0.5] * 2
+    state.release()
+
+
+def test_a_lead_leaves_the_warm_up_s_student_as_it_was(kit, host, tmp_path):
+    told = []
+    for lead in (0, 3):
+        state, samples = start(kit, host, tmp_path, warmup=3, lead=lead, updates=3)
+        list(distill(state, samples, host.encode_text([""])))
+        told.append(kit.weights(state.student.trained))
+        state.release()
+    assert kit.same(*told)
 
 
 def test_the_student_s_score_learns_what_it_makes_and_is_off_for_all_else(kit, host, tmp_path):

@@ -1,0 +1,213 @@
+"""A real AUTOMATIC1111 or Forge as the tests see it: its process, and its API in a few calls."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+START, ANSWER = 240, 120  # seconds that the server and an answer may take
+FLAGS = (
+    "--skip-prepare-environment", "--skip-torch-cuda-test", "--no-half", "--precision", "full", "--api",
+    "--no-download-sd-model", "--do-not-download-clip", "--skip-version-check", "--no-hashing", "--disable-nan-check",
+)  # fmt: skip
+DEFAULTS = {
+    "prompt": "a fox", "seed": 1, "width": 64, "height": 64, "steps": 1, "cfg_scale": 1, "sampler_name": "ADD 1-step",
+}  # fmt: skip
+# Forge's API has no defaults for these of its hires fix.
+FORGE_HIRES = {"hr_additional_modules": ["Use same choices"], "hr_cfg": 1, "hr_upscaler": "Latent"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of the two hosts: how its folder and Python are found, and what it is started with."""
+
+    name: str
+    variable: str  # of the environment: its folder; its Python is in NAME_PYTHON
+    folder: str  # in the user's home
+    flags: tuple[str, ...]
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("a1111", "A1111", "stable-diffusion-webui", ("--use-cpu", "all")),
+        Kind(
+            "forge", "FORGE", "stable-diffusion-webui-forge", ("--always-cpu", "--all-in-fp32", "--attention-pytorch")
+        ),
+    )
+}
+
+
+def installation(kind: Kind) -> tuple[Path, Path]:
+    """The host's folder and Python; raises FileNotFoundError, saying where it was looked for."""
+    folder = Path(os.environ.get(f"{kind.variable}_PATH", Path.home() / kind.folder)).expanduser()
+    if not (folder / "launch.py").is_file():
+        raise FileNotFoundError(f"no WebUI in {folder}: set {kind.variable}_PATH to its folder")
+    python = Path(os.environ.get(f"{kind.variable}_PYTHON", folder / "venv" / "bin" / "python")).expanduser()
+    if not python.is_file():
+        raise FileNotFoundError(f"{python} is missing: set {kind.variable}_PYTHON to the WebUI's Python")
+    return folder, python
+
+
+class Refused(Exception):
+    """The host answered with an error: its status and words."""
+
+    def __init__(self, status: int, words: str):
+        super().__init__(f"{status}: {words}")
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Made:
+    """Pictures (H, W, 3) as floats 0 to 255, what the host wrote about each, and its remarks below them."""
+
+    pictures: list[np.ndarray]
+    infotexts: list[str]
+    comments: str = ""
+
+    @property
+    def picture(self) -> np.ndarray:
+        return self.pictures[0]
+
+    @property
+    def infotext(self) -> str:
+        return self.infotexts[0]
+
+
+@dataclass
+class WebUI:
+    """A running server; `data` holds its models, extensions and outputs."""
+
+    kind: Kind
+    url: str
+    data: Path
+    log: Path
+    process: subprocess.Popen
+
+    def call(self, path: str, told: Any = None) -> Any:
+        """GET, or POST with JSON, and the JSON of the answer; raises Refused."""
+        body = None if told is None else json.dumps(told).encode()
+        request = urllib.request.Request(f"{self.url}/{path}", body, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=ANSWER) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise Refused(error.code, error.read().decode()) from None
+
+    def txt2img(self, **given: Any) -> Made:
+        return self._make("txt2img", given)
+
+    def img2img(self, picture: np.ndarray, **given: Any) -> Made:
+        return self._make("img2img", {"init_images": [encoded(picture)], **given})
+
+    def from_infotext(self, infotext: str) -> Made:
+        """What the host makes when the infotext is pasted into an empty page."""
+        # The page knows "Use same sampler", the API does not; Forge's stumbles over lists.
+        given = {"infotext": infotext, "hr_sampler_name": None, "hr_scheduler": None, "styles": []}
+        if self.kind.name == "forge":
+            given["hr_additional_modules"] = FORGE_HIRES["hr_additional_modules"]
+        return self._made("txt2img", given)
+
+    def _make(self, where: str, given: dict[str, Any]) -> Made:
+        hires = FORGE_HIRES if self.kind.name == "forge" and given.get("enable_hr") else {}
+        return self._made(where, DEFAULTS | hires | given)
+
+    def _made(self, where: str, told: dict[str, Any]) -> Made:
+        answer = self.call(f"sdapi/v1/{where}", {"do_not_save_grid": True, **told})
+        about = json.loads(answer["info"])
+        kept = slice(about["index_of_first_image"], None)
+        return Made(
+            [decoded(picture) for picture in answer["images"][kept]],
+            about["infotexts"][kept],
+            about.get("comments") or "",
+        )
+
+    def samplers(self) -> list[str]:
+        return [sampler["name"] for sampler in self.call("sdapi/v1/samplers")]
+
+    def set(self, **options: Any) -> None:
+        """Change settings of the host."""
+        self.call("sdapi/v1/options", options)
+
+    def refresh_loras(self) -> None:
+        self.call("sdapi/v1/refresh-loras", {})
+
+
+def encoded(picture: np.ndarray) -> str:
+    """A picture (H, W) or (H, W, 3) as the API takes it."""
+    file = io.BytesIO()
+    Image.fromarray(picture.astype(np.uint8)).save(file, "png")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def decoded(text: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB"), dtype=np.float32)
+
+
+@contextmanager
+def serve(kind: Kind, folder: Path, python: Path, data: Path, flags: Sequence[str] = ()) -> Iterator[WebUI]:
+    """A server over a folder of data, as long as the context lives; raises RuntimeError if it does not come up."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = data / "server.log"
+    command = [
+        str(python),
+        "-u",
+        "launch.py",
+        *FLAGS,
+        *kind.flags,
+        "--port",
+        str(port),
+        "--data-dir",
+        str(data),
+        *flags,
+    ]
+    quiet = {
+        "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "GRADIO_ANALYTICS_ENABLED": "False",
+        "OMP_NUM_THREADS": "1", "SD_WEBUI_RESTARTING": "1",  # opens no browser
+    }  # fmt: skip
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, cwd=folder, env=os.environ | quiet, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    webui = WebUI(kind, f"http://127.0.0.1:{port}", data, log, process)
+    try:
+        wait_until_up(webui)
+        yield webui
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def wait_until_up(webui: WebUI) -> None:
+    """Returns when the API answers; raises RuntimeError with the end of the log."""
+    ends = time.monotonic() + START
+    while time.monotonic() < ends:
+        if webui.process.poll() is not None:
+            break
+        try:
+            webui.samplers()
+            return
+        except (OSError, Refused, ValueError):
+            time.sleep(0.2)
+    raise RuntimeError(f"the server did not come up:\n{webui.log.read_text()[-3000:]}")

@@ -1,0 +1,102 @@
+"""An AUTOMATIC1111 and a Forge of the tests' own, with this clone in their extensions and a small checkpoint."""
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).parent
+CLONE = HERE.parents[2]
+
+
+def module(name):
+    """A module beside this one, by its path: tests are no package, and nothing is put on sys.path."""
+    full = f"turbodistill_webui_{name}"
+    if full not in sys.modules:
+        spec = importlib.util.spec_from_file_location(full, HERE / f"{name}.py")
+        sys.modules[full] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+        spec.loader.exec_module(sys.modules[full])
+    return sys.modules[full]
+
+
+KINDS = module("client").KINDS
+
+
+def prepared(base, kind, checkpoint=True):
+    """A folder of data for a server: this clone in its extensions, and its checkpoint."""
+    for folder in ("extensions", "models/Stable-diffusion", "models/Lora"):
+        (base / folder).mkdir(parents=True)
+    (base / "extensions" / "turbodistill").symlink_to(CLONE, target_is_directory=True)
+    if checkpoint:
+        made = module("checkpoint")
+        file = {"a1111": "tiny.safetensors", "forge": "small.ckpt"}[kind.name]
+        made.write(base / "models" / "Stable-diffusion" / file, made.A1111 if kind.name == "a1111" else made.FORGE)
+    return base
+
+
+@pytest.fixture(scope="session", params=list(KINDS))
+def kind(request):
+    """Each host in turn."""
+    return KINDS[request.param]
+
+
+@pytest.fixture(scope="session")
+def installation(kind):
+    """The host's folder and its Python."""
+    try:
+        return module("client").installation(kind)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def webui(kind, installation, tmp_path_factory):
+    """The server: client.WebUI."""
+    base = prepared(tmp_path_factory.mktemp(kind.name), kind)
+    with module("client").serve(kind, *installation, base) as server:
+        yield server
+    shutil.rmtree(base / "models")  # pytest keeps its last folders; the log is enough
+
+
+@pytest.fixture(scope="session")
+def serve(kind, installation):
+    """A folder -> a context with a server of a test's own over it, with this clone, with or without a checkpoint."""
+
+    def start(base, checkpoint=True, flags=()):
+        return module("client").serve(kind, *installation, prepared(base, kind, checkpoint), flags)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def refused():
+    """The exception of a request that the host answered with an error."""
+    return module("client").Refused
+
+
+@pytest.fixture(scope="session")
+def encoded():
+    """A picture (H, W) or (H, W, 3) as the API takes it."""
+    return module("client").encoded
+
+
+@pytest.fixture(scope="session")
+def drawing():
+    """A picture (64, 64, 3) for image to image."""
+    y, x = np.mgrid[:64, :64]
+    return np.stack([4 * y, 4 * x, 255 - 2 * y], -1).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def gap():
+    """The largest difference of two pictures, of 255."""
+    return lambda one, other: float(np.abs(one - other).max())
+
+
+@pytest.fixture(scope="session")
+def distance():
+    """The mean difference of two pictures, of 255."""
+    return lambda one, other: float(np.abs(one - other).mean())

@@ -1,0 +1,385 @@
+"""The background job: from a request to a student in the Lora folder, one at a time, ended as asked."""
+
+import json
+import threading
+import time
+
+import pytest
+import torch
+from turbodistill.core.card import read_card
+from turbodistill.trainer import run
+from turbodistill.trainer.config import Config, ConfigError
+from turbodistill.trainer.data import DataError
+from turbodistill.webui_extension import job, pictures, runs
+from turbodistill.webui_extension.request import Request
+
+PATIENCE = 60
+
+
+def ask(toy, **changes):
+    """A request for a quick distillation; settings in `changes` win."""
+    settings = changes.pop("settings", {})
+    return Request(**{"prompts": toy.PROMPTS, "settings": toy.QUICK | settings} | changes)
+
+
+def finish(begun):
+    """The job's last snapshot."""
+    begun.wait(PATIENCE)
+    assert not begun.working
+    return begun.snapshot()
+
+
+def go(toy, backend, **changes):
+    return finish(job.start(backend, ask(toy, **changes)))
+
+
+def until(true, what):
+    begun = time.monotonic()
+    while not true():
+        assert time.monotonic() - begun < PATIENCE, what
+        time.sleep(0.01)
+
+
+# --- to its end ---
+
+
+def test_a_student_lands_in_the_lora_folder(toy, backend):
+    told = go(toy, backend)
+    assert (told["state"], told["error"], told["done"], told["total"]) == ("done", "", 4, 4)
+    path = backend.students_folder() / "my-turbo.safetensors"
+    assert path.read_bytes() == (backend.runs_folder() / "my-turbo" / run.BEST).read_bytes()
+    assert backend.told == [path] and "<lora:my-turbo:1>" in told["result"]
+    assert read_card(path).base_hash == backend.before[0]
+    assert toy.kit.same(toy.kit.weights(backend.host.denoiser.backbone), backend.before[1])
+    assert all(not m._forward_pre_hooks for m in backend.host.denoiser.backbone.blocks)
+    assert told["checkpoint"] == "toy.safetensors" and (told["width"], told["height"]) == (32, 32)
+
+
+def test_its_snapshot_is_json_with_curves_and_pictures(toy, backend):
+    told = json.loads(json.dumps(go(toy, backend)))
+    assert told["history"]["update"] == [1, 2, 3, 4] and "regression" in told["history"]["losses"]
+    assert [p["update"] for p in told["previews"]] == [0, 2, 4, 4]
+    for preview in told["previews"]:
+        assert len(preview["student"]) == len(preview["teacher"]) > 0
+        assert all(p.startswith("data:image/png;base64,") for p in preview["student"])
+    assert told["best"]["update"] in (2, 4) and told["memory"].startswith("training takes about")
+    job_now = job.current()
+    assert job_now.snapshot(3)["history"]["update"] == [4] and job_now.snapshot(3)["points"] == 4
+
+
+def test_pairs_that_were_made_are_taken(toy, backend):
+    told = go(toy, backend, kind="pairs")
+    (folder,) = (backend.runs_folder().parent / "pairs").iterdir()
+    (file,) = folder.iterdir()
+    made = file.stat().st_mtime_ns
+    assert (told["state"], told["done"], len(told["pictures"])) == ("done", 8, 2) and str(folder) in told["result"]
+    assert not backend.runs_folder().exists()
+    assert go(toy, backend)["state"] == "done" and file.stat().st_mtime_ns == made
+
+
+def test_memory_is_estimated_on_the_loaded_model(toy, backend):
+    begun = job.start(backend, ask(toy, kind="estimate"))
+    told = finish(begun)
+    assert told["state"] == "done" and told["result"] == begun.memory.in_words() and begun.memory.activations > 0
+    assert not backend.runs_folder().exists()
+    lora = backend.host.denoiser.backbone
+    assert not any(m._forward_hooks for m in lora.modules())
+
+
+def test_captions_are_the_prompts_where_none_are_given(toy, backend, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for k in range(4):
+        (folder / f"{k}.png").write_bytes(toy.png(k))
+        (folder / f"{k}.txt").write_text(f"thing {k}")
+    begun = job.start(backend, ask(toy, prompts="", images=str(folder)))
+    assert begun.prompts == [f"thing {k}" for k in range(4)] and begun.config.positives == "both"
+    assert finish(begun)["state"] == "done"
+
+
+def test_choices_in_prompts_are_drawn(toy, backend, tmp_path):
+    backend.gate.clear()
+    begun = job.start(backend, ask(toy, prompts="a {red|blue} fox"))
+    begun.cancel()
+    backend.gate.set()
+    finish(begun)
+    assert len(begun.prompts) == 8 and set(begun.prompts) == {"a red fox", "a blue fox"}
+
+
+def test_a_full_copy_stays_in_its_run(toy, backend):
+    told = go(toy, backend, settings={"rank": 0})
+    assert told["state"] == "done" and not backend.students_folder().exists() and backend.told == []
+    assert str(backend.runs_folder() / "my-turbo" / run.BEST) in told["result"]
+
+
+def test_a_lora_of_somebody_else_is_never_written_over(toy, backend):
+    theirs = backend.students_folder() / "my-turbo.safetensors"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"somebody's")
+    told = go(toy, backend)
+    assert theirs.read_bytes() == b"somebody's" and "<lora:my-turbo-2:1>" in told["result"]
+    go(toy, backend, settings={"updates": 6})  # longer: its own file is renewed
+    assert sorted(p.name for p in theirs.parent.iterdir()) == ["my-turbo-2.safetensors", "my-turbo.safetensors"]
+    assert read_card(theirs.with_name("my-turbo-2.safetensors")).training["updates"] in (2, 4, 6)
+
+
+def test_a_model_that_is_one_step_already_is_told_so(toy, backend):
+    backend.title = "sdxl_lightning_4step.safetensors"
+    told = go(toy, backend)
+    assert "SDXL-Lightning, which is one-step already" in told["warnings"][0]["text"]
+
+
+# --- ended as asked ---
+
+
+@pytest.fixture
+def training(toy, backend):
+    """A job that trains, held back in a pass."""
+    begun = job.start(backend, ask(toy, settings={"updates": 1000, "select_every": 0}))
+    until(lambda: begun.monitor.running and begun.snapshot()["done"] > 2, "it does not train")
+    yield begun
+    if begun.working:
+        begun.cancel()
+        backend.gate.set()
+        begun.wait(PATIENCE)
+
+
+def test_cancel_is_within_a_pass_and_the_run_goes_on(toy, backend, training):
+    backend.gate.clear()
+    backend.entered.clear()
+    assert backend.entered.wait(PATIENCE)
+    training.cancel()
+    assert training.snapshot()["cancelling"]
+    passes = []
+    handle = backend.host.denoiser.backbone.conv_out.register_forward_hook(lambda *_: passes.append(1))
+    backend.gate.set()
+    told = finish(training)
+    handle.remove()
+    assert passes in ([], [1])  # not one whole pass more than the one that was begun
+    assert told["state"] == "cancelled" and not told["cancelling"]
+    done = told["done"]
+    again = finish(job.start(backend, ask(toy, settings={"updates": done + 2, "select_every": 0})))
+    assert again["state"] == "done" and again["done"] == done + 2
+    assert again["history"]["update"] == list(range(1, done + 3))  # its curves from the beginning
+
+
+def test_stop_keeps_the_best(toy, backend, training):
+    training.stop()
+    told = finish(training)
+    assert told["state"] == "stopped" and told["done"] < 1000
+    assert read_card(backend.students_folder() / "my-turbo.safetensors").training["updates"] == told["done"]
+
+
+def test_a_preview_comes_when_it_is_asked_for(backend, training):
+    before = len(training.snapshot()["previews"])
+    training.preview()
+    until(lambda: len(training.snapshot()["previews"]) > before, "no preview")
+
+
+def test_what_is_asked_of_nothing_is_refused(toy, backend):
+    done = job.start(backend, ask(toy))
+    finish(done)
+    for wish in (done.stop, done.preview, done.cancel, job.must_run):
+        with pytest.raises(job.NothingRuns):
+            wish()
+    backend.gate.clear()
+    pairs = job.start(backend, ask(toy, name="other"))
+    assert backend.entered.wait(PATIENCE)
+    for wish in (pairs.stop, pairs.preview):
+        with pytest.raises(job.NoTraining, match="Cancel"):
+            wish()
+    pairs.cancel()
+    backend.gate.set()
+    assert finish(pairs)["state"] == "cancelled"
+
+
+def test_it_waits_while_the_model_is_in_use_and_may_be_cancelled_then(toy, backend):
+    with backend.lock:
+        begun = job.start(backend, ask(toy))
+        time.sleep(0.1)
+        told = begun.snapshot()
+        assert (told["state"], told["what"], told["total"]) == ("working", "", 0)
+        begun.cancel()
+    assert finish(begun)["state"] == "cancelled" and not backend.entered.is_set()
+
+
+# --- one at a time ---
+
+
+def test_the_second_is_told(toy, backend, training):
+    with pytest.raises(job.Busy, match=r"runs already \(my-turbo, training \d+ of 1000\): stop or cancel it"):
+        job.start(backend, ask(toy, name="other"))
+    assert training.working and job.current() is training
+
+
+def test_of_many_at_once_one_begins(toy, backend):
+    backend.gate.clear()
+    begun, refused = [], []
+
+    def press():
+        try:
+            begun.append(job.start(backend, ask(toy)))
+        except job.Busy as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=press) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    backend.gate.set()
+    assert len(begun) == 1 and len(refused) == 7 and finish(begun[0])["state"] == "done"
+
+
+# --- what cannot be ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"name": "../x"}, "name is '../x'"),
+        ({"name": ""}, "name is ''"),
+        ({"prompts": " \n# none\n"}, "there are no prompts"),
+        ({"prompts": "", "prompt_file": "nowhere.txt"}, "nowhere.txt does not exist"),
+        ({"prompts": "", "built_in": "poems"}, "no prompt list 'poems': known are words"),
+        ({"images": "nowhere"}, "nowhere does not exist"),
+        ({"settings": {"lr": -1.0}}, "lr is -1.0"),
+        ({"settings": {"speed": 3}}, "unknown settings ['speed']"),
+    ],
+)
+def test_mistakes_are_told_before_anything_begins(toy, backend, changes, told):
+    with pytest.raises((ConfigError, DataError)) as caught:
+        job.start(backend, ask(toy, **changes))
+    assert told in str(caught.value) and job.current() is None and not (backend.folder / "outputs").exists()
+
+
+def test_without_a_checkpoint_nothing_begins(toy, backend):
+    backend.title = ""
+    with pytest.raises(ConfigError, match="no checkpoint is loaded: choose one first"):
+        job.start(backend, ask(toy))
+
+
+def test_a_size_that_cannot_be_is_told(toy, backend):
+    told = go(toy, backend, width=48)
+    assert (told["state"], told["error"]) == ("failed", "48 x 32 pixels: the toy makes 32 x 32")
+
+
+def test_an_unwritable_folder_is_told_and_the_next_one_works(toy, backend):
+    (backend.folder / "outputs").write_text("a file where the folder should be")
+    told = go(toy, backend)
+    assert told["state"] == "failed" and "cannot write" in told["error"]
+    (backend.folder / "outputs").unlink()
+    assert go(toy, backend)["state"] == "done"
+
+
+def test_a_student_that_cannot_be_put_there_is_kept(toy, backend):
+    backend.students_folder().write_text("a file where the folder should be")
+    told = go(toy, backend)
+    kept = backend.runs_folder() / "my-turbo" / run.BEST
+    assert told["state"] == "failed" and told["error"].endswith(f"the student is kept: {kept}") and kept.exists()
+
+
+def test_out_of_memory_says_what_to_change(toy, backend):
+    def full(*_):
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = backend.host.denoiser.backbone.register_forward_pre_hook(full)
+    told = go(toy, backend)
+    handle.remove()
+    assert told["state"] == "failed" and "out of memory while training" in told["error"] and "batch" in told["error"]
+    backend.host.decode = raises(RuntimeError("CUDA out of memory"))
+    assert "out of memory while showing pictures" in go(toy, backend, name="other")["error"]
+
+
+def raises(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+def test_a_fault_of_the_host_fails_the_job_alone(toy, backend, caplog):
+    backend.host.encode_text = raises(KeyError("token"))
+    told = go(toy, backend)
+    assert (told["state"], told["error"]) == ("failed", "KeyError: 'token'") and "my-turbo failed" in caplog.text
+
+
+# --- it goes on ---
+
+
+def test_other_settings_are_refused_at_once(toy, backend):
+    go(toy, backend)
+    with pytest.raises(ConfigError, match="rank was 2 and is 4"):
+        job.start(backend, ask(toy, settings={"rank": 4}))
+    assert go(toy, backend, settings={"updates": 5})["done"] == 5
+
+
+def test_another_model_is_refused_before_pairs_are_made(toy, backend, tmp_path_factory):
+    go(toy, backend)
+    backend.host = toy.kit.conv_host(seed=1)
+    told = go(toy, backend)
+    assert told["state"] == "failed" and "was begun with toy.safetensors" in told["error"]
+    assert len(list((backend.runs_folder().parent / "pairs").iterdir())) == 1
+
+
+def test_runs_are_listed_with_how_they_ended(toy, backend):
+    assert runs.listed(backend.runs_folder()) == []
+    go(toy, backend, name="first")
+    backend.host.encode_text, real = raises(ValueError("no words")), backend.host.encode_text
+    go(toy, backend, name="second")
+    backend.host.encode_text = real
+    (backend.runs_folder() / "of another program").mkdir()
+    second, first = runs.listed(backend.runs_folder())
+    assert first.in_words() == "first: done, update 4 of 4"
+    assert second.in_words() == "second: failed, no update yet" and second.record.error == "no words"
+    folder = backend.runs_folder() / "first"
+    runs.replace(runs.read(folder), state="working").write(folder)
+    states = {r.name: r.state for r in runs.listed(backend.runs_folder())}
+    assert states["first"] == "broken off"
+    assert {r.name: r.state for r in runs.listed(backend.runs_folder(), "first")}["first"] == "working"
+
+
+def test_a_run_goes_on_as_it_was_asked_for(toy, backend):
+    go(toy, backend, name="first")
+    asked = runs.asked(backend.runs_folder(), "first")
+    assert asked.prompts == toy.PROMPTS and (asked.width, asked.height) == (32, 32)
+    assert asked.config() == Config(**toy.QUICK) and set(asked.settings) == set(Config().to_dict())
+    assert finish(job.start(backend, asked))["state"] == "done"
+    for name in ("second", "../first"):
+        with pytest.raises(ConfigError):
+            runs.asked(backend.runs_folder(), name)
+
+
+def test_a_broken_record_is_no_run(toy, backend):
+    folder = backend.runs_folder() / "first"
+    for text in ("{", "{}", '{"request": {"name": 3}}', '{"request": {"settings": {"lr": -1}}, "checkpoint": ""}'):
+        runs.write_whole(folder / runs.RECORD, text.encode())
+        assert runs.read(folder) is None and runs.listed(backend.runs_folder()) == []
+
+
+def test_what_is_asked_is_checked():
+    assert Request.from_dict({"name": "x", "settings": {"lr": 1}}).config().lr == 1
+    for values, told in (
+        ({"nmae": "x"}, "unknown field 'nmae'"),
+        ({"width": "64"}, "width is '64': give a value of type int"),
+        ({"settings": []}, "settings is []"),
+        ({"kind": "train"}, "kind is 'train': use one of pairs, distill, estimate"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            Request.from_dict(values)
+        assert told in str(caught.value)
+
+
+# --- pictures ---
+
+
+def test_small_pictures_are_kept_without_loss(toy):
+    values = torch.randint(0, 256, (2, 3, 5, 7)) / 255
+    for url, picture in zip(pictures.data_urls(values), values, strict=True):
+        assert torch.equal(toy.pixels(url), (picture * 255).round().byte())
+
+
+def test_large_pictures_are_made_smaller(toy):
+    url = pictures.data_url(torch.rand(3, 600, 1200))
+    assert url.startswith("data:image/jpeg") and toy.pixels(url).shape == (3, 192, 384)

@@ -1,0 +1,49 @@
+"""What the training tab and the API need of wherever the checkpoint is loaded: a WebUI, or the embedded model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..trainer.host import Host
+
+
+class Backend(Protocol):
+    """A program with a model loaded, and its folders."""
+
+    name: str  # AUTOMATIC1111, Forge, TurboDistill
+    sizes: tuple[int, int]  # width and height that the loaded model is made for, in pixels
+    settings: Mapping[str, Any]  # where a form begins with another value than the trainer's
+
+    def checkpoint(self) -> str:
+        """The title of what is loaded, "" where nothing is."""
+        ...
+
+    def runs_folder(self) -> Path:
+        """Where runs are kept; their teacher pairs lie in `pairs` beside it."""
+        ...
+
+    def students_folder(self) -> Path:
+        """Where students are found by name: the Lora folder."""
+        ...
+
+    def prompts(self) -> dict[str, Path]:
+        """The built-in prompt lists that suit the model, by name."""
+        ...
+
+    def open(self, width: int, height: int) -> AbstractContextManager[Host]:
+        """The loaded model, trainable: waits until nothing else uses it, and restores everything at the end.
+
+        Raises ValueError, in words, where no checkpoint is loaded or the size cannot be.
+        """
+        ...
+
+    def free_memory(self) -> int | None:
+        """Bytes of the device that could be used, the model's own included; None where it does not know."""
+        ...
+
+    def saved(self, path: Path) -> None:
+        """A student was put there: refresh the lists."""
+        ...

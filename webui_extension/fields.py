@@ -1,0 +1,72 @@
+"""Inputs of a page made from the trainer's settings, which alone know defaults, bounds and help."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import gradio as gr
+
+from ..trainer.config import Config, ConfigError
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+EMPTY = {str: "", bool: False}  # what a page makes of nothing, where that is a value
+
+
+def component(name: str, value: Any = None) -> Any:
+    """An input for one setting, which begins with its field's default or another value."""
+    field = FIELDS[name]
+    about, kind = field.metadata, type(field.default)
+    told = {
+        "value": field.default if value is None else value,
+        "label": label(name),
+        "info": about["help"][0].upper() + about["help"][1:],
+        "elem_id": f"turbodistill-{name}",
+    }
+    if about["choices"]:
+        return gr.Dropdown(choices=list(about["choices"]), **told)
+    if kind is bool:
+        return gr.Checkbox(**told)
+    if kind is str:
+        return gr.Textbox(**told)
+    bounds = {"minimum": about["low"], "maximum": about["high"]}
+    return gr.Number(precision=0 if kind is int else None, **bounds, **told)
+
+
+def components(names: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs for some settings, in two columns; those in `values` begin with another value than the trainer's."""
+    names, made = list(names), {}
+    for k in range(0, len(names), 2):
+        with gr.Row():
+            for name in names[k : k + 2]:
+                made[name] = component(name, values.get(name))
+    return made
+
+
+def grouped(names: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs for some settings under the titles of their groups."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(FIELDS[name].metadata["group"], []).append(name)
+    made = {}
+    for group, members in groups.items():
+        with gr.Accordion(group.capitalize(), open=False):
+            made |= components(members, values)
+    return made
+
+
+def settings(names: Iterable[str], values: Iterable[Any]) -> dict[str, Any]:
+    """What a page sent, as values of the settings; raises ConfigError for a number that was left out."""
+    told = {}
+    for name, value in zip(names, values, strict=True):
+        kind = type(FIELDS[name].default)
+        if value is None and kind not in EMPTY:
+            raise ConfigError(f"{name} is empty: give a number")
+        told[name] = EMPTY[kind] if value is None else kind(value)
+    return told
+
+
+def label(name: str) -> str:
+    """A setting's name as a person reads it."""
+    return name.replace("_", " ").capitalize()

@@ -1,0 +1,66 @@
+"""The WebUI's folders, files and lock."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from modules import paths, sd_models, shared
+from modules.call_queue import queue_lock
+
+lock = queue_lock  # held by whoever makes pictures: `with lock`
+FOLDER = "turbodistill_folder"  # our setting among the host's
+
+
+def output_folder() -> Path:
+    """Where what we write is kept: as the settings say, else beside the host's folders of pictures."""
+    told = getattr(shared.opts, FOLDER, "").strip()
+    return Path(told).expanduser() if told else Path(paths.data_path) / "outputs" / "turbodistill"
+
+
+def lora_folder() -> Path:
+    return Path(shared.cmd_opts.lora_dir)
+
+
+def checkpoint_info():
+    """What the host knows of the checkpoint that is loaded, or else chosen; None where there is none."""
+    loaded = getattr(sd_models.model_data.sd_model, "sd_checkpoint_info", None)
+    return loaded or sd_models.checkpoint_aliases.get(shared.opts.sd_model_checkpoint)
+
+
+def checkpoint_file() -> Path | None:
+    info = checkpoint_info()
+    return Path(info.filename) if info else None
+
+
+def checkpoint_title() -> str:
+    info = checkpoint_info()
+    return info.name_for_extra if info else ""
+
+
+def _networks():
+    """The module of the host's own Lora extension; None where it is switched off."""
+    return sys.modules.get("networks")
+
+
+def lora_files() -> dict[str, Path]:
+    """Every LoRA's file, by its name and by its alias."""
+    networks = _networks()
+    if networks is None:
+        return {}
+    known = networks.available_network_aliases | networks.available_networks  # a name counts more than an alias
+    return {name: Path(entry.filename) for name, entry in known.items()}
+
+
+def lora_metadata() -> dict[str, Mapping[str, Any]]:
+    """Every LoRA's metadata as the host has read it, by name."""
+    networks = _networks()
+    return {name: entry.metadata or {} for name, entry in networks.available_networks.items()} if networks else {}
+
+
+def refresh_loras() -> None:
+    """Make the host look again which LoRAs there are."""
+    if networks := _networks():
+        networks.list_available_networks()

@@ -1,0 +1,91 @@
+"""The WebUI that we are in, as what the training tab and the API work on."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from modules import devices, sd_models
+from safetensors import SafetensorError, safe_open
+
+from ..trainer.host import Host
+from ..trainer.prompts import ANYTHING
+from . import host, host_kind
+
+# How names of tensors begin that models made for 1024 pixels alone have: text encoders of SDXL, blocks of SD3 and Flux.
+LARGE = ("conditioner.embedders.", "model.diffusion_model.joint_blocks.", "model.diffusion_model.double_blocks.")
+
+
+class HostBackend:
+    """AUTOMATIC1111 or Forge, with its chosen checkpoint."""
+
+    settings = {"batch": 4, "checkpointing": True}  # noqa: RUF012 - a constant
+
+    @property
+    def name(self) -> str:
+        return host_kind.name()
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Width and height that the chosen checkpoint is made for."""
+        file = host.checkpoint_file()
+        side = 1024 if file and _large(file) else 512
+        return side, side
+
+    def checkpoint(self) -> str:
+        return host.checkpoint_title()
+
+    def runs_folder(self) -> Path:
+        return host.output_folder() / "runs"
+
+    def students_folder(self) -> Path:
+        return host.lora_folder()
+
+    def prompts(self) -> dict[str, Path]:
+        return {"anything": ANYTHING}
+
+    @contextmanager
+    def open(self, width: int, height: int) -> Iterator[Host]:
+        """The loaded model as the trainer's host, once no generation runs; all of it is restored at the end.
+
+        Raises ValueError where no checkpoint is loaded, it cannot be distilled, or the size cannot be.
+        """
+        with host.lock:
+            ours = _ours()
+            try:
+                with ours.trainable(ours.loaded(), width, height) as opened:
+                    yield opened
+            finally:
+                gc.collect()
+                devices.torch_gc()
+
+    def free_memory(self) -> int | None:
+        """Bytes of the device that nothing else than the model uses."""
+        device = torch.device(devices.device)
+        model = sd_models.model_data.sd_model
+        if device.type != "cuda" or model is None:
+            return None
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+
+    def saved(self, path: Path) -> None:
+        host.refresh_loras()
+
+
+def _ours() -> Any:
+    """Our module for the host that we are in: neither could be imported in the other."""
+    return importlib.import_module(".host_forge" if host_kind.is_forge() else ".host_a1111", __package__)
+
+
+def _large(file: Path) -> bool:
+    """Whether a checkpoint's file is one of those made for 1024 x 1024."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return any(name.startswith(LARGE) for name in opened.keys())  # noqa: SIM118 - no dict
+    except (OSError, SafetensorError):
+        return False

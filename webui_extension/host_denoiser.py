@@ -1,0 +1,198 @@
+"""The networks of AUTOMATIC1111 and Forge as core's Denoiser."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.denoiser import Cond, Denoiser
+from ..core.lora import autocasts
+from ..core.schedule import DiscreteSchedule, Schedule, expand, flow_of
+
+TIMESTEPS = 1000  # of the discrete models that core knows
+PREDICTIONS = {"epsilon": "eps", "eps": "eps", "v_prediction": "v", "v": "v", "const": "flow"}
+# Norms whose input is added to in place while backward still needs it, of Forge's UNet and of Flux and its kin.
+ADDED_TO = re.compile(
+    r"(?:^|\.)(?:transformer_blocks\.\d+\.norm[123]|double_blocks\.\d+\.(?:img|txt)_norm[12]|"
+    r"single_blocks\.\d+\.pre_norm)$"
+)
+
+
+class CompvisDenoiser(Denoiser):
+    """x0 of an AUTOMATIC1111 model's UNet, which is given a picture of unit variance and a fractional timestep.
+
+    `device` is where it computes: with --medvram its weights may lie elsewhere meanwhile.
+    """
+
+    def __init__(self, network: nn.Module, alphas_cumprod: Tensor, prediction: str, device: torch.device):
+        self.backbone, self.prediction = network, prediction
+        self.schedule: Schedule = DiscreteSchedule(alphas_cumprod.detach())
+        self._device = device
+
+    def output(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        alpha, _ = self.schedule.alpha_sigma(sigma)
+        summary = {} if cond.pooled is None else {"y": cond.pooled}
+        return self.backbone(expand(alpha, x) * x, self.schedule.timestep(sigma), context=cond.context, **summary)
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        return self.schedule.to_x0(self.prediction, x, self.output(x, sigma, cond).to(x.dtype), sigma)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def with_backbone(self, backbone: nn.Module) -> CompvisDenoiser:
+        """The same over another network of the same architecture, in float32; the WebUI keeps its own."""
+        other = copy.copy(self)
+        other.backbone = _in_full(backbone)
+        return other
+
+
+class ForgeDenoiser(Denoiser):
+    """x0 of a Forge UnetPatcher's network, of every architecture that its own `apply_model` runs.
+
+    Raises ValueError for a model of another kind of noise levels.
+    """
+
+    def __init__(self, unet):
+        self.base = unet.model
+        self.backbone = self.base.diffusion_model
+        self.prediction, self.schedule = levels_of(self.base.predictor)
+        self.options: dict[str, Any] = unet.model_options.get("transformer_options", {})
+        self._device = unet.load_device
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        extra = cond.extra if cond.pooled is None else cond.extra | {"y": cond.pooled}
+        options = dict(self.options)  # a forward writes into it
+        return self.base.apply_model(x, sigma, c_crossattn=cond.context, transformer_options=options, **extra)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def with_backbone(self, backbone: nn.Module) -> ForgeDenoiser:
+        """The same over another network of the same architecture, in float32; Forge keeps its own."""
+        other = copy.copy(self)
+        other.base = copy.copy(self.base)
+        other.base.computation_dtype = torch.float32
+        other.backbone = _in_full(backbone)
+        other.base._modules = self.base._modules | {"diffusion_model": backbone}
+        return other
+
+
+def _in_full(copied: nn.Module) -> nn.Module:
+    """A copy of a network as one to be trained: weights below float32 are too coarse for an optimizer's steps."""
+    for module in copied.modules():
+        module.__dict__.pop("forward", None)  # an extension's, bound to the network that was copied
+    if isinstance(getattr(copied, "dtype", None), torch.dtype):
+        copied.__dict__["dtype"] = torch.float32
+    return copied.float()
+
+
+def levels_of(predictor) -> tuple[str, Schedule]:
+    """What the network of a Forge `predictor` predicts, and its noise levels; raises ValueError for an unknown kind."""
+    kind = PREDICTIONS.get(getattr(predictor, "prediction_type", ""), "unknown")
+    table = predictor.sigmas.detach().double().cpu()
+    if kind in ("eps", "v") and len(table) == TIMESTEPS and _by_number(predictor):
+        return kind, DiscreteSchedule(1 / (1 + table**2))
+    if kind == "flow" and (schedule := flow_of(table)):
+        return kind, schedule
+    raise ValueError(
+        f"this model predicts {kind} over {len(table)} noise levels of its own kind ({type(predictor).__name__}): "
+        f"eps and v over {TIMESTEPS} levels, and flow with a shift, are what can be distilled"
+    )
+
+
+def _by_number(predictor) -> bool:
+    """Whether the network is told a level by its number in the table; EDM's kinds tell it the logarithm."""
+    return torch.equal(predictor.timestep(predictor.sigmas).cpu().float(), torch.arange(float(TIMESTEPS)))
+
+
+@contextmanager
+def differentiable(network: nn.Module) -> Iterator[None]:
+    """Within, norms keep for backward what they were given, though the blocks around add to it in place."""
+    norms = [m for n, m in network.named_modules() if ADDED_TO.search(n)]
+    hooks = [m.register_forward_pre_hook(lambda _module, args: (args[0].clone(), *args[1:])) for m in norms]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """Within, no weight of the network takes gradients; each flag is put back, also where a weight was replaced."""
+    flags = [(m, n, p.requires_grad) for m in network.modules() for n, p in m._parameters.items() if p is not None]
+    try:
+        network.requires_grad_(False)
+        yield
+    finally:
+        for module, name, flag in flags:
+            if (parameter := module._parameters.get(name)) is not None:
+                parameter.requires_grad_(flag)
+
+
+def thaw(network: nn.Module) -> None:
+    """What was made in inference mode, which backward refuses, as ordinary tensors of the same bits."""
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_inference():
+                module._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_inference():
+                module._buffers[name] = buffer.clone()
+
+
+@contextmanager
+def in_float32(network: nn.Module) -> Iterator[None]:
+    """Within, layers of weights below float32 compute in float32, where autocast does not say otherwise.
+
+    Float16 has no room for small gradients. By hooks, since a copy of the network takes them along.
+    """
+    narrow = [m for m in network.modules() if any(_narrow(p) for p in m._parameters.values())]
+    hooks = [m.register_forward_pre_hook(_widen) for m in narrow]
+    hooks += [m.register_forward_hook(_restore, always_call=True) for m in narrow]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _narrow(parameter: Tensor | None) -> bool:
+    return parameter is not None and parameter.is_floating_point() and parameter.element_size() < 4
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _widen(module: nn.Module, args: tuple) -> tuple | None:
+    on = bool(args) and autocasts(args[0].device)
+    if on and any(p is not None and p.ndim > 1 for p in module._parameters.values()):
+        return None  # autocast has types of its own for all but the norms
+    module.__dict__["_turbodistill_own"] = dict(module._parameters)
+    module._parameters.update({name: _wide(p) for name, p in module._parameters.items()})
+    return None if on else tuple(map(_wide, args))
+
+
+def _restore(module: nn.Module, *_) -> None:
+    if own := module.__dict__.pop("_turbodistill_own", None):
+        module._parameters.update(own)
+
+
+@contextmanager
+def watched(network: nn.Module, look: Callable[[], None]) -> Iterator[None]:
+    """Within, every pass of the network first calls `look`, which may raise."""
+    hook = network.register_forward_pre_hook(lambda *_: look())
+    try:
+        yield
+    finally:
+        hook.remove()

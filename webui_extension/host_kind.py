@@ -1,0 +1,28 @@
+"""Which WebUI we are in; it imports nothing of the host until asked, so that it can be asked anywhere."""
+
+from __future__ import annotations
+
+import importlib.util
+
+
+def refusal() -> str:
+    """Why nothing of ours can work in this WebUI; "" where it can."""
+    from modules import sd_samplers
+
+    if hasattr(sd_samplers, "list_samplers"):
+        return (
+            "TurboDistill does not work in SD.Next, whose samplers are diffusers' own: use AUTOMATIC1111, Forge or "
+            "ComfyUI, or the command `turbodistill ui`."
+        )
+    if importlib.util.find_spec("modules.sd_samplers_kdiffusion") is None:
+        return "TurboDistill does not know this WebUI: it works in AUTOMATIC1111 (1.9 or later), Forge and their kin."
+    return ""
+
+
+def is_forge() -> bool:
+    """Whether this is Forge or a kin of it: reForge, Neo."""
+    return importlib.util.find_spec("modules_forge") is not None
+
+
+def name() -> str:
+    return "Forge" if is_forge() else "AUTOMATIC1111"

@@ -1,0 +1,172 @@
+"""A WebUI's loaded checkpoint as the trainer's host: text and pictures go the way of its own generations."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from modules import devices, extra_networks, processing, prompt_parser, sd_models, shared
+from torch import Tensor, nn
+
+from ..core.card import fingerprint
+from ..core.denoiser import Cond, Denoiser
+from .host_denoiser import watched
+
+FACTOR = 8  # pixels a side of a latent, in all that these hosts load
+TEXT_SETTINGS = ("CLIP_stop_at_last_layers", "sdxl_clip_l_skip", "emphasis", "use_old_emphasis_implementation")
+BESIDE = (
+    "{} takes a picture or a mask beside the latent, as those for inpainting and editing do, and its student would "
+    "never see one: load the ordinary model"
+)
+
+
+class Switched(ValueError):
+    """The checkpoint that is trained was taken away by something that did not ask for the lock."""
+
+
+class CheckpointHost:
+    """`trainer.host.Host` over a loaded model; `width` and `height` are the pictures' pixels.
+
+    `encode` is the host's way of pictures in [-1, 1] to latents. `others` is a context in which its
+    text encoder and autoencoder compute, after which the network is back where it computes. `joint`
+    says that text and picture are one sequence to the network. Raises ValueError for sizes that it cannot make.
+    """
+
+    text_hash: str
+
+    def __init__(
+        self,
+        model: Any,
+        denoiser: Denoiser,
+        encode: Callable[[Tensor], Tensor],
+        others: Callable[[], AbstractContextManager[None]],
+        size: tuple[int, int],
+        channels: int,
+        text_encoder: nn.Module,
+        joint: bool = False,
+    ):
+        width, height = self.resolution = size
+        if width % FACTOR or height % FACTOR:
+            raise ValueError(f"{width} x {height} pixels: give multiples of {FACTOR}, which the VAE works in")
+        self.latent_shape = (channels, height // FACTOR, width // FACTOR)
+        self.model, self.denoiser, self.joint = model, denoiser, joint
+        self._encode, self._others = encode, others
+        self.name = Path(model.sd_checkpoint_info.filename).name
+        self.architecture = architecture(model)
+        self.base_hash = fingerprint(denoiser.backbone)
+        settings = {name: getattr(shared.opts, name, None) for name in TEXT_SETTINGS}
+        self.text_hash = fingerprint(text_encoder) + hashlib.sha256(str(settings).encode()).hexdigest()[:8]
+
+    def encode_text(self, prompts: Sequence[str]) -> Cond:
+        """Prompts -> a batch of conditions, on the CPU, as the host makes them; the empty one as its negative prompt.
+
+        Raises ValueError for a prompt that names LoRAs, or joins several with AND; and where repeated text
+        tokens would change pictures, for one longer than the empty prompt.
+        """
+        with self._others():
+            found = [self._condition(prompt) for prompt in ["", *prompts]]
+        most = found.pop(0).context.shape[1]
+        for prompt, cond in zip(prompts, found, strict=True):
+            if not cond.context.isfinite().all():
+                raise ValueError(f"the text encoder makes no numbers of prompt {prompt[:80]!r}: leave it out")
+            if self.joint and cond.context.shape[1] != most:
+                raise ValueError(
+                    f"prompt {prompt[:80]!r} has {cond.context.shape[1]} text tokens; distilled, this model takes "
+                    f"{most} at most: shorten it"
+                )
+        return Cond.cat([cond.map(torch.clone) for cond in found])
+
+    def _condition(self, prompt: str) -> Cond:
+        """One prompt by the host's own parser, as it is at a first step."""
+        named = extra_networks.parse_prompt(prompt)[1]
+        if named:
+            raise ValueError(
+                f"prompt {prompt[:80]!r} names {', '.join(named)}: a student is made of the checkpoint alone, leave "
+                "the <...> out"
+            )
+        width, height = self.resolution
+        asked = prompt_parser.SdConditioning([prompt], is_negative_prompt=not prompt, width=width, height=height)
+        (parts,) = prompt_parser.get_multicond_learned_conditioning(self.model, asked, 1).batch
+        if len(parts) > 1:
+            raise ValueError(f"prompt {prompt[:80]!r} joins {len(parts)} prompts with AND: give one")
+        return conditions(parts[0].schedules[-1].cond)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, H, W) as the network takes them -> pictures (B, 3, height, width) in [0, 1]."""
+        with self._others():
+            pictures = processing.decode_latent_batch(
+                self.model, latents.to(devices.device), target_device=torch.device("cpu"), check_for_nans=True
+            )
+        return (torch.stack([p.clone() for p in pictures]).float() / 2 + 0.5).clamp(0, 1)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, height, width) in [0, 1] -> latents (B, C, H, W) as the network takes them."""
+        with self._others():
+            latents = self._encode(images * 2 - 1)
+        return latents.clone().float()
+
+
+def conditions(found: Tensor | dict[str, Tensor]) -> Cond:
+    """What the host's text encoders make of one prompt -> a batch of one, float32, on the CPU."""
+    tensors = found if isinstance(found, dict) else {"crossattn": found}
+    rows = {name: value[None].detach().float().cpu() for name, value in tensors.items()}
+    return Cond(rows.pop("crossattn"), rows.pop("vector", None), rows)
+
+
+# What the hosts say of a model -> ModelSpec's architecture.
+ARCHITECTURES = {
+    "is_sd3": "stable-diffusion-v3-medium",
+    "is_sdxl": "stable-diffusion-xl-v1-base",
+    "is_sd2": "stable-diffusion-v2",
+    "is_sd1": "stable-diffusion-v1",
+}
+
+
+def architecture(model: Any) -> str:
+    """What a card calls the loaded model's architecture."""
+    for mark, told in ARCHITECTURES.items():
+        if getattr(model, mark, False):
+            return told
+    if type(model).__name__ == "Flux":
+        return "flux-1-dev" if model.use_distilled_cfg_scale else "flux-1-schnell"
+    return type(model).__name__
+
+
+@contextmanager
+def held(model: Any, network: nn.Module) -> Iterator[None]:
+    """Within, Switched is raised as soon as this is not the model that the host has loaded, or it was sent away."""
+    file = model.sd_checkpoint_info.filename
+    device = next(network.parameters()).device.type
+
+    def look() -> None:
+        if sd_models.model_data.sd_model is not model or model.sd_checkpoint_info.filename != file:
+            raise Switched(
+                f"another checkpoint was loaded in place of {Path(file).name} while it was trained; what is done is "
+                "saved: load it again and resume"
+            )
+        if not any(p.device.type == device for p in network.parameters()):
+            raise Switched(f"{Path(file).name} was unloaded while it was trained; what is done is saved: resume")
+
+    with watched(network, look):
+        try:
+            yield
+        except Exception:
+            look()  # an error in the middle of a pass may come of it
+            raise
+
+
+@contextmanager
+def emptied(kept: list | None) -> Iterator[None]:
+    """The host's list is empty within."""
+    before = list(kept or ())
+    try:
+        if kept is not None:
+            kept.clear()
+        yield
+    finally:
+        if kept is not None:
+            kept[:] = before

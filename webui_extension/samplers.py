@@ -1,0 +1,129 @@
+"""The WebUIs' samplers "ADD 1-step" and "ADD few-step", as far as they need no host."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ..core.families import FAMILIES, MOST, Sampling, by_file
+from ..core.schedule import DiscreteSchedule, FlowSchedule, Schedule, expand
+
+# A name must not end in " Simple", " Turbo" or another scheduler's name: the host would cut that off.
+ONE_STEP, FEW_STEP = "ADD 1-step", "ADD few-step"
+LIMITS = {ONE_STEP: 1, FEW_STEP: MOST}  # passes of the network
+DETECT = "detect"
+ORDINARY = Sampling("one-step model")
+LORA = re.compile(r"<lora:([^:>]+)((?::[^:>]*)*)>")
+
+
+def passes(name: str, steps: int) -> int:
+    """How many passes the sampler of this name makes when asked for `steps`."""
+    return min(max(int(steps), 1), LIMITS[name])
+
+
+@dataclass(frozen=True)
+class Found:
+    """How a picture is sampled, and what said so."""
+
+    sampling: Sampling
+    source: str = ""  # in words; "" where nothing said so
+
+    def in_words(self) -> str:
+        return f"{self.source}: {self.sampling.in_words()}" if self.source else NOTHING
+
+
+NOTHING = (
+    "No student and no known one-step model is in the prompt's LoRAs or in the checkpoint's name: it is sampled as an "
+    "ordinary Turbo model. Choose a student or a family if you know it."
+)
+
+
+def find(
+    choice: str, steps: int, files: Mapping[str, Path], applied: Sequence[str], checkpoint: Path | None = None
+) -> Found:
+    """How to sample: as chosen, else by the LoRAs that are applied, else by the checkpoint, else as a Turbo.
+
+    `choice` is DETECT, a family, or the name of a LoRA of `files`; `applied` are names of LoRAs too. A
+    chosen family is taken in its version for `steps`. Raises ValueError for a choice that is none of these.
+    """
+    if choice in files:
+        if sampling := by_file(files[choice], choice):
+            return Found(sampling, f"LoRA {choice}")
+        raise ValueError(f"the LoRA {choice!r} is no student and of no known family: choose its family, or {DETECT!r}")
+    if choice in FAMILIES:
+        return Found(FAMILIES[choice].for_steps(steps), "as chosen")
+    if choice not in (DETECT, ""):
+        raise ValueError(
+            f"{choice!r} is neither a LoRA here nor a family of one-step models ({', '.join(FAMILIES)}): "
+            f"choose another, or {DETECT!r}"
+        )
+    for name in applied:
+        if name in files and (sampling := by_file(files[name], name)):
+            return Found(sampling, f"LoRA {name}")
+    if checkpoint and (sampling := by_file(checkpoint, checkpoint.name)):
+        return Found(sampling, f"checkpoint {checkpoint.name}")
+    return Found(ORDINARY)
+
+
+def applied_loras(prompt: str) -> list[str]:
+    """Names of the LoRAs in a prompt as it is written."""
+    return [match[1] for match in LORA.finditer(prompt) if applies(match[2].split(":")[1:])]
+
+
+def applies(weights: Sequence[str]) -> bool:
+    """Whether a LoRA with what stands behind its name, `1` or `te=1`, `unet=0`, changes the UNet at all."""
+    named = dict(weight.split("=", 1) for weight in weights if "=" in weight)
+    plain = [weight for weight in weights if "=" not in weight]
+    told = named.get("unet") or (plain[1] if len(plain) > 1 else plain[0] if plain else "1")
+    try:
+        return float(told) != 0
+    except ValueError:
+        return True
+
+
+def schedule_for(prediction: str) -> Schedule:
+    """The kind of schedule of a network that predicts this; its reading of outputs needs no more."""
+    return FlowSchedule() if prediction == "flow" else DiscreteSchedule()
+
+
+def read(prediction: str, schedule: Schedule, x: Tensor, output: Tensor, sigma: Tensor, timestep: Tensor) -> Tensor:
+    """What the network put out (B, ...) for x (B, ...) at sigma, timestep (B,) -> x0 (B, ...).
+
+    `lcm` is eps with LCM's boundary scalings (arXiv 2310.04378, section 4.2; sigma_data 0.5, timesteps times 10).
+    """
+    if prediction != "lcm":
+        return schedule.to_x0(prediction, x, output, sigma)
+    x0 = schedule.to_x0("eps", x, output, sigma)
+    t = expand(10 * timestep.float(), x)
+    return x0 * t / (t**2 + 0.25).sqrt() + x * 0.25 / (t**2 + 0.25)
+
+
+def as_it_was_put_out(base: str, x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
+    """x0 as the host has read it from a network that predicts `base` -> what the network put out, all (B, ...)."""
+    return schedule_for(base).from_x0(base, x, x0, sigma)
+
+
+def shifted(sampling: Sampling, timestep: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """sigma -> the timestep that the network is told: the host's own, or NitroFusion's."""
+    if sampling.shift == 1000:
+        return timestep
+    return lambda *args, **more: (timestep(*args, **more) * sampling.shift / 1000).long()
+
+
+def remarks(found: Found, name: str, steps: int, cfg: float, choice: str, applied: Sequence[str]) -> list[str]:
+    """What to tell the user below the picture."""
+    made = passes(name, steps)
+    said = []
+    if not found.source:
+        said.append(NOTHING)
+    if made != steps:
+        said.append(f"{name} makes {'one pass' if made == 1 else f'at most {made} passes'}: of {steps} steps, {made}.")
+    if cfg > 1 and found.source:
+        said.append(f"CFG Scale is {cfg:g}: one-step models are made for 1.")
+    if found.source == f"LoRA {choice}" and choice not in applied:
+        said.append(f"The student {choice} is chosen, but <lora:{choice}:1> is not in the prompt.")
+    return said

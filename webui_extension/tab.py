@@ -1,0 +1,266 @@
+"""The training tab: one page of plain gradio over a backend, in a WebUI or alone.
+
+The page holds nothing of a run. It asks for the running job's snapshot while it is looked at, so it
+may be closed, opened again, or opened twice.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from ..trainer.config import ADVANCED, OF_DISTILL, OF_PAIRS, ConfigError
+from . import curves, fields, job, runs, view
+from .backend import Backend
+from .events import listen
+from .request import Request
+
+TEXT, FILE, CAPTIONS = "the text below", "a text file", "the captions of my pictures"
+BUILT_IN = "built in: "
+EXAMPLE = "a {red|black|white} {fox|cat|owl} in a {forest|city|garden}, {photo|oil painting}"
+MAIN = (*OF_PAIRS, *OF_DISTILL)
+SETTINGS = (*MAIN, *ADVANCED)
+OF_RUN = ("name", "source", "text", "file", "images", "width", "height")  # what else the form asks for
+MISTAKES = (ValueError, OSError, job.Busy, job.NothingRuns, job.NoTraining)
+
+# The page asks by a button that nobody sees: once a second while the tab is looked at, and never
+# before it has the answer to the last. So it goes on after a sleep, or when the program is restarted.
+ASK = """() => {
+  clearInterval(window.turbodistillAsks);
+  let [stamp, asked] = ["", 0];
+  window.turbodistillAsks = setInterval(() => {
+    const found = document.querySelector("#turbodistill-ask");
+    const button = found?.querySelector("button") ?? found;
+    const tab = document.querySelector("#turbodistill-live");
+    if (!button || !tab?.offsetParent || document.hidden) return;
+    const now = tab.querySelector("[data-stamp]")?.dataset.stamp ?? "";
+    if (now === stamp && Date.now() - asked < 15000) return;
+    [stamp, asked] = [now, Date.now()];
+    button.click();
+  }, 1000);
+}"""
+
+
+@dataclass(frozen=True)
+class Form:
+    """The inputs by name: those of OF_RUN, and the trainer's settings."""
+
+    run: dict[str, Any]
+    settings: dict[str, Any]
+
+    def inputs(self) -> list[Any]:
+        return [*(self.run[name] for name in OF_RUN), *(self.settings[name] for name in SETTINGS)]
+
+
+def build(backend: Backend) -> gr.Blocks:
+    """The tab, as Blocks of its own."""
+    with gr.Blocks(analytics_enabled=False) as blocks:
+        draw(backend, blocks)
+    return blocks
+
+
+def draw(backend: Backend, blocks: gr.Blocks) -> None:
+    """The tab's components, and what they do, in `blocks`, which is open."""
+    gr.HTML(view.STYLE)
+    with gr.Row():
+        with gr.Column(scale=1, min_width=380):
+            gr.HTML(view.box(_introduction(backend)))
+            form = _form(backend)
+            with gr.Row():
+                estimate = gr.Button("Estimate memory", elem_id="turbodistill-estimate")
+                pairs = gr.Button("Make teacher pairs", elem_id="turbodistill-make-pairs")
+                distil = gr.Button("Distil", variant="primary", elem_id="turbodistill-distil")
+            chosen = gr.Dropdown(
+                choices=_lines(backend),
+                label="Earlier runs",
+                info="What was begun here, and how far it came",
+                elem_id="turbodistill-runs",
+            )
+            with gr.Row():
+                resume = gr.Button("Resume", elem_id="turbodistill-resume")
+                fill = gr.Button("Fill in the form from it", elem_id="turbodistill-fill")
+        with gr.Column(scale=1, min_width=380, elem_id="turbodistill-live"):
+            said = gr.HTML("", elem_id="turbodistill-said")
+            status = gr.HTML(view.idle(backend.checkpoint()), elem_id="turbodistill-status")
+            with gr.Row():
+                stop = gr.Button("Stop and keep best", elem_id="turbodistill-stop", interactive=False)
+                preview = gr.Button("Preview now", elem_id="turbodistill-preview", interactive=False)
+                cancel = gr.Button("Cancel", variant="stop", elem_id="turbodistill-cancel", interactive=False)
+            charts = gr.HTML("", elem_id="turbodistill-charts")
+            pictures = gr.HTML("", elem_id="turbodistill-pictures")
+            ask = gr.Button("Ask", elem_id="turbodistill-ask", elem_classes="turbodistill-hidden")
+    shown = gr.State(value={})
+    live = [shown, status, charts, pictures, stop, preview, cancel, chosen]
+
+    def begin(kind: str) -> Callable[..., str]:
+        return lambda *values: _say(lambda: job.start(backend, request(kind, values)))
+
+    def go_on(line: str | None) -> str:
+        return _say(lambda: job.start(backend, runs.asked(backend.runs_folder(), _name(line))))
+
+    def wish(what: Callable[[job.Job], None]) -> Callable[[], str]:
+        return lambda: _say(lambda: what(job.must_run()))
+
+    listen(blocks.load, None, js=ASK)
+    listen(ask.click, lambda before: look(backend, before), [shown], live)
+    for button, answer, inputs in (
+        (estimate, begin("estimate"), form.inputs()),
+        (pairs, begin("pairs"), form.inputs()),
+        (distil, begin("distill"), form.inputs()),
+        (resume, go_on, [chosen]),
+        (stop, wish(job.Job.stop), []),
+        (preview, wish(job.Job.preview), []),
+        (cancel, wish(job.Job.cancel), []),
+    ):
+        listen(button.click, answer, inputs, [said])
+    listen(fill.click, lambda line: filled(backend, line), [chosen], [said, *form.inputs()])
+    source = form.run["source"]
+    listen(source.change, _visible, [source], [form.run["text"], form.run["file"]])
+
+
+def _introduction(backend: Backend) -> str:
+    return (
+        f"Makes a one-step student of the checkpoint that is loaded in {backend.name}. It works in the background on "
+        "the weights that are loaded: generation waits until it has ended. Everything is saved as it goes: the page "
+        "may be closed, and a run that was cancelled goes on."
+    )
+
+
+def _form(backend: Backend) -> Form:
+    width, height = backend.sizes
+    pixels = f"Pixels; 0 is the model's own, now {width} x {height}"
+    name = gr.Textbox(
+        value="my-turbo",
+        label="Name",
+        info="Of the run and of the student's file; a run of this name goes on",
+        max_lines=1,
+        elem_id="turbodistill-name",
+    )
+    source = gr.Dropdown(
+        choices=[TEXT, FILE, CAPTIONS, *(BUILT_IN + title for title in backend.prompts())],
+        value=TEXT,
+        label="Prompts",
+        info="Prompts like those you will use later are best; built in are some for any model",
+        elem_id="turbodistill-source",
+    )
+    text = gr.Textbox(
+        value=EXAMPLE,
+        label="Text",
+        info="One prompt a line; of {red|blue} one is drawn. Lines that begin with # are left out",
+        lines=4,
+        max_lines=12,
+        elem_id="turbodistill-text",
+    )
+    file = gr.Textbox(
+        value="",
+        label="File",
+        info="The whole path of a text file, one prompt a line",
+        max_lines=1,
+        visible=False,
+        elem_id="turbodistill-file",
+    )
+    images = gr.Textbox(
+        value="",
+        label="Picture folder (not needed)",
+        info="Pictures of your own, each with a .txt of the same name, for the discriminator to take for real",
+        max_lines=1,
+        elem_id="turbodistill-images",
+    )
+    with gr.Row():
+        wide = gr.Number(value=0, label="Width", info=pixels, precision=0, minimum=0)
+        high = gr.Number(value=0, label="Height", info=pixels, precision=0, minimum=0)
+    settings = fields.components(MAIN, backend.settings)
+    with gr.Accordion("Advanced settings", open=False, elem_id="turbodistill-advanced"):
+        settings |= fields.grouped(ADVANCED, backend.settings)
+    return Form(dict(zip(OF_RUN, (name, source, text, file, images, wide, high), strict=True)), settings)
+
+
+def request(kind: str, values: Sequence[Any]) -> Request:
+    """What the form asks for, from its inputs' values; raises ConfigError for a number that was left out."""
+    told = dict(zip(OF_RUN, values, strict=False))
+    source = told["source"] or ""
+    return Request(
+        name=(told["name"] or "").strip(),
+        kind=kind,
+        prompts=told["text"] or "" if source == TEXT else "",
+        prompt_file=(told["file"] or "").strip() if source == FILE else "",
+        built_in=source.removeprefix(BUILT_IN) if source.startswith(BUILT_IN) else "",
+        images=(told["images"] or "").strip(),
+        width=int(told["width"] or 0),
+        height=int(told["height"] or 0),
+        settings=fields.settings(SETTINGS, values[len(OF_RUN) :]),
+    )
+
+
+def filled(backend: Backend, line: str | None) -> list[Any]:
+    """The form's values as they were asked for in the run of that line, after what is said of it."""
+    try:
+        asked = runs.asked(backend.runs_folder(), _name(line))
+    except MISTAKES as error:
+        return [view.box(str(error), "bad"), *(gr.update() for _ in (*OF_RUN, *SETTINGS))]
+    source = FILE if asked.prompt_file else BUILT_IN + asked.built_in if asked.built_in else TEXT
+    if source == TEXT and not asked.prompts:
+        source = CAPTIONS
+    of_run = (asked.name, source, asked.prompts, asked.prompt_file, asked.images, asked.width, asked.height)
+    settings = asked.config().to_dict()
+    return ["", *(gr.update(value=value) for value in (*of_run, *(settings[name] for name in SETTINGS)))]
+
+
+def look(backend: Backend, before: dict[str, Any]) -> list[Any]:
+    """What is new to a page: of what it shows already, `before`, nothing is sent again."""
+    now = job.current()
+    told = now.snapshot() if now else None
+    stamp = f'<i data-stamp="{time.time()}"></i>'  # tells the page that its question was answered
+    if now is None or told is None:
+        shown = {"runs": 0}
+        parts = [view.idle(backend.checkpoint()) + stamp, *([gr.update()] * 5)]
+    else:
+        trains = now.working and now.monitor.running
+        newest = told["previews"][-1:] or told["pictures"]
+        shown = {
+            "charts": (now.begun, told["points"], len(told["history"]["scores"]["score"])),
+            "pictures": (now.begun, len(told["previews"]), hash(str(newest))),
+            "buttons": (trains, now.monitor.control.stop, now.working and not told["cancelling"]),
+            "runs": (now.begun, told["state"]),
+        }
+        may_stop = trains and not now.monitor.control.stop
+        drawn = {
+            "charts": lambda: [curves.charts(told)],
+            "pictures": lambda: [view.pictures(told)],
+            "buttons": lambda: [gr.update(interactive=may) for may in (may_stop, trains, shown["buttons"][2])],
+        }
+        parts = [view.status(told) + stamp]
+        for name, draw_part in drawn.items():
+            same = before.get(name) == shown[name]
+            parts += [gr.update()] * (3 if name == "buttons" else 1) if same else draw_part()
+    listed = gr.update() if before.get("runs") == shown["runs"] else gr.update(choices=_lines(backend))
+    return [shown, *parts, listed]
+
+
+def _say(do: Callable[[], object]) -> str:
+    """Do what a button asks for; what there is to say of it, as HTML."""
+    try:
+        do()
+    except MISTAKES as error:
+        return view.box(str(error), "bad")
+    return ""
+
+
+def _lines(backend: Backend) -> list[str]:
+    """The runs as a list shows them; their names come first, and hold no colon."""
+    running = job.running()
+    return [run.in_words() for run in runs.listed(backend.runs_folder(), running.request.name if running else "")]
+
+
+def _name(line: str | None) -> str:
+    if not line:
+        raise ConfigError("no run is chosen: choose one of the earlier runs")
+    return line.partition(":")[0]
+
+
+def _visible(source: str) -> list[Any]:
+    return [gr.update(visible=source == TEXT), gr.update(visible=source == FILE)]

@@ -1,0 +1,178 @@
+"""A run's snapshot as HTML: where it is, its warnings, its pictures. The words are those of ComfyUI's panel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+WARNINGS = 3  # the newest that are shown
+
+# Mid tones and currentColor, so that every theme of a host fits.
+STYLE = """<style>
+.turbodistill-run { font-size: 14px; line-height: 1.4; font-variant-numeric: tabular-nums; }
+.turbodistill-run > div { margin: 4px 0; }
+.turbodistill-run .status { font-weight: 600; font-size: 15px; }
+.turbodistill-run .bar { height: 8px; border-radius: 4px; overflow: hidden; background: rgb(128 128 128 / 25%); }
+.turbodistill-run .bar > div { height: 100%; border-radius: 4px; background: #3d94e0; transition: width 0.4s; }
+.turbodistill-run[data-state=done] .bar > div, .turbodistill-run[data-state=stopped] .bar > div { background: #35a86b; }
+.turbodistill-run[data-state=failed] .bar > div { background: #d6546c; }
+.turbodistill-run[data-state=cancelled] .bar > div { background: #888; }
+.turbodistill-run .bar.unknown > div { width: 30%; animation: turbodistill-moves 1.6s infinite alternate ease-in-out; }
+@keyframes turbodistill-moves { from { margin-left: 0; } to { margin-left: 70%; } }
+.turbodistill-run .quiet { opacity: 0.75; font-size: 13px; overflow-wrap: anywhere; }
+.turbodistill-box { padding: 6px 10px; border-radius: 4px; border-left: 4px solid #888; background: rgb(128 128 128 / 12%); overflow-wrap: anywhere; }
+.turbodistill-box.bad { border-color: #d6546c; background: rgb(214 84 108 / 12%); }
+.turbodistill-box.warn { border-color: #c9a11f; background: rgb(201 161 31 / 12%); }
+.turbodistill-box.good { border-color: #35a86b; background: rgb(53 168 107 / 12%); }
+.turbodistill-charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 12px; }
+.turbodistill-charts figure { margin: 0; min-width: 0; }
+.turbodistill-charts svg { display: block; width: 100%; height: auto; }
+.turbodistill-charts figcaption { display: flex; flex-wrap: wrap; gap: 2px 14px; padding-left: 8px; font-size: 12px; }
+.turbodistill-charts figcaption em { font-style: normal; font-weight: 600; }
+.turbodistill-charts figcaption b { font-weight: 600; }
+.turbodistill-charts figcaption i { display: inline-block; width: 10px; height: 10px; margin-right: 4px; border-radius: 2px; }
+.turbodistill-flip { display: flex; align-items: center; gap: 10px; margin: 4px 0; }
+.turbodistill-flip input { flex: 1; accent-color: #3d94e0; }
+.turbodistill-cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: 10px; }
+.turbodistill-cards[hidden] { display: none; }
+.turbodistill-cards.loose { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); }
+.turbodistill-cards figure { margin: 0; min-width: 0; }
+.turbodistill-cards .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 2px; }
+.turbodistill-cards .picture { position: relative; }
+.turbodistill-cards .picture img { display: block; width: 100%; max-width: none; height: auto; margin: 0 !important; border-radius: 3px; }
+.turbodistill-cards .picture img[src^="data:image/png"] { image-rendering: pixelated; }
+.turbodistill-cards .picture span { position: absolute; left: 3px; bottom: 3px; padding: 0 5px; border-radius: 3px; background: rgb(0 0 0 / 65%); color: #fff; font-size: 11px; }
+.turbodistill-cards figcaption { overflow: hidden; white-space: nowrap; text-overflow: ellipsis; font-size: 12px; opacity: 0.8; }
+.turbodistill-hidden { display: none !important; }
+</style>"""  # noqa: E501 - a line a rule
+
+
+def box(text: str, kind: str = "") -> str:
+    """Words in a frame: `bad`, `warn`, `good` or neither; "" stays empty."""
+    return f'<div class="turbodistill-box {kind}">{escape(text)}</div>' if text else ""
+
+
+def status(told: Mapping[str, Any]) -> str:
+    """Where a run is: words, bar, figures, error, warnings, memory, what came of it."""
+    state, total = told["state"], told["total"]
+    parts = [f'<div class="status">{escape(headline(told))}</div>']
+    if total:
+        parts.append(f'<div class="bar"><div style="width:{100 * told["done"] / total:.1f}%"></div></div>')
+    elif state == "working":
+        parts.append('<div class="bar unknown"><div></div></div>')
+    parts += [f"<div>{escape(text)}</div>" for text in [figures(told)] if text]
+    parts.append(box(told["error"], "bad"))
+    parts.append(box(told["result"], "good"))
+    for warning in told["warnings"][-WARNINGS:]:
+        at = f"Update {warning['update']}: " if warning["update"] else ""
+        parts.append(box(at + warning["text"], "warn"))
+    parts += [f'<div class="quiet">{escape(text)}</div>' for text in (told["memory"], _on(told)) if text]
+    return f'<div class="turbodistill-run" data-state="{state}">{"".join(parts)}</div>'
+
+
+def idle(checkpoint: str) -> str:
+    """What stands there before the first run."""
+    loaded = f"Loaded: {escape(checkpoint)}." if checkpoint else "No checkpoint is loaded: choose one first."
+    words = "Nothing runs. What runs is shown here, whichever page it was begun in."
+    return (
+        f'<div class="turbodistill-run" data-state="before"><div>{loaded}</div><div class="quiet">{words}</div></div>'
+    )
+
+
+def headline(told: Mapping[str, Any]) -> str:
+    """What it is at, in a line."""
+    kind, state, what, name = told["kind"], told["state"], told["what"], told["name"]
+    subject = {"pairs": "Teacher pairs", "estimate": "Estimate"}.get(kind, name)
+    if state == "working":
+        if told["cancelling"]:
+            return f"{subject}: cancelling, everything is saved"
+        if not what:
+            return f"{subject}: waiting for the model"
+        if what == "training":
+            return f"Training {name}"
+        return f"Making {what}" + (f" for {name}" if kind == "distill" else "")
+    best = told["best"]
+    kept = f"; the best student is that of update {best['update']} (score {best['score']:.3g})" if best else ""
+    ends = {
+        "done": f"{subject}: done{kept}",
+        "stopped": f"{subject}: stopped as asked{kept}",
+        "cancelled": f"{subject}: cancelled; what is made so far is kept",
+        "failed": f"{subject}: failed",
+    }
+    return ends[state]
+
+
+def figures(told: Mapping[str, Any]) -> str:
+    """How far, how fast, how long yet."""
+    if not told["total"] or told["kind"] == "estimate":
+        return ""
+    unit, rate = told["unit"], told["rate"]
+    parts = [f"{told['done']} of {told['total']} {unit}"]
+    if told["state"] == "working":
+        if rate:
+            parts.append(f"{1 / rate:.3g} {unit} a second" if rate < 1 else f"{rate:.3g} s each")
+        if told["time_left"] is not None:
+            parts.append(f"{duration(told['time_left'])} left")
+        if best := told["best"]:
+            parts.append(f"best so far: update {best['update']} (score {best['score']:.3g})")
+    return " · ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes = whole // 60
+    if minutes < 60:
+        return f"{minutes} min {whole % 60} s" if minutes < 10 else f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def pictures(told: Mapping[str, Any]) -> str:
+    """The previews, teacher beside student, the newest in front; before the first one the newest teacher pictures."""
+    previews = told["previews"]
+    if not previews:
+        loose = "".join(f"<figure>{_picture(url)}</figure>" for url in told["pictures"])
+        return f'<div class="turbodistill-cards loose">{loose}</div>' if loose else ""
+    last = len(previews) - 1
+    grids = "".join(_cards(preview, hidden=k < last) for k, preview in enumerate(previews))
+    names = [f"update {preview['update']} ({k + 1} of {last + 1})" for k, preview in enumerate(previews)]
+    return f"<div>{_slider(names) if last else ''}{grids}</div>"
+
+
+def _slider(names: list[str]) -> str:
+    """Shows one of the grids beside it; in the page alone, so that no picture is sent twice."""
+    turn = (
+        "const all = this.parentNode.parentNode.querySelectorAll('.turbodistill-cards');"
+        "all.forEach((grid, k) => { grid.hidden = k != this.value; });"
+        "this.nextElementSibling.textContent = this.dataset.names.split('|')[this.value];"
+    )
+    last = len(names) - 1
+    return (
+        f'<div class="turbodistill-flip"><input type="range" min="0" max="{last}" value="{last}" step="1" '
+        f'aria-label="Earlier previews" data-names="{"|".join(names)}" oninput="{escape(turn)}">'
+        f"<span>{names[-1]}</span></div>"
+    )
+
+
+def _cards(preview: Mapping[str, Any], hidden: bool) -> str:
+    cards = []
+    for k, url in enumerate(preview["student"]):
+        teacher = _picture(preview["teacher"][k], "teacher") if k < len(preview["teacher"]) else ""
+        prompt = escape(preview["prompts"][k])
+        seed = f"\nseed {preview['seeds'][k]}" if preview["seeds"] else ""
+        cards.append(
+            f'<figure><div class="pair">{teacher}{_picture(url, "student")}</div>'
+            f'<figcaption title="{prompt}{seed}">{prompt}</figcaption></figure>'
+        )
+    return f'<div class="turbodistill-cards"{" hidden" * hidden}>{"".join(cards)}</div>'
+
+
+def _picture(url: str, words: str = "") -> str:
+    caption = f"<span>{words}</span>" if words else ""
+    return f'<div class="picture"><img src="{url}" alt="{words or "picture"}">{caption}</div>'
+
+
+def _on(told: Mapping[str, Any]) -> str:
+    return f"{told['checkpoint']}, {told['width']} x {told['height']} pixels"
