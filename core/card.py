@@ -24,6 +24,11 @@ VERSION = 1
 KINDS = ("lora", "full")
 READINGS = ("eps", "v", "x0", "flow")
 TITLES = ("modelspec.title", "ss_output_name", "title")  # metadata that names a weight file
+# What AUTOMATIC1111 tells the models by that a LoRA is for, besides those of Stable Diffusion 1.
+KOHYA = {
+    "stable-diffusion-v2": {"ss_v2": "True"},
+    "stable-diffusion-xl-v1-base": {"ss_base_model_version": "sdxl_base_v1-0"},
+}
 
 
 class CardError(ValueError):
@@ -66,7 +71,7 @@ class StudentCard:
             raise CardError(f"card: timesteps are {self.timesteps}, they must lie between 0 and 999")
 
     def to_metadata(self) -> dict[str, str]:
-        """The card as strings for a safetensors header, beside ModelSpec fields that other tools read."""
+        """The card as strings for a safetensors header, beside fields of ModelSpec and kohya that other tools read."""
         width, height = self.resolution
         return {
             KEY: json.dumps(asdict(self)),
@@ -77,7 +82,7 @@ class StudentCard:
             "modelspec.resolution": f"{width}x{height}",
             "modelspec.prediction_type": {"eps": "epsilon"}.get(self.prediction, self.prediction),
             "modelspec.usage_hint": f"{self._steps()}, cfg 1, first timestep {self.timesteps[0]}",
-        }
+        } | KOHYA.get(self.architecture, {})
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str] | None, path: str | Path = "this file") -> StudentCard:

@@ -88,8 +88,11 @@ class Student(Denoiser):
 
     @contextmanager
     def merged(self) -> Iterator[None]:
-        """The LoRA is merged into the shared weights within: for sampling alone, since the teacher is away."""
-        if self.lora is None:
+        """The LoRA is merged into the shared weights within: for sampling alone, since the teacher is away.
+
+        Weights of eight bits have no room for it: it stays beside them.
+        """
+        if self.lora is None or any(p.element_size() < 2 for p in self.backbone.parameters()):
             yield
             return
         with self.lora.folded(self.backbone):

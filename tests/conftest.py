@@ -14,8 +14,8 @@ def pytest_collection_modifyitems(items):
     """On several processes: a host's tests run in one, so that its server starts once, and begin first, being long."""
     for item in items:
         room, *inside = item.path.relative_to(HERE).parts
-        group = f"{room}/{inside[0]}" if room == "hosts" else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+        host = (*inside[:1], getattr(item, "callspec", None) and item.callspec.params.get("kind"))
+        item.add_marker(pytest.mark.xdist_group(str(host if room == "hosts" else item.path)))
     items.sort(key=lambda item: HERE / "hosts" not in item.path.parents)
 
 

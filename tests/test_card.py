@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,6 +52,19 @@ def test_other_tools_can_read_the_header():
     full = StudentCard(**{**json.loads(metadata[KEY]), "kind": "full", "prediction": "eps"}).to_metadata()
     assert full["modelspec.architecture"] == "stable-diffusion-v1"
     assert full["modelspec.prediction_type"] == "epsilon"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "told"),
+    [
+        ("stable-diffusion-v1", {}),  # what AUTOMATIC1111 takes a LoRA for that says nothing
+        ("stable-diffusion-v2", {"ss_v2": "True"}),
+        ("stable-diffusion-xl-v1-base", {"ss_base_model_version": "sdxl_base_v1-0"}),
+    ],
+)
+def test_the_header_says_to_automatic1111_which_models_it_is_for(architecture, told):
+    metadata = replace(CARD, architecture=architecture).to_metadata()
+    assert {k: v for k, v in metadata.items() if k.startswith("ss_")} == told
 
 
 def test_the_card_in_words_says_how_to_sample():

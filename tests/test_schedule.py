@@ -8,6 +8,7 @@ from turbodistill.core.schedule import (
     DiscreteSchedule,
     FlowSchedule,
     expand,
+    flow_of,
     scaled_linear,
     trailing_timesteps,
     zero_terminal,
@@ -171,3 +172,16 @@ def test_tables_of_any_type_are_taken():
     table = torch.from_numpy(np.linspace(0.99, 0.01, 10, dtype=np.float32))
     schedule = DiscreteSchedule(table)
     assert schedule.timesteps == 10 and schedule.sigma_max == pytest.approx(99**0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("shift", [1.0, 1.15, 3.0])
+@pytest.mark.parametrize("entries", [1000, 10000])
+def test_a_flow_schedule_is_known_by_its_levels(shift, entries):
+    assert flow_of(FlowSchedule(shift, entries).sigma(torch.arange(float(entries)))).shift == pytest.approx(
+        shift, rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("levels", [torch.linspace(0.001, 1, 1000) ** 2, DiscreteSchedule().sigmas])
+def test_levels_of_another_kind_are_no_flow(levels):
+    assert flow_of(levels) is None

@@ -104,6 +104,18 @@ def test_merged_weights_equal_the_lora_on(toys, dtype):
     assert torch.allclose(on, off, atol=1e-5 if dtype == torch.float32 else 0.05)
 
 
+def test_weights_of_eight_bits_keep_the_lora_beside_them(toys):
+    """What a small LoRA changes would be lost in their rounding."""
+    teacher = toys.conv()
+    student = Student(teacher, rank=2)
+    toys.nudge(student.lora)
+    teacher.backbone.text.to(torch.float8_e4m3fn)
+    before = {k: v.clone() for k, v in teacher.backbone.state_dict().items()}
+    with student.merged():
+        assert all(torch.equal(v.float(), before[k].float()) for k, v in teacher.backbone.state_dict().items())
+    student.release()
+
+
 def test_within_merged_the_weights_carry_the_lora_and_come_back(toys):
     teacher = toys.conv()
     x, sigma, cond = inputs(toys, teacher)

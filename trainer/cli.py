@@ -1,4 +1,4 @@
-"""The command line: `turbodistill demo | distill | sample | evaluate | info`."""
+"""The command line: `turbodistill demo | distill | sample | evaluate | info | ui`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,10 @@ def make_parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="what a student file says of itself, in words")
     info.add_argument("file", type=Path)
     info.set_defaults(command=run_info)
+
+    # What other rooms add; no import of ours leads there.
+    for entry in entry_points(group="turbodistill.commands"):
+        entry.load()(commands)
     return parser
 
 

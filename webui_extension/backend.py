@@ -13,9 +13,20 @@ from ..trainer.host import Host
 class Backend(Protocol):
     """A program with a model loaded, and its folders."""
 
-    name: str  # AUTOMATIC1111, Forge, TurboDistill
-    sizes: tuple[int, int]  # width and height that the loaded model is made for, in pixels
-    settings: Mapping[str, Any]  # where a form begins with another value than the trainer's
+    @property
+    def name(self) -> str:
+        """AUTOMATIC1111, Forge, TurboDistill."""
+        ...
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Width and height that the loaded model is made for, in pixels."""
+        ...
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Where a form begins with another value than the trainer's."""
+        ...
 
     def checkpoint(self) -> str:
         """The title of what is loaded, "" where nothing is."""

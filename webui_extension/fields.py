@@ -11,6 +11,7 @@ import gradio as gr
 from ..trainer.config import Config, ConfigError
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+SHORT = {"lr", "ema", "r1"}
 EMPTY = {str: "", bool: False}  # what a page makes of nothing, where that is a value
 
 
@@ -69,4 +70,5 @@ def settings(names: Iterable[str], values: Iterable[Any]) -> dict[str, Any]:
 
 def label(name: str) -> str:
     """A setting's name as a person reads it."""
-    return name.replace("_", " ").capitalize()
+    first, *rest = name.split("_")
+    return " ".join([first.upper() if first in SHORT else first.capitalize(), *rest])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,12 +34,13 @@ class HostBackend:
     @property
     def sizes(self) -> tuple[int, int]:
         """Width and height that the chosen checkpoint is made for."""
-        file = host.checkpoint_file()
-        side = 1024 if file and _large(file) else 512
+        info = _chosen()
+        side = 1024 if info and _large(Path(info.filename)) else 512
         return side, side
 
     def checkpoint(self) -> str:
-        return host.checkpoint_title()
+        info = _chosen()
+        return info.name_for_extra if info else ""
 
     def runs_folder(self) -> Path:
         return host.output_folder() / "runs"
@@ -77,8 +79,19 @@ class HostBackend:
         host.refresh_loras()
 
 
+def _chosen() -> Any:
+    """What the host knows of the chosen checkpoint, which Forge loads when it is needed; None where there is none."""
+    told = getattr(sd_models.model_data, "forge_loading_parameters", {})
+    return told.get("checkpoint_info") or host.checkpoint_info()
+
+
 def _ours() -> Any:
     """Our module for the host that we are in: neither could be imported in the other."""
+    if host_kind.is_forge() and importlib.util.find_spec("backend") is None:
+        raise ValueError(
+            "this kin of Forge keeps its models in a way that is not known here: distil in AUTOMATIC1111, Forge or "
+            "ComfyUI, whose students work here too"
+        )
     return importlib.import_module(".host_forge" if host_kind.is_forge() else ".host_a1111", __package__)
 
 

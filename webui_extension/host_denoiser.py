@@ -128,15 +128,23 @@ def differentiable(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
-    """Within, no weight of the network takes gradients; each flag is put back, also where a weight was replaced."""
-    flags = [(m, n, p.requires_grad) for m in network.modules() for n, p in m._parameters.items() if p is not None]
+    """Within, no weight of the network takes gradients; flag and type are put back, also where one was replaced.
+
+    Forge's own norms, given another type, keep their weights in that.
+    """
+    own = [
+        (m, n, p.requires_grad, p.dtype) for m in network.modules() for n, p in m._parameters.items() if p is not None
+    ]
     try:
         network.requires_grad_(False)
         yield
     finally:
-        for module, name, flag in flags:
-            if (parameter := module._parameters.get(name)) is not None:
-                parameter.requires_grad_(flag)
+        for module, name, flag, dtype in own:
+            if (parameter := module._parameters.get(name)) is None:
+                continue
+            if parameter.dtype != dtype:
+                parameter = module._parameters[name] = nn.Parameter(parameter.detach().to(dtype), False)
+            parameter.requires_grad_(flag)
 
 
 def thaw(network: nn.Module) -> None:

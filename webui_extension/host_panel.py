@@ -10,7 +10,7 @@ from modules.ui_common import create_refresh_button
 
 from . import host, panel
 from .host_sampling import CHOICE
-from .samplers import DETECT, LIMITS, passes
+from .samplers import DETECT, LIMITS, passes, too_many
 
 AXIS = "turbodistill_axis"  # what the X/Y/Z plot writes on the host's `p`
 INFOTEXT = "ADD chosen"
@@ -81,6 +81,8 @@ class Panel(scripts.Script):
         if choice != DETECT:
             p.extra_generation_params[INFOTEXT] = choice
         asked = getattr(p, "hr_second_pass_steps", 0) or p.steps
+        for remark in too_many(p.sampler_name, p.steps) if p.sampler_name in LIMITS else ():
+            p.comment(remark)
         p.steps = _made(p.sampler_name, p.steps)
         if getattr(p, "enable_hr", False):
             made = _made(second, asked)

@@ -29,6 +29,7 @@ from .samplers import (
     remarks,
     schedule_for,
     shifted,
+    too_many,
 )
 
 CHOICE = "turbodistill_choice"  # what the panel writes on the host's `p`
@@ -141,21 +142,21 @@ class OneStepSampler(KDiffusionSampler):
         self.model_wrap = self.model_wrap_cfg.inner_model
         timesteps = self.found.sampling.timesteps(count, strength)
         self.levels = sigmas_at(self.model_wrap.sigmas, timesteps)
-        tell(p, self.name, self.found, steps, timesteps, choice, loras)
+        write_down(p, self.found, timesteps)
+        for remark in too_many(self.name, steps) + remarks(self.found, p.cfg_scale, choice, loras):
+            p.comment(remark)
         with read_as(self.found.sampling, shared.sd_model, self.model_wrap):
             yield count
 
 
-def tell(p, name: str, found: Found, steps: int, timesteps: list[int], choice: str, loras: list[str]) -> None:
-    """Write into the picture how it was made, and below it what the user should know."""
+def write_down(p, found: Found, timesteps: list[int]) -> None:
+    """Write into the picture how it is made."""
     written = " ".join(map(str, timesteps))
     p.extra_generation_params |= (
         {"Hires ADD timesteps": written}
         if p.is_hr_pass
         else {"ADD model": found.sampling.name, "ADD timesteps": written}
     )
-    for remark in remarks(found, name, steps, p.cfg_scale, choice, loras):
-        p.comment(remark)
 
 
 @contextmanager

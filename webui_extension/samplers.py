@@ -55,7 +55,7 @@ def find(
             return Found(sampling, f"LoRA {choice}")
         raise ValueError(f"the LoRA {choice!r} is no student and of no known family: choose its family, or {DETECT!r}")
     if choice in FAMILIES:
-        return Found(FAMILIES[choice].for_steps(steps), "as chosen")
+        return Found(FAMILIES[choice].for_steps(steps), "As chosen")
     if choice not in (DETECT, ""):
         raise ValueError(
             f"{choice!r} is neither a LoRA here nor a family of one-step models ({', '.join(FAMILIES)}): "
@@ -65,7 +65,7 @@ def find(
         if name in files and (sampling := by_file(files[name], name)):
             return Found(sampling, f"LoRA {name}")
     if checkpoint and (sampling := by_file(checkpoint, checkpoint.name)):
-        return Found(sampling, f"checkpoint {checkpoint.name}")
+        return Found(sampling, f"Checkpoint {checkpoint.name}")
     return Found(ORDINARY)
 
 
@@ -114,15 +114,20 @@ def shifted(sampling: Sampling, timestep: Callable[..., Tensor]) -> Callable[...
     return lambda *args, **more: (timestep(*args, **more) * sampling.shift / 1000).long()
 
 
-def remarks(found: Found, name: str, steps: int, cfg: float, choice: str, applied: Sequence[str]) -> list[str]:
-    """What to tell the user below the picture."""
+def too_many(name: str, steps: int) -> list[str]:
+    """What to tell the user who has asked for more passes than the sampler makes."""
     made = passes(name, steps)
+    if made >= steps:
+        return []
+    return [f"{name} makes {'one pass' if made == 1 else f'at most {made} passes'}: of {steps} steps, {made}."]
+
+
+def remarks(found: Found, cfg: float, choice: str, applied: Sequence[str]) -> list[str]:
+    """What else to tell the user below the picture."""
     said = []
     if not found.source:
         said.append(NOTHING)
-    if made != steps:
-        said.append(f"{name} makes {'one pass' if made == 1 else f'at most {made} passes'}: of {steps} steps, {made}.")
-    if cfg > 1 and found.source:
+    elif cfg > 1:
         said.append(f"CFG Scale is {cfg:g}: one-step models are made for 1.")
     if found.source == f"LoRA {choice}" and choice not in applied:
         said.append(f"The student {choice} is chosen, but <lora:{choice}:1> is not in the prompt.")

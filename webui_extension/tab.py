@@ -77,6 +77,7 @@ def draw(backend: Backend, blocks: gr.Blocks) -> None:
             chosen = gr.Dropdown(
                 choices=_lines(backend),
                 label="Earlier runs",
+                allow_custom_value=True,  # what was chosen changes its words as the run goes on
                 info="What was begun here, and how far it came",
                 elem_id="turbodistill-runs",
             )
@@ -140,9 +141,11 @@ def _form(backend: Backend) -> Form:
         max_lines=1,
         elem_id="turbodistill-name",
     )
+    built_in = [BUILT_IN + title for title in backend.prompts()]
+    first = built_in[0] if built_in else TEXT
     source = gr.Dropdown(
-        choices=[TEXT, FILE, CAPTIONS, *(BUILT_IN + title for title in backend.prompts())],
-        value=TEXT,
+        choices=[*built_in, TEXT, FILE, CAPTIONS],
+        value=first,
         label="Prompts",
         info="Prompts like those you will use later are best; built in are some for any model",
         elem_id="turbodistill-source",
@@ -153,6 +156,7 @@ def _form(backend: Backend) -> Form:
         info="One prompt a line; of {red|blue} one is drawn. Lines that begin with # are left out",
         lines=4,
         max_lines=12,
+        visible=first == TEXT,
         elem_id="turbodistill-text",
     )
     file = gr.Textbox(

@@ -2,6 +2,8 @@
 
 import base64
 import io
+import os
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,3 +50,54 @@ def backend(toy, tmp_path, monkeypatch):
         left.cancel()
         made.gate.set()
         left.wait(60)
+
+
+@pytest.fixture(scope="session")
+def webui():
+    """The stand-ins of the hosts' samplers and scripts, by their path."""
+    import importlib.util
+
+    path = Path(__file__).parent / "stand_ins" / "webui.py"
+    spec = importlib.util.spec_from_file_location("turbodistill_webui_stand_ins", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-sync",
+    "--disable-component-update",
+    "--disable-background-networking",
+)
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """Where the browser is; asked for before a server is started for nothing."""
+    pytest.importorskip("playwright", reason="needs playwright: pip install playwright")
+    path = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+    if not Path(path).is_file():
+        pytest.skip(f"needs a Chromium: there is none at {path}; say in CHROMIUM where it is")
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser(chromium):
+    from playwright.sync_api import sync_playwright
+
+    # Not longer than a module: its event loop stands in the way of asyncio.run.
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="session")
+def port():
+    """A number that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

@@ -252,13 +252,14 @@ def test_what_was_made_in_inference_mode_is_thawed_with_its_bits_and_flags(model
     assert [p.requires_grad for p in network.parameters()] == flags
 
 
-def test_flags_are_put_back_where_a_weight_was_replaced(models, toys):
+def test_flags_and_types_are_put_back_where_a_weight_was_replaced(models, toys):
     network = models.unet(toys)
     network.conv_out.weight.requires_grad_(False)
     with pytest.raises(KeyError), host_denoiser.frozen(network):
         assert not any(p.requires_grad for p in network.parameters())
-        network.conv_in.weight = nn.Parameter(torch.zeros(8, 4, 3, 3), requires_grad=False)
+        network.conv_in.weight = nn.Parameter(torch.zeros(8, 4, 3, 3).double(), requires_grad=False)
         raise KeyError
+    assert network.conv_in.weight.dtype == torch.float32
     assert network.conv_in.weight.requires_grad and not network.conv_out.weight.requires_grad
 
 

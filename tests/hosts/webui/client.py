@@ -166,18 +166,9 @@ def serve(kind: Kind, folder: Path, python: Path, data: Path, flags: Sequence[st
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = data / "server.log"
-    command = [
-        str(python),
-        "-u",
-        "launch.py",
-        *FLAGS,
-        *kind.flags,
-        "--port",
-        str(port),
-        "--data-dir",
-        str(data),
-        *flags,
-    ]
+    # Forge serves its own style and scripts only from where the data are, unless told.
+    place = ["--port", str(port), "--data-dir", str(data), "--gradio-allowed-path", str(folder)]
+    command = [str(python), "-u", "launch.py", *FLAGS, *kind.flags, *place, *flags]
     quiet = {
         "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "GRADIO_ANALYTICS_ENABLED": "False",
         "OMP_NUM_THREADS": "1", "SD_WEBUI_RESTARTING": "1",  # opens no browser
@@ -200,14 +191,16 @@ def serve(kind: Kind, folder: Path, python: Path, data: Path, flags: Sequence[st
 
 
 def wait_until_up(webui: WebUI) -> None:
-    """Returns when the API answers; raises RuntimeError with the end of the log."""
+    """Returns when the API answers and its last routes are there; raises RuntimeError with the end of the log."""
     ends = time.monotonic() + START
     while time.monotonic() < ends:
         if webui.process.poll() is not None:
             break
         try:
-            webui.samplers()
-            return
+            # Before that its routes are not all there, and asking for one can keep it from making them.
+            if "Startup time" in webui.log.read_text() and webui.samplers():
+                return
         except (OSError, Refused, ValueError):
-            time.sleep(0.2)
+            pass
+        time.sleep(0.2)
     raise RuntimeError(f"the server did not come up:\n{webui.log.read_text()[-3000:]}")

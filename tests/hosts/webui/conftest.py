@@ -30,6 +30,7 @@ def prepared(base, kind, checkpoint=True):
     for folder in ("extensions", "models/Stable-diffusion", "models/Lora"):
         (base / folder).mkdir(parents=True)
     (base / "extensions" / "turbodistill").symlink_to(CLONE, target_is_directory=True)
+    (base / "extensions" / "inspector").symlink_to(HERE / "inspector", target_is_directory=True)
     if checkpoint:
         made = module("checkpoint")
         file = {"a1111": "tiny.safetensors", "forge": "small.ckpt"}[kind.name]

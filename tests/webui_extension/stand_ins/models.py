@@ -18,7 +18,7 @@ from turbodistill.core.schedule import scaled_linear
 FILE = "/models/toy.safetensors"
 
 
-def unet(toys, prediction="eps"):
+def unet(toys):
     """A toy network (B, 4, H, W) that is called as a host's: a timestep up to 999, text by name."""
 
     class Unet(toys.BlockBackbone):
@@ -28,7 +28,9 @@ def unet(toys, prediction="eps"):
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Unet()
+        made = Unet()
+    made.input_blocks = nn.ModuleList()  # by which a UNet is told from a transformer
+    return made
 
 
 class Text(nn.Module):
@@ -252,6 +254,11 @@ def learned(model, prompts, steps):
     return SimpleNamespace(batch=batch)
 
 
+def parse_prompt(prompt):
+    """A prompt without its <kind:name:...>, and those by their kind."""
+    return re.sub(r"<\w+:.*?>", "", prompt), {m[1]: m[2] for m in re.finditer(r"<(\w+):(.*?)>", prompt)}
+
+
 def merged_in_place(module):
     """The Lora extension's: the wanted networks' changes on a copy that it keeps of the weight."""
     wanted = tuple(networks.loaded_networks)
@@ -310,9 +317,7 @@ def host_modules(model, data: Path, forge: bool) -> dict[str, ModuleType | Simpl
         },
         "modules.paths": {"data_path": str(data)},
         "modules.call_queue": {"queue_lock": threading.Lock()},
-        "modules.extra_networks": {
-            "parse_prompt": lambda p: (re.sub(r"<\w+:.*?>", "", p), {m[1]: m[2] for m in re.finditer(r"<(\w+):(.*?)>", p)}),
-        },
+        "modules.extra_networks": {"parse_prompt": parse_prompt},
         "modules.processing": {"decode_latent_batch": decode_latent_batch},
         "modules.prompt_parser": {"SdConditioning": SdConditioning, "get_multicond_learned_conditioning": learned},
         "modules.sd_models": {

@@ -1,0 +1,70 @@
+"""An extension of the tests' own: looks at the loaded model, and does to it what other extensions could do."""
+
+import hashlib
+from pathlib import Path
+
+import networks  # the Lora extension's
+from modules import script_callbacks, sd_models
+from modules.sd_models import model_data
+
+
+def network():
+    """The UNet that is loaded, whichever host this is."""
+    model = model_data.sd_model
+    objects = getattr(model, "forge_objects_original", None)
+    return objects.unet.model.diffusion_model if objects else model.model.diffusion_model
+
+
+def state() -> dict:
+    """What a training must leave as it was: weights, their flags, hooks; and which LoRAs are applied."""
+    weights = hashlib.sha256()
+    for _, tensor in sorted(network().state_dict().items()):
+        weights.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    modules = list(network().modules())
+    return {
+        "weights": weights.hexdigest(),
+        "flags": "".join(str(int(p.requires_grad)) for p in network().parameters()),
+        "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules),
+        "forwards": sum("forward" in vars(m) for m in modules),
+    }
+
+
+def matched() -> dict:
+    """How many layers of the UNet each LoRA of the last generation changes, by its name."""
+    applied = getattr(model_data.sd_model, "forge_objects_after_applying_lora", None)
+    if applied is None:
+        return {net.name: len(net.modules) for net in networks.loaded_networks}
+    return {Path(key[0]).stem: len(changes) for key, changes in applied.unet.lora_patches.items()}
+
+
+def fail() -> dict:
+    """The UNet's next pass with gradients fails."""
+    import torch
+
+    def once(*_):
+        if torch.is_grad_enabled():
+            hook.remove()
+            raise RuntimeError("a fault of another extension")
+
+    hook = network().register_forward_pre_hook(once)
+    return {}
+
+
+def switch(title: str) -> dict:
+    """Load another checkpoint now, without the host's lock, as a careless extension would."""
+    info = next(info for info in sd_models.checkpoints_list.values() if info.name_for_extra == title)
+    if hasattr(sd_models, "forge_model_reload"):
+        model_data.forge_loading_parameters = model_data.forge_loading_parameters | {"checkpoint_info": info}
+        sd_models.forge_model_reload()
+    else:
+        sd_models.load_model(info)
+    return {"loaded": model_data.sd_model.sd_checkpoint_info.name_for_extra}
+
+
+def open_routes(_page, app) -> None:
+    for function in (state, matched, fail):
+        app.get(f"/inspector/{function.__name__}")(function)
+    app.get("/inspector/switch")(switch)
+
+
+script_callbacks.on_app_started(open_routes)

@@ -1,0 +1,260 @@
+"""Distilling in a real AUTOMATIC1111 and Forge, on the checkpoint that is loaded there."""
+
+import base64
+import io
+import threading
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from turbodistill.core.card import fingerprint, read
+
+pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.timeout(900)]
+
+PLAIN = {"prompt": "a fox", "sampler_name": "Euler", "steps": 2, "seed": 5}
+# Small enough for seconds on a CPU; so high a rate that four updates are seen.
+SETTINGS = {
+    "pairs": 8, "pair_steps": 2, "updates": 4, "warmup": 1, "ramp": 0, "rank": 4, "batch": 2, "lr": 5e-3, "width": 8,
+    "precision": "float32", "select_every": 2, "preview_every": 2, "ema": 0.0, "decay": 0.0,
+}  # fmt: skip
+ASKED = {"prompts": "a fox\nan owl\na red cat", "width": 64, "height": 64}
+LONG = {"updates": 100000, "save_every": 100000, "select_every": 0, "preview_every": 0}
+
+
+class Trainer:
+    """The routes of our API, and the tests' own inspector, in a running host."""
+
+    def __init__(self, webui, refused):
+        self.webui, self.refused = webui, refused
+
+    def inspect(self, what):
+        return self.webui.call(f"inspector/{what}")
+
+    def state(self):
+        return self.inspect("state")
+
+    def start(self, name, settings=None, **asked):
+        told = ASKED | {"name": name, "settings": SETTINGS | (settings or {})} | asked
+        return self.webui.call("turbodistill/v1/distill", told)
+
+    def run(self, pictures="newest"):
+        return self.webui.call(f"turbodistill/v1/run?pictures={pictures}")
+
+    def ask(self, wish):
+        self.webui.call(f"turbodistill/v1/{wish}", {})
+
+    def until(self, reached, seconds=300):
+        """What the run tells as soon as `reached` is true of it."""
+        ends = time.monotonic() + seconds
+        while not reached(told := self.run("none")):
+            assert told["state"] == "working" and time.monotonic() < ends, told["error"] or told
+            time.sleep(0.1)
+        return told
+
+    def ended(self, seconds=300):
+        ends = time.monotonic() + seconds
+        while (told := self.run())["state"] == "working":
+            assert time.monotonic() < ends, told
+            time.sleep(0.1)
+        return told
+
+    def trains(self, told):
+        return told["what"] == "training" and told["done"] >= 1
+
+    @contextmanager
+    def unchanged(self):
+        """After it the model is as before: the weights to the bit, and a plain picture."""
+        before, picture = self.state(), self.webui.txt2img(**PLAIN).picture
+        yield
+        assert self.state() == before
+        assert np.array_equal(self.webui.txt2img(**PLAIN).picture, picture)
+        assert before["hooks"] == 0 and before["forwards"] == 0
+
+
+@pytest.fixture(scope="module")
+def trainer(webui, refused):
+    trainer = Trainer(webui, refused)
+    webui.txt2img(**PLAIN)  # Forge loads its model with the first picture
+    return trainer
+
+
+@pytest.fixture(autouse=True)
+def alone(request):
+    """Whatever runs when a test ends is cancelled."""
+    yield
+    if "trainer" in request.fixturenames:
+        trainer = request.getfixturevalue("trainer")
+        try:
+            trainer.ask("cancel")
+        except trainer.refused:
+            return
+        trainer.ended()
+
+
+@pytest.fixture(scope="module")
+def first(trainer):
+    """A distillation that has run to its end, and what the model was before and after it."""
+    with trainer.unchanged():
+        trainer.start("first")
+        told = trainer.ended()
+    assert told["state"] == "done", told["error"]
+    return told
+
+
+def pixels(url):
+    """A data URL's picture (H, W, 3) as floats 0 to 255."""
+    with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as file:
+        return np.asarray(file.convert("RGB"), dtype=np.float32)
+
+
+def checkpoint(webui):
+    """The tensors of the server's checkpoint that are its UNet's."""
+    folder = webui.data / "models" / "Stable-diffusion"
+    (path,) = (path for path in folder.iterdir() if path.suffix in (".ckpt", ".safetensors"))
+    if path.suffix == ".ckpt":
+        tensors = torch.serialization.load(path, weights_only=True)["state_dict"]
+    else:
+        tensors = load_file(path)
+    prefix = "model.diffusion_model."
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def test_it_ends_with_curves_and_previews(first):
+    assert first["done"] == 4 and first["history"]["update"] == [1, 2, 3, 4]
+    assert first["best"] and first["previews"] and not first["warnings"]
+    assert "<lora:first:1>" in first["result"]
+
+
+def test_the_student_is_in_the_lora_folder_and_knows_its_base(webui, trainer, first):
+    tensors, card = read(webui.data / "models" / "Lora" / "first.safetensors")
+    # The same as of the file's tensors: a student moves between hosts without a warning.
+    assert card.base_hash == fingerprint(checkpoint(webui)) and card.architecture == "stable-diffusion-v1"
+    assert "first" in [found["name"] for found in webui.call("sdapi/v1/loras")]
+    assert "first" in [found["name"] for found in webui.call("turbodistill/v1/students")["students"]]
+    assert all(tensors[name].any() for name in tensors if name.endswith("lora_up.weight"))  # each layer has learnt
+
+
+def test_its_picture_is_the_preview_s_with_all_layers_matched(webui, trainer, first, distance):
+    shown = first["previews"][-1]
+    tensors, _ = read(webui.data / "models" / "Lora" / "first.safetensors")
+    for prompt, seed, student, teacher in zip(
+        *(shown[k] for k in ("prompts", "seeds", "student", "teacher")), strict=True
+    ):
+        made = webui.txt2img(prompt=f"{prompt} <lora:first:1>", seed=seed)
+        assert trainer.inspect("matched") == {"first": len(tensors) // 3}
+        assert not made.comments, made.comments
+        bare = webui.txt2img(prompt=prompt, seed=seed).picture
+        assert distance(made.picture, pixels(student)) < 2 < distance(bare, made.picture)
+        assert distance(made.picture, pixels(teacher)) > 2
+
+
+def test_a_lora_that_was_applied_before_is_neither_trained_on_nor_lost(webui, trainer, first):
+    prompt = "a fox <lora:first:1>"
+    before = webui.txt2img(**PLAIN | {"prompt": prompt}).picture
+    plain = webui.txt2img(**PLAIN).picture
+    assert not np.array_equal(before, plain)
+    webui.txt2img(**PLAIN | {"prompt": prompt})
+    trainer.start("second")
+    assert trainer.ended()["state"] == "done"
+    _, card = read(webui.data / "models" / "Lora" / "second.safetensors")
+    assert card.base_hash == fingerprint(checkpoint(webui))
+    assert np.array_equal(webui.txt2img(**PLAIN | {"prompt": prompt}).picture, before)
+    assert np.array_equal(webui.txt2img(**PLAIN).picture, plain)
+
+
+def test_generation_waits_the_page_lives_and_cancel_ends_it_within_a_step(webui, trainer, first):
+    with trainer.unchanged():
+        trainer.start("long", LONG | {"accumulate": 8})
+        trainer.until(trainer.trains)
+        with pytest.raises(trainer.refused, match=r"409.*runs already"):
+            trainer.start("other")
+        drawn = threading.Event()
+
+        def draw():
+            webui.txt2img(**PLAIN)
+            drawn.set()
+
+        waiting = threading.Thread(target=draw)
+        waiting.start()
+        asked = time.monotonic()
+        assert "ADD 1-step" in webui.samplers() and time.monotonic() - asked < 10
+        assert not drawn.wait(2)
+        step = trainer.run("none")["rate"]
+        asked = time.monotonic()
+        trainer.ask("cancel")
+        told = trainer.ended()
+        assert told["state"] == "cancelled" and time.monotonic() - asked < max(step, 2)
+        assert drawn.wait(120)
+        waiting.join()
+    # It goes on where it was.
+    trainer.start("long", LONG | {"accumulate": 8, "updates": told["done"] + 1})
+    assert trainer.ended()["state"] == "done"
+
+
+def test_stop_keeps_the_best(webui, trainer, first):
+    trainer.start("stopped", LONG | {"select_every": 1})
+    trainer.until(trainer.trains)
+    trainer.ask("stop")
+    told = trainer.ended()
+    assert told["state"] == "stopped" and (webui.data / "models" / "Lora" / "stopped.safetensors").exists()
+
+
+def test_a_failure_is_told_and_leaves_the_model_as_it_was(webui, trainer, first):
+    with trainer.unchanged():
+        trainer.start("failing", LONG)
+        trainer.until(trainer.trains)
+        trainer.inspect("fail")
+        told = trainer.ended()
+        assert told["state"] == "failed" and "a fault of another extension" in told["error"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"prompts": "a fox <lora:first:1>"}, "names lora"),
+        ({"width": 60}, "give multiples of 8"),
+        ({"settings": SETTINGS | {"targets": "nothing like it"}}, "match no layer"),
+    ],
+)
+def test_what_cannot_be_is_told_in_words(webui, trainer, first, asked, words):
+    with trainer.unchanged():
+        trainer.start("bad", **asked)
+        told = trainer.ended()
+        assert told["state"] == "failed" and words in told["error"]
+
+
+@pytest.fixture
+def other(webui, trainer):
+    """A second checkpoint, with the weights of the first: its title. It goes again, and the first one is loaded."""
+    folder = webui.data / "models" / "Stable-diffusion"
+    own = [path for path in folder.iterdir() if path.is_file()]
+    copies = [folder / f"other{path.suffix}" for path in own]
+    for path, copy in zip(own, copies, strict=True):
+        copy.write_bytes(path.read_bytes())
+    webui.call("sdapi/v1/refresh-checkpoints", {})
+    yield "other"
+    trainer.inspect(f"switch?title={own[0].stem}")
+    for copy in copies:
+        copy.unlink()
+    webui.call("sdapi/v1/refresh-checkpoints", {})
+
+
+def test_a_checkpoint_switched_meanwhile_is_told(webui, trainer, first, other):
+    own = webui.txt2img(**PLAIN).picture
+    trainer.start("switched", LONG)
+    trainer.until(trainer.trains)
+    assert trainer.inspect(f"switch?title={other}") == {"loaded": other}
+    told = trainer.ended()
+    assert told["state"] == "failed" and "another checkpoint was loaded in place of" in told["error"]
+    assert np.array_equal(webui.txt2img(**PLAIN).picture, own)  # the host lives, and its model works
+
+
+def test_without_a_checkpoint_it_says_so(serve, refused, tmp_path):
+    with serve(tmp_path / "bare", checkpoint=False) as webui:
+        with pytest.raises(refused, match=r"400.*no checkpoint"):
+            Trainer(webui, refused).start("nothing")
+        assert "ADD 1-step" in webui.samplers()

@@ -1,0 +1,166 @@
+"""The routes: what a program sends and is answered, and the host's own authentication before them."""
+
+import json
+import time
+
+import fastapi
+import pytest
+from fastapi.testclient import TestClient
+from turbodistill.trainer.config import Config
+from turbodistill.webui_extension import api, job
+
+pytestmark = pytest.mark.gradio  # the FastAPI that a gradio brings
+
+ROOT = "/turbodistill/v1"
+
+
+@pytest.fixture
+def client(backend):
+    app = fastapi.FastAPI()
+    api.add_routes(app, backend)
+    return TestClient(app)
+
+
+@pytest.fixture
+def quick(toy):
+    """What is sent for a quick distillation."""
+    return {"name": "my-turbo", "prompts": toy.PROMPTS, "settings": toy.QUICK}
+
+
+def finished(client):
+    job.current().wait(60)
+    return client.get(f"{ROOT}/run").json()
+
+
+def test_a_distillation_is_started_and_watched(client, backend, quick):
+    answer = client.post(f"{ROOT}/distill", json=quick)
+    assert answer.status_code == 200 and answer.json()["name"] == "my-turbo"
+    told = finished(client)
+    assert (told["state"], told["done"]) == ("done", 4) and told["history"]["update"] == [1, 2, 3, 4]
+    later = client.get(f"{ROOT}/run", params={"first": 3}).json()
+    assert later["history"]["update"] == [4] and later["first"] == 3
+    (student,) = client.get(f"{ROOT}/students").json()["students"]
+    assert student["name"] == "my-turbo" and student["file"] == str(backend.students_folder() / "my-turbo.safetensors")
+    assert student["card"]["base_hash"] == backend.before[0] and "One-step student of toy" in student["words"]
+    (run,) = client.get(f"{ROOT}/runs").json()["runs"]
+    assert (run["name"], run["state"], run["update"]) == ("my-turbo", "done", 4)
+    again = client.post(f"{ROOT}/distill", json=run["request"])  # it goes on as it was asked for
+    assert again.status_code == 200 and finished(client)["state"] == "done"
+
+
+@pytest.mark.parametrize(("pictures", "previews"), [("newest", 1), ("all", 4), ("none", 0)])
+def test_as_many_pictures_are_sent_as_are_asked_for(client, quick, pictures, previews):
+    client.post(f"{ROOT}/distill", json=quick)
+    finished(client)
+    told = client.get(f"{ROOT}/run", params={"pictures": pictures}).json()
+    assert len(told["previews"]) == previews
+    assert all(p["student"][0].startswith("data:image/png;base64,") for p in told["previews"])
+
+
+def test_it_is_ended_from_outside(client, backend, quick):
+    quick["settings"] = quick["settings"] | {"updates": 100_000, "select_every": 0}
+    client.post(f"{ROOT}/distill", json=quick)
+    second = client.post(f"{ROOT}/distill", json=quick)
+    assert second.status_code == 409 and "a distillation runs already (my-turbo" in second.json()["error"]
+    begun = time.monotonic()
+    while client.get(f"{ROOT}/run").json()["done"] < 3 or not job.current().monitor.running:
+        assert time.monotonic() - begun < 60
+    assert client.post(f"{ROOT}/preview").json() == {}
+    assert client.post(f"{ROOT}/stop").json() == {}
+    assert finished(client)["state"] == "stopped"
+    backend.gate.clear()
+    client.post(f"{ROOT}/distill", json=quick | {"name": "other"})
+    assert client.post(f"{ROOT}/stop").status_code == 409  # it makes pairs, or begins
+    assert client.post(f"{ROOT}/cancel").status_code == 200
+    backend.gate.set()
+    assert finished(client)["state"] == "cancelled"
+
+
+def test_where_nothing_runs_that_is_said(client):
+    assert client.get(f"{ROOT}/run").status_code == 404
+    for wish in ("stop", "cancel", "preview"):
+        answer = client.post(f"{ROOT}/{wish}")
+        assert answer.status_code == 404 and answer.json() == {"error": "nothing runs now"}
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({"settings": {"lr": -1}}, "lr is -1.0"),
+        ({"settings": {"nmae": 1}}, "unknown settings ['nmae']"),
+        ({"nmae": "x"}, "unknown field 'nmae'"),
+        ({"name": "a/b"}, "name is 'a/b'"),
+        ({"prompts": ""}, "there are no prompts"),
+        ([1], "no JSON object"),
+    ],
+)
+def test_bad_requests_are_told_so(client, quick, body, told):
+    answer = client.post(f"{ROOT}/distill", json=body if isinstance(body, list) else quick | body)
+    assert answer.status_code == 400 and told in answer.json()["error"]
+
+
+def test_what_is_no_json_or_no_number_is_told_so(client, monkeypatch):
+    answer = client.post(f"{ROOT}/distill", content=b"{", headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400 and "no JSON" in answer.json()["error"]
+    monkeypatch.setattr(job, "_current", object())  # what runs is not even asked
+    for query in ({"first": "x"}, {"first": "-1"}, {"pictures": "some"}):
+        assert client.get(f"{ROOT}/run", params=query).status_code == 400
+    monkeypatch.setattr(job, "_current", None)
+
+
+def test_memory_is_estimated(client, quick):
+    answer = client.post(f"{ROOT}/estimate", json=quick)
+    told = answer.json()
+    assert answer.status_code == 200 and told["words"].startswith("training takes about")
+    memory = told["memory"]
+    assert memory["total"] == memory["weights"] + memory["trained"] + memory["activations"] > 0
+    wrong = client.post(f"{ROOT}/estimate", json=quick | {"width": 48})
+    assert wrong.status_code == 400 and "the toy makes 32 x 32" in wrong.json()["error"]
+
+
+def test_settings_are_the_trainer_s(client, toy):
+    told = client.get(f"{ROOT}/settings").json()
+    settings = {row["name"]: row for row in told["settings"]}
+    assert {name: row["default"] for name, row in settings.items()} == Config().to_dict() and told["prompts"] == [
+        "words"
+    ]
+    assert settings["adversarial"]["choices"] and settings["rank"] == {
+        "name": "rank", "type": "int", "default": 64, "value": toy.QUICK["rank"], "group": "student", "low": 0,
+        "high": 512, "choices": None, "help": "LoRA rank; 0 trains a full copy of the model",
+    }  # fmt: skip
+
+
+def test_files_of_others_are_no_students(client, backend):
+    assert client.get(f"{ROOT}/students").json() == {"students": []}
+    folder = backend.students_folder()
+    folder.mkdir(parents=True)
+    (folder / "theirs.safetensors").write_bytes(b"not a student")
+    assert client.get(f"{ROOT}/students").json() == {"students": []}
+
+
+def test_an_unwritable_folder_is_told_when_the_run_is_watched(client, backend, quick):
+    (backend.folder / "outputs").write_text("a file where the folder should be")
+    client.post(f"{ROOT}/distill", json=quick)
+    told = finished(client)
+    assert told["state"] == "failed" and "cannot write" in told["error"]
+
+
+def test_the_host_s_own_authentication_is_asked_first(backend, quick):
+    def guard(request: fastapi.Request):
+        if request.headers.get("authorization") != "Basic secret":
+            raise fastapi.HTTPException(401)
+
+    app = fastapi.FastAPI()
+    api.add_routes(app, backend, [fastapi.Depends(guard)])
+    client = TestClient(app)
+    methods = {path: method for route in app.routes if ROOT in (path := route.path) for method in route.methods}
+    assert len(methods) == 9
+    for path, method in methods.items():
+        assert client.request(method, path, json=quick).status_code == 401
+    assert job.current() is None
+    assert client.get(f"{ROOT}/students", headers={"Authorization": "Basic secret"}).status_code == 200
+
+
+def test_everything_is_json(client, quick):
+    client.post(f"{ROOT}/distill", json=quick)
+    assert json.dumps(finished(client), allow_nan=False)

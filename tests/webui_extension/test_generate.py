@@ -1,0 +1,156 @@
+"""Pictures as one types: the student's own, the latest prompt wins, and the weights come back."""
+
+import re
+import threading
+
+import pytest
+import torch
+from turbodistill.core.card import CardError
+from turbodistill.core.sampling import seeded_noise
+from turbodistill.core.student import load_student
+from turbodistill.webui_extension import job
+from turbodistill.webui_extension.request import Request
+
+gradio = pytest.importorskip("gradio", reason="needs gradio: pip install 'turbodistill[ui]'")
+from turbodistill.webui_extension import generate  # noqa: E402 - it needs gradio
+
+pytestmark = pytest.mark.gradio
+
+
+@pytest.fixture(scope="module")
+def students(toy, tmp_path_factory):
+    """Two students of the toy, by name."""
+    folder = tmp_path_factory.mktemp("students")
+    backend = toy.ToyBackend(folder)
+    for seed, name in enumerate(("first", "second")):
+        settings = toy.QUICK | {"seed": seed, "lr": 0.05}
+        begun = job.Job(backend, Request(name=name, prompts=toy.PROMPTS, settings=settings))
+        begun.begin()
+        begun.wait(60)
+        assert begun.snapshot()["state"] == "done"
+    return {path.stem: path for path in backend.told}
+
+
+@pytest.fixture
+def made(toy, tmp_path):
+    """A toy backend with a generator on its model."""
+    backend = toy.ToyBackend(tmp_path)
+    return backend, generate.Generator(backend.host)
+
+
+def show(generator, students, prompt="fox", count=2, steps=1, seed=3, student="first"):
+    return generate.pictures(generator, students, prompt, count, steps, seed, student)
+
+
+def urls(html):
+    return re.findall(r'src="([^"]+)"', html)
+
+
+def test_pictures_are_those_of_the_student(toy, made, students):
+    backend, generator = made
+    pace, html = show(generator, students, steps=2.0)
+    student, *_ = load_student(students["first"], toy.kit.conv_host().denoiser)
+    noise = seeded_noise([3, 4], backend.host.latent_shape)
+    with student.merged():
+        latents = student.generate(noise, backend.host.encode_text(["fox", "fox"]), 2)
+    for url, picture in zip(urls(html), backend.host.decode(latents), strict=True):
+        assert (toy.pixels(url).int() - (picture * 255).round().int()).abs().max() <= 1
+    told = re.search(r"<b>([\d.]+) ms</b> a picture, <b>(\d+)</b> pictures a second \(2 pictures in (\d+) ms", pace)
+    each, rate, whole = map(float, told.groups())
+    assert each * 2 == pytest.approx(whole, abs=0.6) and rate == pytest.approx(1000 / each, rel=0.1, abs=0.6)
+
+
+def test_each_input_counts(made, students):
+    _, generator = made
+    first = urls(show(generator, students)[1])
+    assert len(set(first)) == 2 and urls(show(generator, students)[1]) == first
+    assert urls(show(generator, students, seed=4)[1])[0] == first[1]  # a picture is its seed's
+    for changed in ({"prompt": "owl"}, {"steps": 2}, {"student": "second"}, {"count": 3}):
+        assert urls(show(generator, students, **changed)[1]) != first
+    assert urls(show(generator, students)[1]) == first
+
+
+def test_the_model_s_own_weights_come_back(toy, made, students):
+    backend, generator = made
+    show(generator, students)
+    backbone = backend.host.denoiser.backbone
+    assert not toy.kit.same(toy.kit.weights(backbone), backend.before[1])  # folded, so that a pass costs no more
+    hooks = [len(m._forward_hooks) for m in backbone.modules()]
+    assert sum(hooks) > 0
+    with generator.bare() as host:
+        assert host is backend.host and toy.kit.same(toy.kit.weights(backbone), backend.before[1])
+        assert not any(m._forward_hooks for m in backbone.modules())
+
+
+def test_of_prompts_that_wait_the_latest_wins(made, students):
+    backend, generator = made
+    show(generator, students)
+    backend.gate.clear()
+    backend.entered.clear()
+    answers = {}
+
+    def ask(prompt):
+        answers[prompt] = generator.make(students["first"], prompt, [0], 1)
+
+    threads = [threading.Thread(target=ask, args=(prompt,)) for prompt in ("a", "an", "an o", "an owl")]
+    threads[0].start()
+    assert backend.entered.wait(60)
+    before = generator._latest
+    for k, thread in enumerate(threads[1:], 1):
+        thread.start()
+        while generator._latest != before + k:
+            pass
+    backend.gate.set()
+    for thread in threads:
+        thread.join()
+    assert [prompt for prompt, made in answers.items() if made] in (["a", "an owl"], ["an owl", "a"])
+    answers = generate.pictures(generator, students, "owl", 1, 1, 0, "first")
+    assert len(urls(answers[1])) == 1
+
+
+def test_a_prompt_that_was_overtaken_changes_nothing_on_the_page(made, students, monkeypatch):
+    _, generator = made
+    monkeypatch.setattr(generator, "make", lambda *_: None)
+    assert show(generator, students) == [gradio.update(), gradio.update()]
+
+
+def test_while_a_distillation_runs_that_is_said(toy, backend, made, students):
+    _, generator = made
+    backend.gate.clear()
+    job.start(backend, Request(prompts=toy.PROMPTS, settings=toy.QUICK))
+    pace, html = show(generator, students)
+    assert "generation waits until it has ended" in pace and html == gradio.update()
+
+
+def test_a_model_that_is_in_use_is_not_waited_for_long(made, students, monkeypatch):
+    _, generator = made
+    monkeypatch.setattr(generate, "PATIENCE", 0.05)
+    with generator.bare():
+        assert "the model is in use" in show(generator, students)[0]
+    assert len(urls(show(generator, students)[1])) == 2
+
+
+def test_what_is_no_student_is_told(made, students, tmp_path):
+    _, generator = made
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"no student")
+    with pytest.raises(CardError):
+        generator.make(broken, "fox", [0], 1)
+    assert "broken.safetensors" in show(generator, students | {"broken": broken}, student="broken")[0]
+    assert "no student is chosen" in show(generator, students, student=None)[0]
+    assert len(urls(show(generator, students)[1])) == 2
+
+
+def test_nothing_is_typed(made, students):
+    _, generator = made
+    assert len(urls(show(generator, students, prompt=None, seed=None)[1])) == 2
+
+
+def test_the_page_has_its_inputs(made, students):
+    _, generator = made
+    with gradio.Blocks(analytics_enabled=False) as blocks:
+        listed, student = generate.draw(generator, lambda: students, "a fox", blocks)
+    assert student.value == "first" and listed()["choices"] == ["first", "second"]
+    ids = {getattr(c, "elem_id", None) for c in blocks.blocks.values()}
+    assert {f"turbodistill-{name}" for name in ("prompt", "count", "steps", "seed", "student")} <= ids
+    assert torch.is_grad_enabled()

@@ -1,0 +1,92 @@
+"""The accordion's choices, words, Set and Undo, without a host."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from turbodistill.core.card import StudentCard
+from turbodistill.core.families import FAMILIES
+from turbodistill.webui_extension import panel
+from turbodistill.webui_extension.panel import Settings
+from turbodistill.webui_extension.samplers import DETECT, FEW_STEP, NOTHING, ONE_STEP
+
+PLAIN = Settings("a fox", "DPM++ 2M", 20, 7.0)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two students, of one step and of four."""
+    made = {}
+    for name, timesteps in (("quick", (999,)), ("fine", (999, 749, 499, 249))):
+        card = StudentCard("lora", "a base", "0" * 16, "sd", "eps", "eps", timesteps, 4.0, (64, 64))
+        made[name] = tmp_path / f"{name}.safetensors"
+        save_file({"weight": torch.zeros(1)}, made[name], card.to_metadata())
+    return made
+
+
+def test_students_are_told_by_what_the_host_has_read():
+    about = {"z": {"turbodistill.card": {}}, "style": {"ss_tag_frequency": {}}, "dmd2_sdxl_4step_lora": {}}
+    assert panel.students(about) == ["dmd2_sdxl_4step_lora", "z"]
+
+
+def test_the_list_begins_with_detect():
+    assert panel.choices(["mine", "LCM"]) == [DETECT, "mine", "LCM", *(name for name in FAMILIES if name != "LCM")]
+
+
+@pytest.mark.parametrize(("student", "sampler", "steps"), [("quick", ONE_STEP, 1), ("fine", FEW_STEP, 4)])
+def test_set_makes_what_the_card_says_and_undo_puts_it_back(files, student, sampler, steps):
+    now, before, words = panel.apply(student, PLAIN, None, files, None)
+    assert now == Settings(f"a fox <lora:{student}:1>", sampler, steps, 1.0)
+    assert words.startswith("One-step student of a base")
+    assert panel.undo(now, before) == PLAIN
+
+
+def test_what_was_written_since_stays(files):
+    now, before, _ = panel.apply("quick", PLAIN, None, files, None)
+    longer = Settings(f"{now.prompt}, at night", now.sampler, now.steps, now.cfg)
+    assert panel.undo(longer, before).prompt == "a fox, at night"
+
+
+def test_another_student_takes_the_first_one_s_place(files):
+    once, before, _ = panel.apply("quick", PLAIN, None, files, None)
+    twice, before, _ = panel.apply("fine", once, before, files, None)
+    assert twice.prompt == "a fox <lora:fine:1>"
+    assert panel.undo(twice, before) == PLAIN
+
+
+def test_a_student_that_the_user_has_in_the_prompt_stays(files):
+    mine = Settings("a fox <lora:quick:0.8>", "Euler", 5, 2.0)
+    now, before, _ = panel.apply("quick", mine, None, files, None)
+    assert now.prompt == mine.prompt and panel.undo(now, before) == mine
+
+
+def test_detect_goes_by_the_prompt_and_the_checkpoint(files):
+    now, _, words = panel.apply(DETECT, Settings("<lora:fine:1>", "Euler", 20, 7.0), None, files, None)
+    assert now == Settings("<lora:fine:1>", FEW_STEP, 4, 1.0) and words.startswith("LoRA fine: student of a base")
+    now, _, words = panel.apply(DETECT, PLAIN, None, files, Path("sdxl_lightning_2step.safetensors"))
+    assert now == Settings("a fox", FEW_STEP, 2, 1.0) and "SDXL-Lightning: made for 2 steps" in words
+
+
+def test_where_nothing_is_found_nothing_is_set(files):
+    assert panel.apply(DETECT, PLAIN, None, files, Path("v1-5.safetensors")) == (PLAIN, None, NOTHING)
+    now, before, words = panel.apply("gone", PLAIN, None, files, None)
+    assert now == PLAIN and before is None and words.startswith("'gone' is neither")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_sets_its_own_steps(files, family):
+    now, before, words = panel.apply(family, PLAIN, None, files, None)
+    assert (now.prompt, now.steps, now.cfg) == ("a fox", FAMILIES[family].sampling.steps, 1.0)
+    assert words.startswith(f"As chosen: {family}: made for")
+    assert panel.undo(now, before) == PLAIN
+
+
+def test_words_for_a_choice(files):
+    assert "negative prompts do nothing" in panel.describe("quick", "", files, None)
+    assert panel.describe(DETECT, "a fox", files, None) == NOTHING
+    assert panel.describe("gone", "", files, None).startswith("'gone' is neither")
+
+
+def test_undo_without_set_changes_nothing():
+    assert panel.undo(PLAIN, None) == PLAIN

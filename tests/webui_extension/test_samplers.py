@@ -1,0 +1,142 @@
+"""Which model is sampled how: by choice, by the prompt's LoRAs, by the checkpoint; and what is said of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from turbodistill.core.card import StudentCard
+from turbodistill.core.families import FAMILIES, MOST
+from turbodistill.webui_extension import samplers
+from turbodistill.webui_extension.samplers import DETECT, FEW_STEP, LIMITS, ONE_STEP, Found, find, passes, remarks
+
+# The hosts cut " <one of these>" off a sampler's name.
+SCHEDULERS = (
+    "Automatic", "Uniform", "Karras", "Exponential", "Polyexponential", "SGM Uniform", "SGMUniform", "KL Optimal",
+    "Align Your Steps", "Simple", "Normal", "DDIM", "Beta", "Turbo", "Align Your Steps GITS", "Align Your Steps 11",
+)  # fmt: skip
+
+
+@pytest.fixture
+def files(tmp_path):
+    """LoRAs by name: a student of ours, one of a known family by its name, one by its title, and an ordinary one."""
+    card = StudentCard("lora", "a base", "0" * 16, "sd", "x0", "eps", (799, 399), 4.0, (64, 64))
+    about = {
+        "my-turbo": card.to_metadata(),
+        "Hyper-SD15-4steps-lora": None,
+        "plain name": {"ss_output_name": "lcm-lora-sdv1-5"},
+        "style": {"ss_output_name": "watercolours"},
+    }
+    for name, metadata in about.items():
+        save_file({"weight": torch.zeros(1)}, tmp_path / f"{name}.safetensors", metadata)
+    return {name: tmp_path / f"{name}.safetensors" for name in about}
+
+
+def test_no_name_ends_as_a_scheduler_s():
+    assert not any(name.endswith(f" {scheduler}") for name in LIMITS for scheduler in SCHEDULERS)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "made"),
+    [(ONE_STEP, 1, 1), (ONE_STEP, 20, 1), (FEW_STEP, 1, 1), (FEW_STEP, 4, 4), (FEW_STEP, 20, MOST), (FEW_STEP, 0, 1)],
+)
+def test_passes(name, asked, made):
+    assert passes(name, asked) == made
+
+
+def test_the_first_lora_that_says_something_counts(files):
+    found = find(DETECT, 1, files, ["style", "my-turbo", "plain name"])
+    assert (found.source, found.sampling.start, found.sampling.prediction) == ("LoRA my-turbo", 799, "x0")
+    assert find(DETECT, 1, files, ["plain name", "my-turbo"]).sampling.name == "LCM"
+    assert find(DETECT, 1, files, ["Hyper-SD15-4steps-lora"]).sampling == FAMILIES["Hyper-SD"].for_steps(4)
+
+
+def test_then_the_checkpoint(files, tmp_path):
+    turbo = tmp_path / "sd_xl_turbo_1.0.safetensors"
+    assert find(DETECT, 1, files, ["style"], turbo) == Found(
+        FAMILIES["SD-Turbo, SDXL-Turbo"].sampling, "Checkpoint sd_xl_turbo_1.0.safetensors"
+    )
+    assert find(DETECT, 1, files, ["my-turbo"], turbo).source == "LoRA my-turbo"
+    assert find(DETECT, 1, {}, [], files["my-turbo"]).sampling.start == 799  # a whole student as the checkpoint
+
+
+def test_else_as_a_turbo_and_it_is_said(files):
+    found = find(DETECT, 1, files, ["style", "not there"], Path("v1-5-pruned.safetensors"))
+    assert found.sampling.timesteps(1) == [999] and not found.source
+    assert found.in_words().startswith("No student and no known one-step model")
+
+
+def test_a_choice_counts_more(files):
+    turbo = Path("sd_turbo.safetensors")
+    assert find("my-turbo", 1, files, ["plain name"], turbo).sampling.start == 799
+    assert find("DMD2", 4, files, ["my-turbo"], turbo).sampling.start == 999
+
+
+@pytest.mark.parametrize(("steps", "start"), [(1, 399), (4, 999)])
+def test_a_chosen_family_is_its_version_for_so_many_steps(files, steps, start):
+    assert find("DMD2", steps, files, []).sampling.start == start
+
+
+def test_a_wrong_choice_is_told(files):
+    with pytest.raises(ValueError, match="'nonsense' is neither a LoRA here nor a family of one-step models \\(Nitro"):
+        find("nonsense", 1, files, [])
+    with pytest.raises(ValueError, match="the LoRA 'style' is no student"):
+        find("style", 1, files, [])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "names"),
+    [
+        ("a fox", []),
+        ("a <lora:one:1> fox <lora:two:0.5>", ["one", "two"]),
+        ("<lora:one> fox", ["one"]),
+        ("<lora:one:0> <lora:two:1:0> <lora:three:0:1> <lora:four:te=1:unet=0>", ["three"]),
+        ("<lora:one:1:lbw=x>", ["one"]),
+        ("<hypernet:one:1>", []),
+    ],
+)
+def test_the_loras_of_a_prompt(prompt, names):
+    assert samplers.applied_loras(prompt) == names
+
+
+def said(found, cfg=1.0, choice=DETECT, applied=()):
+    return " ".join(remarks(found, cfg, choice, applied))
+
+
+def test_what_is_said_below_a_picture(files):
+    student = find("my-turbo", 1, files, [])
+    assert said(student, choice="my-turbo", applied=["my-turbo"]) == ""
+    assert "<lora:my-turbo:1> is not in the prompt" in said(student, choice="my-turbo")
+    assert said(student, cfg=7.0) == "CFG Scale is 7: one-step models are made for 1."
+    assert said(find(DETECT, 1, files, []), cfg=7.0) == samplers.NOTHING
+
+
+def test_more_steps_than_are_made_are_told():
+    assert samplers.too_many(ONE_STEP, 20) == ["ADD 1-step makes one pass: of 20 steps, 1."]
+    assert samplers.too_many(FEW_STEP, 20) == ["ADD few-step makes at most 8 passes: of 20 steps, 8."]
+    assert samplers.too_many(ONE_STEP, 1) == samplers.too_many(FEW_STEP, 8) == []
+
+
+@pytest.mark.parametrize("base", ["eps", "v", "flow"])
+def test_what_the_network_put_out_is_found_again(toys, base):
+    toy, x, cond = toys.conv(base), toys.picture(), toys.cond()
+    sigma = torch.tensor([0.9, 0.3])
+    found = samplers.as_it_was_put_out(base, x, toy(x, sigma, cond), sigma)
+    assert torch.allclose(found, toy.output(x, sigma, cond), atol=1e-5)
+
+
+def test_lcm_is_eps_between_its_boundaries(toys):
+    schedule, x, output = samplers.schedule_for("eps"), toys.picture(), toys.picture()
+    sigma, timestep = torch.tensor([14.6, 0.0292]), torch.tensor([999.0, 0.0])
+    found = samplers.read("lcm", schedule, x, output, sigma, timestep)
+    assert torch.allclose(found[0], (x - 14.6 * output)[0], rtol=1e-3)
+    assert torch.equal(found[1], x[1])  # at timestep 0 the picture is the input
+
+
+def test_the_metadata_is_not_read_as_code(tmp_path):
+    # What the host has parsed as JSON may be a table in place of text.
+    from turbodistill.webui_extension import panel
+
+    about = {"a": {"turbodistill.card": json.loads("{}")}, "b": {"ss_output_name": {"x": 1}}, "lcm": {}}
+    assert panel.students(about) == ["a", "lcm"]
