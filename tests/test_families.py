@@ -1,8 +1,10 @@
 """What is known of one-step models made elsewhere, and how they are recognised."""
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from turbodistill.core.card import StudentCard
-from turbodistill.core.families import FAMILIES, Sampling, of_card, recognise
+from turbodistill.core.families import FAMILIES, Sampling, by_file, of_card, recognise
 from turbodistill.core.schedule import DiscreteSchedule
 
 NAMES = {
@@ -83,3 +85,15 @@ def test_a_student_of_ours_is_sampled_as_its_card_says():
     card = StudentCard("lora", "base", "0" * 16, "sd", "v", "v", (899, 674), 4.0, (64, 64))
     assert of_card(card) == Sampling("student of base", "inherit", 899, 2, exact=True)
     assert of_card(StudentCard("lora", "base", "0" * 16, "sd", "x0", "v", (999,), 4.0, (64, 64))).prediction == "x0"
+
+
+def test_a_file_says_how_it_is_sampled(tmp_path):
+    card = StudentCard("lora", "base", "0" * 16, "sd", "v", "v", (899,), 4.0, (64, 64))
+    files = {"lcm": card.to_metadata(), "titled": {"modelspec.title": "SDXL-Lightning 2-step"}, "plain": None}
+    for name, metadata in files.items():
+        save_file({"weight": torch.zeros(1)}, tmp_path / f"{name}.safetensors", metadata)
+    assert by_file(tmp_path / "lcm.safetensors", "lcm") == of_card(card)  # its card counts more than its name
+    assert by_file(tmp_path / "titled.safetensors", "titled").steps == 2
+    assert by_file(tmp_path / "titled.safetensors", "dmd2").name == "DMD2"
+    assert by_file(tmp_path / "plain.safetensors", "plain") is None
+    assert by_file(tmp_path / "gone.ckpt", "sd_turbo.ckpt").name == "SD-Turbo, SDXL-Turbo"

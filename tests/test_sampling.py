@@ -14,6 +14,7 @@ from turbodistill.core.sampling import (
     sample_few_step,
     sample_one_step,
     seeded_noise,
+    sigmas_at,
     sigmas_of,
     trailing_sigmas,
 )
@@ -135,6 +136,13 @@ def test_one_step_of_stable_diffusion():
     assert trailing_sigmas(DiscreteSchedule(), 1).tolist() == pytest.approx([14.6146, 0], abs=1e-3)
     assert trailing_sigmas(DiscreteSchedule(), 1, start=399).tolist() == pytest.approx([1.161, 0], abs=1e-3)
     assert sigmas_of(DiscreteSchedule(), [749.5]).tolist() == pytest.approx([4.09, 0], abs=1e-2)  # between two
+
+
+@pytest.mark.parametrize("rows", [1000, 10000])
+def test_levels_of_a_host_s_table(rows):
+    table = FlowSchedule(shift=3.0).sigma(torch.arange(1, rows + 1) * 1000 / rows - 1)
+    found = sigmas_at(table, [999, 499, 0])
+    assert torch.allclose(found, sigmas_of(FlowSchedule(shift=3.0), [999, 499, 0]), atol=1e-5)
 
 
 @pytest.mark.parametrize("schedule", [DiscreteSchedule(), FlowSchedule(shift=3.0)])

@@ -45,7 +45,8 @@ class Panel(scripts.Script):
             with gr.Row():
                 apply = gr.Button("Set", variant="primary", elem_id=self.elem_id("set"))
                 undo = gr.Button("Undo", elem_id=self.elem_id("undo"))
-            words.do_not_save_to_config = True
+            for component in (choice, words):
+                component.do_not_save_to_config = True
             before = gr.State(None)
         self.infotext_fields = [(choice, lambda told: told.get(INFOTEXT, DETECT))]
         if self.buttons is None:  # the API calls `ui` again, for the default values

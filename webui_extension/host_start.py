@@ -22,7 +22,11 @@ def start() -> None:
 
 
 def training_tab() -> list[tuple]:
-    return [(tab.build(HostBackend()), "TurboDistill", "turbodistill")]
+    """Our tab; the host is not to keep its fields' first values, which would then outlive the trainer's defaults."""
+    page = tab.build(HostBackend())
+    for component in page.blocks.values():
+        component.do_not_save_to_config = True
+    return [(page, "TurboDistill", "turbodistill")]
 
 
 def add_settings() -> None:

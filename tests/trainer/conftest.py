@@ -121,8 +121,8 @@ def config(**changes) -> Config:
     """Two quick updates with every part of the default loss; `changes` win."""
     small = {
         "rank": 2, "pairs": 12, "pair_steps": 2, "pair_sampler": "euler", "guidance": 2.0, "batch": 4, "updates": 2,
-        "warmup": 0, "lead": 0, "ramp": 0, "lr": 1e-2, "decay": 0.0, "width": 8, "precision": "float32", "preview_every": 0,
-        "select_every": 0, "taps": "blocks.0,blocks.1",
+        "warmup": 0, "lead": 0, "ramp": 0, "lr": 1e-2, "decay": 0.0, "width": 8, "precision": "float32",
+        "preview_every": 0, "select_every": 0, "taps": "blocks.0,blocks.1",
     }  # fmt: skip
     return Config(**(small | changes))
 

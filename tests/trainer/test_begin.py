@@ -39,20 +39,20 @@ def test_once_begun_it_may_be_left_out(kit, host, tmp_path, first):
 @pytest.mark.parametrize("changes", [{"rank": 3}, {"rank": 0}, {"output": "x0"}, {"start": 800}])
 def test_a_student_of_another_kind_is_refused(kit, host, tmp_path, first, changes):
     before = kit.weights(host.denoiser.backbone)
-    with pytest.raises(ConfigError, match="begin: .*student.safetensors has base model, prediction, start and rank"):
+    with pytest.raises(ConfigError, match=r"begin: .*student.safetensors has base model, prediction, start and rank"):
         kit.go(host, kit.config(begin=str(first), **changes), tmp_path / "second")
     assert kit.same(kit.weights(host.denoiser.backbone), before)
     assert not any(m._forward_hooks for m in host.denoiser.backbone.modules())
 
 
 def test_one_of_other_layers_or_model_is_refused(kit, host, tmp_path, first):
-    with pytest.raises(ConfigError, match="begin: .*names match"):
+    with pytest.raises(ConfigError, match=r"begin: .*names match"):
         kit.go(host, kit.config(begin=str(first), targets=r"blocks\.0"), tmp_path / "second")
     host.base_hash = "another"
-    with pytest.raises(ConfigError, match="begin: .*another"):
+    with pytest.raises(ConfigError, match=r"begin: .*another"):
         kit.go(host, kit.config(begin=str(first)), tmp_path / "third")
 
 
 def test_a_file_that_is_missing_is_named(kit, host, tmp_path):
-    with pytest.raises(ConfigError, match="begin: .*gone.safetensors does not exist"):
+    with pytest.raises(ConfigError, match=r"begin: .*gone.safetensors does not exist"):
         kit.go(host, kit.config(begin=str(tmp_path / "gone.safetensors")), tmp_path / "run")

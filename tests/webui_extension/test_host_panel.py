@@ -7,6 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+pytestmark = pytest.mark.gradio
 gr = pytest.importorskip("gradio")
 ROOT = Path(__file__).parents[2]
 PARTS = ("prompt", "sampling", "steps", "cfg_scale")

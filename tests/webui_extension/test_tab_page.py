@@ -46,7 +46,7 @@ def visit(browser, served, monkeypatch):
         page.route(lambda asked: not asked.startswith((url, "data:", "blob:")), lambda route: route.abort())
         page.set_default_timeout(PATIENCE)
         page.goto(url, wait_until="domcontentloaded")
-        page.locator("button[role=tab]:visible", has_text="TurboDistill").last.click()
+        page.locator("button:visible", has_text="TurboDistill").last.click()
         page.wait_for_selector("#turbodistill-status [data-stamp]", state="attached")
         return page
 
@@ -71,7 +71,7 @@ def disabled(page, name):
 
 
 def says(page, name, words):
-    page.locator(f"#turbodistill-{name}", has_text=words).wait_for()
+    page.locator(f"#turbodistill-{name}", has_text=words).first.wait_for()
 
 
 def test_a_run_from_its_beginning_to_its_end(served, visit):

@@ -158,7 +158,7 @@ def test_a_lora_that_was_applied_before_is_neither_trained_on_nor_lost(webui, tr
     plain = webui.txt2img(**PLAIN).picture
     assert not np.array_equal(before, plain)
     webui.txt2img(**PLAIN | {"prompt": prompt})
-    trainer.start("second")
+    trainer.start("second", {"checkpointing": True, "precision": "auto"})
     assert trainer.ended()["state"] == "done"
     _, card = read(webui.data / "models" / "Lora" / "second.safetensors")
     assert card.base_hash == fingerprint(checkpoint(webui))

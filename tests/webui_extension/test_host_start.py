@@ -1,0 +1,87 @@
+"""What is registered with the host: each thing once at every load, the API under the host's own password."""
+
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+pytestmark = pytest.mark.gradio
+pytest.importorskip("gradio")
+fastapi = pytest.importorskip("fastapi")
+testing = pytest.importorskip("fastapi.testclient", reason="starlette's test client needs httpx")
+PARTS = ("before_ui", "ui_tabs", "ui_settings", "app_started")
+
+
+@pytest.fixture
+def host(webui, toys, tmp_path):
+    """A host with a toy loaded, which keeps what is registered with it."""
+    callbacks = ModuleType("modules.script_callbacks")
+    callbacks.registered = {part: [] for part in PARTS}
+    for part, kept in callbacks.registered.items():
+        setattr(callbacks, f"on_{part}", kept.append)
+    with webui.installed(
+        webui.Model(toys.conv()), tmp_path, script_callbacks=callbacks, devices=ModuleType("d")
+    ) as made:
+        made.registered = callbacks.registered
+        yield made
+
+
+def test_all_is_registered_at_each_load(host):
+    start = host.get("host_start").start
+    for times in (1, 2):
+        start()
+        assert [len(host.registered[part]) for part in PARTS] == [times] * 4
+        assert [entry.name for entry in host.samplers.all_samplers].count("ADD 1-step") == 1
+
+
+@pytest.fixture
+def client(host):
+    """Our routes on a server of their own; the host's flags as given."""
+
+    def serve(**flags):
+        vars(host.shared.cmd_opts).update(flags)
+        app = fastapi.FastAPI()
+        host.get("host_start").open_routes(None, app)
+        return testing.TestClient(app)
+
+    return serve
+
+
+def test_the_api_is_open_where_the_host_s_is(client):
+    assert client().get("/turbodistill/v1/settings").status_code == 200
+    assert client(api=False, nowebui=True).get("/turbodistill/v1/settings").status_code == 200
+    assert client(api=False, nowebui=False).get("/turbodistill/v1/settings").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("auth", "status"),
+    [
+        (None, 401),
+        (("anna", "wrong"), 401),
+        (("else", "open:sesame"), 401),
+        (("anna", "open:sesame"), 200),
+        (("ben", "b"), 200),
+    ],
+)
+def test_the_host_s_password_guards_it(client, auth, status):
+    guarded = client(api_auth="anna:open:sesame,ben:b")
+    assert guarded.get("/turbodistill/v1/settings", auth=auth).status_code == status
+
+
+def test_the_host_does_not_keep_the_tab_s_defaults(host):
+    ((page, title, name),) = host.get("host_start").training_tab()
+    assert (title, name) == ("TurboDistill", "turbodistill")
+    labelled = [each for each in page.blocks.values() if getattr(each, "label", None)]
+    assert len(labelled) > 10 and all(each.do_not_save_to_config for each in labelled)
+
+
+def test_our_setting_moves_the_runs(host):
+    class Option(SimpleNamespace):
+        def info(self, text):
+            self.told = text
+            return self
+
+    added = {}
+    host.shared.OptionInfo = lambda default, label, section: Option(default=default, label=label, section=section)
+    host.shared.opts.add_option = added.__setitem__
+    host.get("host_start").add_settings()
+    assert list(added) == [host.get("host").FOLDER] and added["turbodistill_folder"].default == ""

@@ -1,0 +1,118 @@
+"""`turbodistill ui` on the embedded model in a real browser: pictures as one types, a student from begin to end."""
+
+import re
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+pytest.importorskip("gradio", reason="needs gradio: pip install 'turbodistill[ui]'")
+pytest.importorskip("diffusers", reason="needs diffusers: pip install 'turbodistill[demo]'")
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+
+PATIENCE = 60_000  # milliseconds
+SHORT = {"pairs": 8, "pair-steps": 2, "rank": 4, "updates": 4, "batch": 2}
+
+
+@pytest.fixture(scope="module")
+def served(chromium, port, tmp_path_factory):
+    """The command, running; where it is and its folder."""
+    folder = tmp_path_factory.mktemp("ui")
+    command = [sys.executable, "-m", "turbodistill.trainer.cli", "ui", "--port", str(port), "--out", str(folder)]
+    log = (folder / "log.txt").open("w+")
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+    url, begun = f"http://127.0.0.1:{port}", time.monotonic()
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=1).close()
+            break
+        except (urllib.error.URLError, TimeoutError):
+            assert process.poll() is None and time.monotonic() - begun < 90, (folder / "log.txt").read_text()
+            time.sleep(0.2)
+    yield url, folder, process
+    process.terminate()
+    process.wait(30)
+    log.close()
+
+
+@pytest.fixture
+def page(browser, served):
+    """The generate page with its first pictures; nothing is asked for elsewhere, and nothing complains."""
+    url, _, _ = served
+    opened = browser.new_page(viewport={"width": 1400, "height": 1000})
+    faults = []
+    opened.on("request", lambda r: faults.append(r.url) if not r.url.startswith((url, "data:", "blob:")) else None)
+    opened.on("pageerror", lambda error: faults.append(str(error)))
+    opened.on("console", lambda m: faults.append(m.text) if m.type == "error" else None)
+    opened.set_default_timeout(PATIENCE)
+    opened.goto(url, wait_until="domcontentloaded")
+    opened.wait_for_selector(".turbodistill-made img")
+    yield opened
+    opened.close()
+    assert faults == []
+
+
+def pictures(page):
+    return page.locator(".turbodistill-made img").evaluate_all("all => all.map((image) => image.src)")
+
+
+def until_other(page, before):
+    """The pictures, when they are others."""
+    page.wait_for_function(
+        "before => { const now = document.querySelector('.turbodistill-made img'); return now && now.src !== before; }",
+        arg=before[0],
+    )
+    return pictures(page)
+
+
+def typed(page, name):
+    return page.locator(f"#turbodistill-{name}").locator("textarea, input").first
+
+
+def test_pictures_come_as_one_types(page):
+    first = pictures(page)
+    assert len(set(first)) == 4
+    seen = [first]
+    prompt = typed(page, "prompt")
+    prompt.fill("")
+    for word in ("owl, ", "animal-bird, ", "in flat noto style"):
+        prompt.press_sequentially(word)
+        seen.append(until_other(page, seen[-1]))
+    assert len({tuple(found) for found in seen}) == 4
+    told = page.locator(".turbodistill-pace").inner_text()
+    each, rate = re.search(r"([\d.]+) ms a picture, (\d+) pictures a second \(4 pictures in \d+ ms", told).groups()
+    assert float(each) > 0 and int(rate) == pytest.approx(1000 / float(each), rel=0.1, abs=1)
+    typed(page, "seed").fill("1")
+    shifted = until_other(page, pictures(page))
+    page.wait_for_timeout(500)
+    assert pictures(page)[0] == shifted[0] and pictures(page)[:3] != seen[-1][:3]
+
+
+def test_a_short_distillation_runs_to_its_end_and_its_student_draws(page, served):
+    _, folder, _ = served
+    page.locator("button[role=tab]:visible", has_text="Distil").last.click()
+    page.wait_for_selector("#turbodistill-status [data-stamp]", state="attached")
+    for name, value in {"pairs": 8, "pair_steps": 2, "rank": 4, "updates": 4, "batch": 2}.items():
+        typed(page, name).fill(str(value))
+    typed(page, "name").fill("quick")
+    page.locator("#turbodistill-distil").click()
+    page.locator("#turbodistill-status", has_text="quick: done").first.wait_for()
+    assert (folder / "students" / "quick.safetensors").exists()
+    assert page.locator("#turbodistill-charts svg").count() == 2
+    assert page.locator("#turbodistill-pictures img[alt=teacher]:visible").count() >= 4
+    page.locator("button[role=tab]:visible", has_text="Generate").last.click()
+    before = pictures(page)
+    student = page.locator("#turbodistill-student input")
+    student.click()
+    page.locator("[role=option]:visible", has_text="quick").click()
+    assert len(until_other(page, before)) == 4
+
+
+def test_it_ends_when_it_is_told_to(served):
+    _, folder, process = served
+    process.terminate()
+    assert process.wait(30) is not None
+    assert "Traceback" not in (folder / "log.txt").read_text()
