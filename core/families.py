@@ -90,7 +90,7 @@ FAMILIES: dict[str, Family] = {
         _family(r"hyper[-_ ]?sd", "Hyper-SD", steps=4, renoise=False, special={1: Sampling("", start=800)}),
         _family(r"dmd", "DMD2", steps=4, special={1: Sampling("", start=399)}),
         _family(r"lcm|latent.?consistency", "LCM", "lcm", steps=4),
-        _family(r"turbo", "SD-Turbo, SDXL-Turbo"),
+        _family(r"turbo(?!distill)", "SD-Turbo, SDXL-Turbo"),
     )
 }
 STEPS = re.compile(r"(?<!\d)([1-8])[-_ ]?steps?", re.IGNORECASE)

@@ -1,14 +1,19 @@
 """Shared by all tests: the toys, one thread, one seed."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+# What tests start has one thread, too: on two processes more of them would wait for each other in turn.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 HERE = Path(__file__).parent
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """On several processes: a host's tests run in one, so that its server starts once, and begin first, being long."""
     for item in items:

@@ -34,7 +34,8 @@ def test_a_family_is_recognised_by_its_file_name(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["v1-5-pruned-emaonly.safetensors", "dreamshaper_8.safetensors", "hyperreal.safetensors", ""]
+    "name",
+    ["v1-5-pruned-emaonly.safetensors", "dreamshaper_8.safetensors", "hyperreal.safetensors", "TurboDistill demo", ""],
 )
 def test_an_ordinary_model_is_not_taken_for_one(name):
     assert recognise(name) is None

@@ -24,6 +24,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def usage(self) -> str:
+        """How a student is used, in words with {name} for its name."""
+        ...
+
+    @property
     def settings(self) -> Mapping[str, Any]:
         """Where a form begins with another value than the trainer's."""
         ...

@@ -24,6 +24,7 @@ class EmbeddedBackend:
     """
 
     name = "TurboDistill"
+    usage = "choose {name} in the generate page"
 
     def __init__(self, host: DiffusersHost, folder: Path, shipped: dict[str, Path], own: bool):
         self.host, self.folder, self.shipped, self.own = host, folder, shipped, own

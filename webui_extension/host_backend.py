@@ -26,6 +26,7 @@ class HostBackend:
     """AUTOMATIC1111 or Forge, with its chosen checkpoint."""
 
     settings = {"batch": 4, "checkpointing": True}  # noqa: RUF012 - a constant
+    usage = "in a prompt: <lora:{name}:1>"
 
     @property
     def name(self) -> str:

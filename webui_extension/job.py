@@ -227,7 +227,7 @@ class Job:
             except OSError as error:
                 raise OSError(f"{error}; the student is kept: {finished.path}") from None
             self.backend.saved(path)
-            self.result = f"student: {path}; in a prompt: <lora:{path.stem}:1>"
+            self.result = f"student: {path}; {self.backend.usage.format(name=path.stem)}"
         else:
             path = finished.path
             self.result = f"student: {path}, a whole copy of the model's network; a rank above 0 makes a LoRA"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     app = server.make_app(args.model, args.student, args.out)
     print(f"TurboDistill: http://{ADDRESS}:{args.port} (Ctrl-C ends it)", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: else nothing below would be done
     try:
         uvicorn.run(app, host=ADDRESS, port=args.port, log_level="warning", timeout_graceful_shutdown=1)
     finally:

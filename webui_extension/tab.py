@@ -70,21 +70,22 @@ def draw(backend: Backend, blocks: gr.Blocks) -> None:
         with gr.Column(scale=1, min_width=380):
             gr.HTML(view.box(_introduction(backend)))
             form = _form(backend)
+        with gr.Column(scale=1, min_width=380, elem_id="turbodistill-live"):
             with gr.Row():
                 estimate = gr.Button("Estimate memory", elem_id="turbodistill-estimate")
                 pairs = gr.Button("Make teacher pairs", elem_id="turbodistill-make-pairs")
                 distil = gr.Button("Distil", variant="primary", elem_id="turbodistill-distil")
-            chosen = gr.Dropdown(
-                choices=_lines(backend),
-                label="Earlier runs",
-                allow_custom_value=True,  # what was chosen changes its words as the run goes on
-                info="What was begun here, and how far it came",
-                elem_id="turbodistill-runs",
-            )
-            with gr.Row():
-                resume = gr.Button("Resume", elem_id="turbodistill-resume")
-                fill = gr.Button("Fill in the form from it", elem_id="turbodistill-fill")
-        with gr.Column(scale=1, min_width=380, elem_id="turbodistill-live"):
+            with gr.Accordion("Earlier runs", open=False, elem_id="turbodistill-earlier"):
+                chosen = gr.Dropdown(
+                    choices=_lines(backend),
+                    label="Run",
+                    info="What was begun here, and how far it came",
+                    allow_custom_value=True,  # what was chosen changes its words as the run goes on
+                    elem_id="turbodistill-runs",
+                )
+                with gr.Row():
+                    resume = gr.Button("Resume", elem_id="turbodistill-resume")
+                    fill = gr.Button("Fill in the form from it", elem_id="turbodistill-fill")
             said = gr.HTML("", elem_id="turbodistill-said")
             status = gr.HTML(view.idle(backend.checkpoint()), elem_id="turbodistill-status")
             with gr.Row():

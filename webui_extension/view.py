@@ -25,7 +25,7 @@ STYLE = """<style>
 .turbodistill-box.bad { border-color: #d6546c; background: rgb(214 84 108 / 12%); }
 .turbodistill-box.warn { border-color: #c9a11f; background: rgb(201 161 31 / 12%); }
 .turbodistill-box.good { border-color: #35a86b; background: rgb(53 168 107 / 12%); }
-.turbodistill-charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); gap: 12px; }
+.turbodistill-charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(330px, 1fr)); gap: 12px; }
 .turbodistill-charts figure { margin: 0; min-width: 0; }
 .turbodistill-charts svg { display: block; width: 100%; height: auto; }
 .turbodistill-charts figcaption { display: flex; flex-wrap: wrap; gap: 2px 14px; padding-left: 8px; font-size: 12px; }
@@ -44,7 +44,6 @@ STYLE = """<style>
 .turbodistill-cards .picture img[src^="data:image/png"] { image-rendering: pixelated; }
 .turbodistill-cards .picture span { position: absolute; left: 3px; bottom: 3px; padding: 0 5px; border-radius: 3px; background: rgb(0 0 0 / 65%); color: #fff; font-size: 11px; }
 .turbodistill-cards figcaption { overflow: hidden; white-space: nowrap; text-overflow: ellipsis; font-size: 12px; opacity: 0.8; }
-#turbodistill-live { position: sticky; top: 8px; align-self: flex-start; }
 .turbodistill-hidden { display: none !important; }
 </style>"""  # noqa: E501 - a line a rule
 

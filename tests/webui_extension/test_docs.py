@@ -37,6 +37,12 @@ def block(kind):
     return re.search(rf"```{kind}\n(.*?)```", PAGE, re.DOTALL)[1]
 
 
+def fields(section):
+    """The names in the first column of a section's table."""
+    rows = re.findall(r"^\| (`[^|]+) \|", section, re.MULTILINE)
+    return {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+
+
 def test_the_example_runs(toy, backend, server, capsys):
     pytest.importorskip("webuiapi", reason="needs webuiapi: pip install webuiapi")
     code = block("python").partition("made = ")[0].replace("port=7860", f"port={server}")
@@ -77,6 +83,5 @@ def test_the_fields_of_a_snapshot_are_real(toy, backend):
     begun = job.start(backend, Request(prompts=toy.PROMPTS, settings=toy.QUICK))
     begun.wait(60)
     section = PAGE.partition("### A snapshot")[2].partition("`GET run")[0]
-    rows = re.findall(r"^\| (`[^|]+) \|", section, re.MULTILINE)
-    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    named = fields(section)
     assert len(named) >= 12 and named <= set(begun.snapshot())

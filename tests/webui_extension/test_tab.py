@@ -57,7 +57,8 @@ def test_every_setting_is_asked_for_as_the_trainer_has_it(toy, page, name):
 
 def test_the_advanced_ones_lie_in_their_groups(page):
     titles = [c.label for c in components(page) if isinstance(c, gradio.Accordion)]
-    assert titles == ["Advanced settings", "Student", "Data", "Training", "Losses", "Discriminator", "Output"]
+    groups = ["Student", "Data", "Training", "Losses", "Discriminator", "Output"]
+    assert titles == ["Advanced settings", *groups, "Earlier runs"]
     assert sorted(tab.SETTINGS) == sorted(FIELDS)
 
 

@@ -125,6 +125,7 @@ def test_a_page_that_is_opened_again_shows_what_runs_and_a_second_start_is_told(
 
 def test_a_run_goes_on_from_the_list(served, visit):
     page = visit()
+    page.locator("#turbodistill-earlier").get_by_text("Earlier runs", exact=True).first.click()
     press(page, "resume")
     says(page, "said", "no run is chosen")
     chosen = page.locator("#turbodistill-runs input")

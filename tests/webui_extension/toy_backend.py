@@ -34,6 +34,7 @@ class ToyBackend:
 
     name = "Toy"
     sizes = (32, 32)
+    usage = "in a prompt: <lora:{name}:1>"
     settings = QUICK
 
     def __init__(self, folder: Path):
