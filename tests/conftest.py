@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 HERE = Path(__file__).parent
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+HOSTS = re.compile(r"tests/hosts/(\w+)/.*?(\[(?:a1111|forge)|$)")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """On several processes a file's tests run in one, and all of a host's do, so that its server starts once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByHost(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            found = HOSTS.match(nodeid)
+            return " ".join(found.groups()) if found else nodeid.partition("::")[0]
+
+    return ByHost(config, log)
+
+
 def pytest_collection_modifyitems(items):
-    """On several processes: a host's tests run in one, so that its server starts once, and begin first, being long."""
-    for item in items:
-        room, *inside = item.path.relative_to(HERE).parts
-        host = (*inside[:1], getattr(item, "callspec", None) and item.callspec.params.get("kind"))
-        item.add_marker(pytest.mark.xdist_group(str(host if room == "hosts" else item.path)))
+    """Hosts' tests begin first: they take long."""
     items.sort(key=lambda item: HERE / "hosts" not in item.path.parents)
 
 
