@@ -107,6 +107,7 @@ def test_a_page_that_is_opened_again_shows_what_runs_and_a_second_start_is_told(
     backend, _ = served
     first = visit()
     backend.gate.clear()
+    backend.entered.clear()
     press(first, "distil")
     assert backend.entered.wait(30)
     first.close()

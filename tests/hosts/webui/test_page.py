@@ -1,5 +1,6 @@
 """The page of a real AUTOMATIC1111 and a real Forge in a browser: our accordions, our tab, and Reload UI."""
 
+import contextlib
 import re
 import shutil
 
@@ -34,7 +35,13 @@ class Page:
         self.open()
 
     def open(self):
-        self.page.goto(self.url)
+        for _ in range(5):
+            try:
+                self.page.goto(self.url)
+                break
+            except sync.Error as error:  # after Reload UI the host's page loads itself again, when it likes
+                if "interrupted by another navigation" not in error.message:
+                    raise
         self.page.wait_for_selector("#txt2img_prompt textarea", timeout=60_000)
         self.page.wait_for_function("window.opts && Object.keys(opts).length > 0", timeout=60_000)
 
@@ -121,6 +128,39 @@ def test_a_picture_is_made_and_its_remarks_stand_below(page):
     results = page.page.locator("#txt2img_results")
     sync.expect(results).to_contain_text("ADD timesteps: 999 874", timeout=120_000)
     sync.expect(results).to_contain_text("of 9 steps, 8")
+
+
+@pytest.fixture
+def nothing_runs_after(webui, refused):
+    """A distillation that is left holds the host's lock, and every later picture would wait for it."""
+    yield
+    with contextlib.suppress(refused):
+        webui.call("turbodistill/v1/cancel", {})
+
+
+def test_a_distillation_is_begun_watched_and_stopped_in_the_tab(page, webui, nothing_runs_after):
+    page.page.locator("#tabs > .tab-nav > button").get_by_text("TurboDistill", exact=True).click()
+    tab = page.page.locator("#tab_turbodistill")
+    tab.locator("#turbodistill-name textarea, #turbodistill-name input").first.fill("from-the-tab")
+    for label in ("Width", "Height"):
+        tab.get_by_label(label).first.fill("64")
+    tab.locator("#turbodistill-advanced").get_by_text("Advanced settings", exact=True).click()
+    tab.locator("#turbodistill-advanced").get_by_text("Training", exact=True).click()
+    quick = {"pairs": 8, "pair_steps": 2, "rank": 4, "updates": 5000, "batch": 2, "warmup": 2, "lead": 1}
+    for name, value in quick.items():
+        tab.locator(f"#turbodistill-{name} input").first.fill(str(value))
+    tab.get_by_role("button", name="Distil", exact=True).click()
+    # Older gradios give a component its id twice.
+    status, charts = (tab.locator(f"#turbodistill-{name}").last for name in ("status", "charts"))
+    sync.expect(status).to_contain_text("Training from-the-tab", timeout=120_000)
+    sync.expect(charts).to_contain_text("adversarial", timeout=60_000)
+    assert charts.locator("svg").count() == 2
+    sync.expect(tab.locator("#turbodistill-pictures img[alt=student]").first).to_be_visible(timeout=60_000)
+    page.page.screenshot(path=webui.data / "tab.png", full_page=True)
+    tab.get_by_role("button", name="Stop and keep best").click()
+    sync.expect(status).to_contain_text("stopped as asked", timeout=60_000)
+    sync.expect(status).to_contain_text("<lora:from-the-tab:1>")
+    assert webui.txt2img(prompt="a fox <lora:from-the-tab:1>").comments == ""
 
 
 def test_reload_ui_twice_leaves_one_of_each(page, webui):
