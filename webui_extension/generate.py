@@ -138,7 +138,8 @@ def draw(generator: Generator, students: Callable[[], dict[str, Path]], example:
     def answer(*values: Any) -> list[Any]:
         return pictures(generator, students(), *values)
 
-    for trigger in (blocks.load, prompt.input, count.change, steps.change, seed.change, student.change):
+    # The newest gradio's `input` tells of letters alone, not of what is pasted or deleted.
+    for trigger in (blocks.load, prompt.change, count.change, steps.change, seed.change, student.change):
         listen(trigger, answer, inputs, [pace, made], latest=True)
     return lambda: gr.update(choices=list(students())), student
 

@@ -88,6 +88,10 @@ def test_pictures_come_as_one_types(page):
     assert float(each) > 0 and int(rate) == pytest.approx(1000 / float(each), rel=0.1, abs=1)
     page.wait_for_timeout(1000)  # the last letters' pictures are there
     settled = pictures(page)
+    for keys in (["Control+a", "Control+c", "End", "Control+v"], ["Backspace"]):
+        for key in keys:
+            prompt.press(key)
+        settled = until_other(page, settled)
     typed(page, "seed").fill("7")
     assert not set(until_other(page, settled)) & set(settled)
 
@@ -96,13 +100,17 @@ def test_a_short_distillation_runs_to_its_end_and_its_student_draws(page, served
     _, folder, _ = served
     page.locator("button[role=tab]:visible", has_text="Distil").last.click()
     page.wait_for_selector("#turbodistill-status [data-stamp]", state="attached")
-    for name, value in SHORT.items():
+    advanced = page.locator("#turbodistill-advanced")
+    for title in ("Advanced settings", "Training"):
+        advanced.get_by_text(title, exact=True).click()
+    for name, value in (SHORT | {"warmup": 2, "lead": 1}).items():
         typed(page, name).fill(str(value))
     typed(page, "name").fill("quick")
     page.locator("#turbodistill-distil").click()
     page.locator("#turbodistill-status", has_text="quick: done").first.wait_for()
     assert (folder / "students" / "quick.safetensors").exists()
     assert page.locator("#turbodistill-charts svg").count() == 2
+    assert "adversarial" in page.locator("#turbodistill-charts").inner_text()
     assert page.locator("#turbodistill-pictures img[alt=teacher]:visible").count() >= 4
     page.locator("button[role=tab]:visible", has_text="Generate").last.click()
     before = pictures(page)
@@ -112,11 +120,28 @@ def test_a_short_distillation_runs_to_its_end_and_its_student_draws(page, served
     assert len(until_other(page, before)) == 4
 
 
-def test_what_runs_is_saved_when_the_program_is_ended(served):
-    url, folder, process = served
-    asked = {"name": "longer", "built_in": "the embedded model's", "settings": {"pairs": 4, "pair_steps": 1, "rank": 4}}
+def begin(url, name):
+    """A training that goes on for long."""
+    asked = {"name": name, "built_in": "the embedded model's", "settings": {"pairs": 4, "pair_steps": 1, "rank": 4}}
     body = json.dumps(asked).encode()
     urllib.request.urlopen(urllib.request.Request(f"{url}/turbodistill/v1/distill", body)).close()
+
+
+def test_while_a_distillation_runs_generation_says_that_it_waits(page, served):
+    url, *_ = served
+    begin(url, "meanwhile")
+    typed(page, "prompt").fill("owl")
+    page.locator("#turbodistill-pace", has_text="generation waits until it has ended").first.wait_for()
+    urllib.request.urlopen(urllib.request.Request(f"{url}/turbodistill/v1/cancel", b"")).close()
+    while json.load(urllib.request.urlopen(f"{url}/turbodistill/v1/run"))["state"] == "working":
+        time.sleep(0.1)
+    typed(page, "prompt").fill("owl, animal-bird")
+    page.locator(".turbodistill-pace").first.wait_for()
+
+
+def test_what_runs_is_saved_when_the_program_is_ended(served):
+    url, folder, process = served
+    begin(url, "longer")
     begun = time.monotonic()
     while True:
         told = json.load(urllib.request.urlopen(f"{url}/turbodistill/v1/run"))
