@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from modules import devices, lowvram, sd_hijack, sd_models, sd_unet, shared
-from torch import Tensor
+from torch import Tensor, amp
 
 from .host_denoiser import PREDICTIONS, CompvisDenoiser, frozen, in_float32
 from .host_training import BESIDE, CheckpointHost, emptied, held
@@ -127,6 +127,6 @@ def _others(model: Any) -> Iterator[None]:
 
 def _encode(model: Any, pictures: Tensor) -> Tensor:
     """Pictures (B, 3, H, W) in [-1, 1] -> latents as the UNet takes them; the mean, where the autoencoder tells it."""
-    with torch.autocast("cuda", enabled=False):
+    with amp.autocast("cuda", enabled=False):
         found = model.first_stage_model.encode(pictures.to(devices.device, devices.dtype_vae))
     return (found.mode() if hasattr(found, "mode") else found) * model.scale_factor

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import amp, nn
+from torch.nn import GroupNorm, LayerNorm, Linear
 from turbodistill.core.denoiser import Cond
 from turbodistill.core.schedule import FlowSchedule, scaled_linear, zero_terminal
 from turbodistill.core.student import Student
@@ -184,7 +185,7 @@ def test_weights_of_half_precision_give_float32_s_gradients(models, toys):
 
 
 def test_norms_compute_in_float32_though_autocast_is_on():
-    norm = nn.GroupNorm(1, 4).half()
+    norm = GroupNorm(1, 4).half()
     with host_denoiser.in_float32(norm), amp.autocast("cpu", torch.bfloat16):
         assert norm(torch.randn(1, 4, 2, 2)).isfinite().all()
     assert norm.weight.dtype == torch.float16
@@ -210,7 +211,7 @@ class InPlace(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.norm1, self.layer = nn.LayerNorm(4), nn.Linear(4, 4)
+        self.norm1, self.layer = LayerNorm(4), Linear(4, 4)
 
     def forward(self, x):
         x += self.layer(self.norm1(x))

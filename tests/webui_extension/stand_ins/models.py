@@ -12,7 +12,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, amp, nn
+from torch.nn import Linear
 from turbodistill.core.schedule import scaled_linear
 
 FILE = "/models/toy.safetensors"
@@ -38,7 +39,7 @@ class Text(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.letters = nn.Linear(6, 6)
+        self.letters = Linear(6, 6)
 
     def forward(self, prompts):
         def states(text):
@@ -309,7 +310,7 @@ def host_modules(model, data: Path, forge: bool) -> dict[str, ModuleType | Simpl
         "modules": {},
         "modules.devices": {
             "device": torch.device("cpu"), "dtype_vae": torch.float32, "torch_gc": lambda: None,
-            "autocast": lambda: torch.autocast("cpu", enabled=False),
+            "autocast": lambda: amp.autocast("cpu", enabled=False),
         },
         "modules.shared": {
             "opts": opts, "cmd_opts": SimpleNamespace(lowvram=False, lora_dir=str(data / "Lora")),
