@@ -14,6 +14,7 @@ import comfy.samplers
 import torch
 from torch import Tensor, nn
 
+from ..core.borrowed import cloned_inputs
 from ..core.denoiser import Cond, Denoiser
 from ..core.schedule import DiscreteSchedule, Schedule, flow_of
 from .host import prediction_of
@@ -105,19 +106,16 @@ def differentiable(model) -> Iterator[None]:
     cast = getattr(base, "manual_cast_dtype", None)
     narrow = (cast or next(network.parameters()).dtype) == torch.float16
     layers = [m for m in network.modules() if narrow and getattr(m, "comfy_cast_weights", None) is False]
-    norms = [m for n, m in network.named_modules() if ADDED_TO.search(n)]
-    hooks = [m.register_forward_pre_hook(lambda _module, args: (args[0].clone(), *args[1:])) for m in norms]
     try:
         base.manual_cast_dtype = torch.float32 if narrow else cast
         for layer in layers:
             layer.comfy_cast_weights = True  # to what comes in
-        yield
+        with cloned_inputs(network, ADDED_TO):
+            yield
     finally:
         base.manual_cast_dtype = cast
         for layer in layers:
             layer.comfy_cast_weights = False
-        for hook in hooks:
-            hook.remove()
 
 
 def conditions(model, conditioning, latent: Tensor) -> Cond:

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 import comfy.model_management
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..core.borrowed import thaw, watched
 from ..core.denoiser import Cond
 from .host import KEY, architecture, clip_hash, load, model_hash
 from .host_denoiser import ModelDenoiser, attends_jointly, conditions, differentiable
@@ -40,34 +41,16 @@ def trainable(model) -> Iterator[None]:
 def load_whole(model) -> None:
     """All of the MODEL to where it computes, everything else away from there, and no weight in inference mode."""
     comfy.model_management.load_models_gpu([model], memory_required=1e20, force_full_load=True)
-    for module in model.model.modules():
-        _thaw(module)
+    thaw(model.model)
+    model.model.requires_grad_(False)
 
 
 @contextmanager
 def cancellable(model) -> Iterator[None]:
     """Within, every pass of the MODEL's network first looks whether the user has pressed Cancel."""
 
-    def look(*_):
-        comfy.model_management.throw_exception_if_processing_interrupted()
-
-    handle = model.model.diffusion_model.register_forward_pre_hook(look)
-    try:
+    with watched(model.model.diffusion_model, comfy.model_management.throw_exception_if_processing_interrupted):
         yield
-    finally:
-        handle.remove()
-
-
-def _thaw(module: nn.Module) -> None:
-    """A module's own parameters and buffers as ordinary tensors, without gradients."""
-    for name, parameter in module._parameters.items():
-        if parameter is not None and parameter.is_inference():
-            module._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
-        elif parameter is not None:
-            parameter.requires_grad_(False)
-    for name, buffer in module._buffers.items():
-        if buffer is not None and buffer.is_inference():
-            module._buffers[name] = buffer.clone()
 
 
 class CheckpointHost:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -115,18 +115,6 @@ def _by_number(predictor) -> bool:
 
 
 @contextmanager
-def differentiable(network: nn.Module) -> Iterator[None]:
-    """Within, norms keep for backward what they were given, though the blocks around add to it in place."""
-    norms = [m for n, m in network.named_modules() if ADDED_TO.search(n)]
-    hooks = [m.register_forward_pre_hook(lambda _module, args: (args[0].clone(), *args[1:])) for m in norms]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
     """Within, no weight of the network takes gradients; flag and type are put back, also where one was replaced.
 
@@ -145,17 +133,6 @@ def frozen(network: nn.Module) -> Iterator[None]:
             if parameter.dtype != dtype:
                 parameter = module._parameters[name] = nn.Parameter(parameter.detach().to(dtype), False)
             parameter.requires_grad_(flag)
-
-
-def thaw(network: nn.Module) -> None:
-    """What was made in inference mode, which backward refuses, as ordinary tensors of the same bits."""
-    for module in network.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_inference():
-                module._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_inference():
-                module._buffers[name] = buffer.clone()
 
 
 @contextmanager
@@ -194,13 +171,3 @@ def _widen(module: nn.Module, args: tuple) -> tuple | None:
 def _restore(module: nn.Module, *_) -> None:
     if own := module.__dict__.pop("_turbodistill_own", None):
         module._parameters.update(own)
-
-
-@contextmanager
-def watched(network: nn.Module, look: Callable[[], None]) -> Iterator[None]:
-    """Within, every pass of the network first calls `look`, which may raise."""
-    hook = network.register_forward_pre_hook(lambda *_: look())
-    try:
-        yield
-    finally:
-        hook.remove()

@@ -12,7 +12,8 @@ from backend import memory_management, stream
 from modules import sd_models, shared
 from torch import Tensor
 
-from .host_denoiser import ForgeDenoiser, differentiable, frozen, thaw
+from ..core.borrowed import cloned_inputs, thaw
+from .host_denoiser import ADDED_TO, ForgeDenoiser, frozen
 from .host_training import BESIDE, CheckpointHost, held
 
 QUANTISED = {
@@ -55,8 +56,8 @@ def trainable(model: Any, width: int, height: int) -> Iterator[CheckpointHost]:
         stack.enter_context(levels(model))
         stack.enter_context(in_one_stream())
         _bring(unet)
-        for change in (frozen, differentiable):
-            stack.enter_context(change(network))
+        stack.enter_context(frozen(network))
+        stack.enter_context(cloned_inputs(network, ADDED_TO))
         stack.enter_context(in_float32(unet.model))
         stack.enter_context(held(model, network))
         model.set_clip_skip(int(shared.opts.CLIP_stop_at_last_layers))

@@ -12,9 +12,9 @@ import torch
 from modules import devices, extra_networks, processing, prompt_parser, sd_models, shared
 from torch import Tensor, nn
 
+from ..core.borrowed import watched
 from ..core.card import fingerprint
 from ..core.denoiser import Cond, Denoiser
-from .host_denoiser import watched
 
 FACTOR = 8  # pixels a side of a latent, in all that these hosts load
 TEXT_SETTINGS = ("CLIP_stop_at_last_layers", "sdxl_clip_l_skip", "emphasis", "use_old_emphasis_implementation")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import amp, nn
 from torch.nn import GroupNorm, LayerNorm, Linear
+from turbodistill.core import borrowed
 from turbodistill.core.denoiser import Cond
 from turbodistill.core.schedule import FlowSchedule, scaled_linear, zero_terminal
 from turbodistill.core.student import Student
@@ -231,7 +232,7 @@ def test_backward_reads_what_blocks_that_add_in_place_were_given():
 
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         run()
-    with host_denoiser.differentiable(network):
+    with borrowed.cloned_inputs(network, host_denoiser.ADDED_TO):
         found = run()
     y = x
     for block in network.transformer_blocks:
@@ -247,7 +248,7 @@ def test_what_was_made_in_inference_mode_is_thawed_with_its_bits_and_flags(model
     network.conv_in.weight.requires_grad_(False)
     before = {k: v.clone() for k, v in network.state_dict().items()}
     flags = [p.requires_grad for p in network.parameters()]
-    host_denoiser.thaw(network)
+    borrowed.thaw(network)
     assert not any(t.is_inference() for t in network.state_dict(keep_vars=True).values())
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
     assert [p.requires_grad for p in network.parameters()] == flags
@@ -267,7 +268,7 @@ def test_flags_and_types_are_put_back_where_a_weight_was_replaced(models, toys):
 def test_every_pass_is_watched(toys, compvis):
     found, seen = compvis(), []
     given = noisy(toys, found)
-    with host_denoiser.watched(found.backbone, lambda: seen.append(1)):
+    with borrowed.watched(found.backbone, lambda: seen.append(1)):
         found(*given)
         found(*given)
     found(*given)
