@@ -10,7 +10,7 @@ from torch import nn
 
 
 def thaw(network: nn.Module) -> None:
-    """Parameters and buffers made in inference mode, which backward refuses, become ordinary tensors of the same bits."""
+    """What was made in inference mode, which backward refuses, becomes ordinary tensors of the same bits and flags."""
     for module in network.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_inference():

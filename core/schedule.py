@@ -8,10 +8,12 @@ sigma_t) of the papers are `Schedule.alpha_sigma`.
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+TIMESTEPS = 1000  # of a discrete model
 PREDICTIONS = ("eps", "v", "x0", "flow")
 
 
@@ -197,3 +199,20 @@ def flow_of(sigmas: Tensor) -> FlowSchedule | None:
     schedule = FlowSchedule(middle / (1 - middle))
     times = torch.linspace(0, 1, len(table) + 1)[1:] * schedule.timesteps - 1
     return schedule if torch.allclose(schedule.sigma(times).double(), table, atol=1e-4) else None
+
+
+def schedule_of(prediction: str, sigmas: Tensor, timestep: Callable[[Tensor], Tensor]) -> Schedule:
+    """The schedule of a host's own noise levels (T,), where `timestep` gives what its network is told of sigmas (T,).
+
+    Raises ValueError for levels of another kind: EDM's networks, for one, are told the logarithm, not a number.
+    """
+    table = sigmas.detach().double().cpu()
+    if prediction in ("eps", "v") and len(table) == TIMESTEPS:
+        if torch.equal(timestep(sigmas).detach().cpu().float(), torch.arange(float(TIMESTEPS))):
+            return DiscreteSchedule(1 / (1 + table**2))
+    elif prediction == "flow" and len(table) and (schedule := flow_of(table)):
+        return schedule
+    raise ValueError(
+        f"this model predicts {prediction} over {len(table)} noise levels of its own kind: eps and v over {TIMESTEPS} "
+        "levels, and flow with a shift, are what can be used here; load such a model"
+    )

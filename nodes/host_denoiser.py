@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from ..core.borrowed import cloned_inputs
 from ..core.denoiser import Cond, Denoiser
-from ..core.schedule import DiscreteSchedule, Schedule, flow_of
+from ..core.schedule import Schedule, schedule_of
 from .host import prediction_of
 
-TIMESTEPS = 1000  # of the discrete models that core knows
 # Norms whose input is added to in place while backward still needs it, of Flux and its kin.
 ADDED_TO = re.compile(r"^(double_blocks\.\d+\.(img|txt)_norm[12]|single_blocks\.\d+\.pre_norm)$")
 
@@ -29,23 +28,10 @@ BESIDE = (
 )
 
 
-def schedule_of(model) -> Schedule:
+def levels_of(model) -> Schedule:
     """The MODEL's own noise levels as core's schedule; raises ValueError for a kind that core does not know."""
     space = model.get_model_object("model_sampling")
-    prediction, table = prediction_of(model), getattr(space, "sigmas", torch.zeros(0)).detach().double().cpu()
-    if prediction in ("eps", "v") and len(table) == TIMESTEPS and _by_number(space):
-        return DiscreteSchedule(1 / (1 + table**2))
-    if prediction == "flow" and len(table) and (schedule := flow_of(table)):
-        return schedule
-    raise ValueError(
-        f"this model predicts {prediction} over {len(table)} noise levels of its own kind ({type(space).__name__}): "
-        f"eps and v over {TIMESTEPS} levels, and flow with a shift, are what can be used here"
-    )
-
-
-def _by_number(space) -> bool:
-    """Whether the network is told a level by its number in the table; EDM's kinds tell it the logarithm."""
-    return torch.equal(space.timestep(space.sigmas).cpu().float(), torch.arange(float(TIMESTEPS)))
+    return schedule_of(prediction_of(model), getattr(space, "sigmas", torch.zeros(0)), space.timestep)
 
 
 class ModelDenoiser(Denoiser):
@@ -65,7 +51,7 @@ class ModelDenoiser(Denoiser):
             )
         if getattr(model.model, "concat_keys", ()):
             raise ValueError(BESIDE.format(type(model.model).__name__))
-        self.schedule = schedule_of(model)
+        self.schedule = levels_of(model)
         self.prediction = prediction_of(model)
         self.base = model.model
         self.backbone = self.base.diffusion_model

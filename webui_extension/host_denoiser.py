@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from ..core.denoiser import Cond, Denoiser
 from ..core.lora import autocasts
-from ..core.schedule import DiscreteSchedule, Schedule, expand, flow_of
+from ..core.schedule import DiscreteSchedule, Schedule, expand, schedule_of
 
-TIMESTEPS = 1000  # of the discrete models that core knows
 PREDICTIONS = {"epsilon": "eps", "eps": "eps", "v_prediction": "v", "v": "v", "const": "flow"}
 # Norms whose input is added to in place while backward still needs it, of Forge's UNet and of Flux and its kin.
 ADDED_TO = re.compile(
@@ -98,20 +97,7 @@ def _in_full(copied: nn.Module) -> nn.Module:
 def levels_of(predictor) -> tuple[str, Schedule]:
     """What the network of a Forge `predictor` predicts, and its noise levels; raises ValueError for an unknown kind."""
     kind = PREDICTIONS.get(getattr(predictor, "prediction_type", ""), "unknown")
-    table = predictor.sigmas.detach().double().cpu()
-    if kind in ("eps", "v") and len(table) == TIMESTEPS and _by_number(predictor):
-        return kind, DiscreteSchedule(1 / (1 + table**2))
-    if kind == "flow" and (schedule := flow_of(table)):
-        return kind, schedule
-    raise ValueError(
-        f"this model predicts {kind} over {len(table)} noise levels of its own kind ({type(predictor).__name__}): "
-        f"eps and v over {TIMESTEPS} levels, and flow with a shift, are what can be distilled"
-    )
-
-
-def _by_number(predictor) -> bool:
-    """Whether the network is told a level by its number in the table; EDM's kinds tell it the logarithm."""
-    return torch.equal(predictor.timestep(predictor.sigmas).cpu().float(), torch.arange(float(TIMESTEPS)))
+    return kind, schedule_of(kind, predictor.sigmas, predictor.timestep)
 
 
 @contextmanager

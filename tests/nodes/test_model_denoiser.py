@@ -43,7 +43,7 @@ def test_its_schedule_is_the_model_s(toys, pair, prediction):
 def test_a_flow_schedule_s_shift_is_found(nodes, comfyui, shift, entries):
     space = comfyui.model_sampling(comfyui.CONST, comfyui.ModelSamplingDiscreteFlow, shift, entries)
     model = comfyui.ModelPatcher(comfyui.BaseModel(torch.nn.Identity(), space))
-    assert nodes.host_denoiser.schedule_of(model).shift == pytest.approx(shift, rel=1e-3)
+    assert nodes.host_denoiser.levels_of(model).shift == pytest.approx(shift, rel=1e-3)
 
 
 def by_logarithm(comfyui):
@@ -66,7 +66,7 @@ def test_a_schedule_of_another_kind_is_refused(nodes, comfyui):
     for space in spaces:
         model = comfyui.ModelPatcher(comfyui.BaseModel(torch.nn.Identity(), space))
         with pytest.raises(ValueError, match="noise levels"):
-            nodes.host_denoiser.schedule_of(model)
+            nodes.host_denoiser.levels_of(model)
 
 
 @pytest.mark.parametrize("dimensions", [1, 3])
