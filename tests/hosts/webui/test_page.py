@@ -165,8 +165,11 @@ def test_a_distillation_is_begun_watched_and_stopped_in_the_tab(page, webui, not
 
 def test_reload_ui_twice_leaves_one_of_each(page, webui):
     for _ in range(2):
-        written = webui.log.read_text().count("Startup time")
+        begun, written = (webui.log.read_text().count(words) for words in ("Restarting UI", "Startup time"))
         page.page.locator("#footer").get_by_text("Reload UI").click()
+        while webui.log.read_text().count("Restarting UI") == begun:
+            page.page.wait_for_timeout(50)
+        page.page.goto("about:blank")  # AUTOMATIC1111 dies of a request that comes before its API is there
         while webui.log.read_text().count("Startup time") == written:
             page.page.wait_for_timeout(500)
         page.open()
