@@ -1,11 +1,18 @@
-"""Frozen features for the discriminator: taps on the teacher's own blocks (LADD, arXiv 2403.12015)."""
+"""Frozen features for the discriminator, with gradients to what they are of.
+
+The teacher's own blocks, of noisy latents (LADD, arXiv 2403.12015), or a vision transformer's, of the
+decoded picture (ADD, arXiv 2311.17042).
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .denoiser import Cond, Denoiser
@@ -14,6 +21,7 @@ from .denoiser import Cond, Denoiser
 DIFFUSERS_BLOCK = re.compile(r"^(down_blocks\.\d+|mid_block)\.resnets\.\d+$")
 HOSTS_BLOCK = re.compile(r"^(input_blocks|middle_block)\.\d*[1-9]\d*(?:\.0)?$")
 TRANSFORMER_TAPS = re.compile(r"^(?:joint_blocks|double_blocks|transformer_blocks|blocks|layers)\.\d+$")
+VISION_BLOCK = re.compile(r"(?:^|\.)(?:layer|layers|blocks)\.\d+$")
 COUNT = 5
 # Blocks of text and picture: where the picture stands in what they put out (first, where none is named),
 # and those whose tokens may come as one sequence, the text's before the picture's.
@@ -22,7 +30,7 @@ ONE_SEQUENCE = ("single_blocks", "single_transformer_blocks")
 
 
 class _Collected(Exception):
-    """Raised inside the backbone's forward when the last tap has fired: the rest is not needed."""
+    """Raised inside a network's forward when the last tap has fired: the rest is not needed."""
 
 
 def default_taps(backbone: nn.Module) -> list[str]:
@@ -56,50 +64,126 @@ def _unet_taps(backbone: nn.Module) -> list[str]:
     return list(last.values())
 
 
-class TeacherFeatures:
-    """Features (B, C_k, H_k, W_k) of the frozen teacher at K tapped modules, with gradients to the input.
+def tapped(network: nn.Module, taps: Sequence[str]) -> dict[str, nn.Module]:
+    """The modules to tap by name; raises ValueError for a name that is none of the network's."""
+    modules = dict(network.named_modules())
+    if unknown := [t for t in taps if t not in modules]:
+        raise ValueError(f"taps {unknown} are no modules of {type(network).__name__}")
+    return {t: modules[t] for t in taps}
 
-    The forward pass ends at the last tap. Token features (B, H W, C) are laid out as pictures; the
-    text's tokens, where they go through the same block, are left out.
+
+def outputs(
+    modules: dict[str, nn.Module], take: Callable[[str, Any], Tensor], forward: Callable[[], Any]
+) -> list[Tensor]:
+    """What `take(name, output)` makes of the outputs of K modules, in their order, while `forward()` runs.
+
+    The pass ends at the last of them. Raises RuntimeError for a module that it never comes by.
+    """
+    found: dict[str, Tensor] = {}
+
+    def collect(name: str):
+        def hook(_module, _args, output):
+            found[name] = take(name, output)
+            if len(found) == len(modules):
+                raise _Collected
+
+        return hook
+
+    hooks = [m.register_forward_hook(collect(name)) for name, m in modules.items()]
+    try:
+        forward()
+    except _Collected:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if silent := [name for name in modules if name not in found]:
+        raise RuntimeError(f"taps {silent} never fire in this network's forward: choose others")
+    return [found[name] for name in modules]
+
+
+class TeacherFeatures:
+    """Features (B, C_k, H_k, W_k) of the frozen teacher at K tapped modules.
+
+    Token features (B, H W, C) are laid out as pictures; the text's tokens, where they go through the
+    same block, are left out.
     """
 
+    noisy = True  # what it looks at is noised first
+
     def __init__(self, teacher: Denoiser, taps: Sequence[str] | None = None):
+        """Raises ValueError for taps that the teacher's backbone lacks, or where none are known."""
         self.teacher = teacher
         self.taps = list(taps or default_taps(teacher.backbone))
-        modules = dict(teacher.backbone.named_modules())
-        unknown = [t for t in self.taps if t not in modules]
-        if unknown:
-            raise ValueError(f"taps {unknown} are no modules of {type(teacher.backbone).__name__}")
-        self.modules = [modules[t] for t in self.taps]
+        self.modules = tapped(teacher.backbone, self.taps)
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> list[Tensor]:
         """x (B, C, H, W), already noised to sigma (B,) -> K feature maps, float32.
 
         Raises RuntimeError if a tap never fires.
         """
-        found: dict[int, Tensor] = {}
 
-        def collect(index: int):
-            def hook(_module, _args, output):
-                part = picture_part(self.taps[index], output, cond.context.shape[1])
-                found[index] = part.clone()  # the next block may add to it in place
-                if len(found) == len(self.modules):
-                    raise _Collected
+        def take(tap: str, output: Any) -> Tensor:
+            return picture_part(tap, output, cond.context.shape[1]).clone()  # the next block may add to it in place
 
-            return hook
+        maps = outputs(self.modules, take, lambda: self.teacher(x, sigma, cond))
+        return [as_picture(m, x).float() for m in maps]
 
-        hooks = [m.register_forward_hook(collect(i)) for i, m in enumerate(self.modules)]
-        try:
-            self.teacher(x, sigma, cond)
-        except _Collected:
-            pass
-        finally:
-            for hook in hooks:
-                hook.remove()
-        silent = [t for i, t in enumerate(self.taps) if i not in found]
-        if silent:
-            raise RuntimeError(f"taps {silent} never fire in this backbone's forward: choose others")
-        return [as_picture(found[i], x).float() for i in range(len(self.modules))]
+
+def vision_taps(network: nn.Module) -> list[str]:
+    """Names of the blocks to tap of a vision transformer.
+
+    Four evenly in its second and third quarter: the last blocks forget textures. Of one with fewer than
+    eight blocks, every second, from its last. Raises ValueError for a network that has no known blocks.
+    """
+    names = [n for n, _ in network.named_modules() if VISION_BLOCK.search(n)]
+    if not names:
+        raise ValueError(f"no known blocks in {type(network).__name__}: give a vision transformer such as DINOv2's")
+    count = len(names)
+    if count < 8:
+        return names[::-2][::-1]
+    return [names[count // 4 - 1 + k * count // 6] for k in range(4)]
+
+
+class VisionFeatures:
+    """Features (B, C_k, H', W') of the decoded picture at K blocks of a frozen vision transformer.
+
+    `network` takes pictures (B, 3, H, W) normalised as ImageNet's, both sides multiples of `patch`, and
+    its last tokens are the picture's, by rows. `decode` makes pictures (B, 3, H, W) about [0, 1] of
+    latents, with gradients. Pictures are scaled to `size` pixels on their longer side; 0 leaves them.
+    """
+
+    noisy = False
+    MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def __init__(
+        self,
+        network: nn.Module,
+        patch: int,
+        decode: Callable[[Tensor], Tensor],
+        size: int = 0,
+        taps: Sequence[str] | None = None,
+    ):
+        """Raises ValueError for taps that the network lacks, or where none are known."""
+        self.network = network.eval().requires_grad_(False)
+        self.patch, self.decode, self.size = patch, decode, size
+        self.taps = list(taps or vision_taps(network))
+        self.modules = tapped(network, self.taps)
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> list[Tensor]:
+        """Clean latents x (B, C, H, W) -> K feature maps, float32; level and condition tell it nothing."""
+        pictures = self.decode(x).float()
+        scale = self.size / max(pictures.shape[-2:]) if self.size else 1.0
+        rows, columns = (math.ceil(side * scale / self.patch) for side in pictures.shape[-2:])
+        sides = (rows * self.patch, columns * self.patch)
+        pictures = F.interpolate(pictures, sides, mode="bicubic", antialias=True)
+        mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (self.MEAN, self.STD))
+
+        def take(_tap: str, output: Any) -> Tensor:
+            tokens = output[0] if isinstance(output, tuple) else output
+            return tokens[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
+
+        return [m.float() for m in outputs(self.modules, take, lambda: self.network((pictures - mean) / std))]
 
 
 def picture_part(tap: str, output: Tensor | tuple, text: int) -> Tensor:

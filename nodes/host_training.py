@@ -60,6 +60,8 @@ class CheckpointHost:
     Raises ValueError for a MODEL that is a student already, a VAE of another kind, or sizes that it cannot make.
     """
 
+    decoder = None  # the VAE is off the GPU while the model trains
+
     def __init__(self, model, clip, vae, name: str, width: int, height: int, load=load):
         if KEY in model.attachments:
             raise ValueError(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import Linear
-from turbodistill.core.features import TeacherFeatures, as_picture, picture_part
+from turbodistill.core.features import TeacherFeatures, as_picture, picture_part, vision_taps
 
 TEXT, CHANNELS = 3, 4  # tokens of toys.cond, channels of toys.picture
 
@@ -102,3 +102,18 @@ def test_a_last_patch_may_lie_over_the_edge(height, width, patch):
 def test_tokens_with_text_among_them_are_no_picture(tokens):
     with pytest.raises(ValueError, match=f"{tokens} tokens do not tile"):
         as_picture(torch.zeros(1, tokens, 3), torch.zeros(1, 16, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "tapped"),
+    [(12, [2, 4, 6, 8]), (24, [5, 9, 13, 17]), (8, [1, 2, 3, 5]), (7, [0, 2, 4, 6]), (4, [1, 3]), (1, [0])],
+)
+def test_taps_of_a_vision_transformer(blocks, tapped):
+    network = nn.Module()
+    network.layer = nn.ModuleList(Linear(2, 2) for _ in range(blocks))
+    assert vision_taps(network) == [f"layer.{i}" for i in tapped]
+
+
+def test_a_network_without_blocks_has_no_taps():
+    with pytest.raises(ValueError, match="no known blocks in Linear: give a vision transformer"):
+        vision_taps(Linear(2, 2))

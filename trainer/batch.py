@@ -39,8 +39,26 @@ class Batch:
     seed: int  # of what is drawn on the device
 
 
+@dataclass(frozen=True)
+class Reals:
+    """Real pictures, and for each teacher pair the row (N,) of one of its prompt, -1 where there is none."""
+
+    samples: Samples
+    of_pair: Tensor
+
+    @staticmethod
+    def beside(pairs: Samples, samples: Samples) -> Reals:
+        row = {prompt: i for i, prompt in enumerate(samples.prompts)}
+        return Reals(samples, torch.tensor([row.get(prompt, -1) for prompt in pairs.prompts]))
+
+    def rows(self, pairs: Tensor, other: Tensor) -> Tensor:
+        """The reals of the given pairs' prompts; `other` where there is none."""
+        own = self.of_pair[pairs]
+        return torch.where(own >= 0, own, other)
+
+
 def draw(
-    config: Config, student: Student, pairs: Samples, reals: Samples | None, draws: torch.Generator, fresh: float = 0.0
+    config: Config, student: Student, pairs: Samples, reals: Reals | None, draws: torch.Generator, fresh: float = 0.0
 ) -> Batch:
     """A batch for one update, on the student's device; a share `fresh` of pure noise is no pair's."""
     schedule, device, size = student.schedule, student.device, config.batch
@@ -58,11 +76,11 @@ def draw(
     noise = torch.where(expand(paired, target).bool(), pairs.noise(rows), torch.randn(shape, generator=draws))
     positive, positive_cond = target, cond
     if reals is not None and config.positives != "teacher":
-        other = torch.randint(len(reals), (size,), generator=draws)
+        other = reals.rows(rows, torch.randint(len(reals.samples), (size,), generator=draws))
         take = torch.rand(size, generator=draws) < (1.0 if config.positives == "real" else config.real_share)
-        positive = torch.where(expand(take, target).bool(), reals.latents[other], target)
+        positive = torch.where(expand(take, target).bool(), reals.samples.latents[other], target)
         mixed = torch.arange(size) + size * take
-        positive_cond = Cond.cat([cond, reals.cond.rows(other)]).rows(mixed)
+        positive_cond = Cond.cat([cond, reals.samples.cond.rows(other)]).rows(mixed)
     last = schedule.timesteps - 1
     normal = torch.randn(size, generator=draws)
     renoise = schedule.sigma(

@@ -37,7 +37,7 @@ def make_card(host: Host, state: State, metrics: dict[str, Any]) -> StudentCard:
 
 def _method(config: Config) -> str:
     """What the student was made by, in the papers' names."""
-    names = ["ADD/LADD"] if config.adversarial_weight > 0 else []
+    names = ["ADD" if config.vision else "LADD"] if config.adversarial_weight > 0 else []
     if config.distillation_weight > 0:
         names.append(
             {"matching": "distribution matching", "nfsd": "NFSD"}.get(config.distillation, "ADD's distillation")
@@ -54,10 +54,11 @@ def _told(config: Config) -> dict[str, Any]:
         "positives",
         "adversarial",
         "adversarial_weight",
+        "vision",
         "distillation",
         "distillation_weight",
     )
-    told = {n: getattr(config, n) for n in (*names, "regression_weight", "seed")}
+    told = {n: getattr(config, n) for n in (*names, "regression_weight", "seed") if getattr(config, n) != ""}
     return told | ({"begun from": Path(config.begin).name} if config.begin else {})
 
 

@@ -119,6 +119,15 @@ class Config:
     r1_weight: float = option(1.0, "weight of the gradient penalty", "losses", low=0)
     r1_noise: float = option(0.1, "spread of the perturbation of the approximate penalty", "losses", low=0)
     # Discriminator
+    vision: str = option(
+        "",
+        "vision transformer that judges the decoded pictures, as in ADD: 'embedded', a folder, or a hub's name such "
+        "as facebook/dinov2-small; empty judges latents by the teacher's own features, as in LADD",
+        "discriminator",
+    )
+    vision_size: int = option(
+        0, "pixels of the longer side at which it sees pictures; 0 is the picture's own", "discriminator", low=0
+    )
     taps: str = option("", "modules whose features it sees, with commas; empty finds them", "discriminator")
     width: int = option(64, "channels of each head", "discriminator", low=8, high=1024)
     renoise_mean: float = option(0.0, "mean of the logit of the noise level it sees pictures at", "discriminator")
@@ -194,7 +203,9 @@ class Config:
 # What forms ask for at once: what decides the pairs, and what a training needs said. All else is advanced.
 OF_PAIRS = ("pairs", "pair_steps", "pair_sampler", "guidance", "seed")
 OF_DISTILL = ("rank", "updates", "batch", "checkpointing")
-ADVANCED = tuple(f.name for f in dataclasses.fields(Config) if f.name not in OF_PAIRS + OF_DISTILL)
+# What hosts cannot do yet, which have no gradients through their autoencoder: their forms leave it out.
+OF_VISION = ("vision", "vision_size")
+ADVANCED = tuple(f.name for f in dataclasses.fields(Config) if f.name not in OF_PAIRS + OF_DISTILL + OF_VISION)
 
 # What may change between a run and its resumption: it decides how long, how often and with how much memory.
 RESUMABLE = {"updates", "minutes", "preview_every", "save_every", "select_every"}

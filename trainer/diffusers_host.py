@@ -50,7 +50,7 @@ class DiffusersHost:
         self, unet, vae, encode_text, schedule, prediction: str, name: str, architecture: str, size: tuple[int, int]
     ):
         self.denoiser: Denoiser = DiffusersDenoiser(unet, schedule, prediction)
-        self.vae = vae
+        self.vae = vae.requires_grad_(False)
         self._encode_text = encode_text
         self.name, self.architecture, self.resolution = name, architecture, size
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -61,11 +61,14 @@ class DiffusersHost:
     def encode_text(self, prompts: list[str]) -> Cond:
         return self._encode_text(prompts)
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decoder(self, latents: Tensor) -> Tensor:
         z = latents.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
         images = [self.vae.decode(chunk).sample for chunk in z.split(16)]
-        return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1)
+        return torch.cat(images).float() / 2 + 0.5
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.decoder(latents).clamp(0, 1)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:

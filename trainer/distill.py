@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..core import losses
 from ..core.denoiser import Cond
 from ..core.schedule import expand
-from .batch import Batch, draw, generator
+from .batch import Batch, Reals, draw, generator
 from .data import Samples
 from .health import Health, measure
 from .precision import autocast
@@ -51,9 +51,10 @@ class Judged:
 
 
 def look(state: State, x0: Tensor, cond: Cond, batch: Batch, real: bool = False) -> Judged:
-    """Re-noise x0 (B, C, H, W) to the batch's level and tap the frozen teacher; gradients reach x0."""
+    """Features of x0 (B, C, H, W), re-noised to the batch's level if they are of noisy latents; gradients reach x0."""
     schedule = state.student.schedule
-    maps = state.features(schedule.add_noise(x0, batch.noise, batch.renoise), batch.renoise, cond)
+    sigma = batch.renoise if state.features.noisy else torch.zeros_like(batch.renoise)
+    maps = state.features(schedule.add_noise(x0, batch.noise, sigma), sigma, cond)
     if real:
         state.discriminator.calibrate(maps)
     image = None
@@ -64,7 +65,7 @@ def look(state: State, x0: Tensor, cond: Cond, batch: Batch, real: bool = False)
             image = (
                 state.features(batch.target, low, batch.cond)[-1].mean((2, 3)) * expand(~batch.first, x0)[:, :, 0, 0]
             )
-    return Judged(state.discriminator.standardise(maps), batch.renoise, cond.summary, image)
+    return Judged(state.discriminator.standardise(maps), sigma, cond.summary, image)
 
 
 def both(state: State, output: Tensor, batch: Batch) -> tuple[Judged, Judged]:
@@ -188,9 +189,7 @@ def _update(optimizer: torch.optim.Optimizer, module: nn.Module, clip: float) ->
     return norm
 
 
-def _discriminate(
-    state: State, pairs: Samples, reals: Samples | None, draws: torch.Generator, adversarial: bool
-) -> None:
+def _discriminate(state: State, pairs: Samples, reals: Reals | None, draws: torch.Generator, adversarial: bool) -> None:
     """One more discriminator update, on a batch of its own."""
     batch = draw(state.config, state.student, pairs, reals, draws, state.config.fresh_share if adversarial else 0.0)
     device = state.student.device
@@ -204,15 +203,17 @@ def _discriminate(
     _check(state.update + 1, {"discriminator's gradient": norm})
 
 
-def distill(state: State, pairs: Samples, uncond: Cond, reals: Samples | None = None) -> Generator[Step, None, None]:
+def distill(state: State, pairs: Samples, uncond: Cond, pictures: Samples | None = None) -> Generator[Step, None, None]:
     """Train from `state.update` to `config.updates` (or `config.minutes`), yielding a Step after each update.
 
+    Of `pictures`, which are real, the discriminator sees that of the pair's own prompt where there is one.
     The state lies whole between two yields, so closing the generator cancels; the teacher's flags
     are restored then. Raises Diverged when a loss or gradient is not finite, before it is applied.
     """
     scoring = state.score.denoiser.training() if state.score else nullcontext()
     config, student = state.config, state.student
     uncond = uncond.to(student.device)
+    reals = None if pictures is None else Reals.beside(pairs, pictures)
     with student.training(), scoring, state.checkpointed():
         while state.update < config.updates and not (config.minutes and state.spent >= config.minutes * 60):
             # Spectral norms advance with every judgement: an update that is broken off must not leave its own.
@@ -227,7 +228,7 @@ def distill(state: State, pairs: Samples, uncond: Cond, reals: Samples | None = 
             yield step
 
 
-def _advance(state: State, pairs: Samples, uncond: Cond, reals: Samples | None) -> Step:
+def _advance(state: State, pairs: Samples, uncond: Cond, reals: Reals | None) -> Step:
     """One update of everything that is trained. `state.whole` is False while it is being applied."""
     config, student = state.config, state.student
     begun = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -22,6 +23,11 @@ class Host(Protocol):
 
     def encode_text(self, prompts: list[str]) -> Cond:
         """Prompts -> a batch of conditions; the empty prompt is the unconditional one."""
+        ...
+
+    @property
+    def decoder(self) -> Callable[[Tensor], Tensor] | None:
+        """As `decode`, but with gradients, and colours beyond [0, 1] as they are; None where that cannot be had."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from ..core.card import StudentCard, read
-from ..core.checkpointing import blocks
-from ..core.features import TeacherFeatures
-from ..core.student import Student, load_weights
+from ..core.student import load_weights
 from . import data, health
+from .begin import begin, create
 from .cards import write_student
 from .config import Config, ConfigError
 from .distill import Diverged, Step, distill
@@ -31,7 +30,7 @@ from .host import Host
 from .memory import Memory, OutOfMemory, advice, is_out_of_memory, measure
 from .metrics import kernel_distance
 from .precision import autocast
-from .state import State, tap_names
+from .state import State
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +191,7 @@ def latent_score(student: Tensor, teacher: Tensor) -> float:
 def estimate(host: Host, config: Config) -> Memory:
     """What memory a training will take; raises ConfigError for settings that do not fit this model."""
     sample = data.Samples(torch.zeros(1, *host.latent_shape), host.encode_text([""]), [""])
-    state = _begin(host, config, sample)
+    state = begin(host, config, sample)
     try:
         return measure(state, sample)
     finally:
@@ -254,7 +253,7 @@ def _run(
     pairs_folder = Path(pairs_folder or folder / "pairs")
     total = 0 if images is None else len(data.read_image_folder(images))
     if config.rank:  # a setting that does not fit this model is told before hours of pairs
-        _create(host, config).release()
+        create(host, config).release()
     for done, newest in data.make_pairs(host, config, prompts, pairs_folder):
         yield PairsMade(done, config.pairs, "teacher pairs", newest)
     pairs = data.load_pairs(pairs_folder, config.pairs)
@@ -269,57 +268,12 @@ def _run(
     train_rows, held_rows = split(pairs)
     train, held = take(pairs, train_rows), take(pairs, held_rows)
     doing.what = "training"
-    state = _begin(host, config, pairs)
+    state = begin(host, config, pairs)
     state.extra["data"] = data.pairs_key(host, config, prompts)
     try:
         yield from _train(host, state, folder, train, held, reals, score, control)
     finally:
         state.release()
-
-
-def _create(host: Host, config: Config) -> Student:
-    """A fresh student, the same for the same seed; raises ConfigError for targets or taps this model lacks."""
-    try:
-        TeacherFeatures(host.denoiser, tap_names(config))
-        if config.checkpointing:
-            blocks(host.denoiser.backbone)
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            student = Student(
-                host.denoiser, config.rank, config.alpha or None, config.targets, config.output, config.start
-            )
-    except (ValueError, re.error) as error:
-        raise ConfigError(str(error)) from None
-    if config.begin:
-        try:
-            _go_on_from(Path(config.begin), host, student)
-        except ValueError as error:
-            student.release()
-            raise ConfigError(f"begin: {error}") from None
-    return student
-
-
-def _go_on_from(path: Path, host: Host, student: Student) -> None:
-    """Fill a fresh student from another's file; raises ValueError if that is no student of this kind and model."""
-    tensors, card = read(path)
-    found = (card.base_hash, card.prediction, card.timesteps[0], card.rank)
-    wanted = (host.base_hash, student.reading, student.start, student.lora.rank if student.lora else 0)
-    if found != wanted:
-        raise ValueError(
-            f"{path} has base model, prediction, start and rank {found}, this training {wanted}: give it the same "
-            "settings, or begin at the teacher"
-        )
-    load_weights(student, student.trained, tensors)
-
-
-def _begin(host: Host, config: Config, sample: data.Samples) -> State:
-    """A fresh state of a fresh student; whoever asks for it releases it."""
-    student = _create(host, config)
-    try:
-        return State.create(student, config, sample)
-    except BaseException:
-        student.release()
-        raise
 
 
 def _train(

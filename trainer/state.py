@@ -13,7 +13,7 @@ from torch import nn
 
 from ..core.checkpointing import checkpointed
 from ..core.discriminator import Discriminator
-from ..core.features import TeacherFeatures
+from ..core.features import TeacherFeatures, VisionFeatures
 from ..core.student import Student
 from .config import Config, check_resumable
 from .data import Samples
@@ -27,7 +27,7 @@ class State:
 
     config: Config
     student: Student
-    features: TeacherFeatures
+    features: TeacherFeatures | VisionFeatures
     discriminator: Discriminator
     optimizer: torch.optim.Optimizer
     discriminator_optimizer: torch.optim.Optimizer
@@ -39,10 +39,16 @@ class State:
     whole: bool = True  # False while an update is being applied: not a state to go on from
 
     @classmethod
-    def create(cls, student: Student, config: Config, sample: Samples) -> State:
-        """A fresh state; one `sample` row tells the shapes of features and text."""
+    def create(
+        cls,
+        student: Student,
+        config: Config,
+        sample: Samples,
+        features: TeacherFeatures | VisionFeatures | None = None,
+    ) -> State:
+        """A fresh state; one `sample` row tells the shapes of features (by default the teacher's) and text."""
         device = student.device
-        features = TeacherFeatures(student.teacher, tap_names(config))
+        features = features or TeacherFeatures(student.teacher, tap_names(config))
         x, cond = sample.latents[:1].to(device), sample.cond.rows(slice(1)).to(device)
         with torch.no_grad():
             maps = features(x, student.schedule.sigma(torch.tensor([500])).to(device), cond)

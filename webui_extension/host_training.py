@@ -37,6 +37,7 @@ class CheckpointHost:
     """
 
     text_hash: str
+    decoder = None  # the autoencoder is off the GPU while the model trains
 
     def __init__(
         self,

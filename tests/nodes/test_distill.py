@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from turbodistill.core.card import read
 from turbodistill.core.families import Sampling
+from turbodistill.trainer import begin, run
 from turbodistill.trainer import data as trainer_data
-from turbodistill.trainer import run
 from turbodistill.trainer.config import ConfigError
 from turbodistill.trainer.data import DataError
 from turbodistill.trainer.memory import OutOfMemory
@@ -335,14 +335,15 @@ def test_a_preview_comes_when_it_is_asked_for(graph, server):
 @pytest.fixture
 def students(monkeypatch):
     """Weak references to every student that a run makes, and to its LoRA."""
-    made, create = [], run._create
+    made, create = [], begin.create
 
     def noted(*args):
         student = create(*args)
         made.extend((weakref.ref(student), weakref.ref(student.lora)))
         return student
 
-    monkeypatch.setattr(run, "_create", noted)
+    for module in (begin, run):
+        monkeypatch.setattr(module, "create", noted)
     return made
 
 

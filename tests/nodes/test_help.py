@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import turbodistill
-from turbodistill.trainer.config import OF_DISTILL, OF_PAIRS, RESUMABLE, Config
+from turbodistill.trainer.config import OF_DISTILL, OF_PAIRS, OF_VISION, RESUMABLE, Config
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 PAGES = Path(turbodistill.__file__).parent / "web" / "docs"
@@ -44,6 +44,8 @@ def test_it_says_defaults_help_and_choices_as_the_trainer_does(listed):
     for name, field in FIELDS.items():
         if name in asked:
             expected = f"*{name}* is in *{asked[name]}*."
+        elif name in OF_VISION:
+            expected = f"*{name}* is in the command line alone."
         else:
             choices = field.metadata["choices"]
             one_of = f"; one of {', '.join(choices)}" if choices else ""

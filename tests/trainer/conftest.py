@@ -16,6 +16,7 @@ from turbodistill.core.denoiser import Cond, Denoiser
 from turbodistill.core.schedule import DiscreteSchedule, expand
 from turbodistill.core.student import Student
 from turbodistill.trainer import data, run
+from turbodistill.trainer.begin import features
 from turbodistill.trainer.config import Config
 from turbodistill.trainer.state import State
 
@@ -76,8 +77,11 @@ class ToyHost:
         seeds = [zlib.crc32(p.encode()) for p in prompts]
         return Cond(torch.stack([torch.randn(TOKENS, STATES, generator=_seeded(s)) for s in seeds]))
 
+    def decoder(self, latents: Tensor) -> Tensor:
+        return F.interpolate(latents[:, :3] / 4 + 0.5, scale_factor=4.0)
+
     def decode(self, latents: Tensor) -> Tensor:
-        return F.interpolate(latents[:, :3] / 4 + 0.5, scale_factor=4.0).clamp(0, 1)
+        return self.decoder(latents).clamp(0, 1)
 
     def encode_images(self, images: Tensor) -> Tensor:
         small = F.avg_pool2d(images, 4) * 4 - 2
@@ -136,7 +140,7 @@ def pairs(host: ToyHost, settings: Config, folder, prompts=WORDS) -> data.Sample
 def state(host: ToyHost, settings: Config, samples: data.Samples) -> State:
     torch.manual_seed(settings.seed)
     student = Student(host.denoiser, settings.rank, settings.alpha or None, settings.targets, settings.output)
-    return State.create(student, settings, samples)
+    return State.create(student, settings, samples, features(host, settings))
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:

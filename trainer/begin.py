@@ -1,0 +1,77 @@
+"""How a training begins: a fresh student, or another's, and everything that learns beside it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from ..core.card import read
+from ..core.checkpointing import blocks
+from ..core.features import TeacherFeatures, VisionFeatures
+from ..core.student import Student, load_weights
+from .config import Config, ConfigError
+from .data import Samples
+from .host import Host
+from .state import State, tap_names
+from .vision import load_vision
+
+
+def create(host: Host, config: Config) -> Student:
+    """A fresh student, the same for the same seed; raises ConfigError for targets or taps this model lacks."""
+    try:
+        features(host, config)
+        if config.checkpointing:
+            blocks(host.denoiser.backbone)
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            student = Student(
+                host.denoiser, config.rank, config.alpha or None, config.targets, config.output, config.start
+            )
+    except (ValueError, re.error) as error:
+        raise ConfigError(str(error)) from None
+    if config.begin:
+        try:
+            _go_on_from(Path(config.begin), host, student)
+        except ValueError as error:
+            student.release()
+            raise ConfigError(f"begin: {error}") from None
+    return student
+
+
+def features(host: Host, config: Config) -> TeacherFeatures | VisionFeatures:
+    """What the discriminator sees; raises ValueError for taps or a vision transformer that cannot be had."""
+    taps = tap_names(config)
+    if not config.vision:
+        return TeacherFeatures(host.denoiser, taps)
+    if host.decoder is None:
+        raise ValueError(
+            f"vision is {config.vision!r}, but here the discriminator judges in latent space alone: leave it empty, or "
+            "distil by the command line"
+        )
+    network, patch = load_vision(config.vision)
+    return VisionFeatures(network.to(host.denoiser.device), patch, host.decoder, config.vision_size, taps)
+
+
+def begin(host: Host, config: Config, sample: Samples) -> State:
+    """A fresh state of a fresh student; whoever asks for it releases it."""
+    student = create(host, config)
+    try:
+        return State.create(student, config, sample, features(host, config))
+    except BaseException:
+        student.release()
+        raise
+
+
+def _go_on_from(path: Path, host: Host, student: Student) -> None:
+    """Fill a fresh student from another's file; raises ValueError if that is no student of this kind and model."""
+    tensors, card = read(path)
+    found = (card.base_hash, card.prediction, card.timesteps[0], card.rank)
+    wanted = (host.base_hash, student.reading, student.start, student.lora.rank if student.lora else 0)
+    if found != wanted:
+        raise ValueError(
+            f"{path} has base model, prediction, start and rank {found}, this training {wanted}: give it the same "
+            "settings, or begin at the teacher"
+        )
+    load_weights(student, student.trained, tensors)
