@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import nn
 
 EMBEDDED = "embedded"
@@ -12,18 +13,40 @@ FOLDER = Path(__file__).parents[1] / "demo" / "vision"
 
 
 def load_vision(name: str) -> tuple[nn.Module, int]:
-    """A frozen vision transformer in float32, and the side of its patches in pixels.
+    """A vision transformer in float32, and the side of its patches in pixels.
 
     `name` is "embedded", a folder in transformers' layout, or a hub's name. Raises ValueError for one
-    that cannot be had, or that has no patches.
+    that cannot be had whole, or that has no patches.
     """
     try:
         from transformers import AutoModel
 
-        network = AutoModel.from_pretrained(FOLDER if name == EMBEDDED else name, dtype=torch.float32)
+        with _without_progress():
+            network, told = AutoModel.from_pretrained(
+                str(FOLDER) if name == EMBEDDED else name, output_loading_info=True
+            )
     except (ImportError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"vision is {name!r}, which cannot be loaded: {error}") from None
+    if told["missing_keys"]:
+        missing = sorted(told["missing_keys"])
+        raise ValueError(
+            f"vision is {name!r}, whose file lacks {len(missing)} weights ({missing[0]}, ...): get it anew"
+        )
     patch = getattr(network.config, "patch_size", None)
     if not isinstance(patch, int):
         raise ValueError(f"vision is {name!r}, a {type(network).__name__} without patches: use a vision transformer")
-    return network, patch
+    return network.float(), patch
+
+
+@contextmanager
+def _without_progress() -> Iterator[None]:
+    """transformers draws no bar of its own within: a front end has one."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

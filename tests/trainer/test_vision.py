@@ -1,7 +1,10 @@
 """A vision transformer that judges decoded pictures: ADD's own discriminator."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
 from turbodistill.core.features import VisionFeatures
 from turbodistill.trainer import begin, run
@@ -124,6 +127,15 @@ def test_a_network_without_patches_is_refused(kit, host, settings, tmp_path):
     shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     BertModel(BertConfig(vocab_size=9, **shape)).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="a BertModel without patches: use a vision transformer"):
+        begin.create(host, settings(vision=str(tmp_path)))
+
+
+def test_a_file_that_lacks_weights_is_refused(kit, host, settings, folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    whole = load_file(folder / "model.safetensors")
+    whole.pop("encoder.layer.1.mlp.fc1.weight")
+    save_file(whole, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"whose file lacks 1 weights \(encoder.layer.1.mlp.fc1.weight, ...\)"):
         begin.create(host, settings(vision=str(tmp_path)))
 
 
