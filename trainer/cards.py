@@ -54,11 +54,12 @@ def _told(config: Config) -> dict[str, Any]:
         "positives",
         "adversarial",
         "adversarial_weight",
-        "vision",
         "distillation",
         "distillation_weight",
     )
-    told = {n: getattr(config, n) for n in (*names, "regression_weight", "seed") if getattr(config, n) != ""}
+    told = {n: getattr(config, n) for n in (*names, "regression_weight", "seed")}
+    if config.vision:  # of a folder its name alone: where it lay is nobody's business
+        told["vision"] = Path(config.vision).name if Path(config.vision).is_dir() else config.vision
     return told | ({"begun from": Path(config.begin).name} if config.begin else {})
 
 
