@@ -4,9 +4,9 @@ import dataclasses
 import json
 
 import pytest
-from turbodistill.trainer.config import Config, ConfigError
+from turbodistill.trainer.config import OF_VISION, Config, ConfigError
 
-FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name not in OF_VISION}
 # Begun with otherwise in ComfyUI, where a large model on one card is the rule.
 OTHER = {"TurboDistillDistill": {"batch": 4, "checkpointing": True}}
 KINDS = {bool: "BOOLEAN", int: "INT", float: "FLOAT", str: "STRING"}

@@ -5,13 +5,13 @@ import dataclasses
 import inspect
 
 import pytest
-from turbodistill.trainer.config import Config, ConfigError
+from turbodistill.trainer.config import OF_VISION, Config, ConfigError
 from turbodistill.webui_extension import fields, job, runs, tab
 
 gradio = pytest.importorskip("gradio", reason="needs gradio: pip install 'turbodistill[ui]'")
 pytestmark = pytest.mark.gradio
 
-FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name not in OF_VISION}
 NOTHING = gradio.update()
 
 
