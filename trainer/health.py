@@ -48,12 +48,14 @@ def measure(
                 ((r > 0).float().mean() + (f < 0).float().mean()).item() / 2 for r, f in zip(real, fake, strict=True)
             ]
         accuracy, gap = sum(right) / len(right), sum(gaps) / len(gaps)
+    # A small batch may hold one picture twice, or one alone: then there is nothing to compare with.
+    spread = spread_of_batch(positives)
     return Health(
         accuracy=accuracy,
         logit_gap=gap,
         saturation=(output.std() / positives.std().clamp(min=1e-6)).item(),
         sharpness=high_frequency_power(output) / max(high_frequency_power(positives), 1e-12),
-        diversity=spread_of_batch(output) / max(spread_of_batch(positives), 1e-12) if len(output) > 1 else 1.0,
+        diversity=spread_of_batch(output) / spread if spread > 1e-6 else 1.0,
     )
 
 

@@ -125,6 +125,12 @@ def test_health_of_a_twin_is_one_and_of_a_grey_blur_is_less():
     assert grey.saturation < 0.5 and grey.sharpness < 0.1 and grey.diversity < 0.5
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_diversity_of_a_batch_of_one_picture_is_not_told(count):
+    alone = torch.randn(1, 4, 8, 8).repeat(count, 1, 1, 1)
+    assert health.measure([], [], torch.randn(count, 4, 8, 8), alone, False).diversity == 1.0
+
+
 def test_relative_accuracy_compares_the_two_logits():
     x = torch.randn(2, 4, 8, 8)
     both_high = health.measure(logits([3.0, 3.0]), logits([2.0, 2.0]), x, x, relative=True)
