@@ -109,7 +109,7 @@ class TeacherFeatures:
     same block, are left out.
     """
 
-    noisy = True  # what it looks at is noised first
+    conditional = True  # it is told the noise level, at which it looks, and the text
 
     def __init__(self, teacher: Denoiser, taps: Sequence[str] | None = None):
         """Raises ValueError for taps that the teacher's backbone lacks, or where none are known."""
@@ -153,7 +153,7 @@ class VisionFeatures:
     latents, with gradients. Pictures are scaled to `size` pixels on their longer side; 0 leaves them.
     """
 
-    noisy = False
+    conditional = False
     MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def __init__(
@@ -184,6 +184,9 @@ class VisionFeatures:
             return tokens[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
 
         return [m.float() for m in outputs(self.modules, take, lambda: self.network((pictures - mean) / std))]
+
+
+Features = TeacherFeatures | VisionFeatures
 
 
 def picture_part(tap: str, output: Tensor | tuple, text: int) -> Tensor:

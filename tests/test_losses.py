@@ -1,5 +1,7 @@
 """Losses by hand and by other means; the trainer's terms where a mistake would be silent."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -311,9 +313,35 @@ def test_the_discriminator_s_loss_trains_it_alone(toys, name, penalty):
     batch = draw(state.config, state.student, pairs, None, torch.Generator().manual_seed(0))
     with state.student.training():
         _, used = distill.student_loss(state, batch, toys.cond(1, 0.0), adversarial=True)
-        parts, _, _ = distill.discriminator_loss(state, used["real"], used["fake"], batch.seed)
+        parts, _, _ = distill.discriminator_loss(state, used["real"], used["fake"], batch)
         assert ("r1" in parts) == (penalty != "none") and all(v > 0 for v in parts.values())
         sum(parts.values()).backward()
     assert any(p.grad.abs().sum() > 0 for p in state.discriminator.parameters() if p.grad is not None)
     assert all(p.grad is None for p in state.student.trained.parameters())
     assert all(p.grad is None for p in state.student.teacher.backbone.parameters())
+
+
+@pytest.mark.parametrize("conditional", [True, False], ids=["latents", "pictures"])
+def test_a_real_picture_with_another_s_text_counts_as_wrong(toys, conditional):
+    state, pairs = toy_state(toys, mismatch_weight=0.5, adversarial="nonsaturating", r1="none")
+    batch = draw(state.config, state.student, pairs, None, torch.Generator().manual_seed(0))
+    state.features.conditional = conditional
+    real, fake = distill.both(state, toys.picture(4), batch)
+    turned = batch.positive_cond.rows(torch.tensor([3, 0, 1, 2]))
+    # Features of noisy latents are of the text as well: they are taken with the other's.
+    wrong = distill.look(state, batch.positive, turned, batch) if conditional else replace(real, text=turned.summary)
+    parts, on_real, _ = distill.discriminator_loss(state, real, fake, batch)
+    logits = distill.judge(state, wrong)
+    # Each judgement moves the heads' spectral norms a little.
+    expected = 0.5 * losses.nonsaturating_discriminator(on_real, logits)
+    assert parts["mismatch"].item() == pytest.approx(expected.item(), rel=1e-3)
+    parts["mismatch"].backward()
+    assert all(p.grad is not None for p in state.discriminator.condition.parameters())
+
+
+def test_a_batch_of_one_text_has_no_other(toys):
+    state, _ = toy_state(toys, mismatch_weight=0.5)
+    alike = Samples(toys.picture(8), toys.cond(1).repeat(8), [""] * 8, torch.arange(8))
+    batch = draw(state.config, state.student, alike, None, torch.Generator().manual_seed(0))
+    parts, _, _ = distill.discriminator_loss(state, *distill.both(state, toys.picture(4), batch), batch)
+    assert "mismatch" not in parts

@@ -9,7 +9,7 @@ import torch
 
 from ..core.card import read
 from ..core.checkpointing import blocks
-from ..core.features import TeacherFeatures, VisionFeatures
+from ..core.features import Features, TeacherFeatures, VisionFeatures
 from ..core.student import Student, load_weights
 from .config import Config, ConfigError
 from .data import Samples
@@ -19,9 +19,8 @@ from .vision import load_vision
 
 
 def create(host: Host, config: Config) -> Student:
-    """A fresh student, the same for the same seed; raises ConfigError for targets or taps this model lacks."""
+    """A fresh student, the same for the same seed; raises ConfigError for targets or blocks this model lacks."""
     try:
-        features(host, config)
         if config.checkpointing:
             blocks(host.denoiser.backbone)
         with torch.random.fork_rng():
@@ -40,25 +39,32 @@ def create(host: Host, config: Config) -> Student:
     return student
 
 
-def features(host: Host, config: Config) -> TeacherFeatures | VisionFeatures:
-    """What the discriminator sees; raises ValueError for taps or a vision transformer that cannot be had."""
+def features(host: Host, config: Config) -> Features:
+    """What the discriminator sees; raises ConfigError for taps or a vision transformer that cannot be had."""
     taps = tap_names(config)
-    if not config.vision:
-        return TeacherFeatures(host.denoiser, taps)
-    if host.decoder is None:
-        raise ValueError(
-            f"vision is {config.vision!r}, but here the discriminator judges in latent space alone: leave it empty, or "
-            "distil by the command line"
-        )
-    network, patch = load_vision(config.vision)
-    return VisionFeatures(network.to(host.denoiser.device), patch, host.decoder, config.vision_size, taps)
+    try:
+        if not config.vision:
+            return TeacherFeatures(host.denoiser, taps)
+        if host.decoder is None:
+            raise ValueError(
+                f"vision is {config.vision!r}, but here the discriminator judges in latent space alone: leave it "
+                "empty, or distil by the command line"
+            )
+        network, patch = load_vision(config.vision)
+        return VisionFeatures(network.to(host.denoiser.device), patch, host.decoder, config.vision_size, taps)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
-def begin(host: Host, config: Config, sample: Samples) -> State:
-    """A fresh state of a fresh student; whoever asks for it releases it."""
+def begin(host: Host, config: Config, sample: Samples, seen: Features | None = None) -> State:
+    """A fresh state of a fresh student, judged by `seen` (by the settings' own features, if None).
+
+    Whoever asks for it releases it.
+    """
+    seen = seen or features(host, config)
     student = create(host, config)
     try:
-        return State.create(student, config, sample, features(host, config))
+        return State.create(student, config, sample, seen)
     except BaseException:
         student.release()
         raise

@@ -99,6 +99,12 @@ class Config:
     adversarial_weight: float = option(
         1.0, "weight of the adversarial loss; 0 leaves the discriminator out", "losses", low=0
     )
+    mismatch_weight: float = option(
+        0.0,
+        "weight of the discriminator's telling a real picture with its own text from one with another text of the batch",
+        "losses",
+        low=0,
+    )
     distillation: str = option(
         "exponential",
         "distillation loss: ADD's with a weighting over noise levels; nfsd; or matching, which compares the "

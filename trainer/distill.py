@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Generator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,9 +51,9 @@ class Judged:
 
 
 def look(state: State, x0: Tensor, cond: Cond, batch: Batch, real: bool = False) -> Judged:
-    """Features of x0 (B, C, H, W), re-noised to the batch's level if they are of noisy latents; gradients reach x0."""
+    """Features of x0 (B, C, H, W), where they are of noisy latents at the batch's level; gradients reach x0."""
     schedule = state.student.schedule
-    sigma = batch.renoise if state.features.noisy else torch.zeros_like(batch.renoise)
+    sigma = batch.renoise if state.features.conditional else torch.zeros_like(batch.renoise)
     maps = state.features(schedule.add_noise(x0, batch.noise, sigma), sigma, cond)
     if real:
         state.discriminator.calibrate(maps)
@@ -79,8 +79,23 @@ def judge(state: State, seen: Judged) -> list[Tensor]:
     return state.discriminator(seen.inputs, seen.sigma, seen.text, seen.image)
 
 
+def elsewhere(state: State, real: Judged, batch: Batch) -> tuple[Judged, Tensor]:
+    """The positives with the text of their neighbours in the batch, and (B,) where that is another text.
+
+    For a matching-aware discriminator (arXiv 1605.05396, section 4.2).
+    """
+    order = torch.arange(len(real.text)).roll(1)
+    other = real.text[order]
+    if state.features.conditional:
+        with torch.no_grad():
+            wrong = look(state, batch.positive, batch.positive_cond.rows(order), batch)
+    else:
+        wrong = replace(real, text=other)
+    return wrong, (other != real.text).any(1)
+
+
 def discriminator_loss(
-    state: State, real: Judged, fake: Judged, seed: int
+    state: State, real: Judged, fake: Judged, batch: Batch
 ) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]:
     """The named parts of the discriminator's loss, and the logits of real and fake."""
     config = state.config
@@ -90,11 +105,19 @@ def discriminator_loss(
         for x in real.inputs:
             x.requires_grad_(True)
     on_real, on_fake = judge(state, real), judge(state, fake)
-    parts = {"discriminator": losses.ADVERSARIAL[config.adversarial][0](on_real, on_fake)}
+    loss = losses.ADVERSARIAL[config.adversarial][0]
+    parts = {"discriminator": loss(on_real, on_fake)}
+    if config.mismatch_weight > 0:
+        wrong, differs = elsewhere(state, real, batch)
+        if differs.any():
+            of_wrong = judge(state, wrong)
+            parts["mismatch"] = config.mismatch_weight * loss(
+                [x[differs] for x in on_real], [x[differs] for x in of_wrong]
+            )
     if exact:
         parts["r1"] = config.r1_weight * losses.r1(on_real, real.inputs)
     elif config.r1 == "approximate" and config.r1_weight > 0:
-        draws = torch.Generator(real.sigma.device).manual_seed(seed)
+        draws = torch.Generator(real.sigma.device).manual_seed(batch.seed)
         noise = [torch.randn(x.shape, generator=draws, device=x.device) for x in real.inputs]
         moved = [x + config.r1_noise * e for x, e in zip(real.inputs, noise, strict=True)]
         perturbed = judge(state, Judged(moved, real.sigma, real.text, real.image))
@@ -197,7 +220,7 @@ def _discriminate(state: State, pairs: Samples, reals: Reals | None, draws: torc
         with torch.no_grad():
             output = state.student(batch.x, batch.sigma, batch.cond).float()
             real, fake = both(state, output, batch)
-        parts, _, _ = discriminator_loss(state, real, fake, batch.seed)
+        parts, _, _ = discriminator_loss(state, real, fake, batch)
     torch.stack(list(parts.values())).sum().backward()
     norm = _update(state.discriminator_optimizer, state.discriminator, state.config.clip)
     _check(state.update + 1, {"discriminator's gradient": norm})
@@ -261,7 +284,7 @@ def _advance(state: State, pairs: Samples, uncond: Cond, reals: Reals | None) ->
                 if not adversarial:
                     with torch.no_grad():
                         used["real"], used["fake"] = both(state, used["output"], batch)
-                parts, on_real, on_fake = discriminator_loss(state, used["real"], used["fake"], batch.seed)
+                parts, on_real, on_fake = discriminator_loss(state, used["real"], used["fake"], batch)
             (torch.stack(list(parts.values())).sum() * share).backward()
             _add(totals, parts, share)
         if adversarial and state.score:

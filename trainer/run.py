@@ -21,7 +21,7 @@ from torch import Tensor
 from ..core.card import StudentCard, read
 from ..core.student import load_weights
 from . import data, health
-from .begin import begin, create
+from .begin import begin, create, features
 from .cards import write_student
 from .config import Config, ConfigError
 from .distill import Diverged, Step, distill
@@ -252,7 +252,8 @@ def _run(
     _writable(folder)
     pairs_folder = Path(pairs_folder or folder / "pairs")
     total = 0 if images is None else len(data.read_image_folder(images))
-    if config.rank:  # a setting that does not fit this model is told before hours of pairs
+    seen = features(host, config)  # a setting that does not fit this model is told before hours of pairs
+    if config.rank:
         create(host, config).release()
     for done, newest in data.make_pairs(host, config, prompts, pairs_folder):
         yield PairsMade(done, config.pairs, "teacher pairs", newest)
@@ -268,7 +269,7 @@ def _run(
     train_rows, held_rows = split(pairs)
     train, held = take(pairs, train_rows), take(pairs, held_rows)
     doing.what = "training"
-    state = begin(host, config, pairs)
+    state = begin(host, config, pairs, seen)
     state.extra["data"] = data.pairs_key(host, config, prompts)
     try:
         yield from _train(host, state, folder, train, held, reals, score, control)

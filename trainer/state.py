@@ -13,7 +13,7 @@ from torch import nn
 
 from ..core.checkpointing import checkpointed
 from ..core.discriminator import Discriminator
-from ..core.features import TeacherFeatures, VisionFeatures
+from ..core.features import Features, TeacherFeatures
 from ..core.student import Student
 from .config import Config, check_resumable
 from .data import Samples
@@ -27,7 +27,7 @@ class State:
 
     config: Config
     student: Student
-    features: TeacherFeatures | VisionFeatures
+    features: Features
     discriminator: Discriminator
     optimizer: torch.optim.Optimizer
     discriminator_optimizer: torch.optim.Optimizer
@@ -44,7 +44,7 @@ class State:
         student: Student,
         config: Config,
         sample: Samples,
-        features: TeacherFeatures | VisionFeatures | None = None,
+        features: Features | None = None,
     ) -> State:
         """A fresh state; one `sample` row tells the shapes of features (by default the teacher's) and text."""
         device = student.device

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from turbodistill.core.card import StudentCard, fingerprint
+from turbodistill.core.card import StudentCard, fingerprint, read
 from turbodistill.core.student import Student, student_bytes
+from turbodistill.trainer import run
 
 
 @pytest.fixture(scope="session")
@@ -218,7 +219,28 @@ def hooks(model):
     return sum(len(getattr(m, kind)) for m in modules for kind in kinds) + sum("forward" in vars(m) for m in modules)
 
 
+def folder(places, name="my-turbo"):
+    """Where a training keeps everything."""
+    return places.output / "turbodistill" / "runs" / name
+
+
+def tensors(places, name="my-turbo"):
+    return read(folder(places, name) / run.BEST)[0]
+
+
+def state(places, name="my-turbo"):
+    return torch.serialization.load(folder(places, name) / run.STATE, weights_only=True)
+
+
+def x0(model, comfyui):
+    """What a MODEL makes of some noise, as ComfyUI's sampling would call it."""
+    with model.loaded() as network, torch.no_grad():
+        noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+        return network.apply_model(14 * noise, torch.tensor([14.0, 14.0]), torch.ones(2, 3, 6))
+
+
 @pytest.fixture(scope="session")
 def kit():
     """The functions above: tests are no package, and nothing can import a conftest."""
-    return SimpleNamespace(bits=bits, same=same, hooks=hooks, words=WORDS, quick=QUICK)
+    tools = {f.__name__: f for f in (bits, same, hooks, folder, tensors, state, x0)}
+    return SimpleNamespace(**tools, words=WORDS, quick=QUICK)

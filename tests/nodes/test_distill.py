@@ -1,55 +1,30 @@
 """The nodes that make a student of the loaded model: from prompts to a MODEL, whatever comes between."""
 
-import gc
-import json
-import random
 import re
-import weakref
 
 import pytest
 import torch
 from PIL import Image
-from turbodistill.core.card import read
 from turbodistill.core.families import Sampling
-from turbodistill.trainer import begin, run
 from turbodistill.trainer import data as trainer_data
+from turbodistill.trainer import run
 from turbodistill.trainer.config import ConfigError
 from turbodistill.trainer.data import DataError
-from turbodistill.trainer.memory import OutOfMemory
 
 RUN = "/turbodistill/runs/3"
-
-
-def folder(places, name="my-turbo"):
-    return places.output / "turbodistill" / "runs" / name
-
-
-def tensors(places, name="my-turbo"):
-    return read(folder(places, name) / run.BEST)[0]
-
-
-def state(places, name="my-turbo"):
-    return torch.serialization.load(folder(places, name) / run.STATE, weights_only=True)
-
-
-def x0(model, comfyui):
-    """What a MODEL makes of some noise, as ComfyUI's sampling would call it."""
-    with model.loaded() as network, torch.no_grad():
-        noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-        return network.apply_model(14 * noise, torch.tensor([14.0, 14.0]), torch.ones(2, 3, 6))
 
 
 # --- from prompts to a student ---
 
 
 def test_a_graph_from_prompts_to_a_student(nodes, graph, comfyui, server, places, kit):
-    before, made = kit.bits(graph.model), x0(graph.model, comfyui)
+    before, made = kit.bits(graph.model), kit.x0(graph.model, comfyui)
     lines = nodes.data.Prompts.run(source=nodes.data.Prompts.TEXT, text="\n".join(kit.words), file="")[0]
     often = {"preview_every": 2, "select_every": 2, "taps": ""}
     model, student, words, previews = graph.distill(graph.pairs(prompts=lines), advanced=often, updates=4).args
 
     assert kit.same(kit.bits(graph.model), before) and kit.hooks(graph.model) == 0
-    assert graph.model.patches == {} and torch.equal(x0(graph.model, comfyui), made)
+    assert graph.model.patches == {} and torch.equal(kit.x0(graph.model, comfyui), made)
     assert all(p.requires_grad for p in graph.model.model.parameters())  # as they were loaded
 
     card = student.card
@@ -59,13 +34,13 @@ def test_a_graph_from_prompts_to_a_student(nodes, graph, comfyui, server, places
     assert card.training["updates"] in (2, 4)  # the best one
     assert (card.training["pairs"], card.training["batch"]) == (12, 4)
 
-    assert student.path == folder(places) / run.BEST and student.model is model
-    assert sorted(p.name for p in folder(places).iterdir()) == [run.HISTORY, run.STATE, run.BEST]
+    assert student.path == kit.folder(places) / run.BEST and student.model is model
+    assert sorted(p.name for p in kit.folder(places).iterdir()) == [run.HISTORY, run.STATE, run.BEST]
     weights = {k for k, v in graph.model.model.state_dict().items() if k.endswith("weight") and v.ndim > 1}
     assert set(model.patches) == weights
     sampling = nodes.host.sampling_of(model)
     assert (sampling.start, sampling.prediction) == (999, "inherit")
-    assert not torch.allclose(x0(model, comfyui), made, atol=1e-3)
+    assert not torch.allclose(kit.x0(model, comfyui), made, atol=1e-3)
 
     # A picture of every prompt that was held out, at the size of the pairs.
     assert previews.shape == (4, 16, 16, 3) and previews.dtype == torch.float32 and not previews.requires_grad
@@ -118,18 +93,18 @@ def test_a_model_that_looks_one_step_already_is_warned_of(graph, server, file, w
     assert len(warnings) == warned and all("SDXL-Turbo, which is one-step already" in text for text in warnings)
 
 
-def test_settings_come_from_all_three_nodes(graph, places):
+def test_settings_come_from_all_three_nodes(graph, places, kit):
     pairs = graph.pairs(guidance=3.0, seed=5)
     graph.distill(pairs, advanced={"warmup": 3, "steps": 2, "adversarial": "relativistic"}, updates=5, rank=1)
-    config = state(places)["config"]
+    config = kit.state(places)["config"]
     assert (config["guidance"], config["seed"], config["pair_sampler"]) == (3.0, 5, "euler")
     assert (config["warmup"], config["steps"], config["adversarial"]) == (3, 2, "relativistic")
     assert (config["updates"], config["rank"], config["batch"], config["checkpointing"]) == (5, 1, 4, True)
 
 
-def test_without_advanced_settings_the_trainer_s_own_count(graph, places):
+def test_without_advanced_settings_the_trainer_s_own_count(graph, places, kit):
     graph.distill(graph.pairs(), settings=None, updates=1)
-    config = state(places)["config"]
+    config = kit.state(places)["config"]
     assert (config["lr"], config["warmup"], config["width"]) == (2e-4, 200, 64)
 
 
@@ -147,10 +122,10 @@ def images(nodes, places):
 
 
 @pytest.mark.parametrize(("positives", "used"), [("teacher", "both"), ("both", "both"), ("real", "real")])
-def test_pictures_are_taken_for_real(graph, images, places, positives, used):
+def test_pictures_are_taken_for_real(graph, images, places, positives, used, kit):
     graph.distill(graph.pairs(), images=images[0], advanced={"positives": positives})
-    assert state(places)["config"]["positives"] == used
-    encoded = trainer_data.read_shard(folder(places) / "images" / "images-0000000.safetensors")
+    assert kit.state(places)["config"]["positives"] == used
+    encoded = trainer_data.read_shard(kit.folder(places) / "images" / "images-0000000.safetensors")
     assert encoded.latents.shape == (3, 4, 8, 8) and encoded.prompts == ["pet 0", "pet 1", "pet 2"]
 
 
@@ -159,12 +134,12 @@ def test_captions_are_prompts(graph, images):
 
 
 @pytest.mark.parametrize("positives", ["both", "real"])
-def test_real_positives_without_pictures_are_refused(graph, places, positives):
+def test_real_positives_without_pictures_are_refused(graph, places, positives, kit):
     with pytest.raises(
         ConfigError, match=f"positives is '{positives}' but there are no images: give a folder, or use 'teacher'"
     ):
         graph.distill(graph.pairs(), advanced={"positives": positives})
-    assert not folder(places).exists()
+    assert not kit.folder(places).exists()
 
 
 # --- what does not fit ---
@@ -197,16 +172,16 @@ def test_a_name_that_is_no_folder_s_is_refused(graph, places, name):
 
 
 @pytest.mark.parametrize("name", ["my-turbo", "My Turbo 1.5", "ünï", "a"])
-def test_a_name_that_is_one_is_taken(nodes, places, name):
-    assert nodes.distill.run_folder(name) == folder(places, name)
+def test_a_name_that_is_one_is_taken(nodes, places, name, kit):
+    assert nodes.distill.run_folder(name) == kit.folder(places, name)
 
 
-def test_pairs_of_another_model_are_refused(graph, toys, loaded, clip_of, places):
+def test_pairs_of_another_model_are_refused(graph, toys, loaded, clip_of, places, kit):
     pairs = graph.pairs()
     for other in ({"model": loaded(make=toys.row, seed=1)}, {"clip": clip_of(seed=1)}):
         with pytest.raises(DataError, match="the pairs were made with another model or CLIP: connect the same ones"):
             graph.distill(pairs, **other)
-    assert not folder(places).exists()
+    assert not kit.folder(places).exists()
 
 
 def test_a_clip_with_a_lora_is_the_same_whether_it_is_loaded_or_not(nodes, graph):
@@ -221,7 +196,7 @@ def test_a_clip_with_a_lora_is_the_same_whether_it_is_loaded_or_not(nodes, graph
     assert nodes.host.clip_hash(graph.clip) != asleep
 
 
-def test_a_student_is_not_distilled_again(nodes, graph, places):
+def test_a_student_is_not_distilled_again(nodes, graph, places, kit):
     pairs = graph.pairs()
     model = graph.distill(pairs)[0]
     for student in (model, nodes.host.with_sampling(graph.model, Sampling("SDXL-Turbo"))):
@@ -229,24 +204,24 @@ def test_a_student_is_not_distilled_again(nodes, graph, places):
             ValueError, match=r"this MODEL is sampled as .* already: connect the model as it was loaded"
         ):
             graph.distill(pairs, name="again", model=student)
-    assert not folder(places, "again").exists()
+    assert not kit.folder(places, "again").exists()
 
 
-def test_a_vae_of_another_model_is_refused(graph, comfyui, places):
+def test_a_vae_of_another_model_is_refused(graph, comfyui, places, kit):
     with pytest.raises(ValueError, match=r"the VAE makes latents of 16 channels, the model wants 4"):
         graph.distill(graph.pairs(), vae=comfyui.Pictures(16))
-    assert not folder(places).exists()
+    assert not kit.folder(places).exists()
 
 
-def test_other_settings_of_a_run_that_is_there_are_refused_and_nothing_is_lost(graph, places):
+def test_other_settings_of_a_run_that_is_there_are_refused_and_nothing_is_lost(graph, places, kit):
     pairs = graph.pairs()
     graph.distill(pairs)
-    before = {p: p.read_bytes() for p in folder(places).iterdir()}
+    before = {p: p.read_bytes() for p in kit.folder(places).iterdir()}
     with pytest.raises(ConfigError, match="rank was 2 and is 3"):
         graph.distill(pairs, rank=3)
     with pytest.raises(ConfigError, match="a training of another model, or with other prompts or pairs"):
         graph.distill(graph.pairs(prompts=["other"]))
-    assert {p: p.read_bytes() for p in folder(places).iterdir()} == before
+    assert {p: p.read_bytes() for p in kit.folder(places).iterdir()} == before
 
 
 def test_a_network_without_known_blocks_says_so(graph, toys, loaded, places):
@@ -255,197 +230,3 @@ def test_a_network_without_known_blocks_says_so(graph, toys, loaded, places):
     with pytest.raises(ValueError, match="no known blocks in ConvBackbone: set checkpointing to false"):
         graph.distill(pairs, advanced={"taps": "conv_in,down"})
     assert graph.distill(pairs, advanced={"taps": "conv_in,down"}, checkpointing=False)[0].patches
-
-
-# --- cancelled, stopped, failed ---
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_a_cancelled_run_goes_on_to_the_same_student(graph, comfyui, server, places, kit, seed):
-    pairs = graph.pairs()
-    settings = {"updates": 5, "advanced": {"preview_every": 2, "select_every": 2}}
-    graph.distill(pairs, "whole", **settings)
-    before, made = kit.bits(graph.model), x0(graph.model, comfyui)
-    draws = random.Random(seed)
-    cancels = 0
-    for _ in range(20):
-        handle = graph.at_pass(draws.randint(1, 25), comfyui.server.interrupt_current_processing)
-        try:
-            graph.distill(pairs, "cut", **settings)
-            break
-        except comfyui.server.InterruptProcessingException:
-            cancels += 1
-            told = server.sent[-1][1]
-            assert told["state"] == "cancelled" and told["error"] == ""
-        finally:
-            handle.remove()
-            comfyui.server.interrupt_current_processing(False)
-        assert kit.same(kit.bits(graph.model), before) and kit.hooks(graph.model) == 0
-        assert all(p.requires_grad and p.grad is None for p in graph.model.model.parameters())
-        assert torch.equal(x0(graph.model, comfyui), made)
-        if told["what"] == "training" and told["done"]:
-            assert state(places, "cut")["update"] == told["done"]
-    assert cancels
-    assert kit.same(tensors(places, "cut"), tensors(places, "whole"))
-
-
-def test_a_run_that_goes_on_shows_what_was_before(graph, server):
-    pairs = graph.pairs()
-    graph.distill(pairs)
-    first = server.routes.ask("GET", RUN)[1]["history"]
-    graph.distill(pairs, updates=5)
-    history = server.routes.ask("GET", RUN)[1]["history"]
-    assert history["update"] == [1, 2, 3, 4, 5]
-    assert history["losses"]["regression"][:3] == pytest.approx(first["losses"]["regression"])
-    assert history["health"]["accuracy"][:3] == pytest.approx(first["health"]["accuracy"])
-
-
-def test_a_run_that_is_complete_gives_its_student_again(graph, places, kit):
-    pairs = graph.pairs()
-    first = graph.distill(pairs)
-    again = graph.distill(pairs)
-    assert again[1].path == first[1].path and again[1].card == first[1].card and torch.equal(again[3], first[3])
-
-
-def test_a_run_that_is_stopped_keeps_the_best_and_goes_on_when_asked_again(nodes, graph, server, places):
-    pairs, stamp = graph.pairs(), nodes.distill.Distill.fingerprint_inputs
-    before = stamp(name="my-turbo")
-    answers = []
-    handle = graph.at_pass(20, lambda: answers.append(server.routes.ask("POST", f"{RUN}/stop")))
-    model, student, *_ = graph.distill(pairs, updates=50).args
-    handle.remove()
-    told = server.sent[-1][1]
-    assert answers == [(204, None)] and told["state"] == "stopped" and 0 < told["done"] < 50
-    assert model.patches and student.card.training["updates"] <= told["done"]
-    assert stamp(name="my-turbo") != before and stamp(name="other") == before  # so that Run goes on
-    graph.distill(pairs, updates=told["done"] + 2)
-    assert server.sent[-1][1]["state"] == "done" and state(places)["update"] == told["done"] + 2
-
-
-def test_a_preview_comes_when_it_is_asked_for(graph, server):
-    pairs, answers = graph.pairs(), []
-    handle = graph.at_pass(20, lambda: answers.append(server.routes.ask("POST", f"{RUN}/preview")))
-    graph.distill(pairs, updates=9)
-    handle.remove()
-    assert answers == [(204, None)]
-    updates = [p["update"] for p in server.sent[-1][1]["previews"]]
-    assert len(updates) == 3 and 0 == updates[0] < updates[1] < updates[2] == 9
-
-
-@pytest.fixture
-def students(monkeypatch):
-    """Weak references to every student that a run makes, and to its LoRA."""
-    made, create = [], begin.create
-
-    def noted(*args):
-        student = create(*args)
-        made.extend((weakref.ref(student), weakref.ref(student.lora)))
-        return student
-
-    for module in (begin, run):
-        monkeypatch.setattr(module, "create", noted)
-    return made
-
-
-def out_of_memory():
-    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-
-@pytest.mark.parametrize(
-    ("changes", "remedy"),
-    [
-        (
-            {"checkpointing": False},
-            "set checkpointing to true, or lower batch and raise accumulate by as much, or make",
-        ),
-        ({}, "): lower batch and raise accumulate by as much, or make smaller pictures, or lower rank"),
-        ({"batch": 1}, "): make smaller pictures, or lower rank"),
-    ],
-)
-def test_out_of_memory_says_what_to_change_and_frees(
-    graph, comfyui, server, places, kit, students, monkeypatch, changes, remedy
-):
-    pairs = graph.pairs()
-    before, emptied = kit.bits(graph.model), []
-    monkeypatch.setattr(graph.nodes.host_page, "empty_cache", lambda: emptied.append([s() for s in students]))
-    handle = graph.at_pass(10, out_of_memory)
-    words = ""
-    try:
-        graph.distill(pairs, "cut", **changes)
-    except OutOfMemory as error:
-        words = str(error)
-    handle.remove()
-    batch = changes.get("batch", 4)
-    assert words.startswith(f"out of memory while training (batch {batch}, latents of 8 x 8, rank 2): ")
-    assert remedy in words
-    assert server.sent[-1][1]["state"] == "failed" and server.sent[-1][1]["error"] == words
-    gc.collect()
-    assert len(students) == 4 and [s() for s in students] == [None] * 4
-    assert len(emptied) == 1
-    assert kit.same(kit.bits(graph.model), before) and kit.hooks(graph.model) == 0
-    if not changes:  # the next run goes on, and loses nothing
-        graph.distill(pairs, "whole")
-        graph.distill(pairs, "cut")
-        assert kit.same(tensors(places, "cut"), tensors(places, "whole"))
-
-
-def test_memory_is_free_when_the_cache_is_emptied(graph, students, monkeypatch):
-    """Else it would be emptied of nothing: what an error's traceback holds is not free yet."""
-    pairs, left = graph.pairs(), []
-    monkeypatch.setattr(graph.nodes.host_page, "empty_cache", lambda: left.append([s() for s in students]))
-    handle = graph.at_pass(10, out_of_memory)
-    gc.disable()
-    try:
-        with pytest.raises(OutOfMemory):
-            graph.distill(pairs)
-    finally:
-        gc.enable()
-        handle.remove()
-    assert left == [[None] * 4]
-
-
-def test_out_of_memory_while_pairs_are_made_says_what_to_change(graph):
-    handle = graph.at_pass(2, out_of_memory)
-    with pytest.raises(OutOfMemory, match="out of memory while making teacher pairs: make fewer at once"):
-        graph.pairs()
-    handle.remove()
-    assert graph.pairs().folder.is_dir()
-
-
-def test_a_run_that_has_ended_holds_no_model(graph, loaded, toys, server):
-    """The page may ask for it as long as the server runs."""
-    pairs = graph.pairs()
-    graph.distill(pairs)
-    gone = weakref.ref(graph.model.model), weakref.ref(graph.clip)
-    graph.model = graph.clip = None
-    gc.collect()
-    assert [ref() for ref in gone] == [None, None]
-    assert server.routes.ask("GET", RUN)[1]["state"] == "done"
-
-
-@pytest.mark.parametrize("part", [run.STATE, run.BEST])
-def test_a_full_disk_is_told_and_the_next_run_goes_on(graph, server, places, kit, monkeypatch, part):
-    pairs = graph.pairs()
-    write = trainer_data.write_whole
-
-    def full(path, content):
-        if path.name == part:
-            raise OSError(28, "No space left on device")
-        write(path, content)
-
-    before = kit.bits(graph.model)
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer_data, "write_whole", full)
-        with pytest.raises(OSError, match="No space left on device"):
-            graph.distill(pairs, "cut")
-    told = server.sent[-1][1]
-    assert told["state"] == "failed" and "No space left on device" in told["error"]
-    assert kit.same(kit.bits(graph.model), before) and kit.hooks(graph.model) == 0
-    graph.distill(pairs, "cut")
-    assert server.sent[-1][1]["state"] == "done" and state(places, "cut")["update"] == 3
-
-
-def test_everything_the_page_is_told_is_json(graph, server):
-    graph.distill(graph.pairs())
-    assert json.loads(json.dumps([told for _, told in server.sent])) == [told for _, told in server.sent]
-    assert {event for event, _ in server.sent} == {"turbodistill.run"}

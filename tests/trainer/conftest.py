@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import zlib
 from types import SimpleNamespace
 
@@ -156,9 +157,39 @@ def tensors(path) -> dict[str, Tensor]:
     return load_file(path)
 
 
+def names(events) -> list[str]:
+    return [type(e).__name__ for e in events]
+
+
 def go(host: ToyHost, settings: Config, folder, **more) -> list:
     """All events of a run to its end."""
     return list(run.run(host, settings, folder, WORDS, **more))
+
+
+def updates(folder) -> list[int]:
+    """Those in the history of a run."""
+    with (folder / run.HISTORY).open(newline="") as file:
+        return [int(row["update"]) for row in csv.DictReader(file)]
+
+
+def saved(folder) -> dict:
+    """The last state of a run."""
+    return torch.serialization.load(folder / run.STATE, weights_only=True)
+
+
+class Refused(Exception):
+    """What a host raises in a pass, when the user cancels there."""
+
+
+def fail_at(host, number, error=Refused):
+    """Raise in a pass of the network, the first being 1; returns the hook's handle."""
+    passes = iter(range(1, 10**6))
+
+    def look(*_):
+        if next(passes) == number:
+            raise error
+
+    return host.denoiser.backbone.register_forward_pre_hook(look)
 
 
 @pytest.fixture(scope="session")

@@ -120,14 +120,14 @@ def test_a_host_without_gradients_through_its_autoencoder_says_so(kit, host, set
 def test_a_folder_that_is_missing_is_named(kit, host, settings, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConfigError, match=r"vision is '.*nowhere', which cannot be loaded"):
-        begin.create(host, settings(vision=str(tmp_path / "nowhere")))
+        begin.features(host, settings(vision=str(tmp_path / "nowhere")))
 
 
 def test_a_network_without_patches_is_refused(kit, host, settings, tmp_path):
     shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     BertModel(BertConfig(vocab_size=9, **shape)).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="a BertModel without patches: use a vision transformer"):
-        begin.create(host, settings(vision=str(tmp_path)))
+        begin.features(host, settings(vision=str(tmp_path)))
 
 
 def test_a_file_that_lacks_weights_is_refused(kit, host, settings, folder, tmp_path):
@@ -136,9 +136,9 @@ def test_a_file_that_lacks_weights_is_refused(kit, host, settings, folder, tmp_p
     whole.pop("encoder.layer.1.mlp.fc1.weight")
     save_file(whole, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ConfigError, match=r"whose file lacks 1 weights \(encoder.layer.1.mlp.fc1.weight, ...\)"):
-        begin.create(host, settings(vision=str(tmp_path)))
+        begin.features(host, settings(vision=str(tmp_path)))
 
 
 def test_taps_are_of_its_own_modules(kit, host, settings):
     with pytest.raises(ConfigError, match=r"taps \['blocks.0'\] are no modules of Dinov2Model"):
-        begin.create(host, settings(taps="blocks.0"))
+        begin.features(host, settings(taps="blocks.0"))

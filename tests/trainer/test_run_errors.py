@@ -1,0 +1,213 @@
+"""What a run refuses, and that nothing is lost when something fails."""
+
+import errno
+import gc
+import math
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from turbodistill.core import losses
+from turbodistill.core.student import load_student
+from turbodistill.trainer import begin, run
+from turbodistill.trainer.config import ConfigError
+from turbodistill.trainer.data import DataError
+from turbodistill.trainer.distill import Diverged
+from turbodistill.trainer.memory import OutOfMemory
+
+
+def test_other_settings_are_refused_with_the_reason_and_nothing_is_lost(kit, host, tmp_path):
+    settings = kit.config(updates=3)
+    kit.go(host, settings, tmp_path)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(ConfigError, match=r"other settings: lr was 0.01 and is 0.02.*or use another folder"):
+        kit.go(host, settings.replace(lr=0.02, updates=9), tmp_path)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_pairs_of_another_model_are_refused_before_training(kit, host, tmp_path):
+    kit.go(host, kit.config(), tmp_path)
+    with pytest.raises(DataError, match="another model"):
+        kit.go(kit.conv_host(seed=1), kit.config(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "prompts", "seed"), [({}, ("other", "words"), 0), ({"guidance": 3.0}, None, 0), ({}, None, 1)]
+)
+def test_a_run_is_not_gone_on_with_by_another_model_or_other_prompts(kit, host, tmp_path, changes, prompts, seed):
+    """Also where the pairs lie elsewhere, as ComfyUI's do: by their own key."""
+    kit.go(host, kit.config(), tmp_path / "run", pairs_folder=tmp_path / "pairs")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    other = kit.config(updates=9, **changes)
+    events = run.run(
+        kit.conv_host(seed), other, tmp_path / "run", prompts or kit.WORDS, pairs_folder=tmp_path / "other pairs"
+    )
+    told = "guidance was 2.0 and is 3.0" if changes else "a training of another model, or with other prompts or pairs"
+    with pytest.raises(ConfigError, match=told):
+        list(events)
+    assert {p: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"positives": "real"}, "positives is 'real' but there are no images"),
+        ({"targets": "nothing"}, "targets 'nothing' match no layer"),
+        ({"targets": "("}, "missing \\)"),
+        ({"taps": "blocks.0, blocks.7"}, r"taps \['blocks.7'\] are no modules"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_pairs_are_made(kit, host, tmp_path, changes, told):
+    with pytest.raises(ConfigError, match=told):
+        kit.go(host, kit.config(**changes), tmp_path)
+    assert not (tmp_path / "pairs").exists()
+
+
+def test_an_empty_image_folder_is_told_before_pairs_are_made(kit, host, tmp_path):
+    (tmp_path / "images").mkdir()
+    with pytest.raises(DataError, match="holds no picture"):
+        kit.go(host, kit.config(), tmp_path / "out", images=tmp_path / "images")
+    assert not (tmp_path / "out" / "pairs").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_told_at_once(kit, host, tmp_path):
+    (tmp_path / "file").write_text("a file, where a folder should be")
+    with pytest.raises(OSError, match=r"cannot write .*: free some space or choose another folder"):
+        next(run.run(host, kit.config(), tmp_path / "file" / "out", kit.WORDS))
+
+
+def test_a_broken_state_is_told_and_deleting_it_begins_anew(kit, host, tmp_path):
+    kit.go(host, kit.config(), tmp_path)
+    path = tmp_path / run.STATE
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match=r"state.pt cannot be read .*delete it to begin anew; the teacher pairs stay"):
+        kit.go(host, kit.config(), tmp_path)
+    path.unlink()
+    assert isinstance(kit.go(host, kit.config(), tmp_path)[-1], run.Finished)
+    assert kit.updates(tmp_path) == [1, 2]
+
+
+def full_disk(name, room):
+    """A Path.write_bytes that finds no room for files of this name after a few."""
+    writes = []
+
+    def write_bytes(path, content):
+        writes.append(path.name.startswith(name))
+        full = writes[-1] and sum(writes) > room
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2] if full else content)
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    return write_bytes
+
+
+@pytest.mark.parametrize("name", [run.STATE, run.BEST])
+def test_a_full_disk_leaves_the_earlier_state_and_the_run_goes_on(kit, host, tmp_path, monkeypatch, name):
+    settings = kit.config(updates=8, save_every=2, select_every=2)
+    kit.go(host, settings, tmp_path / "whole", score=lambda s, t: 1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full_disk(name, 2))
+        with pytest.raises(OSError, match=r"cannot write .*No space left on device.*: free some space"):
+            kit.go(host, settings, tmp_path / "full", score=lambda s, t: 1.0)
+    # Of a state that cannot be written the one before is left, of a student that cannot, all but that.
+    assert kit.saved(tmp_path / "full")["update"] == (4 if name == run.STATE else 6)
+    assert load_student(tmp_path / "full" / run.BEST, host.denoiser)[0]
+    assert not list((tmp_path / "full").glob("*.part"))
+    kit.go(host, settings, tmp_path / "full", score=lambda s, t: 1.0)
+    assert kit.same(kit.tensors(tmp_path / "full" / run.BEST), kit.tensors(tmp_path / "whole" / run.BEST))
+    assert kit.updates(tmp_path / "full") == list(range(1, 9))
+
+
+def test_a_student_that_could_not_be_written_is_not_the_best(kit, host, tmp_path, monkeypatch):
+    settings = kit.config(updates=6, select_every=2)
+    scores = iter([3.0, 1.0])
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full_disk(run.BEST, 1))
+        with pytest.raises(OSError, match="No space left on device"):
+            kit.go(host, settings, tmp_path, score=lambda s, t: next(scores))
+    *_, finished = kit.go(host, settings, tmp_path, score=lambda s, t: 2.0)
+    assert finished.score == 2.0 == finished.card.metrics["score on held-out prompts"]
+
+
+@pytest.mark.parametrize("select_every", [0, 2])
+def test_a_loss_that_is_no_number_leaves_the_last_good_student_and_state(
+    kit, host, tmp_path, monkeypatch, select_every
+):
+    settings = kit.config(updates=8, save_every=3, select_every=select_every)
+    kit.go(host, settings, tmp_path / "whole")
+    inner, calls = losses.regression, []
+
+    def broken(*args):
+        calls.append(1)
+        return inner(*args) * (math.nan if len(calls) == 5 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(losses, "regression", broken)
+        with pytest.raises(Diverged, match=r"update 5: regression is not finite. Lower lr .*student.safetensors"):
+            kit.go(host, settings, tmp_path / "nan")
+    student, card, _ = load_student(tmp_path / "nan" / run.BEST, host.denoiser)
+    assert card.training["updates"] == 4
+    assert all(p.isfinite().all() for p in student.trained.parameters())
+    student.release()
+    assert kit.saved(tmp_path / "nan")["update"] == 3
+    # What made it diverge being gone, the run goes on from there.
+    kit.go(host, settings, tmp_path / "nan")
+    assert kit.same(kit.tensors(tmp_path / "nan" / run.BEST), kit.tensors(tmp_path / "whole" / run.BEST))
+
+
+def test_an_error_before_the_first_update_leaves_no_hook(kit, host, tmp_path):
+    handle = kit.fail_at(host, 7)  # the pass that finds the features' shapes
+    with pytest.raises(kit.Refused):
+        kit.go(host, kit.config(), tmp_path)
+    handle.remove()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in host.denoiser.backbone.modules())
+    assert [p.name for p in tmp_path.iterdir()] == ["pairs"]
+
+
+@pytest.mark.parametrize(
+    ("error", "ours"),
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+    ids=["cuda", "cpu", "another"],
+)
+def test_out_of_memory_is_told_with_what_to_change(kit, host, tmp_path, error, ours):
+    handle = kit.fail_at(host, 20, error)
+    with pytest.raises(OutOfMemory if ours else RuntimeError) as told:
+        kit.go(host, kit.config(updates=9), tmp_path)
+    handle.remove()
+    if ours:
+        assert str(told.value).startswith("out of memory while training (batch 4, latents of 8 x 8, rank 2): ")
+        assert "set checkpointing to true" in str(told.value) and told.value.__cause__ is None
+    else:
+        assert told.value is error
+    assert isinstance(kit.go(host, kit.config(updates=9), tmp_path)[-1], run.Finished)
+
+
+@pytest.mark.parametrize("number", [1, 5])
+def test_out_of_memory_while_pairs_are_made_is_told_too(kit, host, tmp_path, number):
+    handle = kit.fail_at(host, number, torch.cuda.OutOfMemoryError("CUDA out of memory."))
+    with pytest.raises(OutOfMemory, match="out of memory while making teacher pairs: make fewer at once"):
+        kit.go(host, kit.config(), tmp_path)
+    handle.remove()
+
+
+def test_what_was_trained_is_free_once_out_of_memory_is_told(kit, host, tmp_path, monkeypatch):
+    made, create = [], begin.create
+    for module in (begin, run):
+        monkeypatch.setattr(module, "create", lambda *args: made.append(create(*args)) or made[-1])
+    handle = kit.fail_at(host, 20, torch.cuda.OutOfMemoryError)
+    gc.disable()  # a front end empties the device's cache at once
+    try:
+        with pytest.raises(OutOfMemory):
+            kit.go(host, kit.config(updates=9), tmp_path)
+        alive = [weakref.ref(s) for s in made] + [weakref.ref(s.lora) for s in made]
+        made.clear()
+        assert len(alive) == 4 and [ref() for ref in alive] == [None] * 4
+    finally:
+        gc.enable()
+        handle.remove()
