@@ -101,7 +101,8 @@ class Config:
     )
     mismatch_weight: float = option(
         0.0,
-        "weight of the discriminator's telling a real picture with its own text from one with another text of the batch",
+        "weight of the discriminator's telling a real picture with its own text from one with another text of the "
+        "batch",
         "losses",
         low=0,
     )
