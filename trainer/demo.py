@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -48,7 +49,7 @@ SHOWN = 8  # prompts in the report's grid
 ALIKE_PROMPTS, ALIKE = 8, 4  # for diversity: prompts, and samples of each
 TEACHER = "teacher, 50 steps"
 STUDENT = "student, 1 step"
-PAIRS = "pairs"  # folder, beside those of the students
+PAIRS, PICTURES = "pairs", "pictures"  # folders, beside those of the students
 
 
 def arms_of(host: DiffusersHost, guidance: float) -> dict[str, Arm]:
@@ -103,12 +104,17 @@ class Failed(RuntimeError):
     """A training that ran as a command of its own did not end well; it has said why."""
 
 
+def images_of(config: Config, out: Path) -> Path | None:
+    """The folder of real pictures of a demonstration in `out`, for the students whose discriminator wants them."""
+    return None if config.positives == "teacher" else out / PICTURES
+
+
 def train_here(host, configs: Mapping[str, Config], out: Path, follow: Callable[..., Any], score: run.Score) -> None:
     """Train one student after the other, in `out/<name>`; `follow(events, config, folder, host)` shows a run."""
     prompts = read_prompts(FOLDER / "prompts.txt")
     for name, config in configs.items():
         print(f"{name}:")
-        events = run.run(host, config, out / name, prompts, score=score, pairs_folder=out / PAIRS)
+        events = run.run(host, config, out / name, prompts, images_of(config, out), score, out / PAIRS)
         follow(events, config, out / name, host)
 
 
@@ -125,6 +131,8 @@ def train_apart(configs: Mapping[str, Config], out: Path, stop: Sequence) -> Non
         for position, (name, config) in enumerate(configs.items()):
             command = [sys.executable, "-m", f"{__package__}.cli", "distill", "--config", str(out / f"{name}.toml")]
             command += ["--out", str(out / name), "--pairs-folder", str(out / PAIRS), "--title", name]
+            if images := images_of(config, out):
+                command += ["--images", str(images)]
             run.data.write_whole(out / f"{name}.toml", config.to_toml().encode())
             environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_POSITION": str(position)}
             # In a session of its own it hears of Ctrl-C from here alone: a second one would break it off.
@@ -159,6 +167,14 @@ def _pairs(host, config: Config, folder: Path, stop: Sequence) -> None:
                 raise run.Interrupted
 
 
+def _unpack(folder: Path) -> None:
+    """The reference's training pictures as a captioned folder."""
+    with zipfile.ZipFile(REFERENCE) as archive:
+        rows = [row for row in map(json.loads, archive.read("metadata.jsonl").splitlines()) if row["split"] == "train"]
+        archive.extractall(folder, [row["file_name"] for row in rows])
+    run.data.write_whole(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
 def demo(
     out: Path,
     minutes: float,
@@ -184,6 +200,7 @@ def demo(
     }
     with interruptible() as stop:
         _pairs(host, config, out / PAIRS, stop)
+        _unpack(out / PICTURES)
         if apart := host.denoiser.device.type == "cpu" and torch.get_num_threads() > 1:
             train_apart(configs, out, stop)
     if not apart:

@@ -278,7 +278,13 @@ TINY = Config(rank=2, pairs=16, pair_steps=1, batch=4, warmup=1, width=8, update
 @pytest.mark.slow
 def test_trainings_apart_are_commands_that_share_their_pairs(tmp_path):
     out = tmp_path / "runs with a space"
-    demo.train_apart({"student": TINY, "regression": TINY.replace(adversarial_weight=0.0)}, out, [])
+    pictures = out / demo.PICTURES
+    pictures.mkdir(parents=True)
+    Image.new("RGB", (64, 64), "red").save(pictures / "red.png")
+    (pictures / "red.txt").write_text("red")
+    judged = TINY.replace(positives="real")
+    demo.train_apart({"student": judged, "regression": TINY.replace(adversarial_weight=0.0)}, out, [])
+    assert (out / "student" / "images").exists() and not (out / "regression" / "images").exists()
     assert read_card(out / "student" / run.BEST).training["adversarial_weight"] == 1.0
     assert read_card(out / "regression" / run.BEST).training["adversarial_weight"] == 0.0
     assert list((out / demo.PAIRS).glob("*.safetensors")) and not (out / "student" / demo.PAIRS).exists()

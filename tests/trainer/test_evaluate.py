@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from turbodistill.core.sampling import sample_euler, seeded_noise, trailing_sigmas
 from turbodistill.core.student import Student
-from turbodistill.trainer import cli, demo, evaluate, report, run
+from turbodistill.trainer import cli, data, demo, evaluate, report, run
 from turbodistill.trainer.data import DataError
-from turbodistill.trainer.evaluate import Floor, Judge, Score, Timing
+from turbodistill.trainer.evaluate import Floor, Judge, Score, Timing, load_reference
 from turbodistill.trainer.metrics import Interval
 
 PROMPTS = [f"thing {i}" for i in range(40)]
@@ -210,6 +210,7 @@ def test_the_demonstration_ends_with_a_report(kit, host, reference_zip, tmp_path
     settings = tmp_path / "settings.toml"
     settings.write_text(
         "rank = 2\npairs = 16\npair_steps = 2\nbatch = 4\nwarmup = 2\nwidth = 8\nselect_every = 0\npreview_every = 0\n"
+        'positives = "real"\n'
     )
     monkeypatch.setattr(demo, "load_host", lambda *args: host)
     monkeypatch.setattr(demo, "SETTINGS", settings)
@@ -232,6 +233,11 @@ def test_the_demonstration_ends_with_a_report(kit, host, reference_zip, tmp_path
     assert followed[0][0] == "student" and followed[0][1] > 0 and followed[1] == ("regression", 0.0)
     text = page.read_text()
     assert "teacher, 50 steps" in text and "student, 1 step" in text and "regression only" in text
+    # The discriminator's real pictures are those that nothing is measured against.
+    reals = load_reference(reference_zip).split("train").captions
+    assert [caption for _, caption in data.read_image_folder(tmp_path / "out" / demo.PICTURES)] == reals
+    encoded = {name: (tmp_path / "out" / name / "images").exists() for name in ("student", "regression")}
+    assert encoded == {"student": True, "regression": False}
     figures = json.loads((tmp_path / "out" / "figures.json").read_text())
     assert figures["timings"]["teacher, 50 steps"]["passes"] == 100
     assert figures["timings"]["student, 1 step"]["passes"] == 1

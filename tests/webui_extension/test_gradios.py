@@ -37,24 +37,28 @@ def environment(host: str) -> Path:
         pytest.skip("needs Python 3.12 at most: these gradios' packages have no wheels for a later one")
     wanted = f"{SHARED} {BOTH} {HOSTS[host]}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "turbodistill-tests"
-    told = hashlib.sha256(f"{sys.executable} {sys.version} {wanted}".encode()).hexdigest()[:8]
+    told = hashlib.sha256(f"{sys.base_prefix} {sys.version} {wanted}".encode()).hexdigest()[:8]
     folder = cache / f"{host.lower()}-{told}"
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if (folder / "ready").exists():
-        return python
-    shutil.rmtree(folder, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True, capture_output=True)
-    pip = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--retries", "1", *wanted.split()]
-    done = subprocess.run(pip, capture_output=True, text=True)
-    if done.returncode and UNREACHABLE.search(done.stderr):
-        pytest.skip(f"needs pip's index, which cannot be reached: {done.stderr.strip().splitlines()[-1]}")
-    assert done.returncode == 0, done.stderr
+    if not (folder / "ready").exists():
+        make(folder, python, wanted)
     found = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
                            check=True, capture_output=True, text=True)  # fmt: skip
     lent = f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"  # behind its own
     (Path(found.stdout.strip()) / "zz_lent.pth").write_text(lent)
-    (folder / "ready").touch()
     return python
+
+
+def make(folder: Path, python: Path, wanted: str) -> None:
+    """The host's packages in a fresh environment; skips the test where pip's index cannot be reached."""
+    shutil.rmtree(folder, ignore_errors=True)
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True, capture_output=True)
+    pip = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--retries", "1", *wanted.split()]
+    done = subprocess.run(pip, capture_output=True, text=True)
+    if done.returncode and UNREACHABLE.search(done.stderr):
+        pytest.skip(f"needs pip's index, which cannot be reached: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    (folder / "ready").touch()
 
 
 @pytest.mark.parametrize("host", HOSTS)
