@@ -45,7 +45,7 @@ from .precision import autocast
 FOLDER = Path(__file__).parents[1] / "demo"
 SETTINGS = FOLDER / "demo.toml"
 SHIPPED = FOLDER / "student.safetensors"
-SHOWN = 8  # prompts in the report's grid
+SHOWN = 8  # prompts in the report's grid; of names that the teacher was trained on, then of others, as many
 ALIKE_PROMPTS, ALIKE = 8, 4  # for diversity: prompts, and samples of each
 TEACHER = "teacher, 50 steps"
 STUDENT = "student, 1 step"
@@ -68,10 +68,12 @@ class Bench:
         self.host = host
         whole = load_reference(reference or REFERENCE)
         self.judge = Judge(whole)
-        held = whole.split("heldout")
-        order = np.random.default_rng(0).permutation(len(held.captions))[:count]
-        self.chosen = held.take(order.tolist())
-        self.shown = self.chosen.captions[:SHOWN]
+        known, held = (
+            split.take(np.random.default_rng(0).permutation(len(split.captions)).tolist())
+            for split in (whole.split("train"), whole.split("heldout"))
+        )
+        self.chosen = held.take(range(len(held.captions))[:count])
+        self.shown = known.captions[: SHOWN // 2] + held.captions[: SHOWN // 2]
         self.context = functools.partial(autocast, Config(), host.denoiser.device)
 
     def pictures(self, arm: Arm, prompts: Sequence[str], seed: int, title: str) -> Tensor:

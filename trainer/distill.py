@@ -79,7 +79,7 @@ def judge(state: State, seen: Judged) -> list[Tensor]:
     return state.discriminator(seen.inputs, seen.sigma, seen.text, seen.image)
 
 
-def elsewhere(state: State, real: Judged, batch: Batch) -> tuple[Judged, Tensor]:
+def mismatched(state: State, real: Judged, batch: Batch) -> tuple[Judged, Tensor]:
     """The positives with the text of their neighbours in the batch, and (B,) where that is another text.
 
     For a matching-aware discriminator (arXiv 1605.05396, section 4.2).
@@ -108,7 +108,7 @@ def discriminator_loss(
     loss = losses.ADVERSARIAL[config.adversarial][0]
     parts = {"discriminator": loss(on_real, on_fake)}
     if config.mismatch_weight > 0:
-        wrong, differs = elsewhere(state, real, batch)
+        wrong, differs = mismatched(state, real, batch)
         if differs.any():
             of_wrong = judge(state, wrong)
             parts["mismatch"] = config.mismatch_weight * loss(

@@ -161,12 +161,13 @@ def write(report: Report, folder: Path) -> Path:
     ]
     body = [
         f"<h1>{html.escape(report.title)}</h1>",
-        "<p class=lead>The same prompts and the same noise in every row; no picture was chosen by hand.</p>",
+        "<p class=lead>The same prompts and the same noise in every row; no picture was chosen by hand. The upper half "
+        "is of names that the teacher was trained on, the lower half of others.</p>",
         "<div class=facts>" + "".join(f"<div><b>{a}</b>{html.escape(b)}</div>" for a, b in facts) + "</div>",
         f'<img alt="Pictures of every arm" src="data:image/png;base64,{base64.b64encode(picture).decode()}">',
         "<h2>Measured</h2>",
         _table(report),
-        "<p>All prompts are names that neither teacher nor student was trained on. KID and FD are distances to "
+        "<p>All prompts here are names that neither teacher nor student was trained on. KID and FD are distances to "
         "real pictures of those names on features of EfficientNet-Lite0, a network that the discriminator never "
         "saw (lower is better; they are not Inception's FID). Diversity and sharpness are ratios; 1 is the "
         "teacher's, and the real pictures'. The last row compares real pictures of the training names with them: "

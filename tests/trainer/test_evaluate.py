@@ -236,6 +236,8 @@ def test_the_demonstration_ends_with_a_report(kit, host, reference_zip, tmp_path
     # The discriminator's real pictures are those that nothing is measured against.
     reals = load_reference(reference_zip).split("train").captions
     assert [caption for _, caption in data.read_image_folder(tmp_path / "out" / demo.PICTURES)] == reals
+    shown = demo.Bench(host, None, 16).shown
+    assert [caption in reals for caption in shown] == [True] * 4 + [False] * 4
     encoded = {name: (tmp_path / "out" / name / "images").exists() for name in ("student", "regression")}
     assert encoded == {"student": True, "regression": False}
     figures = json.loads((tmp_path / "out" / "figures.json").read_text())
