@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# What tests start has one thread, too: on two processes more of them would wait for each other in turn.
+# What tests start has one thread, too: on several processes more of them would wait for each other in turn.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 HERE = Path(__file__).parent
