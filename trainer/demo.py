@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -49,6 +50,7 @@ SHOWN = 8  # prompts in the report's grid; of names that the teacher was trained
 ALIKE_PROMPTS, ALIKE = 8, 4  # for diversity: prompts, and samples of each
 TEACHER = "teacher, 50 steps"
 STUDENT = "student, 1 step"
+PATIENCE = 30  # seconds in which a training that is told to end saves
 PAIRS, PICTURES = "pairs", "pictures"  # folders, beside those of the students
 
 
@@ -139,10 +141,12 @@ def train_apart(configs: Mapping[str, Config], out: Path, stop: Sequence) -> Non
             environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_POSITION": str(position)}
             # In a session of its own it hears of Ctrl-C from here alone: a second one would break it off.
             children.append(subprocess.Popen(command, env=environment, start_new_session=True))
-        told = False
+        told = -math.inf
         while any(child.poll() is None for child in children):
-            if (stop or any(child.returncode for child in children)) and not told:
-                told = True
+            ends = stop or any(child.returncode for child in children)
+            # Told again: what comes while Python imports may be lost in a callback of its own, which raises nothing.
+            if ends and time.monotonic() > told + PATIENCE:
+                told = time.monotonic()
                 for child in children:  # one that has ended is passed over
                     child.send_signal(signal.SIGINT)
             time.sleep(0.2)
@@ -156,7 +160,7 @@ def train_apart(configs: Mapping[str, Config], out: Path, stop: Sequence) -> Non
             f"a training ended with status {failed[0]}: its last lines above say why. Mend that, and give the command "
             "again: what is done is kept"
         )
-    if told or 130 in codes:
+    if told > 0 or 130 in codes:
         raise run.Interrupted
 
 

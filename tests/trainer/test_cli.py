@@ -308,6 +308,33 @@ def test_trainings_apart_end_and_save_as_soon_as_they_are_told_to(tmp_path, capf
     assert "saved; to go on" in capfd.readouterr().out
 
 
+# A training that does not hear the first of its signals.
+DEAF = """
+import signal, sys, time
+heard = []
+def hear(*_):
+    heard.append(1)
+    if len(heard) > 1:
+        sys.exit(130)
+signal.signal(signal.SIGINT, hear)
+open(sys.argv[1], "w").close()
+time.sleep(60)
+"""
+
+
+def test_a_training_that_did_not_hear_is_told_again(tmp_path, monkeypatch):
+    ready, popen, stop = tmp_path / "ready", subprocess.Popen, []
+    monkeypatch.setattr(demo, "PATIENCE", 0.5)
+    monkeypatch.setattr(
+        demo.subprocess, "Popen", lambda _command, **how: popen([sys.executable, "-c", DEAF, str(ready)], **how)
+    )
+    threading.Timer(0.0, lambda: _when(ready.exists, stop)).start()
+    begun = time.monotonic()
+    with pytest.raises(run.Interrupted):
+        demo.train_apart({"student": TINY}, tmp_path, stop)
+    assert time.monotonic() - begun < 50
+
+
 def _when(true, stop, seconds=120):
     until = time.monotonic() + seconds
     while not true() and time.monotonic() < until:
