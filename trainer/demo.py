@@ -141,12 +141,12 @@ def train_apart(configs: Mapping[str, Config], out: Path, stop: Sequence) -> Non
             environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_POSITION": str(position)}
             # In a session of its own it hears of Ctrl-C from here alone: a second one would break it off.
             children.append(subprocess.Popen(command, env=environment, start_new_session=True))
-        told = -math.inf
+        told_at = -math.inf  # when they were told to end
         while any(child.poll() is None for child in children):
             ends = stop or any(child.returncode for child in children)
             # Told again: what comes while Python imports may be lost in a callback of its own, which raises nothing.
-            if ends and time.monotonic() > told + PATIENCE:
-                told = time.monotonic()
+            if ends and time.monotonic() > told_at + PATIENCE:
+                told_at = time.monotonic()
                 for child in children:  # one that has ended is passed over
                     child.send_signal(signal.SIGINT)
             time.sleep(0.2)
@@ -160,7 +160,7 @@ def train_apart(configs: Mapping[str, Config], out: Path, stop: Sequence) -> Non
             f"a training ended with status {failed[0]}: its last lines above say why. Mend that, and give the command "
             "again: what is done is kept"
         )
-    if told > 0 or 130 in codes:
+    if told_at > 0 or 130 in codes:
         raise run.Interrupted
 
 
@@ -201,7 +201,7 @@ def demo(
     configs = {
         "student": config,
         "regression": config.replace(
-            adversarial_weight=0.0, distillation_weight=0.0, feature_weight=0.0, positives="teacher"
+            adversarial_weight=0.0, distillation_weight=0.0, feature_weight=0.0, positives="teacher", vision=""
         ),
     }
     with interruptible() as stop:
@@ -275,7 +275,7 @@ def measure_students(
     lines = []
     for seed, scores in enumerate(per_seed):
         lines += [f"seed {seed}, {len(bench.chosen.captions)} pictures an arm", table(scores, floor), ""]
-    lines.append(f"KID x 1000 over {seeds} seeds: mean (least to most)")
+    lines.append(f"KID x 1000 over {seeds} {'seed' if seeds == 1 else 'seeds'}: mean (least to most)")
     base = np.mean([s[TEACHER].kid.value for s in per_seed])
     for name in arms:
         values = [s[name].kid.value for s in per_seed]

@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -150,17 +151,29 @@ class Floor:
 
 
 class Judge:
-    """Features and classifier of a reference set, made once; scores any number of arms."""
+    """Features and classifier of a reference set, made once, when first needed; scores any number of arms."""
 
     def __init__(self, reference: Reference):
         self.network = FeatureNetwork()
-        train, self.real = reference.split("train"), reference.split("heldout")
-        self.train_features, textures = self.network(train.images)
-        self.features, self.textures = self.network(self.real.images)
-        self.classifier = StyleClassifier(textures, train.styles)
+        self.known, self.real = reference.split("train"), reference.split("heldout")
+
+    @cached_property
+    def of_known(self) -> tuple[Tensor, Tensor]:
+        """Features and textures of the training pictures."""
+        return self.network(self.known.images)
+
+    @cached_property
+    def of_real(self) -> tuple[Tensor, Tensor]:
+        """Features and textures of the held-out pictures."""
+        return self.network(self.real.images)
+
+    @cached_property
+    def classifier(self) -> StyleClassifier:
+        return StyleClassifier(self.of_known[1], self.known.styles)
 
     def floor(self) -> Floor:
-        return Floor(kid(self.train_features, self.features), self.classifier.accuracy(self.textures, self.real.styles))
+        features, textures = self.of_real
+        return Floor(kid(self.of_known[0], features), self.classifier.accuracy(textures, self.real.styles))
 
     def score(
         self, images: Tensor, styles: Sequence[str], alike: Tensor, teacher: Tensor, teacher_alike: Tensor
@@ -168,10 +181,11 @@ class Judge:
         """Score `images` (N, 3, H, W); `alike` (P, S, 3, H, W) are S samples of each of P prompts."""
         features, textures = self.network(images)
         of_teacher, _ = self.network(teacher)
-        precision, recall = precision_recall(self.features, features)
+        of_real, _ = self.of_real
+        precision, recall = precision_recall(of_real, features)
         return Score(
-            kid(features, self.features),
-            frechet_distance(features, self.features),
+            kid(features, of_real),
+            frechet_distance(features, of_real),
             precision,
             recall,
             self.classifier.accuracy(textures, styles),
@@ -189,7 +203,7 @@ class Judge:
         """A score for choosing the best student: KID x 1000 of its pictures to the training pictures."""
 
         def score(student: Tensor, _teacher: Tensor) -> float:
-            return 1000 * kernel_distance(self.network(host.decode(student).cpu())[0], self.train_features)
+            return 1000 * kernel_distance(self.network(host.decode(student).cpu())[0], self.of_known[0])
 
         return score
 

@@ -159,6 +159,16 @@ class ComfyUI:
             raise Cancelled(prompt)
         return Run(done["outputs"], frozenset(said["execution_cached"]["nodes"]))
 
+    def clear(self) -> None:
+        """Cancel what runs and what waits; raises TimeoutError if it does not end."""
+        self.post("queue", {"clear": True})
+        ends = time.monotonic() + RUN
+        while json.loads(self.get("queue"))["queue_running"]:
+            if time.monotonic() > ends:
+                raise TimeoutError(f"what was cancelled runs on for {RUN} s")
+            self.post("interrupt")
+            time.sleep(0.1)
+
     def _view(self, place: dict) -> bytes:
         return self.get("view?" + urllib.parse.urlencode(place))
 

@@ -11,7 +11,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +160,7 @@ def decoded(text: str) -> np.ndarray:
 
 
 @contextmanager
-def serve(kind: Kind, folder: Path, python: Path, data: Path, flags: Sequence[str] = ()) -> Iterator[WebUI]:
+def serve(kind: Kind, folder: Path, python: Path, data: Path) -> Iterator[WebUI]:
     """A server over a folder of data, as long as the context lives; raises RuntimeError if it does not come up."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -168,7 +168,7 @@ def serve(kind: Kind, folder: Path, python: Path, data: Path, flags: Sequence[st
     log = data / "server.log"
     # Forge serves its own style and scripts only from where the data are, unless told.
     place = ["--port", str(port), "--data-dir", str(data), "--gradio-allowed-path", str(folder)]
-    command = [str(python), "-u", "launch.py", *FLAGS, *kind.flags, *place, *flags]
+    command = [str(python), "-u", "launch.py", *FLAGS, *kind.flags, *place]
     quiet = {
         "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "GRADIO_ANALYTICS_ENABLED": "False",
         "OMP_NUM_THREADS": "1", "SD_WEBUI_RESTARTING": "1",  # opens no browser

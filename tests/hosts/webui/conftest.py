@@ -25,16 +25,12 @@ def module(name):
 KINDS = module("client").KINDS
 
 
-def prepared(base, kind, checkpoint=True):
-    """A folder of data for a server: this clone in its extensions, and its checkpoint."""
+def prepared(base):
+    """A folder of data for a server: this clone in its extensions, and no checkpoint."""
     for folder in ("extensions", "models/Stable-diffusion", "models/Lora"):
         (base / folder).mkdir(parents=True)
     (base / "extensions" / "turbodistill").symlink_to(CLONE, target_is_directory=True)
     (base / "extensions" / "inspector").symlink_to(HERE / "inspector", target_is_directory=True)
-    if checkpoint:
-        made = module("checkpoint")
-        file = {"a1111": "tiny.safetensors", "forge": "small.ckpt"}[kind.name]
-        made.write(base / "models" / "Stable-diffusion" / file, made.A1111 if kind.name == "a1111" else made.FORGE)
     return base
 
 
@@ -54,22 +50,30 @@ def installation(kind):
 
 
 @pytest.fixture(scope="session")
-def webui(kind, installation, tmp_path_factory):
-    """The server: client.WebUI."""
-    base = prepared(tmp_path_factory.mktemp(kind.name), kind)
-    with module("client").serve(kind, *installation, base) as server:
-        yield server
+def bare(kind, installation, tmp_path_factory):
+    """The server before it has a checkpoint, and what it answered then: a distillation's refusal, the samplers."""
+    client = module("client")
+    base = prepared(tmp_path_factory.mktemp(kind.name))
+    with client.serve(kind, *installation, base) as server:
+        try:
+            answer = server.call("turbodistill/v1/distill", {"name": "nothing", "prompts": "a fox"})
+        except client.Refused as error:
+            answer = str(error)
+        yield server, answer, server.samplers()
     shutil.rmtree(base / "models")  # pytest keeps its last folders; the log is enough
 
 
 @pytest.fixture(scope="session")
-def serve(kind, installation):
-    """A folder -> a context with a server of a test's own over it, with this clone, with or without a checkpoint."""
-
-    def start(base, checkpoint=True, flags=()):
-        return module("client").serve(kind, *installation, prepared(base, kind, checkpoint), flags)
-
-    return start
+def webui(bare, kind):
+    """The server with a checkpoint: client.WebUI."""
+    server, *_ = bare
+    made = module("checkpoint")
+    file, shape = {"a1111": ("tiny.safetensors", made.A1111), "forge": ("small.ckpt", made.FORGE)}[kind.name]
+    made.write(server.data / "models" / "Stable-diffusion" / file, shape)
+    server.call("sdapi/v1/refresh-checkpoints", {})
+    (found,) = server.call("sdapi/v1/sd-models")
+    server.set(sd_model_checkpoint=found["title"])
+    return server
 
 
 @pytest.fixture(scope="session")
