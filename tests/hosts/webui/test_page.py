@@ -45,9 +45,17 @@ class Page:
         self.page.wait_for_selector("#txt2img_prompt textarea", timeout=60_000)
         self.page.wait_for_function("window.opts && Object.keys(opts).length > 0", timeout=60_000)
 
+    def turn_to(self, tab):
+        named = re.compile(rf"^\s*{tab}\s*$", re.IGNORECASE)  # Forge's are capitalised
+        self.page.locator("#tabs > .tab-nav > button").filter(has_text=named).click()
+
     def unfold(self, tab="txt2img"):
-        self.page.locator(f"#tab_{tab}").get_by_text(TITLE).click()
-        self.page.locator(self.id("set", tab)).wait_for(state="visible")
+        """Show our accordion, whatever is shown."""
+        self.turn_to(tab)
+        inside = self.page.locator(self.id("set", tab))
+        if not inside.is_visible():
+            self.page.locator(f"#tab_{tab}").get_by_text(TITLE).click()
+        inside.wait_for(state="visible")
 
     def id(self, part, tab="txt2img"):
         return f"#script_{tab}_turbodistill_{part}"
@@ -68,8 +76,9 @@ class Page:
         return self.page.locator(f"{self.id('words')} textarea")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def page(webui, chromium):
+    """One page for all tests of a host, as a user keeps it: to open it is the half of what a test costs."""
     opened = chromium.new_page(viewport={"width": 1400, "height": 1300})
     yield Page(opened, webui.url)
     opened.close()
@@ -90,7 +99,7 @@ def test_all_is_drawn_once(page, webui):
     assert counts(page, webui) == (1, 1, 2, 1)  # an accordion in txt2img and in img2img
     page.unfold()
     assert "negative prompts do nothing" in page.words().input_value()
-    page.page.locator("#tabs > .tab-nav > button").get_by_text("TurboDistill", exact=True).click()
+    page.turn_to("TurboDistill")
     sync.expect(page.page.locator("#tab_turbodistill").get_by_role("button", name="Distil").first).to_be_visible()
 
 
@@ -109,6 +118,7 @@ def test_set_makes_visible_what_undo_puts_back(page):
 def test_a_pasted_infotext_sets_sampler_and_choice(page, webui):
     told = {"alwayson_scripts": {"TurboDistill": {"args": ["LCM"]}}}
     infotext = webui.txt2img(sampler_name="ADD few-step", steps=3, **told).infotext
+    page.turn_to("txt2img")
     page.page.locator("#txt2img_prompt textarea").fill(infotext)
     page.page.locator("#paste").first.click()
     page.shows(sampling="ADD few-step", steps="3", prompt="a fox")
@@ -139,7 +149,7 @@ def nothing_runs_after(webui, refused):
 
 
 def test_a_distillation_is_begun_watched_and_stopped_in_the_tab(page, webui, nothing_runs_after):
-    page.page.locator("#tabs > .tab-nav > button").get_by_text("TurboDistill", exact=True).click()
+    page.turn_to("TurboDistill")
     tab = page.page.locator("#tab_turbodistill")
     tab.locator("#turbodistill-name textarea, #turbodistill-name input").first.fill("from-the-tab")
     for label in ("Width", "Height"):
