@@ -16,8 +16,9 @@ TEMPLATES = sorted((ROOT / "workflows").glob("*.json"))
 PAGES = sorted((ROOT / "web" / "docs").glob("*.md"))
 PATIENCE = 120_000  # milliseconds
 DEMOS = [template for template in TEMPLATES if " demo " in template.stem.lower()]
-# What is changed before Run is pressed, so that a distillation takes seconds.
+# What is changed before Run is pressed, so that it takes seconds.
 SHORT = {
+    "EmptyLatentImage": {"width": 128, "height": 128},
     "TurboDistillTeacherPairs": {"width": 64, "height": 64, "pairs": 8, "pair_steps": 2, "at_once": 4},
     "TurboDistillDistill": {"rank": 4, "updates": 4, "batch": 2},
     "TurboDistillAdvancedSettings": {"warmup": 2, "ramp": 1, "select_every": 2},
@@ -142,7 +143,7 @@ def test_a_template_opens_with_every_node(page, browse, template):
 
 
 def shorten(page, **distilling):
-    """Make the open graph's distillation short; `distilling` are changes of Distill's own values."""
+    """Make the open graph's run short; `distilling` are changes of Distill's own values."""
     page.evaluate(
         """short => app.graph.nodes.forEach(node => Object.entries(short[node.type] ?? {}).forEach(
             ([name, value]) => { node.widgets.find(widget => widget.name === name).value = value }
