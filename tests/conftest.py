@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 
 
 HOSTS = re.compile(r"tests/hosts/(\w+)/.*?(\[(?:a1111|forge)|$)")
+APART = "tests/webui_extension/test_gradios.py"  # each of its tests is many, in a process of its own
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -27,6 +28,8 @@ def pytest_xdist_make_scheduler(config, log):
 
     class ByHost(LoadScopeScheduling):
         def _split_scope(self, nodeid):
+            if nodeid.startswith(APART):
+                return nodeid
             found = HOSTS.match(nodeid)
             return " ".join(found.groups()) if found else nodeid.partition("::")[0]
 
@@ -34,8 +37,8 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(items):
-    """Hosts' tests begin first: they take long."""
-    items.sort(key=lambda item: HERE / "hosts" not in item.path.parents)
+    """What takes long begins first: hosts' tests, then other gradios'."""
+    items.sort(key=lambda item: (HERE / "hosts" not in item.path.parents, not item.nodeid.startswith(APART)))
 
 
 @pytest.fixture(scope="session")

@@ -291,14 +291,6 @@ def test_trainings_apart_are_commands_that_share_their_pairs(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_training_apart_that_fails_is_told(tmp_path, capfd):
-    endless = TINY.replace(updates=10**6)  # ended, and saved, when the other fails
-    with pytest.raises(demo.Failed, match="status 1"):
-        demo.train_apart({"student": endless.replace(taps="nowhere"), "regression": endless}, tmp_path, [])
-    assert "nowhere" in capfd.readouterr().err
-
-
-@pytest.mark.slow
 def test_trainings_apart_end_and_save_as_soon_as_they_are_told_to(tmp_path, capfd):
     stop = []
     threading.Timer(0.0, lambda: _when((tmp_path / "student" / run.HISTORY).exists, stop)).start()
@@ -308,26 +300,64 @@ def test_trainings_apart_end_and_save_as_soon_as_they_are_told_to(tmp_path, capf
     assert "saved; to go on" in capfd.readouterr().out
 
 
+@pytest.fixture
+def stood_in(monkeypatch):
+    """Names of trainings apart -> scripts that run in their place, with arguments."""
+    popen = subprocess.Popen
+
+    def stand_in(**scripts):
+        def start(command, **how):
+            script, *arguments = scripts[command[command.index("--title") + 1]]
+            return popen([sys.executable, "-c", script, *map(str, arguments)], **how)
+
+        monkeypatch.setattr(demo.subprocess, "Popen", start)
+
+    return stand_in
+
+
+FAILS = """
+import pathlib, sys, time
+while not pathlib.Path(sys.argv[1]).exists():
+    time.sleep(0.05)
+sys.exit(1)
+"""
+WORKS = """
+import pathlib, sys, time
+try:
+    pathlib.Path(sys.argv[1]).touch()
+    time.sleep(60)
+except KeyboardInterrupt:
+    pathlib.Path(sys.argv[2]).touch()
+    sys.exit(130)
+"""
+
+
+def test_if_a_training_apart_fails_the_other_is_ended_and_it_is_told(tmp_path, stood_in):
+    ready, saved = tmp_path / "ready", tmp_path / "saved"
+    stood_in(student=(FAILS, ready), regression=(WORKS, ready, saved))
+    with pytest.raises(demo.Failed, match="status 1"):
+        demo.train_apart({"student": TINY, "regression": TINY}, tmp_path, [])
+    assert saved.exists()
+
+
 # A training that does not hear the first of its signals.
 DEAF = """
-import signal, sys, time
+import pathlib, signal, sys, time
 heard = []
 def hear(*_):
     heard.append(1)
     if len(heard) > 1:
         sys.exit(130)
 signal.signal(signal.SIGINT, hear)
-open(sys.argv[1], "w").close()
+pathlib.Path(sys.argv[1]).touch()
 time.sleep(60)
 """
 
 
-def test_a_training_that_did_not_hear_is_told_again(tmp_path, monkeypatch):
-    ready, popen, stop = tmp_path / "ready", subprocess.Popen, []
+def test_a_training_that_did_not_hear_is_told_again(tmp_path, monkeypatch, stood_in):
+    ready, stop = tmp_path / "ready", []
+    stood_in(student=(DEAF, ready))
     monkeypatch.setattr(demo, "PATIENCE", 0.5)
-    monkeypatch.setattr(
-        demo.subprocess, "Popen", lambda _command, **how: popen([sys.executable, "-c", DEAF, str(ready)], **how)
-    )
     threading.Timer(0.0, lambda: _when(ready.exists, stop)).start()
     begun = time.monotonic()
     with pytest.raises(run.Interrupted):

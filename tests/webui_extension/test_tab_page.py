@@ -32,11 +32,10 @@ def served(toy, chromium, port, tmp_path_factory):
     outer.close()
 
 
-@pytest.fixture
-def visit(browser, served, monkeypatch):
+@pytest.fixture(scope="module")
+def visit(browser, served):
     """Opens a page at the tab; what it complains of is at hand."""
-    monkeypatch.setattr(job, "_current", None)
-    backend, url = served
+    _, url = served
     opened = []
 
     def visit():
@@ -56,6 +55,20 @@ def visit(browser, served, monkeypatch):
     for page in opened:
         assert page.faults == []
         page.close()
+
+
+@pytest.fixture(scope="module")
+def page(visit):
+    """One page for most tests, as a user keeps it."""
+    return visit()
+
+
+@pytest.fixture(autouse=True)
+def alone(served, monkeypatch):
+    """Nothing runs when a test begins, and what it leaves is cancelled."""
+    monkeypatch.setattr(job, "_current", None)
+    backend, _ = served
+    yield
     if left := job.running():
         left.cancel()
         backend.gate.set()
@@ -76,9 +89,8 @@ def says(page, name, words):
     page.locator(f"#turbodistill-{name}", has_text=words).first.wait_for()
 
 
-def test_a_run_from_its_beginning_to_its_end(served, visit):
+def test_a_run_from_its_beginning_to_its_end(served, page):
     backend, _ = served
-    page = visit()
     says(page, "status", "Loaded: toy.safetensors")
     assert all(disabled(page, name) for name in ("stop", "preview", "cancel"))
     backend.gate.clear()
@@ -129,8 +141,7 @@ def test_a_page_that_is_opened_again_shows_what_runs_and_a_second_start_is_told(
         says(page, "status", "cancelled; what is made so far is kept")
 
 
-def test_a_run_goes_on_from_the_list(served, visit):
-    page = visit()
+def test_a_run_goes_on_from_the_list(page):
     page.locator("#turbodistill-earlier").get_by_text("Earlier runs", exact=True).first.click()
     press(page, "resume")
     says(page, "said", "no run is chosen")
@@ -145,23 +156,23 @@ def test_a_run_goes_on_from_the_list(served, visit):
     says(page, "status", "cancelled")
 
 
-def test_mistakes_are_said(visit):
-    page = visit()
-    page.locator("#turbodistill-name textarea, #turbodistill-name input").first.fill("a/b")
+def test_mistakes_are_said(page):
+    name = page.locator("#turbodistill-name textarea, #turbodistill-name input").first
+    before = name.input_value()
+    name.fill("a/b")
     press(page, "distil")
     says(page, "said", "name is 'a/b': give one that can be a folder's")
+    name.fill(before)
     assert job.current() is None
 
 
-def test_memory_is_estimated(visit):
-    page = visit()
+def test_memory_is_estimated(page):
     press(page, "estimate")
     says(page, "status", "Estimate: done")
     says(page, "status", "training takes about")
 
 
-def test_the_advanced_settings_open_and_prompts_change_what_is_asked_for(visit):
-    page = visit()
+def test_the_advanced_settings_open_and_prompts_change_what_is_asked_for(page):
     field = page.locator("#turbodistill-lr input")
     assert not field.is_visible()
     page.locator("#turbodistill-advanced").get_by_text("Advanced settings", exact=True).click()

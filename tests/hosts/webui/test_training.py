@@ -169,7 +169,7 @@ def test_a_lora_that_was_applied_before_is_neither_trained_on_nor_lost(webui, tr
 
 def test_generation_waits_the_page_lives_and_cancel_ends_it_within_a_step(webui, trainer, first):
     with trainer.unchanged():
-        trainer.start("long", LONG | {"accumulate": 8})
+        trainer.start("long", LONG | {"accumulate": 4})
         trainer.until(trainer.trains)
         with pytest.raises(trainer.refused, match=r"409.*runs already"):
             trainer.start("other")
@@ -192,7 +192,7 @@ def test_generation_waits_the_page_lives_and_cancel_ends_it_within_a_step(webui,
         assert drawn.wait(120)
         waiting.join()
     # It goes on where it was.
-    trainer.start("long", LONG | {"accumulate": 8, "updates": told["done"] + 1})
+    trainer.start("long", LONG | {"accumulate": 4, "updates": told["done"] + 1})
     assert trainer.ended()["state"] == "done"
 
 

@@ -61,10 +61,27 @@ def switch(title: str) -> dict:
     return {"loaded": model_data.sd_model.sd_checkpoint_info.name_for_extra}
 
 
+def spare_what_is_nought() -> None:
+    """Forge's autoencoder has full size, but its residual parts add nothing (checkpoint.py): most of its time."""
+    try:
+        from backend.nn.vae import ResnetBlock
+    except ImportError:  # AUTOMATIC1111's is small
+        return
+    whole = ResnetBlock.forward
+
+    def forward(self, x, temb):
+        if temb is not None or self.conv2.weight.any() or self.conv2.bias.any():
+            return whole(self, x, temb)
+        return x if self.in_channels == self.out_channels else self.nin_shortcut(x)
+
+    ResnetBlock.forward = forward
+
+
 def open_routes(_page, app) -> None:
     for function in (state, matched, fail):
         app.get(f"/inspector/{function.__name__}")(function)
     app.get("/inspector/switch")(switch)
 
 
+spare_what_is_nought()
 script_callbacks.on_app_started(open_routes)
