@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.host
 
 SMALL = {"pairs": 24, "pair_steps": 2, "pair_sampler": "dpmpp_2m", "guidance": 3.0, "seed": 0, "at_once": 8}
-SHORT = {"rank": 4, "updates": 12, "batch": 4, "checkpointing": False}
+SHORT = {"rank": 4, "updates": 8, "batch": 2, "checkpointing": False}
 BUILT_IN = "the demo model's student (built in)"
-ADVERSARIAL = {"warmup": 4, "ramp": 2, "save_every": 3, "select_every": 6, "preview_every": 6}
+ADVERSARIAL = {"warmup": 2, "ramp": 1, "save_every": 3, "select_every": 4, "preview_every": 4}
 
 
 @pytest.fixture
@@ -104,11 +104,11 @@ def test_it_ends_with_a_student_that_the_host_loads_whole(comfyui, graph, distil
     run = comfyui.run(graph)
     assert "saved " in run.outputs[saved.name]["text"][0]
     told = snapshot(comfyui, nodes["distill"])
-    assert told["state"] == "done" and told["done"] == told["total"] == 12 and told["error"] == ""
-    assert told["history"]["update"] == list(range(1, 13))
+    assert told["state"] == "done" and told["done"] == told["total"] == 8 and told["error"] == ""
+    assert told["history"]["update"] == list(range(1, 9))
     assert {"regression", "adversarial", "discriminator"} <= told["history"]["losses"].keys()
     assert told["memory"].startswith("training takes about ")
-    assert [p["update"] for p in told["previews"]] == [0, 6, 12, 12]
+    assert [p["update"] for p in told["previews"]] == [0, 4, 8, 8]
     # Core's own loader takes every key of the file, and makes in one step what the preview showed.
     shown_last = told["previews"][-1]
     prompts, seeds = shown_last["prompts"][:2], shown_last["seeds"][:2]
@@ -214,13 +214,13 @@ def test_a_killed_server_goes_on_to_the_same_bits(comfyui, serve, graph, distill
     nodes = distilling("killed")
     with serve(tmp_path) as server:
         server.queue(graph)
-        wait_for(server, nodes["distill"], 7)
+        wait_for(server, nodes["distill"], 5)
         os.kill(server.process.pid, signal.SIGKILL)
         server.process.wait()
     with serve(tmp_path) as server:
         server.run(graph)
         told = snapshot(server, nodes["distill"])
-        assert told["history"]["update"] == list(range(1, 13))  # the curves of before the kill are there
+        assert told["history"]["update"] == list(range(1, 9))  # the curves of before the kill are there
         resumed = load_file(runs(server, "killed") / "student.safetensors")
     comfyui.run(graph)
     whole = load_file(runs(comfyui, "killed") / "student.safetensors")
