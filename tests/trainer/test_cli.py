@@ -290,16 +290,6 @@ def test_trainings_apart_are_commands_that_share_their_pairs(tmp_path):
     assert list((out / demo.PAIRS).glob("*.safetensors")) and not (out / "student" / demo.PAIRS).exists()
 
 
-@pytest.mark.slow
-def test_trainings_apart_end_and_save_as_soon_as_they_are_told_to(tmp_path, capfd):
-    stop = []
-    threading.Timer(0.0, lambda: _when((tmp_path / "student" / run.HISTORY).exists, stop)).start()
-    with pytest.raises(run.Interrupted):
-        demo.train_apart({"student": TINY.replace(updates=10**6)}, tmp_path, stop)
-    assert torch.serialization.load(tmp_path / "student" / run.STATE, weights_only=True)["update"] > 0
-    assert "saved; to go on" in capfd.readouterr().out
-
-
 @pytest.fixture
 def stood_in(monkeypatch):
     """Names of trainings apart -> scripts that run in their place, with arguments."""
@@ -321,6 +311,7 @@ while not pathlib.Path(sys.argv[1]).exists():
     time.sleep(0.05)
 sys.exit(1)
 """
+# It saves when it is told to end, as `turbodistill distill` does: test_interrupting_saves_and_says_how_to_go_on.
 WORKS = """
 import pathlib, sys, time
 try:
@@ -337,6 +328,15 @@ def test_if_a_training_apart_fails_the_other_is_ended_and_it_is_told(tmp_path, s
     stood_in(student=(FAILS, ready), regression=(WORKS, ready, saved))
     with pytest.raises(demo.Failed, match="status 1"):
         demo.train_apart({"student": TINY, "regression": TINY}, tmp_path, [])
+    assert saved.exists()
+
+
+def test_trainings_apart_end_and_save_as_soon_as_they_are_told_to(tmp_path, stood_in):
+    ready, saved, stop = tmp_path / "ready", tmp_path / "saved", []
+    stood_in(student=(WORKS, ready, saved))
+    threading.Timer(0.0, lambda: _when(ready.exists, stop)).start()
+    with pytest.raises(run.Interrupted):
+        demo.train_apart({"student": TINY}, tmp_path, stop)
     assert saved.exists()
 
 
