@@ -10,6 +10,8 @@ import torch
 
 # What tests start has one thread, too: on several processes more of them would wait for each other in turn.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# It is started many times: without bytecode each start would compile everything anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # And glibc keeps freed memory for it, else it is given back and taken anew, page by page, with every large tensor.
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**31))

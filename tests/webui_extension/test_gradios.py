@@ -53,7 +53,7 @@ def make(folder: Path, python: Path, wanted: str) -> None:
     """The host's packages in a fresh environment; skips the test where pip's index cannot be reached."""
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", folder], check=True, capture_output=True)
-    pip = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--retries", "1", *wanted.split()]
+    pip = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--retries", "1", *wanted.split()]
     done = subprocess.run(pip, capture_output=True, text=True)
     if done.returncode and UNREACHABLE.search(done.stderr):
         pytest.skip(f"needs pip's index, which cannot be reached: {done.stderr.strip().splitlines()[-1]}")

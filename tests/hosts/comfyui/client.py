@@ -214,7 +214,7 @@ def serve(comfyui: Path, python: str, base: Path) -> Iterator[ComfyUI]:
         port = free.getsockname()[1]
     log = base / "comfyui.log"
     told = ("--base-directory", base, "--database-url", f"sqlite:///{base / 'comfyui.db'}", "--port", port)
-    offline = {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
+    offline = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     with log.open("w") as lines:
         process = subprocess.Popen(
             [python, "main.py", *FLAGS, *map(str, told)],

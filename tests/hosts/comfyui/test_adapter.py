@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -61,7 +60,6 @@ def found(installation, comfyui, checkpoints, given, tmp_path_factory):
     (folder / "jobs.json").write_text(json.dumps(jobs))
     ran = subprocess.run(
         [installation[1], *map(str, (HERE / "adapter.py", installation[0], HERE.parents[2], folder))],
-        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
     )

@@ -170,7 +170,7 @@ def serve(kind: Kind, folder: Path, python: Path, data: Path) -> Iterator[WebUI]
     place = ["--port", str(port), "--data-dir", str(data), "--gradio-allowed-path", str(folder)]
     command = [str(python), "-u", "launch.py", *FLAGS, *kind.flags, *place]
     quiet = {
-        "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "GRADIO_ANALYTICS_ENABLED": "False",
+        "HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False",
         "OMP_NUM_THREADS": "1", "SD_WEBUI_RESTARTING": "1",  # opens no browser
     }  # fmt: skip
     with log.open("w") as out:
