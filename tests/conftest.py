@@ -39,8 +39,13 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(items):
-    """What takes long begins first: hosts' tests, then other gradios'."""
-    items.sort(key=lambda item: (HERE / "hosts" not in item.path.parents, not item.nodeid.startswith(APART)))
+    """What takes long begins first: hosts' tests, other gradios', then files with slow tests."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+
+    def later(item):
+        return HERE / "hosts" not in item.path.parents, not item.nodeid.startswith(APART), item.path not in slow
+
+    items.sort(key=later)
 
 
 @pytest.fixture(scope="session")

@@ -77,6 +77,7 @@ TERMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", SETTINGS)
 def test_one_step_of_the_student_covers_the_modes(taught, recipe):
     teacher, means, pairs = taught

@@ -117,9 +117,9 @@ def test_a_run_from_its_beginning_to_its_end(served, page):
     assert page.locator("#turbodistill-pictures .turbodistill-cards:visible img").nth(1).get_attribute("src") != first
 
 
-def test_a_page_that_is_opened_again_shows_what_runs_and_a_second_start_is_told(served, visit):
+def test_a_page_that_is_opened_again_shows_what_runs_and_a_second_start_is_told(served, visit, page):
     backend, _ = served
-    first = visit()
+    first, third = visit(), page
     backend.gate.clear()
     backend.entered.clear()
     press(first, "distil")
@@ -128,7 +128,7 @@ def test_a_page_that_is_opened_again_shows_what_runs_and_a_second_start_is_told(
         assert time.monotonic() < ends, first.locator("#turbodistill-live").last.inner_text()
         first.wait_for_timeout(100)
     first.close()
-    second, third = visit(), visit()
+    second = visit()
     for page in (second, third):
         says(page, "status", "my-turbo")
         page.wait_for_function("() => !document.querySelector('#turbodistill-cancel').disabled")
