@@ -159,16 +159,17 @@ class Judge:
 
     @cached_property
     def of_known(self) -> tuple[Tensor, Tensor]:
-        """Features and textures of the training pictures."""
+        """Features (N, F) and textures (N, T) of the training pictures, as FeatureNetwork gives them."""
         return self.network(self.known.images)
 
     @cached_property
     def of_real(self) -> tuple[Tensor, Tensor]:
-        """Features and textures of the held-out pictures."""
+        """The same of the held-out pictures."""
         return self.network(self.real.images)
 
     @cached_property
     def classifier(self) -> StyleClassifier:
+        """Tells style words, fitted to the training pictures."""
         return StyleClassifier(self.of_known[1], self.known.styles)
 
     def floor(self) -> Floor:

@@ -25,15 +25,6 @@ def module(name):
 KINDS = module("client").KINDS
 
 
-def prepared(base):
-    """A folder of data for a server: this clone in its extensions, and no checkpoint."""
-    for folder in ("extensions", "models/Stable-diffusion", "models/Lora"):
-        (base / folder).mkdir(parents=True)
-    (base / "extensions" / "turbodistill").symlink_to(CLONE, target_is_directory=True)
-    (base / "extensions" / "inspector").symlink_to(HERE / "inspector", target_is_directory=True)
-    return base
-
-
 @pytest.fixture(scope="session", params=list(KINDS))
 def kind(request):
     """Each host in turn."""
@@ -53,7 +44,11 @@ def installation(kind):
 def bare(kind, installation, tmp_path_factory):
     """The server before it has a checkpoint, and what it answered then: a distillation's refusal, the samplers."""
     client = module("client")
-    base = prepared(tmp_path_factory.mktemp(kind.name))
+    base = tmp_path_factory.mktemp(kind.name)
+    for folder in ("extensions", "models/Stable-diffusion", "models/Lora"):
+        (base / folder).mkdir(parents=True)
+    (base / "extensions" / "turbodistill").symlink_to(CLONE, target_is_directory=True)
+    (base / "extensions" / "inspector").symlink_to(HERE / "inspector", target_is_directory=True)
     with client.serve(kind, *installation, base) as server:
         try:
             answer = server.call("turbodistill/v1/distill", {"name": "nothing", "prompts": "a fox"})
