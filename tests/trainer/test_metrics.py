@@ -58,14 +58,13 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
 
 
 @pytest.mark.parametrize("samples", [200, 6])
-def test_frechet_distance_equals_scipys_matrix_root(samples):
+def test_frechet_distance_is_that_by_the_eigenvalues(samples):
     """Six samples of twelve dimensions have singular covariances: the root is taken in the samples' space."""
-    linalg = pytest.importorskip("scipy.linalg", reason="scipy gives the reference root")
     a = torch.randn(samples, 12, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64)
     b = torch.randn(samples + 3, 12, dtype=torch.float64) * 2 + 1
     cov_a, cov_b = np.cov(a.numpy(), rowvar=False), np.cov(b.numpy(), rowvar=False)
-    root = np.real(linalg.sqrtm(cov_a @ cov_b + 1e-14 * np.eye(12)))
-    expected = float((a.mean(0) - b.mean(0)).square().sum()) + np.trace(cov_a + cov_b - 2 * root)
+    root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(0)).sum()  # the trace of the product's root
+    expected = float((a.mean(0) - b.mean(0)).square().sum()) + np.trace(cov_a + cov_b) - 2 * root
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-4)
 
 

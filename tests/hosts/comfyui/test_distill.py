@@ -247,8 +247,9 @@ def test_both_front_ends_run_one_trainer(comfyui, graph, distilling, tmp_path):
     for name in ("regression", "adversarial", "discriminator", "sharpness", "diversity"):
         a = torch.tensor([float(row[name] or 0) for row in ours])
         b = torch.tensor([float(row[name] or 0) for row in theirs])
-        gap = (a - b).abs() / b.abs().max()
-        assert gap[:5].max() < 0.01, name  # two hosts' arithmetic; the discriminator has just begun
+        scale = 1 if name == "adversarial" else b.abs().max()  # a mean of logits about 0: by the hinge's margin
+        gap = (a - b).abs() / scale
+        assert gap[:5].max() < 0.01, name  # two hosts' arithmetic, the pairs' maybe bfloat16; the game has just begun
         assert gap.max() < 0.1, name  # and what an adversarial game makes of it in ten updates
 
 
