@@ -75,7 +75,7 @@ def draw(
     clean = torch.where(expand(first, target).bool(), torch.zeros_like(target), target)
     noise = torch.where(expand(paired, target).bool(), pairs.noise(rows), torch.randn(shape, generator=draws))
     positive, positive_cond = target, cond
-    if reals is not None and config.positives != "teacher":
+    if reals is not None and config.sees_pictures:
         other = reals.rows(rows, torch.randint(len(reals.samples), (size,), generator=draws))
         take = torch.rand(size, generator=draws) < (1.0 if config.positives == "real" else config.real_share)
         positive = torch.where(expand(take, target).bool(), reals.samples.latents[other], target)

@@ -173,6 +173,11 @@ class Config:
         if not any(getattr(self, name) for name in weights):
             raise ConfigError("every loss has weight 0: give at least one of " + ", ".join(weights))
 
+    @property
+    def sees_pictures(self) -> bool:
+        """Whether the discriminator takes real pictures for real, so that a folder of them is needed."""
+        return self.positives != "teacher"
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
         """Raises ConfigError for a name that is no setting."""

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -40,6 +39,7 @@ from .evaluate import (
     table,
     teacher_arm,
     to_json,
+    unpack_reference,
 )
 from .precision import autocast
 
@@ -68,11 +68,10 @@ class Bench:
 
     def __init__(self, host: DiffusersHost, reference: Path | None, count: int | None):
         self.host = host
-        whole = load_reference(reference or REFERENCE)
-        self.judge = Judge(whole)
+        self.judge = Judge(load_reference(reference or REFERENCE))
         known, held = (
             split.take(np.random.default_rng(0).permutation(len(split.captions)).tolist())
-            for split in (whole.split("train"), whole.split("heldout"))
+            for split in (self.judge.known, self.judge.real)
         )
         self.chosen = held.take(range(len(held.captions))[:count])
         self.shown = known.captions[: SHOWN // 2] + held.captions[: SHOWN // 2]
@@ -110,7 +109,7 @@ class Failed(RuntimeError):
 
 def images_of(config: Config, out: Path) -> Path | None:
     """The folder of real pictures of a demonstration in `out`, for the students whose discriminator wants them."""
-    return None if config.positives == "teacher" else out / PICTURES
+    return out / PICTURES if config.sees_pictures else None
 
 
 def train_here(host, configs: Mapping[str, Config], out: Path, follow: Callable[..., Any], score: run.Score) -> None:
@@ -173,14 +172,6 @@ def _pairs(host, config: Config, folder: Path, stop: Sequence) -> None:
                 raise run.Interrupted
 
 
-def _unpack(folder: Path) -> None:
-    """The reference's training pictures as a captioned folder."""
-    with zipfile.ZipFile(REFERENCE) as archive:
-        rows = [row for row in map(json.loads, archive.read("metadata.jsonl").splitlines()) if row["split"] == "train"]
-        archive.extractall(folder, [row["file_name"] for row in rows])
-    run.data.write_whole(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-
 def demo(
     out: Path,
     minutes: float,
@@ -206,7 +197,7 @@ def demo(
     }
     with interruptible() as stop:
         _pairs(host, config, out / PAIRS, stop)
-        _unpack(out / PICTURES)
+        unpack_reference("train", out / PICTURES)
         if apart := host.denoiser.device.type == "cpu" and torch.get_num_threads() > 1:
             train_apart(configs, out, stop)
     if not apart:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core.denoiser import Cond, Guided
 from ..core.sampling import sample_euler, seeded_noise, trailing_sigmas
 from ..core.student import Student
-from .data import DataError
+from .data import DataError, write_whole
 from .host import Host
 from .metrics import (
     FeatureNetwork,
@@ -74,7 +74,7 @@ def load_reference(path: str | Path = REFERENCE) -> Reference:
     """A zip of pictures with `metadata.jsonl` rows of {file_name, text, style, split}; raises DataError."""
     try:
         with zipfile.ZipFile(path) as archive:
-            rows = [json.loads(line) for line in archive.read("metadata.jsonl").splitlines()]
+            rows = _rows(archive)
             pictures = []
             for row in rows:
                 with archive.open(row["file_name"]) as file:
@@ -87,6 +87,18 @@ def load_reference(path: str | Path = REFERENCE) -> Reference:
         return Reference(images, [row["text"] for row in rows], [row["style"] for row in rows], splits)
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise DataError(f"reference set {path} cannot be read: {error}") from None
+
+
+def unpack_reference(split: str, folder: Path, path: str | Path = REFERENCE) -> None:
+    """Write the pictures of one split as a captioned folder, as `read_image_folder` takes it."""
+    with zipfile.ZipFile(path) as archive:
+        rows = [row for row in _rows(archive) if row["split"] == split]
+        archive.extractall(folder, [row["file_name"] for row in rows])
+    write_whole(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def _rows(archive: zipfile.ZipFile) -> list[dict[str, str]]:
+    return [json.loads(line) for line in archive.read("metadata.jsonl").splitlines()]
 
 
 def teacher_arm(host: Host, steps: int, guidance: float) -> Arm:

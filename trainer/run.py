@@ -247,7 +247,7 @@ def _run(
     control: Control,
     doing: _Doing,
 ) -> Iterator[Event]:
-    if images is None and config.positives != "teacher":
+    if images is None and config.sees_pictures:
         raise ConfigError(f"positives is {config.positives!r} but there are no images: give a folder, or use 'teacher'")
     _writable(folder)
     pairs_folder = Path(pairs_folder or folder / "pairs")

@@ -313,7 +313,8 @@ sys.exit(1)
 """
 # It saves when it is told to end, as `turbodistill distill` does: test_interrupting_saves_and_says_how_to_go_on.
 WORKS = """
-import pathlib, sys, time
+import pathlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would not hear it
 try:
     pathlib.Path(sys.argv[1]).touch()
     time.sleep(60)
