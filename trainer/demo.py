@@ -197,7 +197,7 @@ def demo(
     }
     with interruptible() as stop:
         _pairs(host, config, out / PAIRS, stop)
-        unpack_reference("train", out / PICTURES)
+        unpack_reference(REFERENCE, "train", out / PICTURES)
         if apart := host.denoiser.device.type == "cpu" and torch.get_num_threads() > 1:
             train_apart(configs, out, stop)
     if not apart:

@@ -89,8 +89,8 @@ def load_reference(path: str | Path = REFERENCE) -> Reference:
         raise DataError(f"reference set {path} cannot be read: {error}") from None
 
 
-def unpack_reference(split: str, folder: Path, path: str | Path = REFERENCE) -> None:
-    """Write the pictures of one split as a captioned folder, as `read_image_folder` takes it."""
+def unpack_reference(path: str | Path, split: str, folder: Path) -> None:
+    """Write the pictures of one split of a reference zip as a captioned folder, as `read_image_folder` takes it."""
     with zipfile.ZipFile(path) as archive:
         rows = [row for row in _rows(archive) if row["split"] == split]
         archive.extractall(folder, [row["file_name"] for row in rows])
