@@ -46,7 +46,10 @@ def make_parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="distil the small embedded model and report on it, start to end")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything (default: runs/demo)")
     demo.add_argument(
-        "--minutes", type=float, default=8.0, help="training time of each of the two students (default: 8)"
+        "--minutes",
+        type=float,
+        help="training time of each of the two students (default: 8, or less where the machine is slow, so that the "
+        "whole takes a quarter of an hour)",
     )
     demo.add_argument("--count", type=int, default=128, help="pictures per arm that are measured (default: 128)")
     demo.add_argument("--seed", type=int, default=0)

@@ -48,8 +48,10 @@ SETTINGS = FOLDER / "demo.toml"
 SHIPPED = FOLDER / "student.safetensors"
 SHOWN = 8  # prompts in the report's grid; of names that the teacher was trained on, then of others, as many
 ALIKE_PROMPTS, ALIKE = 8, 4  # for diversity: prompts, and samples of each
-TEACHER = "teacher, 50 steps"
+TEACHER, UNGUIDED = "teacher, 50 steps", "teacher, 50 steps, no CFG"
 STUDENT = "student, 1 step"
+LONGEST, SHORTEST = 8.0, 3.0  # minutes of training that a demonstration gives each student
+WHOLE = 14.0  # minutes that it should take in all: a slow machine trains for less time
 PATIENCE = 30  # seconds in which a training that is told to end saves
 PAIRS, PICTURES = "pairs", "pictures"  # folders, beside those of the students
 
@@ -58,7 +60,7 @@ def arms_of(host: DiffusersHost, guidance: float) -> dict[str, Arm]:
     """What every student is compared with."""
     return {
         TEACHER: teacher_arm(host, 50, guidance),
-        "teacher, 50 steps, no CFG": teacher_arm(host, 50, 1.0),
+        UNGUIDED: teacher_arm(host, 50, 1.0),
         "teacher, 1 step": teacher_arm(host, 1, guidance),
     }
 
@@ -112,11 +114,17 @@ def images_of(config: Config, out: Path) -> Path | None:
     return out / PICTURES if config.sees_pictures else None
 
 
+def settings_of(out: Path, name: str) -> Path:
+    """The file of the settings by which a demonstration in `out` trains a student."""
+    return out / f"{name}.toml"
+
+
 def train_here(host, configs: Mapping[str, Config], out: Path, follow: Callable[..., Any], score: run.Score) -> None:
     """Train one student after the other, in `out/<name>`; `follow(events, config, folder, host)` shows a run."""
     prompts = read_prompts(FOLDER / "prompts.txt")
     for name, config in configs.items():
         print(f"{name}:")
+        run.data.write_whole(settings_of(out, name), config.to_toml().encode())
         events = run.run(host, config, out / name, prompts, images_of(config, out), score, out / PAIRS)
         follow(events, config, out / name, host)
 
@@ -132,11 +140,11 @@ def train_apart(configs: Mapping[str, Config], out: Path, stop: Sequence) -> Non
     children = []
     try:
         for position, (name, config) in enumerate(configs.items()):
-            command = [sys.executable, "-m", f"{__package__}.cli", "distill", "--config", str(out / f"{name}.toml")]
+            command = [sys.executable, "-m", f"{__package__}.cli", "distill", "--config", str(settings_of(out, name))]
             command += ["--out", str(out / name), "--pairs-folder", str(out / PAIRS), "--title", name]
             if images := images_of(config, out):
                 command += ["--images", str(images)]
-            run.data.write_whole(out / f"{name}.toml", config.to_toml().encode())
+            run.data.write_whole(settings_of(out, name), config.to_toml().encode())
             environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_POSITION": str(position)}
             # In a session of its own it hears of Ctrl-C from here alone: a second one would break it off.
             children.append(subprocess.Popen(command, env=environment, start_new_session=True))
@@ -172,38 +180,71 @@ def _pairs(host, config: Config, folder: Path, stop: Sequence) -> None:
                 raise run.Interrupted
 
 
+def training_minutes(spent: float, pace: float, pictures: int) -> float:
+    """Minutes of training for each student, so that the whole demonstration takes WHOLE where that can be.
+
+    `spent` seconds are gone; the teacher needs `pace` seconds for one of the `pictures` to be measured.
+    """
+    # Beside the teacher's pictures: those of its timing, one by one; the students'; features and the report.
+    ahead = pace * (pictures + 12) * 1.15 + 40
+    # Beside the updates: two starts of Python, previews, and the choice of the best student.
+    left = (60 * WHOLE - spent - ahead - 30) / 1.08
+    return min(LONGEST, max(SHORTEST, left / 60))
+
+
 def demo(
     out: Path,
-    minutes: float,
+    minutes: float | None,
     count: int,
     seed: int,
     follow: Callable[..., Any],
     interruptible: Callable[[], AbstractContextManager[Sequence]],
+    unguided: bool = False,
 ) -> Path:
     """Pairs, two students (with and without the adversarial loss, at equal time), measurement, report.
 
-    `follow(events, config, folder, host)` shows a run; the sequence that `interruptible()` gives
-    holds something once the user wants an end. What an earlier call left in `out` is gone on with.
-    Returns the report's path. Raises Interrupted, Failed.
+    Each student trains for `minutes`; None takes what `training_minutes` says, once. `unguided` measures the
+    teacher without guidance as well. `follow(events, config, folder, host)` shows a run; the sequence
+    that `interruptible()` gives holds something once the user wants an end. What an earlier call left in
+    `out` is gone on with. Returns the report's path. Raises Interrupted, Failed.
     """
-    config = Config.from_toml(SETTINGS).replace(minutes=minutes, seed=seed, updates=1_000_000)
+    begun = time.monotonic()
+    config = Config.from_toml(SETTINGS).replace(seed=seed, updates=1_000_000)
     host = load_host()
     bench = Bench(host, None, count)
-    configs = {
-        "student": config,
-        "regression": config.replace(
-            adversarial_weight=0.0, distillation_weight=0.0, feature_weight=0.0, positives="teacher", vision=""
-        ),
-    }
+    arms = arms_of(host, config.guidance)
+    if not unguided:
+        del arms[UNGUIDED]
     with interruptible() as stop:
         _pairs(host, config, out / PAIRS, stop)
         unpack_reference(REFERENCE, "train", out / PICTURES)
+        paused = time.monotonic()
+        shown = {TEACHER: list(bench.pictures(arms[TEACHER], bench.shown, seed + 7, TEACHER))}
+        chosen = settings_of(out, "student")
+        if minutes is None and chosen.exists():  # by an earlier call, which this one goes on with
+            minutes = Config.from_toml(chosen).minutes
+        elif minutes is None:
+            now = time.monotonic()
+            pictures = len(bench.chosen.captions) + ALIKE_PROMPTS * ALIKE
+            minutes = training_minutes(now - begun, (now - paused) / len(bench.shown), pictures)
+        config = config.replace(minutes=minutes)
+        configs = {
+            "student": config,
+            # At a rate of its own: it does worse at the adversarial student's.
+            "regression": config.replace(
+                adversarial_weight=0.0,
+                distillation_weight=0.0,
+                feature_weight=0.0,
+                positives="teacher",
+                vision="",
+                lr=4e-4,
+            ),
+        }
         if apart := host.denoiser.device.type == "cpu" and torch.get_num_threads() > 1:
             train_apart(configs, out, stop)
     if not apart:
         train_here(host, configs, out, follow, bench.judge.kid_score(host))
 
-    arms = arms_of(host, config.guidance)
     paths = {"regression only": out / "regression" / run.BEST, STUDENT: out / "student" / run.BEST}
     if SHIPPED.exists():
         paths["shipped student, 1 step"] = SHIPPED
@@ -212,10 +253,9 @@ def demo(
     scores = bench.score(arms, seed)
     timed = (TEACHER, "teacher, 1 step", STUDENT)
     timings = {name: measure_time(host, arms[name], context=bench.context) for name in timed}
-    columns = [
-        report.Column(*_heading(name), list(bench.pictures(arms[name], bench.shown, seed + 7, name)))
-        for name in (TEACHER, "teacher, 1 step", "regression only", STUDENT)
-    ]
+    for name in ("teacher, 1 step", "regression only", STUDENT):
+        shown[name] = list(bench.pictures(arms[name], bench.shown, seed + 7, name))
+    columns = [report.Column(*_heading(name), pictures) for name, pictures in shown.items()]
     for student in students.values():
         student.release()
     floor = bench.judge.floor()
@@ -255,11 +295,7 @@ def measure_students(
         arms[f"{path.parent.name}/{path.stem}"] = student_arm(student)
     for seed in range(seeds):
         per_seed.append(bench.score(arms, seed))
-    timings = {
-        name: measure_time(host, arm, context=bench.context)
-        for name, arm in arms.items()
-        if name != "teacher, 50 steps, no CFG"
-    }
+    timings = {name: measure_time(host, arm, context=bench.context) for name, arm in arms.items() if name != UNGUIDED}
     for _, student, _, _ in loaded:
         student.release()
     floor = bench.judge.floor()

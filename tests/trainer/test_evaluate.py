@@ -203,6 +203,13 @@ def test_the_report_is_one_page_that_needs_nothing_else(kit, host, tmp_path):
         picture.load()
 
 
+def test_a_slow_machine_trains_for_less_time_so_that_the_demonstration_ends_in_time():
+    fast, slow, slower = (demo.training_minutes(400 * pace, pace, 160) for pace in (0.1, 0.8, 8.0))
+    assert fast == demo.LONGEST > slow > slower == demo.SHORTEST
+    # What is before, the training itself, and the teacher's pictures, which are most of what comes after.
+    assert 0.8 * demo.WHOLE < 400 * 0.8 / 60 + slow + 160 * 0.8 / 60 < demo.WHOLE
+
+
 @pytest.mark.slow
 def test_the_demonstration_ends_with_a_report(kit, host, reference_zip, tmp_path, monkeypatch, capsys):
     """On a toy in the embedded model's place."""
@@ -217,20 +224,22 @@ def test_the_demonstration_ends_with_a_report(kit, host, reference_zip, tmp_path
     monkeypatch.setattr(demo, "REFERENCE", reference_zip)
     monkeypatch.setattr(demo, "SHIPPED", tmp_path / "none.safetensors")
     monkeypatch.setattr(demo, "ALIKE_PROMPTS", 2)
+    monkeypatch.setattr(demo, "LONGEST", 0.01)
     followed = []
 
     def follow(events, config, folder, shown):
-        followed.append((folder.name, config.adversarial_weight))
+        followed.append((folder.name, config.adversarial_weight, config.minutes))
         *_, finished = events
         return finished
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # with more, trainings are commands of their own
     try:
-        page = demo.demo(tmp_path / "out", 0.01, 16, 0, follow, cli.interruptible)
+        page = demo.demo(tmp_path / "out", None, 16, 0, follow, cli.interruptible)
     finally:
         torch.set_num_threads(threads)
-    assert followed[0][0] == "student" and followed[0][1] > 0 and followed[1] == ("regression", 0.0)
+    assert followed[0][0] == "student" and followed[0][1] > 0 and followed[1][:2] == ("regression", 0.0)
+    assert [minutes for _, _, minutes in followed] == [0.01, 0.01]
     text = page.read_text()
     assert "teacher, 50 steps" in text and "student, 1 step" in text and "regression only" in text
     # The discriminator's real pictures are those that nothing is measured against.
@@ -245,3 +254,4 @@ def test_the_demonstration_ends_with_a_report(kit, host, reference_zip, tmp_path
     assert figures["timings"]["student, 1 step"]["passes"] == 1
     assert "regression only" in capsys.readouterr().out
     assert not any(m._forward_hooks for m in host.denoiser.backbone.modules())
+    assert demo.UNGUIDED not in figures["scores"]  # it costs as much as all else that is measured
