@@ -230,14 +230,8 @@ def demo(
         config = config.replace(minutes=minutes)
         configs = {
             "student": config,
-            # At a rate of its own: it does worse at the adversarial student's.
             "regression": config.replace(
-                adversarial_weight=0.0,
-                distillation_weight=0.0,
-                feature_weight=0.0,
-                positives="teacher",
-                vision="",
-                lr=4e-4,
+                adversarial_weight=0.0, distillation_weight=0.0, feature_weight=0.0, positives="teacher", vision=""
             ),
         }
         if apart := host.denoiser.device.type == "cpu" and torch.get_num_threads() > 1:
