@@ -32,6 +32,7 @@ class Batch:
     target: Tensor  # (B, C, H, W) the teacher's picture from the same noise
     positive: Tensor  # (B, C, H, W) what the discriminator takes for real
     positive_cond: Cond
+    positive_key: Tensor  # (B,) which picture that is: n of the n-th pair's, -1 - n of the n-th real one
     renoise: Tensor  # (B,) sigma at which the discriminator sees both
     noise: Tensor  # (B, C, H, W) the noise of that
     distill_sigma: Tensor  # (B,) sigma of the distillation term
@@ -74,11 +75,12 @@ def draw(
     paired = first & (torch.rand(size, generator=draws) >= fresh)
     clean = torch.where(expand(first, target).bool(), torch.zeros_like(target), target)
     noise = torch.where(expand(paired, target).bool(), pairs.noise(rows), torch.randn(shape, generator=draws))
-    positive, positive_cond = target, cond
+    positive, positive_cond, positive_key = target, cond, rows
     if reals is not None and config.sees_pictures:
         other = reals.rows(rows, torch.randint(len(reals.samples), (size,), generator=draws))
         take = torch.rand(size, generator=draws) < (1.0 if config.positives == "real" else config.real_share)
         positive = torch.where(expand(take, target).bool(), reals.samples.latents[other], target)
+        positive_key = torch.where(take, -1 - other, rows)
         mixed = torch.arange(size) + size * take
         positive_cond = Cond.cat([cond, reals.samples.cond.rows(other)]).rows(mixed)
     last = schedule.timesteps - 1
@@ -96,6 +98,7 @@ def draw(
         target.to(device),
         positive.to(device),
         positive_cond.to(device),
+        positive_key.to(device),
         renoise.to(device),
         torch.randn(shape, generator=draws).to(device),
         schedule.sigma(last * (0.02 + 0.96 * uniform)).to(device),

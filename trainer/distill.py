@@ -18,6 +18,7 @@ from ..core.schedule import expand
 from .batch import Batch, Reals, draw, generator
 from .data import Samples
 from .health import Health, measure
+from .kept import Kept
 from .precision import autocast
 from .state import State
 
@@ -51,10 +52,21 @@ class Judged:
 
 
 def look(state: State, x0: Tensor, cond: Cond, batch: Batch, real: bool = False) -> Judged:
-    """Features of x0 (B, C, H, W), where they are of noisy latents at the batch's level; gradients reach x0."""
+    """Features of x0 (B, C, H, W), where they are of noisy latents at the batch's level; gradients reach x0.
+
+    `real`: x0 are the batch's positives, and no gradient is asked for.
+    """
     schedule = state.student.schedule
     sigma = batch.renoise if state.features.conditional else torch.zeros_like(batch.renoise)
-    maps = state.features(schedule.add_noise(x0, batch.noise, sigma), sigma, cond)
+    if real and not state.features.conditional:
+
+        def alone(i: int) -> list[Tensor]:
+            one = slice(i, i + 1)
+            return state.features(x0[one], sigma[one], cond.rows(one))
+
+        maps = state.kept.of(batch.positive_key, alone)
+    else:
+        maps = state.features(schedule.add_noise(x0, batch.noise, sigma), sigma, cond)
     if real:
         state.discriminator.calibrate(maps)
     image = None
@@ -236,6 +248,7 @@ def distill(state: State, pairs: Samples, uncond: Cond, pictures: Samples | None
     scoring = state.score.denoiser.training() if state.score else nullcontext()
     config, student = state.config, state.student
     uncond = uncond.to(student.device)
+    state.kept = Kept()  # keys tell pictures of this call apart
     reals = None if pictures is None else Reals.beside(pairs, pictures)
     with student.training(), scoring, state.checkpointed():
         while state.update < config.updates and not (config.minutes and state.spent >= config.minutes * 60):

@@ -17,6 +17,7 @@ from ..core.features import Features, TeacherFeatures
 from ..core.student import Student
 from .config import Config, check_resumable
 from .data import Samples
+from .kept import Kept
 from .optimizer import adam
 from .score import Score
 
@@ -36,6 +37,7 @@ class State:
     update: int = 0
     spent: float = 0.0  # seconds of training
     extra: dict[str, Any] = field(default_factory=dict)
+    kept: Kept = field(default_factory=Kept)  # of the positives; no part of a checkpoint
     whole: bool = True  # False while an update is being applied: not a state to go on from
 
     @classmethod

@@ -1,6 +1,7 @@
 """A vision transformer that judges decoded pictures: ADD's own discriminator."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from turbodistill.core.features import VisionFeatures
 from turbodistill.trainer import begin, run
 from turbodistill.trainer import distill as loop
 from turbodistill.trainer.config import ConfigError
+from turbodistill.trainer.kept import Kept
 from turbodistill.trainer.vision import load_vision
 
 PATCH, BLOCKS, WIDTH = 8, 4, 16
@@ -82,12 +84,43 @@ def test_it_sees_the_clean_picture_and_the_gradient_reaches_the_student(kit, hos
         real, fake = loop.both(state, state.student(batch.x, batch.sigma, batch.cond), batch)
         sum(x.square().mean() for x in fake.inputs).backward()
     clean = state.features(batch.target, torch.zeros(4), batch.cond)
-    assert all(torch.equal(a, b) for a, b in zip(real.inputs, state.discriminator.standardise(clean), strict=True))
+    expected = state.discriminator.standardise(clean)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(real.inputs, expected, strict=True))
     assert (real.sigma == 0).all()
     assert all(p.grad is not None for p in state.student.trained.parameters())
     assert all(p.grad is None for p in state.features.network.parameters())
     assert all(p.grad is None for p in host.denoiser.backbone.parameters())
     assert kit.same(kit.weights(state.features.network), before)
+
+
+def test_a_real_picture_is_seen_once_and_its_maps_are_kept(kit, host, settings, tmp_path):
+    state, _, batch = made(kit, host, settings(), tmp_path)
+    seen = []
+    state.features.network.encoder.layer[-1].register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        first, _ = loop.both(state, batch.x, batch)
+        once = len(seen)
+        again, _ = loop.both(state, batch.x, batch)
+    different = len(set(batch.positive_key.tolist()))
+    assert (once, len(seen)) == (different + 1, different + 2)  # the student's pictures are seen every time
+    assert all(torch.equal(a, b) for a, b in zip(first.inputs, again.inputs, strict=True))
+    state.kept = Kept(limit=0)
+    with torch.no_grad():
+        anew, _ = loop.both(state, batch.x, batch)
+    assert not state.kept.maps
+    assert all(torch.equal(a, b) for a, b in zip(first.inputs, anew.inputs, strict=True))
+
+
+def test_maps_are_kept_by_the_picture_that_they_are_of(kit, host, settings, tmp_path):
+    config = settings(positives="both", batch=64)
+    samples = kit.pairs(host, config, tmp_path)
+    state = kit.state(host, config, samples)
+    reals = loop.Reals.beside(samples, replace(samples, latents=-samples.latents))
+    batch = loop.draw(config, state.student, samples, reals, loop.generator(0, 0))
+    assert batch.positive_key.min() < 0 <= batch.positive_key.max()
+    for key, positive in zip(batch.positive_key.tolist(), batch.positive, strict=True):
+        latents = samples.latents if key >= 0 else reals.samples.latents
+        assert torch.equal(positive, latents[key if key >= 0 else -1 - key])
 
 
 def test_a_training_with_it_ends_and_the_card_says_so(kit, host, settings, folder, tmp_path):
