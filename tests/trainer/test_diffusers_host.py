@@ -47,6 +47,15 @@ def test_text_and_pictures_go_in_and_out(tiny):
     assert torch.allclose(tiny.decode(latents[:1]), pictures[:1], atol=1e-5)
 
 
+def test_the_decoders_maps_keep_the_order_that_a_cpu_is_fast_in(tiny):
+    """Its attention leaves the channels last; the blocks after it get them first again."""
+    seen = []
+    hook = tiny.vae.decoder.up_blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    tiny.decode(torch.randn(2, 4, 8, 8))
+    hook.remove()
+    assert seen[0].shape[0] == 2 and seen[0].is_contiguous()
+
+
 @pytest.mark.parametrize("steps", [1, 4])
 def test_sampling_equals_diffusers_own_pipeline(tiny, pipeline_folder, steps):
     """DDIM on trailing timesteps with guidance is Euler's method in k-diffusion's space."""
