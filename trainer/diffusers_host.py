@@ -51,7 +51,7 @@ class DiffusersHost:
     ):
         self.denoiser: Denoiser = DiffusersDenoiser(unet, schedule, prediction)
         self.vae = vae.requires_grad_(False)
-        # Its attention hands on maps whose channels lie last: a CPU's group norm is slow backwards then, in bfloat16 very.
+        # Its attention leaves the channels last: a CPU's group norm is slow backwards then, above all in bfloat16.
         vae.decoder.mid_block.register_forward_hook(lambda _module, _args, maps: maps.contiguous())
         self._encode_text = encode_text
         self.name, self.architecture, self.resolution = name, architecture, size
