@@ -185,4 +185,4 @@ def test_reload_ui_twice_leaves_one_of_each(page, webui):
         page.open()
         assert counts(page, webui) == (1, 1, 2, 1)
     assert webui.txt2img().picture.shape == (64, 64, 3)
-    assert "Error loading script" not in webui.log.read_text()
+    assert "Error loading script: turbodistill" not in webui.log.read_text()
