@@ -167,9 +167,9 @@ def write(report: Report, folder: Path) -> Path:
         f'<img alt="Pictures of every arm" src="data:image/png;base64,{base64.b64encode(picture).decode()}">',
         "<h2>Measured</h2>",
         _table(report),
-        "<p>All prompts here are names that neither teacher nor student was trained on. KID and FD are distances to "
-        "real pictures of those names on features of EfficientNet-Lite0, a network that the discriminator never "
-        "saw (lower is better; they are not Inception's FID). Diversity and sharpness are ratios; 1 is the "
+        "<p>Measured on more pictures, all of names that neither teacher nor student was trained on. KID and FD are "
+        "distances to real pictures of such names on features of EfficientNet-Lite0, a network that the discriminator "
+        "never saw (lower is better; they are not Inception's FID). Diversity and sharpness are ratios; 1 is the "
         "teacher's, and the real pictures'. The last row compares real pictures of the training names with them: "
         "no model can be expected below it. Styles are told by a classifier that was fitted to real pictures.</p>",
         "<h2>Training</h2>",
