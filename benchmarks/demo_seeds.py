@@ -3,7 +3,7 @@
     python benchmarks/demo_seeds.py --seeds 3
 
 Each seed is a whole demo (teacher pairs, both students) of its own; what an earlier call left in
-`--out` is gone on with. Prints mean, least and most of KID x 1000 per arm, over the trainings' seeds.
+`--out` is gone on with. Prints mean, least and most of every arm's measures over the trainings' seeds.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ parser.add_argument("--count", type=int, default=286, help="pictures per arm and
 parser.add_argument("--out", type=Path, default=Path("runs/seeds"))
 args = parser.parse_args()
 
-kids: dict[str, list[float]] = {}
-styles: dict[str, list[float]] = {}
-diversities: dict[str, list[float]] = {}
+scores: dict[str, list[dict]] = {}  # by arm, one for each seed
 minutes: list[float] = []
 for seed in range(args.seeds):
     folder = args.out / str(seed)
@@ -33,23 +31,21 @@ for seed in range(args.seeds):
     figures = json.loads((folder / "figures.json").read_text())
     minutes.append(Config.from_toml(demo.settings_of(folder, "student")).minutes)
     for arm, score in figures["scores"].items():
-        kids.setdefault(arm, []).append(score["kid"]["value"])
-        styles.setdefault(arm, []).append(score["style"])
-        diversities.setdefault(arm, []).append(score["diversity"])
-
-kid = figures["floor"]["kid"]
-base = np.mean(kids[demo.TEACHER])
+        scores.setdefault(arm, []).append(score)
 
 
 def spread(values: list[float], form: str) -> str:
     return f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
+MEASURES = ("style", "diversity", "sharpness")
+kids = {arm: [score["kid"]["value"] for score in rows] for arm, rows in scores.items()}
 print(f"\n{args.seeds} seeds of the whole demo, {args.count} pictures an arm; mean (least to most)")
 print(f"minutes of each student's training: {spread(minutes, '.1f')}")
-print(f"{'arm':<28} {'KID x 1000':>24} {'of the teacher':>15} {'style':>20} {'diversity':>20}")
-for arm, values in kids.items():
-    ratio = f"{np.mean(values) / base:.2f} x"
-    row = f"{arm:<28} {spread(values, '.0f'):>24} {ratio:>15}"
-    print(f"{row} {spread(styles[arm], '.2f'):>20} {spread(diversities[arm], '.2f'):>20}")
-print(f"{'real, train vs held-out':<28} {kid['value']:.0f} [{kid['low']:.0f} to {kid['high']:.0f}]")
+print(f"{'arm':<28} {'KID x 1000':>24} {'of the teacher':>15}" + "".join(f" {name:>20}" for name in MEASURES))
+for arm, rows in scores.items():
+    ratio = f"{np.mean(kids[arm]) / np.mean(kids[demo.TEACHER]):.2f} x"
+    others = "".join(f" {spread([score[name] for score in rows], '.2f'):>20}" for name in MEASURES)
+    print(f"{arm:<28} {spread(kids[arm], '.0f'):>24} {ratio:>15}{others}")
+floor = figures["floor"]["kid"]
+print(f"{'real, train vs held-out':<28} {floor['value']:.0f} [{floor['low']:.0f} to {floor['high']:.0f}]")
