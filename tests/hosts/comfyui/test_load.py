@@ -25,9 +25,10 @@ def ours(comfyui):
 
 def test_it_loads_without_a_word(comfyui):
     begun, up, _ = comfyui.log.read_text().partition("Starting server")
-    assert up and "IMPORT FAILED" not in begun and "Traceback" not in begun
-    (line,) = [line for line in begun.splitlines() if "turbodistill" in line.lower()]
-    assert line.strip().endswith("custom_nodes/turbodistill") and " seconds: " in line  # ComfyUI's own, of the time
+    assert up
+    (line,) = [line for line in begun.splitlines() if "turbodistill" in line.lower()]  # no traceback names us
+    # ComfyUI's own, of the time: " seconds (IMPORT FAILED): " where it failed. Its other nodes are not ours to judge.
+    assert line.strip().endswith("custom_nodes/turbodistill") and " seconds: " in line
 
 
 def test_it_runs_without_a_warning(comfyui, graph, demo):
