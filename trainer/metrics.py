@@ -74,6 +74,38 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
     return covered(fake, real), covered(real, fake)
 
 
+def nearest(queries: Tensor, gallery: Tensor, own: Tensor | None = None, k: int = 1) -> tuple[Tensor, Tensor]:
+    """The k nearest of a gallery (M, d) to each query (N, d) by cosine: distances and rows, both (N, k).
+
+    `own` (N,) is each query's own row in the gallery, which is passed over; -1 where it has none.
+    """
+    a, b = (torch.nn.functional.normalize(x.float(), dim=1) for x in (queries, gallery))
+    distances = 1 - a @ b.T
+    if own is not None:
+        known = own >= 0
+        distances[known.nonzero()[:, 0], own[known]] = torch.inf
+    found = distances.topk(k, largest=False)
+    return found.values, found.indices
+
+
+def recognised(
+    queries: Tensor, wanted: Sequence[str], gallery: Tensor, names: Sequence[str], own: Tensor | None = None, k: int = 1
+) -> Tensor:
+    """Whether one of the k nearest pictures of a gallery bears the wanted name, bool (N,); arguments as `nearest`."""
+    _, rows = nearest(queries, gallery, own, k)
+    hits = [any(names[j] == name for j in row) for row, name in zip(rows.tolist(), wanted, strict=True)]
+    return torch.tensor(hits)
+
+
+def share(hits: Tensor, resamples: int = 1000, seed: int = 0) -> Interval:
+    """The mean of outcomes (N,), or (S, N) of S noise seeds, with its bootstrap interval over the N prompts."""
+    of_prompts = hits.double().reshape(-1, hits.shape[-1]).mean(0).numpy()
+    draw = np.random.default_rng(seed)
+    means = of_prompts[draw.integers(len(of_prompts), size=(resamples, len(of_prompts)))].mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Interval(float(of_prompts.mean()), float(low), float(high))
+
+
 def high_frequencies(images: Tensor) -> float:
     """Mean square of what a 3x3 blur takes away from pictures (N, 3, H, W)."""
     blurred = torch.nn.functional.avg_pool2d(images, 3, 1, 1, count_include_pad=False)

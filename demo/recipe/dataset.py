@@ -4,9 +4,11 @@
 
 Writes `dataset.safetensors` into the recipe's folder (in the user's cache; `--folder` for
 another): `images` uint8 (N, 3, 64, 64) RGB on white, and in its header the list of
-`{name, caption, style, split}`. Flags and skin tones are left out. Five per cent of the names,
-chosen by a hash of the name so that the choice never moves, form the `heldout` split that no
-training of ours sees.
+`{name, caption, style, split, keywords}`. Flags and skin tones are left out.
+
+Two splits are never trained on. `heldout` is five per cent of the names, in all their styles.
+`combination` is one of the three styles of a tenth of the other names: a known thing in a style in
+which it was never shown. Hashes of the names choose both, so that the choice never moves.
 
     python -m turbodistill.demo.recipe.dataset --pictures pictures/
 
@@ -21,6 +23,7 @@ import json
 import os
 import subprocess
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -65,8 +68,12 @@ def on_white(path: Path) -> np.ndarray:
     return np.asarray(Image.alpha_composite(white, picture).convert("RGB")).transpose(2, 0, 1)
 
 
-def split_of(name: str) -> str:
-    return "heldout" if hashlib.sha256(name.encode()).digest()[0] < 13 else "train"
+def split_of(name: str, style: str) -> str:
+    """`train`, `heldout` or `combination`."""
+    digest = hashlib.sha256(name.encode()).digest()
+    if digest[0] < 13:
+        return "heldout"
+    return "combination" if digest[1] < 26 and list(STYLES)[digest[2] % len(STYLES)] == style else "train"
 
 
 def bare(code: str) -> str:
@@ -105,15 +112,15 @@ def build(folder: Path = BUILD) -> Path:
                     "name": name,
                     "caption": f"{name}, {entry['subcategory']}, {STYLES[style]}",
                     "style": style,
-                    "split": split_of(name),
+                    "split": split_of(name, style),
                     "keywords": words.get(code, []),
                 }
             )
     path = folder / "dataset.safetensors"
     stacked = torch.from_numpy(np.stack(images)).contiguous()
     save_file({"images": stacked}, path, metadata={"records": json.dumps(records)})
-    held = sum(r["split"] == "heldout" for r in records)
-    print(f"{len(records)} pictures of {len({r['name'] for r in records})} names, {held} held out: {path}")
+    counts = ", ".join(f"{n} {split}" for split, n in sorted(Counter(r["split"] for r in records).items()))
+    print(f"{len(records)} pictures of {len({r['name'] for r in records})} names ({counts}): {path}")
     return path
 
 

@@ -1,90 +1,177 @@
-"""The loop shared by the three trainings of the recipe: AdamW, EMA, progress, resumable."""
+"""The loop shared by the trainings of the recipe: AdamW, warmup-stable-decay, averages, resumable to the bit."""
 
 from __future__ import annotations
 
 import argparse
-import copy
+import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import averages, compact
 
-def arguments(description: str, minutes: float) -> argparse.ArgumentParser:
+FORMAT = 1  # of a state file
+RATE_WARMUP = 200  # updates in which the learning rate rises
+
+
+def arguments(description: str, updates: int | None) -> argparse.ArgumentParser:
     """The options that each training of the recipe takes."""
     from .dataset import BUILD
 
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=BUILD, help="where the data lies and the result goes")
-    parser.add_argument("--minutes", type=float, default=minutes, help="training time; a resumed run counts on")
+    text = "updates in all; a resumed run counts on" + ("" if updates else " (default: until it is stopped)")
+    parser.add_argument("--updates", type=int, default=updates, help=text)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=4e-4)
     return parser
 
 
-def fit(
-    model: nn.Module,
-    loss: Callable[[nn.Module, int], Tensor],
-    path: Path,
-    minutes: float,
-    lr: float,
-    ema: float = 0.999,
-    decay_from: float = 0.7,
-    save_every: float = 120.0,
-) -> nn.Module:
-    """Train `model` for `minutes` in all, over any number of runs, and return its EMA.
+@dataclass
+class Training:
+    """A model in training: its weights, AdamW's moments, two power-function averages, and how far it is.
 
-    `loss(model, step)` gives a scalar. The learning rate warms up over 200 steps, stays, and
-    falls linearly to zero over the last part of the time, so that more minutes can be added
-    later. State goes to `path` every `save_every` seconds, whole or not at all.
+    `settings` is what makes two trainings different; a state of other settings is refused.
     """
-    average = copy.deepcopy(model).requires_grad_(False)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
-    step, spent = 0, 0.0
-    if path.exists():
-        state = torch.serialization.load(path, weights_only=True)
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, spent = state["step"], state["spent"]
 
-    def save() -> None:
+    model: nn.Module
+    settings: dict[str, Any] = field(default_factory=dict)
+    step: int = 0  # updates made
+    images: int = 0
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.trainable.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.01)
+        self.averages = {std: {n: p.detach().clone() for n, p in self.trainable.items()} for std in averages.TRACKED}
+
+    def update(self, loss: Tensor, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.trainable.values(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        with torch.no_grad():
+            for std, slow in self.averages.items():
+                new = 1 - averages.keep_of(std, self.step)
+                torch._foreach_lerp_(list(slow.values()), [p.detach() for p in self.trainable.values()], new)
+
+    def state(self) -> dict[str, Any]:
+        """What `load` takes: tensors of six bytes a parameter in all, and plain numbers."""
+        weights = {n: p.detach().half() for n, p in self.trainable.items()}
+        moments = [self.optimizer.state[p] for p in self.trainable.values()]
+        return {
+            "format": FORMAT,
+            "settings": self.settings,
+            "progress": {"step": self.step, "images": self.images, "seconds": self.seconds},
+            "weights": weights,
+            "first": {n: tuple(compact.rows(m["exp_avg"])) for n, m in zip(weights, moments, strict=True)},
+            "second": {n: compact.logarithm(m["exp_avg_sq"]) for n, m in zip(weights, moments, strict=True)},
+            # An average differs from the weights by little: the difference needs few bits.
+            "averages": {
+                std: {n: tuple(compact.rows(slow[n] - weights[n].float())) for n in weights}
+                for std, slow in self.averages.items()
+            },
+        }
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a state. Raises ValueError for one of another format, model or settings."""
+        if state.get("format") != FORMAT:
+            raise ValueError(f"a state of format {state.get('format')}, not {FORMAT}: begin in another folder")
+        other = {k: (v, self.settings.get(k)) for k, v in state["settings"].items() if self.settings.get(k) != v}
+        if other or state["settings"].keys() != self.settings.keys():
+            raise ValueError(f"a state of other settings (saved, asked for): {other}: begin in another folder")
+        if state["weights"].keys() != self.trainable.keys():
+            raise ValueError("a state of another model: begin in another folder")
+        self.step, self.images, self.seconds = (state["progress"][k] for k in ("step", "images", "seconds"))
+        for name, parameter in self.trainable.items():
+            device = parameter.device
+            parameter.copy_(state["weights"][name])
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(self.step)),
+                "exp_avg": compact.Rows(*state["first"][name]).decode().to(device),
+                "exp_avg_sq": compact.exponential(state["second"][name]).to(device),
+            }
+            for std, slow in self.averages.items():
+                slow[name].copy_(parameter + compact.Rows(*state["averages"][std][name]).decode().to(device))
+
+    def save(self, path: Path) -> None:
+        """Write the state, whole or not at all, and go on from just what was written."""
+        state = self.state()
+        self.load(state)
         part = path.with_suffix(".part")
-        state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save(state | {"step": step, "spent": spent}, part)
+        torch.save(state, part)
         os.replace(part, path)
 
-    total = minutes * 60
-    saved = begun = time.monotonic()
-    before, smooth = spent, None
-    with tqdm(total=round(total), initial=round(spent), desc=path.stem, unit="s") as bar:
-        while spent < total:
-            progress = spent / total
-            scale = min(1.0, (step + 1) / 200, max(0.0, (1 - progress) / (1 - decay_from)))
-            for group in optimizer.param_groups:
-                group["lr"] = lr * scale
-            value = loss(model, step)
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            nn.utils.clip_grad_norm_(trainable, 1.0)
-            optimizer.step()
-            step += 1
-            with torch.no_grad():
-                keep = min(ema, (1 + step) / (10 + step))
-                for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
-                    slow.lerp_(fast, 1 - keep)
-            smooth = value.item() if smooth is None else 0.98 * smooth + 0.02 * value.item()
-            spent = before + time.monotonic() - begun
-            bar.set_postfix(step=step, loss=f"{smooth:.4f}", refresh=False)
-            bar.update(round(spent) - bar.n)
-            if time.monotonic() - saved > save_every:
-                save()
-                saved = time.monotonic()
-    save()
-    return average.eval()
+    def read(self, path: Path) -> None:
+        self.load(torch.serialization.load(path, weights_only=True))
+
+
+def rate_scale(step: int, updates: int | None, decay: int) -> float:
+    """Warmup, stable, decay (arXiv 2404.06395): rises, stays, and falls linearly over the last `decay` of `updates`."""
+    left = 1.0 if not decay or updates is None else (updates - step) / decay
+    return max(0.0, min(1.0, (step + 1) / RATE_WARMUP, left))
+
+
+def fit(
+    training: Training,
+    loss: Callable[[nn.Module, int], Tensor],
+    path: Path,
+    lr: float,
+    batch_size: int,
+    updates: int | None,
+    decay: int = 0,
+    save_every: int = 500,
+    kept: Path | None = None,
+    check: Callable[[Training], dict[str, float]] | None = None,
+) -> None:
+    """Train until `updates` are made in all, or for ever; with `decay`, the rate falls over the last of them.
+
+    `loss(model, step)` gives a scalar that depends on the step alone. Every `save_every` updates the state goes to
+    `path`, a line of progress (with what `check` measures) to `path` with the suffix .jsonl, and, each time that the
+    training has grown by a twentieth, the averages to the folder `kept`.
+    """
+    if path.exists():
+        training.read(path)
+    progress = path.with_suffix(".jsonl")
+    total, began, count = torch.zeros(()), time.monotonic(), 0
+    noted = max((step for step, _ in averages.kept([kept], training.step)), default=0) if kept else 0
+    with tqdm(total=updates, initial=training.step, desc=path.stem, unit="update") as bar:
+        while updates is None or training.step < updates:
+            value = loss(training.model, training.step)
+            training.update(value, lr * rate_scale(training.step, updates, decay))
+            training.images += batch_size
+            total, count = total.to(value.device) + value.detach(), count + 1
+            last = training.step == updates
+            bar.update(1)
+            if training.step % save_every and not last:
+                continue
+            training.seconds += time.monotonic() - began
+            if kept and (last or training.step >= 1.05 * noted):
+                averages.write(kept, training.step, training.averages)
+                noted = training.step
+            line = {"step": training.step, "images": training.images, "hours": training.seconds / 3600}
+            line |= {"loss": total.item() / count} | (check(training) if check else {})
+            with progress.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            training.save(path)
+            bar.set_postfix({k: f"{v:.4f}" for k, v in line.items() if k not in ("step", "images")}, refresh=False)
+            total, began, count = torch.zeros(()), time.monotonic(), 0
+
+
+def read_progress(path: Path) -> list[dict[str, float]]:
+    """The lines of progress beside the state `path`, in order; of those made twice (after a kill) the later one."""
+    lines = path.with_suffix(".jsonl")
+    rows = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+    return [row for _, row in sorted({row["step"]: row for row in rows}.items())]

@@ -26,6 +26,7 @@ from . import autoencoder, dataset, teacher
 
 DEMO = Path(__file__).parents[1]
 REFERENCE = 400  # training pictures in the reference set, beside all held-out ones
+HEADER = "turbodistill.model"
 ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
@@ -59,34 +60,38 @@ def autoencoder_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return packed
 
 
-def describe(scale: float, tokenizer: str) -> dict[str, str]:
+def describe(scale: float, tokenizer: str, prediction: str) -> dict[str, str]:
     """The checkpoint's header: everything that is needed to build its networks, as JSON."""
     unet, vae = teacher.CONFIG, autoencoder.CONFIG
     model = {
         "unet": unet,
         "vae": {**vae, "scaling_factor": scale},
         "text_encoder": {"kind": "minilm", "tokenizer": json.loads(tokenizer)},
-        "prediction": "v",
+        "prediction": prediction,
         "schedule": {"kind": "scaled_linear", "start": 0.00085, "end": 0.012, "steps": 1000},
         "resolution": [64, 64],
     }
     return {
-        "turbodistill.model": json.dumps(model),
+        HEADER: json.dumps(model),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "turbodistill-demo",
         "modelspec.title": "TurboDistill demo: emoji in three styles",
         "modelspec.resolution": "64x64",
-        "modelspec.prediction_type": "v",
+        "modelspec.prediction_type": prediction,
         "modelspec.license": "Apache-2.0; trained on Noto (Apache-2.0), Twemoji (CC-BY 4.0), Fluent (MIT)",
     }
 
 
-def pack_model(folder: Path, target: Path) -> None:
+def pack_model(folder: Path, target: Path, denoiser: Path | None = None) -> None:
+    """Write one checkpoint of the three networks; `denoiser` is another file than the recipe's teacher."""
+    denoiser = denoiser or folder / "teacher.safetensors"
+    with safe_open(denoiser, "pt") as file:
+        prediction = (file.metadata() or {}).get("prediction", "v")
     with safe_open(folder / "autoencoder.safetensors", "pt") as file:
         scale = float(file.metadata()["scale_factor"])
     with safe_open(folder / "text_encoder.safetensors", "pt") as file:
         tokenizer = file.metadata()["tokenizer"]
-    unet = load_file(folder / "teacher.safetensors")
+    unet = load_file(denoiser)
     names = to_single_file(unet)
     parts = {
         "model.diffusion_model.": {names[k]: v for k, v in unet.items()},
@@ -94,17 +99,25 @@ def pack_model(folder: Path, target: Path) -> None:
         "cond_stage_model.": load_file(folder / "text_encoder.safetensors"),
     }
     tensors = {p + k: v.half().contiguous() for p, weights in parts.items() for k, v in weights.items()}
-    save_file(tensors, target, describe(scale, tokenizer))
+    save_file(tensors, target, describe(scale, tokenizer, prediction))
     count = sum(v.numel() for v in tensors.values())
     print(f"{target}: {count / 1e6:.2f} M parameters, {target.stat().st_size / 1e6:.1f} MB")
 
 
-def pack_reference(folder: Path, target: Path) -> None:
-    """Held-out pictures and a draw of training ones, as lossless WebP with a table of captions."""
-    images, records = dataset.load(folder)
-    held = [i for i, r in enumerate(records) if r["split"] == "heldout"]
+def reference_rows(records: list[dict]) -> list[int]:
+    """The reference's pictures: all held-out ones, the other styles of a combination's name, and some training ones."""
+    held = [i for i, r in enumerate(records) if r["split"] != "train"]
+    kin = {records[i]["name"] for i in held}
     seen = [i for i, r in enumerate(records) if r["split"] == "train"]
-    chosen = held + sorted(random.Random(0).sample(seen, REFERENCE))
+    beside = [i for i in seen if records[i]["name"] in kin]
+    others = random.Random(0).sample([i for i in seen if records[i]["name"] not in kin], REFERENCE - len(beside))
+    return held + sorted(beside + others)
+
+
+def pack_reference(folder: Path, target: Path) -> None:
+    """The reference's pictures as lossless WebP with a table of captions."""
+    images, records = dataset.load(folder)
+    chosen = reference_rows(records)
     table = []
     with zipfile.ZipFile(target, "w") as archive:
         for number, i in enumerate(chosen):
@@ -114,10 +127,8 @@ def pack_reference(folder: Path, target: Path) -> None:
             )
             name = f"{number:04d}.webp"
             archive.writestr(zipfile.ZipInfo(name), buffer.getvalue())
-            record = records[i]
-            table.append(
-                {"file_name": name, "text": record["caption"], "style": record["style"], "split": record["split"]}
-            )
+            row = {"file_name": name, "text": records[i]["caption"]}
+            table.append(row | {key: records[i][key] for key in ("name", "style", "split")})
         archive.writestr(zipfile.ZipInfo("metadata.jsonl"), "".join(json.dumps(row) + "\n" for row in table))
     print(f"{target}: {len(chosen)} pictures, {target.stat().st_size / 1e6:.1f} MB")
 
@@ -125,9 +136,8 @@ def pack_reference(folder: Path, target: Path) -> None:
 def pack_prompts(folder: Path, target: Path) -> None:
     """Captions of the training pictures that are not in the reference set, shuffled: the students' prompts."""
     _, records = dataset.load(folder)
-    seen = [i for i, r in enumerate(records) if r["split"] == "train"]
-    reference = set(random.Random(0).sample(seen, REFERENCE))
-    captions = [records[i]["caption"] for i in seen if i not in reference]
+    reference = set(reference_rows(records))
+    captions = [r["caption"] for i, r in enumerate(records) if r["split"] == "train" and i not in reference]
     random.Random(0).shuffle(captions)
     target.write_text("\n".join(captions) + "\n")
     print(f"{target}: {len(captions)} prompts")
