@@ -26,29 +26,37 @@ from safetensors.torch import load_file
 
 CLONE = Path(__file__).parents[1]
 PAIRS = {"pairs": 8, "pair_steps": 2, "pair_sampler": "dpmpp_2m", "guidance": 3.0, "seed": 0}
-COMMON = {"rank": 4, "updates": 20, "batch": 2, "checkpointing": False, "warmup": 2, "lead": 1, "ramp": 2}
-COMMON |= {"width": 8, "precision": "float32", "preview_every": 0, "select_every": 0, "save_every": 20}
+COMMON = {
+    "rank": 4,
+    "updates": 20,
+    "batch_size": 2,
+    "gradient_checkpointing": False,
+    "regression_updates": 2,
+    "discriminator_warmup": 1,
+    "adversarial_ramp": 2,
+}
+COMMON |= {"head_channels": 8, "precision": "float32", "preview_every": 0, "evaluate_every": 0, "save_every": 20}
 PICTURES = "pictures"
 CASES: dict[str, dict[str, Any]] = {
     "LADD, approximate R1": {},
     "LADD, exact R1": {"r1": "exact", "r1_weight": 0.01},
-    "ADD, pixels": {"vision": "embedded", "vision_size": 56},
+    "ADD, pixels": {"pixel_backbone": "embedded", "pixel_size": 56},
     "ADD's distillation": {"distillation_weight": 2.5, "teacher_steps": 2},
     "NFSD": {"distillation": "nfsd", "distillation_weight": 1.0},
-    "matching": {"distillation": "matching", "distillation_weight": 0.5, "score_rank": 4},
+    "matching": {"distillation": "matching", "distillation_weight": 0.5, "fake_score_rank": 4},
     "relativistic, mismatch, features": {
         "adversarial": "relativistic",
         "mismatch_weight": 0.5,
         "feature_weight": 0.2,
         "condition_image": True,
-        "steps": 3,
+        "student_steps": 3,
     },
-    "accumulation 2": {"accumulate": 2},
+    "accumulation 2": {"gradient_accumulation": 2},
     "discriminator updates 3": {"discriminator_updates": 3},
-    "checkpointing": {"checkpointing": True},
+    "checkpointing": {"gradient_checkpointing": True},
     "full copy": {"rank": 0, "lr": 1e-5},
-    "x0, some layers": {"output": "x0", "start": 900, "targets": "attention", "alpha": 2.0},
-    "real pictures too": {"positives": "both", "fresh_share": 0.2, "first_share": 0.7},
+    "x0, some layers": {"prediction": "x0", "start_timestep": 900, "targets": "attention", "alpha": 2.0},
+    "real pictures too": {"positives": "both", "fresh_noise_share": 0.2, "first_step_share": 0.7},
 }
 OF_CLI = {"ADD, pixels"}
 LINES = ["a red fox, animal, in flat noto style", "an owl, animal, in flat twemoji style", "a cat, animal"]
@@ -149,9 +157,11 @@ def comfyui(base: Path) -> Iterator[Train]:
             pairs = graph.add(
                 "TurboDistillTeacherPairs", **parts, prompts=prompts, width=64, height=64, at_once=8, **PAIRS
             )
-            own = {k: settings[k] for k in ("rank", "updates", "batch", "checkpointing")}
+            own = {k: settings[k] for k in ("rank", "updates", "batch_size", "gradient_checkpointing")}
             rest = Config().to_dict() | settings
-            rest = {k: v for k, v in rest.items() if k not in PAIRS and k not in own and not k.startswith("vision")}
+            rest = {
+                k: v for k, v in rest.items() if k not in PAIRS and k not in own and not k.startswith("pixel_backbone")
+            }
             more = {"settings": graph.add("TurboDistillAdvancedSettings", **rest)}
             if settings.get("positives"):
                 more["images"] = graph.add("TurboDistillImageFolder", folder=PICTURES)

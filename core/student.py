@@ -19,16 +19,16 @@ from .naming import is_diffusers, to_single_file
 from .sampling import sample_few_step, sigmas_of
 from .schedule import Schedule, trailing_timesteps
 
-OUTPUTS = ("inherit", "x0")
+PREDICTIONS = ("inherit", "x0")
 
 
 class Student(Denoiser):
     """A denoiser that makes x0 in one step, over a frozen teacher that shares its weights.
 
     `rank` > 0 trains a LoRA on the teacher's backbone; the teacher is the same tensors with the
-    LoRA off. `rank` 0 trains a full copy. `output` says how the backbone's output is read:
-    `inherit` as the teacher's (eps, v, flow), `x0` as the picture itself. `start` is the timestep
-    of pure noise, and the first of a few-step schedule.
+    LoRA off. `rank` 0 trains a full copy. `prediction` says what the backbone predicts: `inherit`
+    the teacher's eps, v or flow, `x0` the picture itself. `start_timestep` is that of pure noise,
+    and the first of a few-step schedule.
     """
 
     def __init__(
@@ -37,16 +37,15 @@ class Student(Denoiser):
         rank: int = 16,
         alpha: float | None = None,
         targets: str = "all",
-        output: str = "inherit",
-        start: int | None = None,
+        prediction: str = "inherit",
+        start_timestep: int | None = None,
     ):
-        if output not in OUTPUTS:
-            raise ValueError(f"student output is {output!r}: use one of {', '.join(OUTPUTS)}")
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"student prediction is {prediction!r}: use one of {', '.join(PREDICTIONS)}")
         self.teacher = teacher
         self.schedule: Schedule = teacher.schedule
-        self.prediction = teacher.prediction
-        self.reading = "x0" if output == "x0" else teacher.prediction
-        self.start = self.schedule.timesteps - 1 if start is None else start
+        self.prediction = teacher.prediction if prediction == "inherit" else prediction
+        self.start_timestep = self.schedule.timesteps - 1 if start_timestep is None else start_timestep
         self.lora: LoRA | None = None
         if rank > 0:
             self.backbone = teacher.backbone
@@ -104,11 +103,11 @@ class Student(Denoiser):
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         """x (B, C, H, W) at sigma (B,) -> x0 (B, C, H, W)."""
-        return self.schedule.to_x0(self.reading, x, self.output(x, sigma, cond), sigma)
+        return self.schedule.to_x0(self.prediction, x, self.output(x, sigma, cond), sigma)
 
     def sigmas(self, steps: int) -> Tensor:
         """Sigmas (steps + 1,) of the student's own schedule: trailing from its start timestep."""
-        return sigmas_of(self.schedule, trailing_timesteps(steps, self.start, self.schedule.timesteps))
+        return sigmas_of(self.schedule, trailing_timesteps(steps, self.start_timestep, self.schedule.timesteps))
 
     @torch.no_grad()
     def generate(self, noise: Tensor, cond: Cond, steps: int = 1) -> Tensor:
@@ -168,9 +167,9 @@ def load_student(path: str | Path, teacher: Denoiser) -> tuple[Student, StudentC
             f"{path} was made for a model that predicts {card.base_prediction}, this one predicts "
             f"{teacher.prediction}: load {card.base_model}, its base"
         )
-    output = "inherit" if card.prediction == card.base_prediction else "x0"
+    prediction = "inherit" if card.prediction == card.base_prediction else "x0"
     try:
-        student = Student(teacher, card.rank, card.alpha, card.targets, output, card.timesteps[0])
+        student = Student(teacher, card.rank, card.alpha, card.targets, prediction, card.timesteps[0])
     except (ValueError, re.error) as error:
         raise CardError(f"{path} does not fit this model: {error}") from None
     try:

@@ -180,7 +180,7 @@ class TeacherPairs(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, vae, prompts: Sequence[str], width, height, at_once, **settings) -> io.NodeOutput:
-        config = Config(**settings, batch=at_once)
+        config = Config(**settings, batch_size=at_once)
         loaded = CheckpointHost(model, clip, vae, base_name(cls, model), width, height)
         texts = generate(prompts, config.pairs, config.seed)
         folder = host_page.output_folder() / "pairs" / data.pairs_key(loaded, config, texts)

@@ -81,7 +81,7 @@ class Distill(io.ComfyNode):
                     default="my-turbo",
                     tooltip="The run's folder in output/turbodistill/runs; a run of this name goes on.",
                 ),
-                *widgets(OF_DISTILL, batch=4, checkpointing=True),
+                *widgets(OF_DISTILL, batch_size=4, gradient_checkpointing=True),
                 IMAGES.Input("images", optional=True, tooltip="Pictures of yours, from Image Folder."),
                 SETTINGS.Input("settings", optional=True, tooltip="From Advanced Settings."),
             ],

@@ -23,7 +23,7 @@ def widget(name: str, default: Any = None):
     """A node's input for one setting, which begins with its field's default or another."""
     about = FIELDS[name].metadata
     default = FIELDS[name].default if default is None else default
-    told = {"default": default, "tooltip": about["help"][0].upper() + about["help"][1:] + "."}
+    told = {"default": default, "tooltip": about["help"]}
     if about["choices"]:
         return io.Combo.Input(name, options=list(about["choices"]), **told)
     if isinstance(default, bool):

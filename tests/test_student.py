@@ -21,9 +21,9 @@ def card_of(student, **changes):
         "base_model": "toy",
         "base_hash": fingerprint(student.teacher.backbone),
         "architecture": "toy",
-        "prediction": student.reading,
+        "prediction": student.prediction,
         "base_prediction": student.teacher.prediction,
-        "timesteps": (student.start,),
+        "timesteps": (student.start_timestep,),
         "guidance": 4.0,
         "resolution": (64, 64),
         "rank": lora.rank if lora else 0,
@@ -282,21 +282,21 @@ def test_a_full_copy_shares_no_tensor_with_the_teacher(toys):
 def test_x0_output_is_the_backbone_s_own(toys, prediction, rank):
     teacher = toys.conv(prediction)
     x, sigma, cond = inputs(toys, teacher)
-    student = Student(teacher, rank=rank, output="x0")
-    assert student.reading == "x0" and student.prediction == prediction
+    student = Student(teacher, rank=rank, prediction="x0")
+    assert student.prediction == "x0" and student.teacher.prediction == teacher.prediction
     assert torch.allclose(student(x, sigma, cond), teacher.output(x, sigma, cond), atol=1e-6)
-    assert Student(teacher, rank=0).reading == prediction
+    assert Student(teacher, rank=0).prediction == prediction
 
 
 def test_an_unknown_output_is_refused(toys):
     with pytest.raises(ValueError, match="'score': use one of inherit, x0"):
-        Student(toys.conv(), output="score")
+        Student(toys.conv(), prediction="score")
 
 
 @pytest.mark.parametrize("prediction", ["eps", "flow"])
 def test_one_step_is_one_pass_over_noise_at_the_start(toys, prediction):
     teacher = toys.conv(prediction)
-    student = Student(teacher, rank=0, start=399)
+    student = Student(teacher, rank=0, start_timestep=399)
     noise, cond = toys.picture(), toys.cond()
     sigma = student.sigmas(1)[:1].expand(2)
     x = student.schedule.add_noise(torch.zeros_like(noise), noise, sigma)
@@ -306,7 +306,7 @@ def test_one_step_is_one_pass_over_noise_at_the_start(toys, prediction):
 
 def test_few_steps_begin_at_the_student_s_start(toys):
     teacher = toys.Recorder()
-    student = Student(teacher, rank=0, start=799)
+    student = Student(teacher, rank=0, start_timestep=799)
     seen = []
     student._network = toys.Recorder(lambda x, sigma, cond: seen.append(float(sigma[0])) or torch.zeros_like(x))
     student.generate(toys.picture(), toys.cond(), steps=4)
@@ -332,7 +332,7 @@ def test_a_row_s_noise_makes_its_picture_alone(toys, steps):
 @pytest.mark.parametrize("kind", ["conv", "unet"])
 def test_a_student_file_goes_there_and_back(toys, tmp_path, kind, rank, output):
     teacher = getattr(toys, kind)()
-    student = Student(teacher, rank=rank, alpha=2.0, output=output, start=899)
+    student = Student(teacher, rank=rank, alpha=2.0, prediction=output, start_timestep=899)
     if rank:
         toys.nudge(student.lora)
     else:
@@ -345,7 +345,7 @@ def test_a_student_file_goes_there_and_back(toys, tmp_path, kind, rank, output):
     student.release()
     loaded, card, warning = load_student(path, teacher)
     assert torch.allclose(loaded.generate(noise, cond), expected, atol=1e-4)
-    assert (card.timesteps, loaded.start, loaded.reading, warning) == ((899,), 899, student.reading, "")
+    assert (card.timesteps, loaded.start_timestep, loaded.prediction, warning) == ((899,), 899, student.prediction, "")
 
 
 def test_a_full_student_of_a_diffusers_unet_is_a_single_file(toys, tmp_path):

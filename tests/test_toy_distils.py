@@ -59,13 +59,26 @@ def test_the_teacher_needs_its_many_steps(taught):
 
 
 SETTINGS = {
-    "regression": {"rank": 0, "updates": 300, "warmup": 300},
-    "LoRA": {"rank": 16, "updates": 600, "warmup": 600},
-    "adversarial": {"rank": 0, "updates": 300, "warmup": 200, "regression_weight": 0.5},
-    "ADD": {"rank": 0, "updates": 400, "warmup": 100, "distillation_weight": 0.5, "distillation_guidance": 1.0},
+    "regression": {"rank": 0, "updates": 300, "regression_updates": 300},
+    "LoRA": {"rank": 16, "updates": 600, "regression_updates": 600},
+    "adversarial": {"rank": 0, "updates": 300, "regression_updates": 200, "regression_weight": 0.5},
+    "ADD": {
+        "rank": 0,
+        "updates": 400,
+        "regression_updates": 100,
+        "distillation_weight": 0.5,
+        "distillation_guidance": 1.0,
+    },
     "matching": {
-        **{"rank": 0, "updates": 400, "warmup": 200, "ramp": 50, "adversarial_weight": 0.0, "regression_weight": 0.5},
-        **{"distillation": "matching", "distillation_weight": 0.5, "distillation_guidance": 1.0, "score_rank": 8},
+        **{
+            "rank": 0,
+            "updates": 400,
+            "regression_updates": 200,
+            "adversarial_ramp": 50,
+            "adversarial_weight": 0.0,
+            "regression_weight": 0.5,
+        },
+        **{"distillation": "matching", "distillation_weight": 0.5, "distillation_guidance": 1.0, "fake_score_rank": 8},
     },
 }
 TERMS = {
@@ -82,10 +95,12 @@ TERMS = {
 def test_one_step_of_the_student_covers_the_modes(taught, recipe):
     teacher, means, pairs = taught
     settings = SETTINGS[recipe]
-    config = Config(batch=128, lr=3e-3, width=16, taps="inner,hidden", precision="float32", ema=0.98, **settings)
+    config = Config(
+        batch_size=128, lr=3e-3, head_channels=16, taps="inner,hidden", precision="float32", ema_decay=0.98, **settings
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        student = Student(teacher, rank=config.rank, output="inherit")
+        student = Student(teacher, rank=config.rank, prediction="inherit")
     state = State.create(student, config, pairs)
     before = teacher(held_out(), torch.full((1000,), 3.0), nothing(1000))
     steps = list(distill.distill(state, pairs, nothing(1)))

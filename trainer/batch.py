@@ -62,13 +62,13 @@ def draw(
     config: Config, student: Student, pairs: Samples, reals: Reals | None, draws: torch.Generator, fresh: float = 0.0
 ) -> Batch:
     """A batch for one update, on the student's device; a share `fresh` of pure noise is no pair's."""
-    schedule, device, size = student.schedule, student.device, config.batch
+    schedule, device, size = student.schedule, student.device, config.batch_size
     rows = torch.randint(len(pairs), (size,), generator=draws)
     target, cond = pairs.latents[rows], pairs.cond.rows(rows)
     shape = target.shape
-    timesteps = torch.tensor(trailing_timesteps(config.steps, student.start, schedule.timesteps))
-    share = torch.full((config.steps,), (1 - config.first_share) / max(config.steps - 1, 1))
-    share[0] = config.first_share if config.steps > 1 else 1.0
+    timesteps = torch.tensor(trailing_timesteps(config.student_steps, student.start_timestep, schedule.timesteps))
+    share = torch.full((config.student_steps,), (1 - config.first_step_share) / max(config.student_steps - 1, 1))
+    share[0] = config.first_step_share if config.student_steps > 1 else 1.0
     level = torch.multinomial(share, size, True, generator=draws)
     first = level == 0
     sigma = schedule.sigma(timesteps[level])

@@ -21,21 +21,26 @@ from .vision import load_vision
 def create(host: Host, config: Config) -> Student:
     """A fresh student, the same for the same seed; raises ConfigError for targets or blocks this model lacks."""
     try:
-        if config.checkpointing:
+        if config.gradient_checkpointing:
             blocks(host.denoiser.backbone)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             student = Student(
-                host.denoiser, config.rank, config.alpha or None, config.targets, config.output, config.start
+                host.denoiser,
+                config.rank,
+                config.alpha or None,
+                config.targets,
+                config.prediction,
+                config.start_timestep,
             )
     except (ValueError, re.error) as error:
         raise ConfigError(str(error)) from None
-    if config.begin:
+    if config.init_student:
         try:
-            _go_on_from(Path(config.begin), host, student)
+            _go_on_from(Path(config.init_student), host, student)
         except ValueError as error:
             student.release()
-            raise ConfigError(f"begin: {error}") from None
+            raise ConfigError(f"init_student: {error}") from None
     return student
 
 
@@ -43,15 +48,15 @@ def features(host: Host, config: Config) -> Features:
     """What the discriminator sees; raises ConfigError for taps or a vision transformer that cannot be had."""
     taps = tap_names(config)
     try:
-        if not config.vision:
+        if not config.pixel_backbone:
             return TeacherFeatures(host.denoiser, taps)
         if host.decoder is None:
             raise ValueError(
-                f"vision is {config.vision!r}, but here the discriminator judges in latent space alone: leave it "
-                "empty, or distil by the command line"
+                f"pixel_backbone is {config.pixel_backbone!r}, but in this host the discriminator sees latents only: "
+                "leave it empty, or distil on the command line"
             )
-        network, patch = load_vision(config.vision)
-        return VisionFeatures(network.to(host.denoiser.device), patch, host.decoder, config.vision_size, taps)
+        network, patch = load_vision(config.pixel_backbone)
+        return VisionFeatures(network.to(host.denoiser.device), patch, host.decoder, config.pixel_size, taps)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
@@ -74,10 +79,10 @@ def _go_on_from(path: Path, host: Host, student: Student) -> None:
     """Fill a fresh student from another's file; raises ValueError if that is no student of this kind and model."""
     tensors, card = read(path)
     found = (card.base_hash, card.prediction, card.timesteps[0], card.rank)
-    wanted = (host.base_hash, student.reading, student.start, student.lora.rank if student.lora else 0)
+    wanted = (host.base_hash, student.prediction, student.start_timestep, student.lora.rank if student.lora else 0)
     if found != wanted:
         raise ValueError(
-            f"{path} has base model, prediction, start and rank {found}, this training {wanted}: give it the same "
-            "settings, or begin at the teacher"
+            f"{path} has base model, prediction, start timestep and rank {found}, this training {wanted}: use the "
+            "same settings, or start from the teacher"
         )
     load_weights(student, student.trained, tensors)

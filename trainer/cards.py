@@ -21,9 +21,9 @@ def make_card(host: Host, state: State, metrics: dict[str, Any]) -> StudentCard:
         base_model=host.name,
         base_hash=host.base_hash,
         architecture=host.architecture,
-        prediction=student.reading,
-        base_prediction=student.prediction,
-        timesteps=tuple(trailing_timesteps(config.steps, student.start, student.schedule.timesteps)),
+        prediction=student.prediction,
+        base_prediction=student.teacher.prediction,
+        timesteps=tuple(trailing_timesteps(config.student_steps, student.start_timestep, student.schedule.timesteps)),
         guidance=config.guidance,
         resolution=host.resolution,
         rank=config.rank,
@@ -37,7 +37,7 @@ def make_card(host: Host, state: State, metrics: dict[str, Any]) -> StudentCard:
 
 def _method(config: Config) -> str:
     """What the student was made by, in the papers' names."""
-    names = ["ADD" if config.vision else "LADD"] if config.adversarial_weight > 0 else []
+    names = ["ADD" if config.pixel_backbone else "LADD"] if config.adversarial_weight > 0 else []
     if config.distillation_weight > 0:
         names.append(
             {"matching": "distribution matching", "nfsd": "NFSD"}.get(config.distillation, "ADD's distillation")
@@ -49,8 +49,8 @@ def _told(config: Config) -> dict[str, Any]:
     """The settings that a reader of the card asks for."""
     names = (
         "pairs",
-        "batch",
-        "steps",
+        "batch_size",
+        "student_steps",
         "positives",
         "adversarial",
         "adversarial_weight",
@@ -58,9 +58,11 @@ def _told(config: Config) -> dict[str, Any]:
         "distillation_weight",
     )
     told = {n: getattr(config, n) for n in (*names, "regression_weight", "seed")}
-    if config.vision:  # of a folder its name alone: where it lay is nobody's business
-        told["vision"] = Path(config.vision).name if Path(config.vision).is_dir() else config.vision
-    return told | ({"begun from": Path(config.begin).name} if config.begin else {})
+    if config.pixel_backbone:  # of a folder its name alone: where it lay is nobody's business
+        told["pixel_backbone"] = (
+            Path(config.pixel_backbone).name if Path(config.pixel_backbone).is_dir() else config.pixel_backbone
+        )
+    return told | ({"init_student": Path(config.init_student).name} if config.init_student else {})
 
 
 def write_student(host: Host, state: State, path: Path, metrics: dict[str, Any]) -> StudentCard:

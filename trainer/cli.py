@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from .config import Config, ConfigError
+from .config import Config, ConfigError, nearest
 
 DEMO = Path(__file__).parents[1] / "demo"
 DEFAULT_PROMPTS = DEMO / "prompts.txt"
@@ -23,7 +23,9 @@ SHIPPED = DEMO / "student.safetensors"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status. Mistakes of the user end with one line, not a traceback."""
     parser = make_parser()
-    args = parser.parse_args(arguments)
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(_unrecognised(unknown, takes_settings=args.command is run_distill))
     from ..core.card import CardError
     from .data import DataError
     from .diffusers_host import ModelError
@@ -34,6 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, CardError, DataError, Diverged, ModelError, OSError, ImportError) as error:
         print(f"turbodistill: {error}", file=sys.stderr)
         return 1
+
+
+def _unrecognised(unknown: Sequence[str], takes_settings: bool) -> str:
+    """What to say of arguments that no command knows; of a setting's, which one is nearest."""
+    flag = next((a.partition("=")[0] for a in unknown if a.startswith("--")), None)
+    words = f"unrecognized arguments: {' '.join(unknown)}"
+    if flag is None or not takes_settings:
+        return words
+    return f"{words}; the setting nearest to {flag} is --{nearest(flag[2:].replace('-', '_')).replace('_', '-')}"
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -6,6 +6,7 @@ The command line, the ComfyUI node and the WebUI tab are all made from the field
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 from ..core.losses import ADVERSARIAL, WEIGHTS
 from ..core.sampling import TEACHER_SAMPLERS
-from ..core.student import OUTPUTS
+from ..core.student import PREDICTIONS
 
 
 class ConfigError(ValueError):
@@ -33,120 +34,241 @@ class Config:
     """Settings of one distillation; see each field's help."""
 
     # Student
-    rank: int = option(64, "LoRA rank; 0 trains a full copy of the model", "student", low=0, high=512)
-    alpha: float = option(0.0, "LoRA alpha; 0 takes the rank", "student", low=0)
-    targets: str = option("all", "layers that get a LoRA: attention, transformer, all, or a pattern", "student")
-    output: str = option("inherit", "how the student's output is read: as the teacher's, or as x0", "student", OUTPUTS)
-    start: int = option(999, "timestep at which the student is given pure noise", "student", low=1, high=999)
-    steps: int = option(1, "most steps that the student is trained for", "student", low=1, high=8)
-    first_share: float = option(
-        0.6, "share of training at the first step, where noise enters", "student", low=0, high=1
+    rank: int = option(
+        64,
+        "LoRA rank. Higher learns more detail and takes more memory; 0 trains a full copy of the model.",
+        "student",
+        low=0,
+        high=512,
     )
-    fresh_share: float = option(
-        0.5,
-        "share of pure noise that is fresh once the discriminator judges; the rest is the pairs' own",
+    alpha: float = option(
+        0.0, "LoRA alpha. 0 takes the rank, so that the LoRA is used at strength 1.", "student", low=0
+    )
+    targets: str = option(
+        "all",
+        "Layers that get a LoRA: attention, transformer, all, or a regular expression. Choose fewer to save memory.",
+        "student",
+    )
+    prediction: str = option(
+        "inherit",
+        "What the student's network predicts: inherit is the model's own eps or v; x0 can remove speckle.",
+        "student",
+        PREDICTIONS,
+    )
+    start_timestep: int = option(
+        999,
+        "Timestep at which the student receives pure noise. Lower it (DMD2 uses 399) if pictures show speckle.",
+        "student",
+        low=1,
+        high=999,
+    )
+    student_steps: int = option(
+        1,
+        "Most steps the student is trained for. 2 to 4 give better pictures at 2 to 4 times the cost.",
+        "student",
+        low=1,
+        high=8,
+    )
+    first_step_share: float = option(
+        0.6,
+        "Share of the training spent on the first step, from pure noise. Only used above one step.",
         "student",
         low=0,
         high=1,
     )
-    begin: str = option(
-        "", "student file to go on from, of this model, rank and targets; empty begins at the teacher", "student"
+    fresh_noise_share: float = option(
+        0.5,
+        "Share of first steps that start from new noise once the discriminator is used; the others start from the "
+        "noise of a teacher pair. Lower it if pictures fall apart.",
+        "student",
+        low=0,
+        high=1,
+    )
+    init_student: str = option(
+        "",
+        "Student file to continue from, made of this model with the same rank and targets. Empty starts from the "
+        "teacher.",
+        "student",
     )
     # Data
-    pairs: int = option(1024, "teacher pairs (noise, picture) to make from the prompts", "data", low=4)
-    pair_steps: int = option(16, "sampling steps of the teacher for a pair", "data", low=1, high=1000)
-    pair_sampler: str = option("dpmpp_2m", "sampler of the teacher for the pairs", "data", TEACHER_SAMPLERS)
-    guidance: float = option(4.0, "the teacher's guidance scale in the pairs: it is baked in", "data", low=1, high=30)
-    positives: str = option("teacher", "what the discriminator takes for real", "data", ("teacher", "real", "both"))
-    real_share: float = option(0.5, "share of real pictures where positives are 'both'", "data", low=0, high=1)
+    pairs: int = option(
+        1024,
+        "Teacher pairs (noise and picture) made from the prompts. 500 to 10000; more is better and takes longer.",
+        "data",
+        low=4,
+    )
+    pair_steps: int = option(16, "Sampling steps of the teacher for each pair. 8 to 30.", "data", low=1, high=1000)
+    pair_sampler: str = option("dpmpp_2m", "Sampler of the teacher for the pairs.", "data", TEACHER_SAMPLERS)
+    guidance: float = option(
+        4.0,
+        "CFG scale of the teacher in the pairs. It is baked into the student, which samples at CFG 1. 2 to 8.",
+        "data",
+        low=1,
+        high=30,
+    )
+    positives: str = option(
+        "teacher",
+        "Pictures the discriminator takes for real: the teacher's, your own, or both. Your own need an image folder.",
+        "data",
+        ("teacher", "real", "both"),
+    )
+    real_share: float = option(0.5, "Share of your own pictures when positives is 'both'.", "data", low=0, high=1)
     # Training
-    updates: int = option(2000, "student updates", "training", low=1)
-    minutes: float = option(
-        0.0, "end after this many minutes of training at the latest; 0 is no limit", "training", low=0
+    updates: int = option(
+        2000, "Student updates. 500 shows whether it works; 2000 to 10000 for a student to keep.", "training", low=1
     )
-    batch: int = option(16, "samples in a batch", "training", low=1)
-    accumulate: int = option(1, "batches whose gradients make one update", "training", low=1)
-    lr: float = option(2e-4, "learning rate of the student", "training", low=0)
-    lr_discriminator: float = option(5e-4, "learning rate of the discriminator", "training", low=0)
-    warmup: int = option(200, "first updates with the regression alone", "training", low=0)
-    lead: int = option(
-        100,
-        "last updates of the warm-up in which the discriminator learns already, before the student is told",
+    minutes: float = option(0.0, "Stop after this many minutes of training. 0 sets no limit.", "training", low=0)
+    batch_size: int = option(
+        16, "Samples per batch. Lower it when memory runs out, and raise gradient_accumulation.", "training", low=1
+    )
+    gradient_accumulation: int = option(
+        1, "Batches per update. 4 batches of 4 train like one of 16, with the memory of 4.", "training", low=1
+    )
+    lr: float = option(
+        2e-4, "Learning rate of the student. 1e-5 to 5e-4; a full copy needs about 1e-5.", "training", low=0
+    )
+    lr_discriminator: float = option(
+        5e-4,
+        "Learning rate of the discriminator. Lower it when the discriminator's accuracy stays above 0.95.",
         "training",
         low=0,
     )
-    ramp: int = option(
+    regression_updates: int = option(
         200,
-        "updates after the warm-up in which the weights of the adversarial and the matching loss rise to their full",
+        "First updates, which only fit the teacher's pairs (regression). 100 to 2000; pictures are blurred until the "
+        "discriminator starts.",
         "training",
         low=0,
     )
-    decay: float = option(
-        0.3, "share of the run, at its end, over which both learning rates fall to zero", "training", low=0, high=1
+    discriminator_warmup: int = option(
+        100,
+        "Train the discriminator for this many of the last regression updates before its loss reaches the student.",
+        "training",
+        low=0,
     )
-    discriminator_updates: int = option(1, "discriminator updates per student update", "training", low=1, high=16)
-    clip: float = option(1.0, "largest gradient norm; larger ones are scaled down", "training", low=0)
-    ema: float = option(
-        0.995, "decay of the student's running average, which is what is kept", "training", low=0, high=1
+    adversarial_ramp: int = option(
+        200,
+        "Updates over which the adversarial and matching losses rise to full weight after the regression. Raise it if "
+        "pictures break when the discriminator starts.",
+        "training",
+        low=0,
     )
-    precision: str = option("auto", "arithmetic of the passes", "training", ("auto", "float32", "bfloat16"))
-    checkpointing: bool = option(
-        False, "compute activations a second time instead of keeping them: much less memory, a third slower", "training"
+    lr_decay: float = option(
+        0.3,
+        "Last share of the run in which the learning rates fall to zero. 0 keeps them constant.",
+        "training",
+        low=0,
+        high=1,
     )
-    seed: int = option(0, "seed of everything random", "training", low=0)
+    discriminator_updates: int = option(
+        1,
+        "Discriminator updates per student update. Raise it when the discriminator's accuracy stays below 0.55.",
+        "training",
+        low=1,
+        high=16,
+    )
+    max_grad_norm: float = option(
+        1.0, "Largest gradient norm; larger gradients are scaled down. 0 never clips.", "training", low=0
+    )
+    ema_decay: float = option(
+        0.995,
+        "Decay of the running average of the student's weights, which is what gets saved. 0.99 to 0.9999.",
+        "training",
+        low=0,
+        high=1,
+    )
+    precision: str = option(
+        "auto",
+        "Arithmetic of the training passes: auto takes bfloat16 where the device is fast in it.",
+        "training",
+        ("auto", "float32", "bfloat16"),
+    )
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations instead of storing them: much less memory, about a third slower.", "training"
+    )
+    seed: int = option(0, "Seed of everything random.", "training", low=0)
     # Losses
-    adversarial: str = option("hinge", "adversarial loss", "losses", ADVERSARIAL)
+    adversarial: str = option(
+        "hinge", "Adversarial loss. relativistic compares real and generated pictures in pairs.", "losses", ADVERSARIAL
+    )
     adversarial_weight: float = option(
-        1.0, "weight of the adversarial loss; 0 leaves the discriminator out", "losses", low=0
+        1.0, "Weight of the adversarial loss. 0 trains without a discriminator, which blurs.", "losses", low=0
     )
     mismatch_weight: float = option(
         0.0,
-        "weight of the discriminator's telling a real picture with its own text from one with another text of the "
-        "batch",
+        "Weight of teaching the discriminator to reject real pictures with the wrong prompt. Raise it to 1 if the "
+        "student ignores prompts.",
         "losses",
         low=0,
     )
     distillation: str = option(
         "exponential",
-        "distillation loss: ADD's with a weighting over noise levels; nfsd; or matching, which compares the "
-        "teacher's score with the student's own, learnt by a second LoRA",
+        "Distillation loss: exponential and sds are ADD's, with its two weightings of noise levels; nfsd is its "
+        "NFSD; matching is distribution matching (DMD), which trains a second LoRA.",
         "losses",
         WEIGHTS,
     )
     distillation_weight: float = option(
-        0.0, "weight of ADD's distillation loss (the paper's lambda is 2.5)", "losses", low=0
+        0.0, "Weight of the distillation loss. ADD's paper uses 2.5; 0 leaves it out.", "losses", low=0
     )
-    distillation_guidance: float = option(4.0, "the teacher's guidance scale in the distillation loss", "losses", low=1)
-    score_rank: int = option(32, "rank of the LoRA that learns the student's own score", "losses", low=1, high=512)
-    lr_score: float = option(5e-4, "learning rate of that LoRA", "losses", low=0)
-    teacher_steps: int = option(1, "teacher steps in the distillation loss", "losses", low=1, high=8)
-    regression_weight: float = option(1.0, "weight of the regression to the pairs", "losses", low=0)
-    feature_weight: float = option(0.0, "weight of matching the teacher's features of the pair", "losses", low=0)
-    r1: str = option("approximate", "gradient penalty of the discriminator", "losses", ("none", "exact", "approximate"))
-    r1_weight: float = option(1.0, "weight of the gradient penalty", "losses", low=0)
-    r1_noise: float = option(0.1, "spread of the perturbation of the approximate penalty", "losses", low=0)
+    distillation_guidance: float = option(4.0, "CFG scale of the teacher in the distillation loss.", "losses", low=1)
+    fake_score_rank: int = option(
+        32, "Rank of the LoRA that learns the fake score (the student's own) for matching.", "losses", low=1, high=512
+    )
+    lr_fake_score: float = option(5e-4, "Learning rate of the fake score.", "losses", low=0)
+    teacher_steps: int = option(1, "Teacher steps in the distillation loss. 1 to 4.", "losses", low=1, high=8)
+    regression_weight: float = option(
+        1.0, "Weight of the regression to the teacher's pairs. It keeps pictures stable and varied.", "losses", low=0
+    )
+    feature_weight: float = option(
+        0.0, "Weight of matching the discriminator's features of the teacher's picture. Try 0.1 to 1.", "losses", low=0
+    )
+    r1: str = option(
+        "approximate",
+        "Gradient penalty (R1) that keeps the discriminator from winning. exact is slower.",
+        "losses",
+        ("none", "exact", "approximate"),
+    )
+    r1_weight: float = option(
+        1.0,
+        "Weight of the gradient penalty. Raise it when the discriminator's accuracy stays above 0.95.",
+        "losses",
+        low=0,
+    )
+    r1_noise: float = option(0.1, "Size of the perturbation in the approximate penalty.", "losses", low=0)
     # Discriminator
-    vision: str = option(
+    pixel_backbone: str = option(
         "",
-        "vision transformer that judges the decoded pictures, as in ADD: 'embedded', a folder, or a hub's name such "
-        "as facebook/dinov2-small; empty judges latents by the teacher's own features, as in LADD",
+        "Vision transformer that judges decoded pictures, as in ADD: 'embedded', a folder, or a hub name such as "
+        "facebook/dinov2-small. Empty judges latents with the teacher's own features, as in LADD.",
         "discriminator",
     )
-    vision_size: int = option(
-        0, "pixels of the longer side at which it sees pictures; 0 is the picture's own", "discriminator", low=0
+    pixel_size: int = option(
+        0,
+        "Longer side in pixels at which the pixel backbone sees pictures. 0 keeps their size.",
+        "discriminator",
+        low=0,
     )
-    taps: str = option("", "modules whose features it sees, with commas; empty finds them", "discriminator")
-    width: int = option(64, "channels of each head", "discriminator", low=8, high=1024)
-    renoise_mean: float = option(0.0, "mean of the logit of the noise level it sees pictures at", "discriminator")
-    renoise_std: float = option(1.0, "spread of that logit", "discriminator", low=0)
+    taps: str = option(
+        "", "Layers whose features the discriminator sees, separated by commas. Empty chooses them.", "discriminator"
+    )
+    head_channels: int = option(64, "Channels of each discriminator head.", "discriminator", low=8, high=1024)
+    renoise_mean: float = option(
+        0.0,
+        "Mean of the logit-normal noise level at which the discriminator sees latents. Lower looks at finer detail.",
+        "discriminator",
+    )
+    renoise_std: float = option(1.0, "Spread of that noise level.", "discriminator", low=0)
     condition_image: bool = option(
-        False, "condition it on the pair's picture where the student was given part of it", "discriminator"
+        False,
+        "Also show the discriminator the clean picture the student started from, as in ADD. Only used above one step.",
+        "discriminator",
     )
     # Output
-    preview_every: int = option(100, "updates between previews", "output", low=0)
-    save_every: int = option(100, "updates between saved states", "output", low=1)
-    select_every: int = option(
-        200, "updates between measurements that choose the best student; 0 keeps the last", "output", low=0
+    preview_every: int = option(100, "Updates between previews. 0 makes none.", "output", low=0)
+    save_every: int = option(100, "Updates between saved states, from which a stopped run resumes.", "output", low=1)
+    evaluate_every: int = option(
+        200, "Updates between evaluations, which choose the best student. 0 keeps the last one.", "output", low=0
     )
 
     def __post_init__(self) -> None:
@@ -167,8 +289,11 @@ class Config:
                 raise ConfigError(f"{f.name} is {value}: the least is {about['low']}")
             if about["high"] is not None and value > about["high"]:
                 raise ConfigError(f"{f.name} is {value}: the most is {about['high']}")
-        if self.steps > self.start + 1:
-            raise ConfigError(f"steps is {self.steps}: from start {self.start} there are {self.start + 1} at most")
+        if self.student_steps > self.start_timestep + 1:
+            raise ConfigError(
+                f"student_steps is {self.student_steps}: start_timestep {self.start_timestep} allows at most "
+                f"{self.start_timestep + 1}"
+            )
         weights = ("adversarial_weight", "distillation_weight", "regression_weight", "feature_weight")
         if not any(getattr(self, name) for name in weights):
             raise ConfigError("every loss has weight 0: give at least one of " + ", ".join(weights))
@@ -180,10 +305,9 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
-        """Raises ConfigError for a name that is no setting."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ConfigError(f"unknown settings {unknown}: known are {', '.join(sorted(known))}")
+        """Raises ConfigError for a name that is no setting, with the nearest one that is."""
+        for name in sorted(set(values) - {f.name for f in dataclasses.fields(cls)}):
+            raise ConfigError(f"there is no setting {name!r}: the nearest is {nearest(name)!r}")
         return cls(**values)
 
     @classmethod
@@ -212,17 +336,29 @@ class Config:
         return dataclasses.replace(self, **changes)
 
 
+def nearest(name: str) -> str:
+    """The setting that an unknown name most likely means: by its words, those in a setting's help, its spelling."""
+
+    def likeness(field: dataclasses.Field) -> tuple[int, int, float]:
+        words = set(name.split("_"))
+        spelling = difflib.SequenceMatcher(None, name, field.name).ratio()
+        explained = sum(word in field.metadata["help"].lower() for word in words)
+        return len(words & set(field.name.split("_"))), explained, spelling
+
+    return max(dataclasses.fields(Config), key=likeness).name
+
+
 # What forms ask for at once: what decides the pairs, and what a training needs said. All else is advanced.
 OF_PAIRS = ("pairs", "pair_steps", "pair_sampler", "guidance", "seed")
-OF_DISTILL = ("rank", "updates", "batch", "checkpointing")
+OF_DISTILL = ("rank", "updates", "batch_size", "gradient_checkpointing")
 # What hosts cannot do yet, which have no gradients through their autoencoder: their forms leave it out.
-OF_VISION = ("vision", "vision_size")
-ADVANCED = tuple(f.name for f in dataclasses.fields(Config) if f.name not in OF_PAIRS + OF_DISTILL + OF_VISION)
+OF_PIXELS = ("pixel_backbone", "pixel_size")
+ADVANCED = tuple(f.name for f in dataclasses.fields(Config) if f.name not in OF_PAIRS + OF_DISTILL + OF_PIXELS)
 
 # What may change between a run and its resumption: it decides how long, how often and with how much memory.
-RESUMABLE = {"updates", "minutes", "preview_every", "save_every", "select_every"}
-RESUMABLE |= {"batch", "accumulate", "precision", "checkpointing"}
-RESUMABLE |= {"begin"}  # what has begun has done with it
+RESUMABLE = {"updates", "minutes", "preview_every", "save_every", "evaluate_every"}
+RESUMABLE |= {"batch_size", "gradient_accumulation", "precision", "gradient_checkpointing"}
+RESUMABLE |= {"init_student"}  # only the start needs it
 
 
 def check_resumable(saved: dict[str, Any], config: Config) -> None:

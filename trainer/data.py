@@ -259,7 +259,7 @@ def make_pairs(host: Host, config: Config, prompts: Sequence[str], folder: str |
         seeds = torch.tensor([config.seed * 1_000_000 + i for i in numbers])
         whole = host.encode_text(texts)
         try:
-            for rows in torch.arange(count - begun).split(config.batch):
+            for rows in torch.arange(count - begun).split(config.batch_size):
                 cond = whole.rows(rows)
                 noise = seeded_noise(seeds[rows].tolist(), host.latent_shape, device)
                 x = schedule.add_noise(torch.zeros_like(noise), noise, sigmas[:1].to(device))

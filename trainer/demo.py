@@ -231,7 +231,11 @@ def demo(
         configs = {
             "student": config,
             "regression": config.replace(
-                adversarial_weight=0.0, distillation_weight=0.0, feature_weight=0.0, positives="teacher", vision=""
+                adversarial_weight=0.0,
+                distillation_weight=0.0,
+                feature_weight=0.0,
+                positives="teacher",
+                pixel_backbone="",
             ),
         }
         if apart := host.denoiser.device.type == "cpu" and torch.get_num_threads() > 1:

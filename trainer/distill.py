@@ -158,7 +158,11 @@ def distillation_loss(state: State, output: Tensor, batch: Batch, uncond: Cond) 
 def ramp(state: State) -> float:
     """What learns beside the student counts from 0 to 1 after the warm-up: fresh, its gradient is noise."""
     config = state.config
-    return min(1.0, (state.update - config.warmup + 1) / config.ramp) if config.ramp else 1.0
+    return (
+        min(1.0, (state.update - config.regression_updates + 1) / config.adversarial_ramp)
+        if config.adversarial_ramp
+        else 1.0
+    )
 
 
 def rate(state: State) -> float:
@@ -167,7 +171,7 @@ def rate(state: State) -> float:
     done = state.update / config.updates
     if config.minutes:
         done = max(done, state.spent / (60 * config.minutes))
-    return min(1.0, (1 - done) / config.decay) if config.decay else 1.0
+    return min(1.0, (1 - done) / config.lr_decay) if config.lr_decay else 1.0
 
 
 def student_loss(
@@ -226,7 +230,9 @@ def _update(optimizer: torch.optim.Optimizer, module: nn.Module, clip: float) ->
 
 def _discriminate(state: State, pairs: Samples, reals: Reals | None, draws: torch.Generator, adversarial: bool) -> None:
     """One more discriminator update, on a batch of its own."""
-    batch = draw(state.config, state.student, pairs, reals, draws, state.config.fresh_share if adversarial else 0.0)
+    batch = draw(
+        state.config, state.student, pairs, reals, draws, state.config.fresh_noise_share if adversarial else 0.0
+    )
     device = state.student.device
     with autocast(state.config, device):
         with torch.no_grad():
@@ -234,7 +240,7 @@ def _discriminate(state: State, pairs: Samples, reals: Reals | None, draws: torc
             real, fake = both(state, output, batch)
         parts, _, _ = discriminator_loss(state, real, fake, batch)
     torch.stack(list(parts.values())).sum().backward()
-    norm = _update(state.discriminator_optimizer, state.discriminator, state.config.clip)
+    norm = _update(state.discriminator_optimizer, state.discriminator, state.config.max_grad_norm)
     _check(state.update + 1, {"discriminator's gradient": norm})
 
 
@@ -268,9 +274,9 @@ def _advance(state: State, pairs: Samples, uncond: Cond, reals: Reals | None) ->
     """One update of everything that is trained. `state.whole` is False while it is being applied."""
     config, student = state.config, state.student
     begun = time.monotonic()
-    adversarial = state.update >= config.warmup
+    adversarial = state.update >= config.regression_updates
     # Heads that know nothing yet would only push the student about: they learn first (`lead`).
-    judged = state.update >= config.warmup - config.lead and config.adversarial_weight > 0
+    judged = state.update >= config.regression_updates - config.discriminator_warmup and config.adversarial_weight > 0
     _set_rates(state)
     if judged:
         for extra in range(1, config.discriminator_updates):
@@ -278,13 +284,13 @@ def _advance(state: State, pairs: Samples, uncond: Cond, reals: Reals | None) ->
             _discriminate(state, pairs, reals, generator(config.seed, state.update, extra), adversarial)
     draws = generator(config.seed, state.update)
     totals: dict[str, float] = {}
-    share = 1 / config.accumulate
+    share = 1 / config.gradient_accumulation
     on_real: list[Tensor] = []
     on_fake: list[Tensor] = []
     used: dict[str, Any] = {}
     unpaired = config.adversarial_weight > 0 or config.distillation_weight > 0
-    fresh = config.fresh_share if adversarial and unpaired else 0.0
-    batches = [draw(config, student, pairs, reals, draws, fresh) for _ in range(config.accumulate)]
+    fresh = config.fresh_noise_share if adversarial and unpaired else 0.0
+    batches = [draw(config, student, pairs, reals, draws, fresh) for _ in range(config.gradient_accumulation)]
     for batch in batches:
         with autocast(config, student.device):
             parts, used = student_loss(state, batch, uncond, adversarial)
@@ -309,13 +315,13 @@ def _advance(state: State, pairs: Samples, uncond: Cond, reals: Reals | None) ->
     state.whole = False
     norms = {}
     if state.score and adversarial:
-        norms["score"] = _update(state.score.optimizer, state.score.denoiser.trained, config.clip)
+        norms["score"] = _update(state.score.optimizer, state.score.denoiser.trained, config.max_grad_norm)
     if on_real:
-        norms["discriminator"] = _update(state.discriminator_optimizer, state.discriminator, config.clip)
-    norms["student"] = _update(state.optimizer, student.trained, config.clip)
+        norms["discriminator"] = _update(state.discriminator_optimizer, state.discriminator, config.max_grad_norm)
+    norms["student"] = _update(state.optimizer, student.trained, config.max_grad_norm)
     _check(state.update + 1, {f"{name}'s gradient": norm for name, norm in norms.items()})
     with torch.no_grad():
-        keep = min(config.ema, (1 + state.update) / (10 + state.update))
+        keep = min(config.ema_decay, (1 + state.update) / (10 + state.update))
         for slow, fast in zip(state.average.parameters(), student.trained.parameters(), strict=True):
             slow.lerp_(fast, 1 - keep)
     relative = config.adversarial == "relativistic"
@@ -332,7 +338,7 @@ def _set_rates(state: State) -> None:
     config, scale = state.config, rate(state)
     rates = [(state.optimizer, config.lr), (state.discriminator_optimizer, config.lr_discriminator)]
     if state.score:
-        rates.append((state.score.optimizer, config.lr_score))
+        rates.append((state.score.optimizer, config.lr_fake_score))
     for optimizer, lr in rates:
         for group in optimizer.param_groups:
             group["lr"] = lr * scale

@@ -83,7 +83,7 @@ RANGES: dict[str, tuple[float, str, float, str]] = {
         0.5,
         "pictures are blurred: train longer, or raise adversarial_weight",
         2.0,
-        "pictures are noisy: lower adversarial_weight, or set output to x0",
+        "pictures are noisy: lower adversarial_weight, or set prediction to x0",
     ),
     "diversity": (
         0.6,

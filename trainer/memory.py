@@ -20,8 +20,8 @@ from .state import State
 GB = 1024**3
 # What to change when memory does not suffice, in the order in which it costs least.
 REMEDIES = (
-    "set checkpointing to true",
-    "lower batch and raise accumulate by as much",
+    "set gradient_checkpointing to true",
+    "lower batch_size and raise gradient_accumulation by as much",
     "make smaller pictures",
     "lower rank",
 )
@@ -42,10 +42,10 @@ def advice(what: str, config: Config | None = None, latent_shape: Sequence[int] 
     if config is None:
         return f"out of memory while {what}: make fewer at once, or smaller pictures"
     height, width = latent_shape[1:]
-    remedies = [r for r in REMEDIES if not (config.checkpointing and "checkpointing" in r)]
-    if config.batch == 1:
-        remedies = [r for r in remedies if not r.startswith("lower batch")]
-    now = f"batch {config.batch}, latents of {width} x {height}, rank {config.rank}"
+    remedies = [r for r in REMEDIES if not (config.gradient_checkpointing and "gradient_checkpointing" in r)]
+    if config.batch_size == 1:
+        remedies = [r for r in remedies if not r.startswith("lower batch_size")]
+    now = f"batch_size {config.batch_size}, latents of {width} x {height}, rank {config.rank}"
     return f"out of memory while {what} ({now}): {', or '.join(remedies)}"
 
 
@@ -144,12 +144,12 @@ def measure(state: State, pairs: Samples) -> Memory:
     with student.training(), autocast(config, device):
         with _Kept(student.backbone, known) as passes:
             student(x, sigma, cond)
-        kept += passes.total(config.checkpointing)
+        kept += passes.total(config.gradient_checkpointing)
         if config.adversarial_weight > 0 or config.feature_weight > 0:
             with _Kept(student.teacher.backbone, known) as passes:
                 state.features(x.clone().requires_grad_(True), sigma, cond)
-            kept += passes.total(config.checkpointing)
+            kept += passes.total(config.gradient_checkpointing)
     trained = [*student.trained.parameters(), *(state.score.denoiser.trained.parameters() if state.score else ())]
     weights = _bytes(student.teacher.backbone.parameters())
     # A parameter beside its gradient, Adam's two moments and the running average.
-    return Memory(weights, 5 * _bytes(trained) + 4 * _bytes(state.discriminator.parameters()), kept * config.batch)
+    return Memory(weights, 5 * _bytes(trained) + 4 * _bytes(state.discriminator.parameters()), kept * config.batch_size)

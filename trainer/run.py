@@ -118,7 +118,7 @@ def student_pictures(state: State, pairs: data.Samples, rows: Tensor, steps: int
     device = state.student.device
     parts = []
     with state.averaged(), state.student.merged(), autocast(state.config, device):
-        for chunk in rows.split(state.config.batch):
+        for chunk in rows.split(state.config.batch_size):
             cond = pairs.cond.rows(chunk).to(device)
             parts.append(state.student.generate(pairs.noise(chunk).to(device), cond, steps).float().cpu())
     return torch.cat(parts)
@@ -313,7 +313,7 @@ def _train(
 
     if state.update == 0:
         yield preview()
-    due = config.select_every and state.update and state.update % config.select_every == 0
+    due = config.evaluate_every and state.update and state.update % config.evaluate_every == 0
     if due and state.update < config.updates and state.extra.get("measured") != state.update:
         yield select()  # it was broken off just before
     try:
@@ -321,10 +321,10 @@ def _train(
             for step in steps:
                 saved = False
                 history.add(step)
-                if step.update > config.warmup:
+                if step.update > config.regression_updates:
                     recent.append(step.health)
                 yield step
-                if config.select_every and step.update % config.select_every == 0:
+                if config.evaluate_every and step.update % config.evaluate_every == 0:
                     yield select()
                 if control.preview or (config.preview_every and step.update % config.preview_every == 0):
                     control.preview = False
@@ -347,11 +347,11 @@ def _train(
         raise
     if not saved:
         save_state(state, folder)
-    if config.select_every and state.update % config.select_every:
+    if config.evaluate_every and state.update % config.evaluate_every:
         last = select()
         save_state(state, folder)  # with the best score, or a longer run would begin to choose anew
         yield last
-    if not config.select_every or not (folder / BEST).exists():
+    if not config.evaluate_every or not (folder / BEST).exists():
         write_student(host, state, folder / BEST, {})
     tensors, card = read(folder / BEST)
     load_weights(state.student, state.average, tensors)  # the last preview is of what is kept

@@ -22,8 +22,8 @@ class Score:
     def __init__(self, student: Student, config: Config):
         with torch.random.fork_rng():  # a host's own randomness stays as it was
             torch.manual_seed(config.seed + 1)
-            self.denoiser = Student(student.teacher, config.score_rank)
-        self.optimizer = adam(self.denoiser.trained, config.lr_score, (0.9, 0.99))
+            self.denoiser = Student(student.teacher, config.fake_score_rank)
+        self.optimizer = adam(self.denoiser.trained, config.lr_fake_score, (0.9, 0.99))
 
     def loss(self, pictures: Tensor, batch: Batch) -> Tensor:
         """Denoising of the student's `pictures` (B, C, H, W) at levels and with noise of their own."""

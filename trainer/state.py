@@ -57,7 +57,9 @@ class State:
         image = maps[-1].shape[1] if config.condition_image else 0
         with torch.random.fork_rng():  # a host's own randomness stays as it was
             torch.manual_seed(config.seed)
-            discriminator = Discriminator([m.shape[1] for m in maps], cond.summary.shape[1], image, config.width)
+            discriminator = Discriminator(
+                [m.shape[1] for m in maps], cond.summary.shape[1], image, config.head_channels
+            )
         discriminator.to(device)
         trained = student.trained
         return cls(
@@ -96,7 +98,7 @@ class State:
         loras = [s.lora for s in (self.student, self.score and self.score.denoiser) if s and s.lora]
         backbones = {id(b): b for b in (self.student.teacher.backbone, self.student.backbone)}
         with ExitStack() as stack:
-            if self.config.checkpointing:
+            if self.config.gradient_checkpointing:
                 for backbone in backbones.values():
                     stack.enter_context(checkpointed(backbone, loras))
             yield

@@ -26,15 +26,17 @@ def load_vision(name: str) -> tuple[nn.Module, int]:
                 str(FOLDER) if name == EMBEDDED else name, output_loading_info=True
             )
     except (ImportError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"vision is {name!r}, which cannot be loaded: {error}") from None
+        raise ValueError(f"pixel_backbone is {name!r}, which cannot be loaded: {error}") from None
     if told["missing_keys"]:
         missing = sorted(told["missing_keys"])
         raise ValueError(
-            f"vision is {name!r}, whose file lacks {len(missing)} weights ({missing[0]}, ...): get it anew"
+            f"pixel_backbone is {name!r}, whose file lacks {len(missing)} weights ({missing[0]}, ...): get it anew"
         )
     patch = getattr(network.config, "patch_size", None)
     if not isinstance(patch, int):
-        raise ValueError(f"vision is {name!r}, a {type(network).__name__} without patches: use a vision transformer")
+        raise ValueError(
+            f"pixel_backbone is {name!r}, a {type(network).__name__} without patches: use a vision transformer"
+        )
     return network.float(), patch
 
 

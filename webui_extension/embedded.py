@@ -31,7 +31,7 @@ class EmbeddedBackend:
         self.generator = Generator(host)
         self.sizes = host.resolution
         self.example = "fox face, animal-mammal, in glossy 3d fluent style" if own else "a red fox in a forest, photo"
-        self.settings: dict[str, Any] = {} if own else {"batch": 4, "checkpointing": True}
+        self.settings: dict[str, Any] = {} if own else {"batch_size": 4, "gradient_checkpointing": True}
 
     def checkpoint(self) -> str:
         return self.host.name

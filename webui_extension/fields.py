@@ -22,7 +22,7 @@ def component(name: str, value: Any = None) -> Any:
     told = {
         "value": field.default if value is None else value,
         "label": label(name),
-        "info": about["help"][0].upper() + about["help"][1:],
+        "info": about["help"],
         "elem_id": f"turbodistill-{name}",
     }
     if about["choices"]:

@@ -25,7 +25,7 @@ LARGE = ("conditioner.embedders.", "model.diffusion_model.joint_blocks.", "model
 class HostBackend:
     """AUTOMATIC1111 or Forge, with its chosen checkpoint."""
 
-    settings = {"batch": 4, "checkpointing": True}  # noqa: RUF012 - a constant
+    settings = {"batch_size": 4, "gradient_checkpointing": True}  # noqa: RUF012 - a constant
     usage = "in a prompt: <lora:{name}:1>"
 
     @property

@@ -95,9 +95,9 @@ def card_of(student: Student) -> StudentCard:
         base_model="toy",
         base_hash=fingerprint(student.teacher.backbone),
         architecture="toy",
-        prediction=student.reading,
+        prediction=student.prediction,
         base_prediction=student.teacher.prediction,
-        timesteps=(student.start,),
+        timesteps=(student.start_timestep,),
         guidance=4.0,
         resolution=(8, 8),
         rank=lora.rank if lora else 0,
@@ -145,8 +145,8 @@ def server(comfyui, nodes, monkeypatch):
 
 
 QUICK: dict[str, Any] = {
-    "width": 8, "warmup": 0, "lead": 0, "ramp": 0, "lr": 1e-2, "decay": 0.0, "precision": "float32", "preview_every": 0,
-    "select_every": 0, "taps": "blocks.1",
+    "head_channels": 8, "regression_updates": 0, "discriminator_warmup": 0, "adversarial_ramp": 0, "lr": 1e-2,
+    "lr_decay": 0.0, "precision": "float32", "preview_every": 0, "evaluate_every": 0, "taps": "blocks.1",
 }  # fmt: skip
 
 
@@ -176,7 +176,7 @@ class Graph:
 
     def distill(self, pairs, name="my-turbo", advanced=(), **changes):
         small = {"pairs": pairs, "name": name, "settings": self.settings(**dict(advanced))}
-        small |= {"rank": 2, "updates": 3, "batch": 4, "checkpointing": True}
+        small |= {"rank": 2, "updates": 3, "batch_size": 4, "gradient_checkpointing": True}
         return self.run(self.nodes.distill.Distill, "3", **small | changes)
 
     def save(self, student, name="my-turbo", **changes):

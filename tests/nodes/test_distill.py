@@ -20,7 +20,7 @@ RUN = "/turbodistill/runs/3"
 def test_a_graph_from_prompts_to_a_student(nodes, graph, comfyui, server, places, kit):
     before, made = kit.bits(graph.model), kit.x0(graph.model, comfyui)
     lines = nodes.data.Prompts.run(source=nodes.data.Prompts.TEXT, text="\n".join(kit.words), file="")[0]
-    often = {"preview_every": 2, "select_every": 2, "taps": ""}
+    often = {"preview_every": 2, "evaluate_every": 2, "taps": ""}
     model, student, words, previews = graph.distill(graph.pairs(prompts=lines), advanced=often, updates=4).args
 
     assert kit.same(kit.bits(graph.model), before) and kit.hooks(graph.model) == 0
@@ -32,7 +32,7 @@ def test_a_graph_from_prompts_to_a_student(nodes, graph, comfyui, server, places
     assert card.base_hash == nodes.host.model_hash(graph.model) and card.resolution == (16, 16)
     assert (card.kind, card.rank, card.guidance, card.timesteps) == ("lora", 2, 2.0, (999,))
     assert card.training["updates"] in (2, 4)  # the best one
-    assert (card.training["pairs"], card.training["batch"]) == (12, 4)
+    assert (card.training["pairs"], card.training["batch_size"]) == (12, 4)
 
     assert student.path == kit.folder(places) / run.BEST and student.model is model
     assert sorted(p.name for p in kit.folder(places).iterdir()) == [run.HISTORY, run.STATE, run.BEST]
@@ -95,17 +95,24 @@ def test_a_model_that_looks_one_step_already_is_warned_of(graph, server, file, w
 
 def test_settings_come_from_all_three_nodes(graph, places, kit):
     pairs = graph.pairs(guidance=3.0, seed=5)
-    graph.distill(pairs, advanced={"warmup": 3, "steps": 2, "adversarial": "relativistic"}, updates=5, rank=1)
+    graph.distill(
+        pairs, advanced={"regression_updates": 3, "student_steps": 2, "adversarial": "relativistic"}, updates=5, rank=1
+    )
     config = kit.state(places)["config"]
     assert (config["guidance"], config["seed"], config["pair_sampler"]) == (3.0, 5, "euler")
-    assert (config["warmup"], config["steps"], config["adversarial"]) == (3, 2, "relativistic")
-    assert (config["updates"], config["rank"], config["batch"], config["checkpointing"]) == (5, 1, 4, True)
+    assert (config["regression_updates"], config["student_steps"], config["adversarial"]) == (3, 2, "relativistic")
+    assert (config["updates"], config["rank"], config["batch_size"], config["gradient_checkpointing"]) == (
+        5,
+        1,
+        4,
+        True,
+    )
 
 
 def test_without_advanced_settings_the_trainer_s_own_count(graph, places, kit):
     graph.distill(graph.pairs(), settings=None, updates=1)
     config = kit.state(places)["config"]
-    assert (config["lr"], config["warmup"], config["width"]) == (2e-4, 200, 64)
+    assert (config["lr"], config["regression_updates"], config["head_channels"]) == (2e-4, 200, 64)
 
 
 # --- pictures of one's own ---
@@ -229,4 +236,4 @@ def test_a_network_without_known_blocks_says_so(graph, toys, loaded, places):
     pairs = graph.pairs()
     with pytest.raises(ValueError, match="no known blocks in ConvBackbone: set checkpointing to false"):
         graph.distill(pairs, advanced={"taps": "conv_in,down"})
-    assert graph.distill(pairs, advanced={"taps": "conv_in,down"}, checkpointing=False)[0].patches
+    assert graph.distill(pairs, advanced={"taps": "conv_in,down"}, gradient_checkpointing=False)[0].patches

@@ -17,7 +17,7 @@ RUN = "/turbodistill/runs/3"
 @pytest.mark.parametrize("seed", range(3))
 def test_a_cancelled_run_goes_on_to_the_same_student(graph, comfyui, server, places, kit, seed):
     pairs = graph.pairs()
-    settings = {"updates": 5, "advanced": {"preview_every": 2, "select_every": 2}}
+    settings = {"updates": 5, "advanced": {"preview_every": 2, "evaluate_every": 2}}
     graph.distill(pairs, "whole", **settings)
     before, made = kit.bits(graph.model), kit.x0(graph.model, comfyui)
     draws = random.Random(seed)
@@ -109,11 +109,11 @@ def out_of_memory():
     ("changes", "remedy"),
     [
         (
-            {"checkpointing": False},
-            "set checkpointing to true, or lower batch and raise accumulate by as much, or make",
+            {"gradient_checkpointing": False},
+            "set gradient_checkpointing to true, or lower batch_size and raise gradient_accumulation by as much, or",
         ),
-        ({}, "): lower batch and raise accumulate by as much, or make smaller pictures, or lower rank"),
-        ({"batch": 1}, "): make smaller pictures, or lower rank"),
+        ({}, "): lower batch_size and raise gradient_accumulation by as much, or make smaller pictures, or lower rank"),
+        ({"batch_size": 1}, "): make smaller pictures, or lower rank"),
     ],
 )
 def test_out_of_memory_says_what_to_change_and_frees(
@@ -129,8 +129,8 @@ def test_out_of_memory_says_what_to_change_and_frees(
     except OutOfMemory as error:
         words = str(error)
     handle.remove()
-    batch = changes.get("batch", 4)
-    assert words.startswith(f"out of memory while training (batch {batch}, latents of 8 x 8, rank 2): ")
+    batch = changes.get("batch_size", 4)
+    assert words.startswith(f"out of memory while training (batch_size {batch}, latents of 8 x 8, rank 2): ")
     assert remedy in words
     assert server.sent[-1][1]["state"] == "failed" and server.sent[-1][1]["error"] == words
     gc.collect()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import turbodistill
-from turbodistill.trainer.config import OF_DISTILL, OF_PAIRS, OF_VISION, RESUMABLE, Config
+from turbodistill.trainer.config import OF_DISTILL, OF_PAIRS, OF_PIXELS, RESUMABLE, Config
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 PAGES = Path(turbodistill.__file__).parent / "web" / "docs"
@@ -44,16 +44,16 @@ def test_it_says_defaults_help_and_choices_as_the_trainer_does(listed):
     for name, field in FIELDS.items():
         if name in asked:
             expected = f"*{name}* is in *{asked[name]}*."
-        elif name in OF_VISION:
+        elif name in OF_PIXELS:
             expected = f"*{name}* is in the command line alone."
         else:
             choices = field.metadata["choices"]
-            one_of = f"; one of {', '.join(choices)}" if choices else ""
-            expected = f"**{name}** ({shown(field.default)}): {field.metadata['help']}{one_of}."
+            one_of = f" One of {', '.join(choices)}." if choices else ""
+            expected = f"**{name}** ({shown(field.default)}): {field.metadata['help']}{one_of}"
         assert listed[name][1] == expected
 
 
 def test_what_may_change_in_a_run_is_told():
     text = (PAGES / "TurboDistillAdvancedSettings.md").read_text(encoding="utf-8")
-    (paragraph,) = [p for p in text.split("\n\n") if p.startswith("A run that was begun")]
+    (paragraph,) = [p for p in text.split("\n\n") if p.startswith("A run resumes only")]
     assert set(re.findall(r"\*+([a-z_]+)\*+", paragraph)) == RESUMABLE

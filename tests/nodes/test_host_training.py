@@ -102,8 +102,17 @@ def test_the_trainer_runs_on_it_and_its_student_loads(kit, nodes, loaded, host_o
     model = loaded()
     before = kit.bits(model)
     config = Config(
-        **{"rank": 2, "pairs": 12, "pair_steps": 2, "batch": 4, "updates": 4, "warmup": 1, "ramp": 0, "width": 8},
-        **{"taps": "conv_in,down", "precision": "float32", "select_every": 2, "preview_every": 2},
+        **{
+            "rank": 2,
+            "pairs": 12,
+            "pair_steps": 2,
+            "batch_size": 4,
+            "updates": 4,
+            "regression_updates": 1,
+            "adversarial_ramp": 0,
+            "head_channels": 8,
+        },
+        **{"taps": "conv_in,down", "precision": "float32", "evaluate_every": 2, "preview_every": 2},
     )
     with torch.inference_mode(), nodes.host_training.trainable(model):
         *_, finished = run.run(host_of(model), config, tmp_path, WORDS)

@@ -197,7 +197,7 @@ def test_a_student_s_picture_is_the_trainer_s(
     nodes, toys, model_of, student_of, saved, sampled, prediction, output, rank, steps
 ):
     teacher, cond = toys.conv(prediction), toys.cond(1)
-    student = student_of(teacher, rank, output=output)
+    student = student_of(teacher, rank, prediction=output)
     path = saved(student)
     tensors, card = nodes.load.read(path)
     expected = student.generate(draws(7, 2), cond.repeat(2), steps)

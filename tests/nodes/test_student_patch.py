@@ -70,14 +70,14 @@ def test_a_full_student_replaces_every_weight(nodes, teacher, model_of, student_
 @pytest.mark.parametrize(("prediction", "output"), [("eps", "inherit"), ("v", "x0"), ("flow", "inherit")])
 def test_it_is_sampled_as_its_card_says(nodes, toys, model_of, student_of, saved, prediction, output):
     teacher = toys.conv(prediction)
-    student = student_of(teacher, output=output, start=899)
+    student = student_of(teacher, prediction=output, start_timestep=899)
     tensors, card = read(saved(student))
     patched, _ = nodes.host.with_student(model_of(teacher), tensors, card, 1.0, "file")
     assert nodes.host.sampling_of(patched) == of_card(card)
     assert nodes.host.sampling_of(patched).timesteps(1) == [899]
     x, out, sigma = toys.picture(), toys.picture(), teacher.schedule.sigma(torch.tensor([899.0, 300.0]))
     x0 = patched.get_model_object("model_sampling").calculate_denoised(sigma, out, x)
-    assert torch.allclose(x0, teacher.schedule.to_x0(student.reading, x, out, sigma), atol=1e-5)
+    assert torch.allclose(x0, teacher.schedule.to_x0(student.prediction, x, out, sigma), atol=1e-5)
 
 
 # --- what does not fit ---

@@ -125,9 +125,10 @@ def unet_host() -> ToyHost:
 def config(**changes) -> Config:
     """Two quick updates with every part of the default loss; `changes` win."""
     small = {
-        "rank": 2, "pairs": 12, "pair_steps": 2, "pair_sampler": "euler", "guidance": 2.0, "batch": 4, "updates": 2,
-        "warmup": 0, "lead": 0, "ramp": 0, "lr": 1e-2, "decay": 0.0, "width": 8, "precision": "float32",
-        "preview_every": 0, "select_every": 0, "taps": "blocks.0,blocks.1",
+        "rank": 2, "pairs": 12, "pair_steps": 2, "pair_sampler": "euler", "guidance": 2.0, "batch_size": 4,
+        "updates": 2, "regression_updates": 0, "discriminator_warmup": 0, "adversarial_ramp": 0, "lr": 1e-2,
+        "lr_decay": 0.0, "head_channels": 8, "precision": "float32", "preview_every": 0, "evaluate_every": 0,
+        "taps": "blocks.0,blocks.1",
     }  # fmt: skip
     return Config(**(small | changes))
 
@@ -140,7 +141,7 @@ def pairs(host: ToyHost, settings: Config, folder, prompts=WORDS) -> data.Sample
 
 def state(host: ToyHost, settings: Config, samples: data.Samples) -> State:
     torch.manual_seed(settings.seed)
-    student = Student(host.denoiser, settings.rank, settings.alpha or None, settings.targets, settings.output)
+    student = Student(host.denoiser, settings.rank, settings.alpha or None, settings.targets, settings.prediction)
     return State.create(student, settings, samples, features(host, settings))
 
 

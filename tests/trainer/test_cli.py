@@ -18,8 +18,32 @@ from turbodistill.trainer.config import Config
 
 COMMANDS = ("demo", "distill", "sample", "evaluate", "info")
 QUICK = [
-    *("--rank", "2", "--pairs", "8", "--pair-steps", "2", "--pair-sampler", "euler", "--batch", "2", "--updates", "4"),
-    *("--warmup", "1", "--width", "8", "--precision", "float32", "--preview-every", "2", "--select-every", "2"),
+    *(
+        "--rank",
+        "2",
+        "--pairs",
+        "8",
+        "--pair-steps",
+        "2",
+        "--pair-sampler",
+        "euler",
+        "--batch-size",
+        "2",
+        "--updates",
+        "4",
+    ),
+    *(
+        "--regression-updates",
+        "1",
+        "--head-channels",
+        "8",
+        "--precision",
+        "float32",
+        "--preview-every",
+        "2",
+        "--evaluate-every",
+        "2",
+    ),
 ]
 
 
@@ -81,7 +105,7 @@ def fails(capsys, arguments, told):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("learning_rate = 1", "unknown settings ['learning_rate']"),
+        ("learning_rate = 1", "there is no setting 'learning_rate'"),
         ("rank = 1000", "rank is 1000: the most is 512"),
         ('adversarial = "wasserstein"', "adversarial is 'wasserstein': use one of hinge"),
         ("rank =", "is no TOML"),
@@ -91,6 +115,15 @@ def test_a_bad_settings_file_ends_with_one_line(tmp_path, capsys, content, told)
     path = tmp_path / "settings.toml"
     path.write_text(content)
     fails(capsys, ["distill", "--config", path], told)
+
+
+def test_an_unknown_flag_names_the_nearest_setting(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["distill", "--checkpointing"])
+    assert "the setting nearest to --checkpointing is --gradient-checkpointing" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["sample", "a fox", "--speed", "3"])
+    assert "nearest" not in capsys.readouterr().err
 
 
 def test_bad_values_and_files_end_with_one_line(tmp_path, capsys, pipeline_folder):
@@ -221,7 +254,7 @@ MAIN = "import sys; from turbodistill.trainer.cli import main; sys.exit(main())"
 @pytest.mark.slow
 def test_interrupting_saves_and_says_how_to_go_on(pipeline_folder, prompts, tmp_path):
     flags = ["--model", str(pipeline_folder), "--prompts", str(prompts), "--out", str(tmp_path), *QUICK]
-    flags += ["--preview-every", "0", "--save-every", "100000", "--select-every", "0"]
+    flags += ["--preview-every", "0", "--save-every", "100000", "--evaluate-every", "0"]
     process = subprocess.Popen(
         [sys.executable, "-c", MAIN, "distill", *flags, "--updates", "100000"],
         stdout=subprocess.PIPE,
@@ -272,7 +305,17 @@ def test_of_choices_in_prompts_one_is_drawn_for_each_pair(pipeline_folder, tmp_p
     assert set(data.load_pairs(tmp_path / "out" / "pairs").prompts) == {"a red fox", "a blue fox"}
 
 
-TINY = Config(rank=2, pairs=16, pair_steps=1, batch=4, warmup=1, width=8, updates=2, select_every=0, preview_every=0)
+TINY = Config(
+    rank=2,
+    pairs=16,
+    pair_steps=1,
+    batch_size=4,
+    regression_updates=1,
+    head_channels=8,
+    updates=2,
+    evaluate_every=0,
+    preview_every=0,
+)
 
 
 @pytest.mark.slow

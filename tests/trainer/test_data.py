@@ -315,7 +315,7 @@ def same_shards(kit, one, other):
 @pytest.mark.parametrize("after", [1, 2, 3, 4])
 def test_a_shard_that_is_begun_is_completed_to_the_same(kit, host, tmp_path, monkeypatch, after):
     monkeypatch.setattr(data, "SHARD", 8)
-    config = kit.config(pairs=14, batch=3)
+    config = kit.config(pairs=14, batch_size=3)
     kit.pairs(host, config, tmp_path / "whole")
     making = data.make_pairs(host, config, kit.WORDS, tmp_path / "cut")
     done = [next(making)[0] for _ in range(after)][-1]

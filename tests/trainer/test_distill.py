@@ -28,8 +28,13 @@ OPTIONS = {
     "distillation unguided": {"distillation_weight": 2.5, "distillation_guidance": 1.0},
     "distillation alone": {"distillation_weight": 1.0, **ALONE},
     "matching": {"distillation_weight": 0.5, "distillation": "matching"},
-    "matching of a full copy": {"distillation_weight": 0.5, "distillation": "matching", "rank": 0, "score_rank": 2},
-    "matching alone": {"distillation_weight": 0.5, "distillation": "matching", **ALONE, "accumulate": 2},
+    "matching of a full copy": {
+        "distillation_weight": 0.5,
+        "distillation": "matching",
+        "rank": 0,
+        "fake_score_rank": 2,
+    },
+    "matching alone": {"distillation_weight": 0.5, "distillation": "matching", **ALONE, "gradient_accumulation": 2},
     "features": {"feature_weight": 1.0},
     "features without a discriminator": {"feature_weight": 1.0, "adversarial_weight": 0.0},
     "features with real positives": {"feature_weight": 1.0, "positives": "real"},
@@ -37,29 +42,29 @@ OPTIONS = {
     "regression alone": {"adversarial_weight": 0.0},
     "real": {"positives": "real"},
     "both": {"positives": "both", "real_share": 0.5},
-    "condition on the image": {"condition_image": True, "steps": 2},
-    "four steps": {"steps": 4, "first_share": 0.4},
-    "never the first step": {"steps": 2, "first_share": 0.0},
-    "a warm-up that never sees it": {"steps": 2, "first_share": 0.0, "warmup": 1},
-    "lower start": {"start": 399},
+    "condition on the image": {"condition_image": True, "student_steps": 2},
+    "four steps": {"student_steps": 4, "first_step_share": 0.4},
+    "never the first step": {"student_steps": 2, "first_step_share": 0.0},
+    "a warm-up that never sees it": {"student_steps": 2, "first_step_share": 0.0, "regression_updates": 1},
+    "lower start": {"start_timestep": 399},
     "full copy": {"rank": 0},
     "alpha": {"alpha": 1.0},
     "targets": {"targets": r"blocks\."},
-    "output x0": {"output": "x0"},
+    "output x0": {"prediction": "x0"},
     "three discriminator updates": {"discriminator_updates": 3},
-    "accumulate": {"accumulate": 2},
+    "gradient_accumulation": {"gradient_accumulation": 2},
     "one tap": {"taps": "blocks.1"},
     "taps found": {"taps": ""},
-    "warmup": {"warmup": 1},
-    "no clipping": {"clip": 0.0},
-    "no average": {"ema": 0.0},
+    "regression_updates": {"regression_updates": 1},
+    "no clipping": {"max_grad_norm": 0.0},
+    "no average": {"ema_decay": 0.0},
     "renoise": {"renoise_mean": 1.0, "renoise_std": 0.5},
     "bfloat16": {"precision": "bfloat16"},
     "auto": {"precision": "auto"},
-    "batch of one": {"batch": 1},
-    "decay": {"decay": 1.0},
-    "fresh noise": {"fresh_share": 1.0},
-    "no fresh noise": {"fresh_share": 0.0},
+    "batch of one": {"batch_size": 1},
+    "lr_decay": {"lr_decay": 1.0},
+    "fresh noise": {"fresh_noise_share": 1.0},
+    "no fresh noise": {"fresh_noise_share": 0.0},
 }
 
 
@@ -104,7 +109,7 @@ def test_every_option_makes_updates_and_leaves_the_teacher(kit, host, tmp_path, 
     check_updates(kit, host, state, samples)
 
 
-@pytest.mark.parametrize("changes", [{}, {"rank": 0, "r1": "exact"}, {"steps": 4, "condition_image": True}])
+@pytest.mark.parametrize("changes", [{}, {"rank": 0, "r1": "exact"}, {"student_steps": 4, "condition_image": True}])
 def test_a_diffusers_unet_is_distilled_with_the_taps_found_in_it(kit, tmp_path, changes):
     host = kit.unet_host()
     host.denoiser.backbone.requires_grad_(False)
@@ -119,7 +124,7 @@ def test_a_diffusers_unet_is_distilled_with_the_taps_found_in_it(kit, tmp_path, 
         ({}, {"regression", "adversarial", "discriminator", "r1"}),
         ({"r1": "none", "distillation_weight": 1.0}, {"regression", "adversarial", "discriminator", "distillation"}),
         ({"adversarial_weight": 0.0, "feature_weight": 1.0}, {"regression", "features"}),
-        ({"warmup": 9}, {"regression"}),
+        ({"regression_updates": 9}, {"regression"}),
     ],
 )
 def test_a_step_names_the_losses_that_made_it(kit, host, tmp_path, changes, names):
@@ -130,7 +135,13 @@ def test_a_step_names_the_losses_that_made_it(kit, host, tmp_path, changes, name
 def test_the_discriminator_learns_first_on_the_pairs_own_noise(kit, host, tmp_path, monkeypatch):
     drawn, draw = [], loop.draw
     monkeypatch.setattr(loop, "draw", lambda *args: drawn.append(args[-1]) or draw(*args))
-    settings = {"warmup": 3, "lead": 2, "updates": 4, "fresh_share": 0.5, "discriminator_updates": 2}
+    settings = {
+        "regression_updates": 3,
+        "discriminator_warmup": 2,
+        "updates": 4,
+        "fresh_noise_share": 0.5,
+        "discriminator_updates": 2,
+    }
     state, samples = start(kit, host, tmp_path, **settings)
     heads = [[p.detach().clone() for p in state.discriminator.parameters()]]
     names = []
@@ -148,7 +159,7 @@ def test_the_discriminator_learns_first_on_the_pairs_own_noise(kit, host, tmp_pa
 def test_a_lead_leaves_the_warm_up_s_student_as_it_was(kit, host, tmp_path):
     told = []
     for lead in (0, 3):
-        state, samples = start(kit, host, tmp_path, warmup=3, lead=lead, updates=3)
+        state, samples = start(kit, host, tmp_path, regression_updates=3, discriminator_warmup=lead, updates=3)
         list(distill(state, samples, host.encode_text([""])))
         told.append(kit.weights(state.student.trained))
         state.release()
@@ -156,7 +167,7 @@ def test_a_lead_leaves_the_warm_up_s_student_as_it_was(kit, host, tmp_path):
 
 
 def test_the_student_s_score_learns_what_it_makes_and_is_off_for_all_else(kit, host, tmp_path):
-    changes = {"distillation_weight": 0.5, "distillation": "matching", "lr": 0.0, "lr_score": 0.01, "updates": 40}
+    changes = {"distillation_weight": 0.5, "distillation": "matching", "lr": 0.0, "lr_fake_score": 0.01, "updates": 40}
     state, samples = start(kit, host, tmp_path, **ALONE, **changes)
     cond, uncond = samples.cond.rows(slice(4)), host.encode_text([""])
     x, sigma = torch.randn(4, *host.latent_shape), torch.full((4,), 2.0)
@@ -172,7 +183,13 @@ def test_the_student_s_score_learns_what_it_makes_and_is_off_for_all_else(kit, h
 
 def test_matching_rises_after_the_warm_up_as_the_adversarial_term_does(kit, host, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "distillation_loss", lambda state, output, *_: 1.0 + 0.0 * output.sum())
-    changes = {"distillation_weight": 0.5, "distillation": "matching", "warmup": 2, "ramp": 2, "updates": 5}
+    changes = {
+        "distillation_weight": 0.5,
+        "distillation": "matching",
+        "regression_updates": 2,
+        "adversarial_ramp": 2,
+        "updates": 5,
+    }
     state, samples = start(kit, host, tmp_path, **changes)
     told = [s.losses.get("distillation") for s in distill(state, samples, host.encode_text([""]))]
     assert told == [None, None, 0.25, 0.5, 0.5]
@@ -217,7 +234,7 @@ def test_the_gradient_reaches_the_student_and_stops_at_teacher_and_discriminator
 
 def test_pure_noise_is_the_pairs_own(kit, host, tmp_path):
     """Or the regression would ask one answer of another noise."""
-    state, samples = start(kit, host, tmp_path, steps=2)
+    state, samples = start(kit, host, tmp_path, student_steps=2)
     batch = loop.draw(state.config, state.student, samples, None, loop.generator(0, 0))
     assert batch.first.any() and not batch.first.all()
     by_picture = {samples.latents[i].numpy().tobytes(): i for i in range(len(samples))}
@@ -227,7 +244,7 @@ def test_pure_noise_is_the_pairs_own(kit, host, tmp_path):
 
 
 def test_a_share_of_pure_noise_is_fresh(kit, host, tmp_path):
-    state, samples = start(kit, host, tmp_path, steps=2, batch=200)
+    state, samples = start(kit, host, tmp_path, student_steps=2, batch_size=200)
     batch = loop.draw(state.config, state.student, samples, None, loop.generator(0, 0), fresh=0.25)
     assert not (batch.paired & ~batch.first).any()
     assert 0.6 < batch.paired.sum() / batch.first.sum() < 0.9
@@ -238,18 +255,18 @@ def test_a_share_of_pure_noise_is_fresh(kit, host, tmp_path):
 
 
 def test_the_regression_is_of_pairs_alone_and_all_noise_is_theirs_until_the_discriminator_judges(kit, host, tmp_path):
-    state, samples = start(kit, host, tmp_path, updates=4, warmup=2, fresh_share=1.0)
+    state, samples = start(kit, host, tmp_path, updates=4, regression_updates=2, fresh_noise_share=1.0)
     names = [set(step.losses) for step in distill(state, samples, host.encode_text([""]))]
     assert names == [{"regression"}] * 2 + [{"adversarial", "discriminator", "r1"}] * 2
 
 
 def test_without_a_discriminator_all_noise_is_the_pairs(kit, host, tmp_path):
-    state, samples = start(kit, host, tmp_path, updates=3, fresh_share=1.0, adversarial_weight=0.0)
+    state, samples = start(kit, host, tmp_path, updates=3, fresh_noise_share=1.0, adversarial_weight=0.0)
     assert [set(step.losses) for step in distill(state, samples, host.encode_text([""]))] == [{"regression"}] * 3
 
 
 def test_positives_are_mixed_by_their_share_with_their_own_text(kit, host, tmp_path):
-    state, samples = start(kit, host, tmp_path, positives="both", real_share=0.25, batch=400)
+    state, samples = start(kit, host, tmp_path, positives="both", real_share=0.25, batch_size=400)
     pictures = reals(host)
     beside = loop.Reals.beside(samples, pictures)
     batch = loop.draw(state.config, state.student, samples, beside, loop.generator(0, 0))
@@ -260,7 +277,7 @@ def test_positives_are_mixed_by_their_share_with_their_own_text(kit, host, tmp_p
 
 
 def test_a_pair_is_judged_beside_the_picture_of_its_own_prompt(kit, host, tmp_path):
-    state, samples = start(kit, host, tmp_path, positives="real", batch=400)
+    state, samples = start(kit, host, tmp_path, positives="real", batch_size=400)
     pictures = reals(host)
     pictures.prompts[2], pictures.prompts[4] = samples.prompts[0], samples.prompts[7]
     beside = loop.Reals.beside(samples, pictures)
@@ -279,7 +296,7 @@ def test_accumulation_has_the_gradient_of_the_mean(kit, host, tmp_path):
     """Without anything drawn, two batches accumulated do what one batch does."""
     ends = []
     for accumulate in (1, 2):
-        settings = kit.config(accumulate=accumulate, adversarial_weight=0.0, batch=1, updates=3)
+        settings = kit.config(gradient_accumulation=accumulate, adversarial_weight=0.0, batch_size=1, updates=3)
         samples = run.take(kit.pairs(host, settings, tmp_path), torch.tensor([5]))
         state = kit.state(host, settings, samples)
         list(distill(state, samples, host.encode_text([""])))
@@ -311,7 +328,13 @@ def test_nothing_is_printed(kit, host, tmp_path, capfd):
 
 
 def test_a_state_goes_on_bit_for_bit(kit, host, tmp_path):
-    options = {"updates": 6, "r1": "approximate", "discriminator_updates": 2, "steps": 2, "warmup": 1}
+    options = {
+        "updates": 6,
+        "r1": "approximate",
+        "discriminator_updates": 2,
+        "student_steps": 2,
+        "regression_updates": 1,
+    }
     whole, samples = start(kit, host, tmp_path, **options)
     list(distill(whole, samples, host.encode_text([""])))
     half = kit.state(host, whole.config, samples)
@@ -358,7 +381,7 @@ def test_a_loss_that_is_no_number_is_told_and_never_applied(kit, host, tmp_path,
 
 def test_a_student_that_must_improve_does(kit, host, tmp_path):
     """The regression falls well below that of the teacher in one step."""
-    state, samples = start(kit, host, tmp_path, rank=0, adversarial_weight=0.0, updates=60, batch=12, lr=3e-3)
+    state, samples = start(kit, host, tmp_path, rank=0, adversarial_weight=0.0, updates=60, batch_size=12, lr=3e-3)
     told = [s.losses["regression"] for s in distill(state, samples, host.encode_text([""]))]
     assert sum(told[-5:]) < 0.5 * sum(told[:5])
 
@@ -366,13 +389,13 @@ def test_a_student_that_must_improve_does(kit, host, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "update", "spent", "factor"),
     [
-        ({"decay": 0.3, "updates": 100}, 0, 0.0, 1.0),
-        ({"decay": 0.3, "updates": 100}, 70, 0.0, 1.0),
-        ({"decay": 0.3, "updates": 100}, 85, 0.0, 0.5),
-        ({"decay": 0.3, "updates": 100, "minutes": 2.0}, 10, 102.0, 0.5),  # the clock is further on
-        ({"decay": 0.3, "updates": 100}, 10, 102.0, 1.0),
-        ({"decay": 1.0, "updates": 4}, 3, 0.0, 0.25),
-        ({"decay": 0.0, "updates": 4}, 3, 0.0, 1.0),
+        ({"lr_decay": 0.3, "updates": 100}, 0, 0.0, 1.0),
+        ({"lr_decay": 0.3, "updates": 100}, 70, 0.0, 1.0),
+        ({"lr_decay": 0.3, "updates": 100}, 85, 0.0, 0.5),
+        ({"lr_decay": 0.3, "updates": 100, "minutes": 2.0}, 10, 102.0, 0.5),  # the clock is further on
+        ({"lr_decay": 0.3, "updates": 100}, 10, 102.0, 1.0),
+        ({"lr_decay": 1.0, "updates": 4}, 3, 0.0, 0.25),
+        ({"lr_decay": 0.0, "updates": 4}, 3, 0.0, 1.0),
     ],
 )
 def test_the_learning_rates_fall_to_zero_at_the_end(host, kit, tmp_path, settings, update, spent, factor):

@@ -176,7 +176,7 @@ def test_long_prompts_are_wrapped():
 
 def test_the_report_is_one_page_that_needs_nothing_else(kit, host, tmp_path):
     pytest.importorskip("matplotlib", reason="the curves are drawn by matplotlib")
-    *_, finished = kit.go(host, kit.config(updates=5, warmup=2), tmp_path)
+    *_, finished = kit.go(host, kit.config(updates=5, regression_updates=2), tmp_path)
     columns = [report.Column(name, "", [torch.rand(3, 32, 32)] * 2) for name in ("teacher", "student")]
     page = report.Report(
         "A <title>",

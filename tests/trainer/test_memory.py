@@ -37,13 +37,13 @@ def estimate(made, **changes):
 
 
 def test_it_grows_with_the_batch_alone_where_only_that_does(made):
-    one, four = estimate(made, batch=1), estimate(made, batch=4)
+    one, four = estimate(made, batch_size=1), estimate(made, batch_size=4)
     assert four.activations == 4 * one.activations > 0
     assert (four.weights, four.trained) == (one.weights, one.trained)
 
 
 def test_checkpointing_takes_less(made):
-    plain, again = estimate(made), estimate(made, checkpointing=True)
+    plain, again = estimate(made), estimate(made, gradient_checkpointing=True)
     assert 0 < again.activations < plain.activations / 2
     assert (again.weights, again.trained) == (plain.weights, plain.trained)
 
@@ -64,7 +64,7 @@ def test_the_student_is_counted_with_all_that_its_optimizer_keeps(made, unet):
     assert found.trained == 5 * lora + 4 * heads
     assert found.total == found.weights + found.trained + found.activations
     state.release()
-    scored, _ = made(rank=4, distillation="matching", distillation_weight=1.0, score_rank=4)
+    scored, _ = made(rank=4, distillation="matching", distillation_weight=1.0, fake_score_rank=4)
     assert measure(scored, samples).trained == 10 * lora + 4 * heads
     scored.release()
     full, _ = made(rank=0)
@@ -93,7 +93,7 @@ def kept_by_autograd(state, samples):
 
 
 def test_it_is_near_what_autograd_keeps(made):
-    state, samples = made(batch=1)
+    state, samples = made(batch_size=1)
     assert measure(state, samples).activations == pytest.approx(kept_by_autograd(state, samples), rel=0.35)
 
 
@@ -137,7 +137,7 @@ def test_a_network_without_known_blocks_is_counted_as_a_whole(kit, host, tmp_pat
     samples = kit.pairs(host, kit.config(), tmp_path)
     found = []
     for checkpointing in (False, True):
-        state = kit.state(host, kit.config(checkpointing=checkpointing), samples)
+        state = kit.state(host, kit.config(gradient_checkpointing=checkpointing), samples)
         found.append(measure(state, samples))
         state.release()
     assert found[0] == found[1] and found[0].activations > 0
@@ -163,13 +163,13 @@ def test_in_words_where_it_is_enough_and_where_not():
     ("changes", "told"),
     [
         ({}, ", or ".join(REMEDIES)),
-        ({"checkpointing": True}, ", or ".join(REMEDIES[1:])),
-        ({"batch": 1}, ", or ".join((REMEDIES[0], *REMEDIES[2:]))),
+        ({"gradient_checkpointing": True}, ", or ".join(REMEDIES[1:])),
+        ({"batch_size": 1}, ", or ".join((REMEDIES[0], *REMEDIES[2:]))),
     ],
 )
 def test_what_would_not_help_is_not_advised(made, changes, told):
     state, _ = made(**changes)
-    about = f"batch {changes.get('batch', 4)}, latents of 16 x 8, rank 2"
+    about = f"batch_size {changes.get('batch_size', 4)}, latents of 16 x 8, rank 2"
     assert memory.advice("training", state.config, (4, 8, 16)) == f"out of memory while training ({about}): {told}"
 
 

@@ -204,7 +204,7 @@ def test_a_long_curve_keeps_every_second_point_then_every_fourth(updates):
 
 
 def test_the_history_of_a_run_that_goes_on_is_taken_from_its_file(kit, host, tmp_path):
-    settings = kit.config(updates=4, warmup=2, select_every=2)
+    settings = kit.config(updates=4, regression_updates=2, evaluate_every=2)
     whole = watch()
     for event in run.run(host, settings, tmp_path, kit.WORDS):
         whole.follow(event, 1.0)

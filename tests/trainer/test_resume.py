@@ -39,7 +39,14 @@ def start(folder, settings, pause):
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_student_bit_for_bit(kit, tmp_path):
-    settings = {"updates": 20, "save_every": 3, "select_every": 4, "steps": 2, "warmup": 2, "discriminator_updates": 2}
+    settings = {
+        "updates": 20,
+        "save_every": 3,
+        "evaluate_every": 4,
+        "student_steps": 2,
+        "regression_updates": 2,
+        "discriminator_updates": 2,
+    }
     settings |= {"distillation": "matching", "distillation_weight": 0.5}
     killed = start(tmp_path / "killed", settings, 0.2)
     for line in killed.stdout:
@@ -71,7 +78,7 @@ def without_time(folder):
 
 @pytest.mark.parametrize("stop_at", ["Preview", "Step", "Selected"])
 def test_a_closed_run_goes_on_to_the_same_student_bit_for_bit(kit, host, tmp_path, stop_at):
-    settings = kit.config(updates=8, save_every=100, preview_every=3, select_every=4, warmup=2)
+    settings = kit.config(updates=8, save_every=100, preview_every=3, evaluate_every=4, regression_updates=2)
     kit.go(host, settings, tmp_path / "whole")
     events = run.run(host, settings, tmp_path / "closed", kit.WORDS)
     for event in events:
@@ -115,7 +122,7 @@ def test_a_row_of_the_history_that_was_cut_short_is_made_again(kit, host, tmp_pa
 
 
 def test_a_run_can_be_ended_early_and_goes_on_to_the_same_student(kit, host, tmp_path):
-    settings = kit.config(updates=6, select_every=2)
+    settings = kit.config(updates=6, evaluate_every=2)
     kit.go(host, settings, tmp_path / "whole")
     control, events = run.Control(), []
     for event in run.run(host, settings, tmp_path / "early", kit.WORDS, control=control):
@@ -162,8 +169,8 @@ def test_a_run_goes_on_bit_for_bit_after_an_error_in_any_pass(kit, host, tmp_pat
 
 @pytest.mark.parametrize(
     ("changes", "first"),
-    [({"accumulate": 2}, 20), ({"distillation": "matching", "distillation_weight": 0.5}, 22)],
-    ids=["accumulate", "score"],
+    [({"gradient_accumulation": 2}, 20), ({"distillation": "matching", "distillation_weight": 0.5}, 22)],
+    ids=["gradient_accumulation", "score"],
 )
 def test_it_does_where_an_update_judges_before_its_last_pass(kit, host, tmp_path, changes, first):
     settings = kit.config(updates=3, **changes)
@@ -196,7 +203,7 @@ def test_a_state_in_the_middle_of_an_update_is_not_saved(kit, host, tmp_path, mo
 
 
 def test_a_measurement_that_was_cut_off_is_taken_when_the_run_goes_on(kit, host, tmp_path):
-    settings, scores = kit.config(updates=6, select_every=2), {2: 2.0, 4: 1.0, 6: 3.0}
+    settings, scores = kit.config(updates=6, evaluate_every=2), {2: 2.0, 4: 1.0, 6: 3.0}
     now = []
 
     def go(stop=None):
@@ -214,7 +221,7 @@ def test_a_measurement_that_was_cut_off_is_taken_when_the_run_goes_on(kit, host,
 
 def test_the_last_measurement_counts_when_a_run_is_made_longer(kit, host, tmp_path):
     """It is taken after the last saved state."""
-    settings = kit.config(updates=3, select_every=2)
+    settings = kit.config(updates=3, evaluate_every=2)
     *_, first = kit.go(host, settings, tmp_path, score=lambda s, t: 1.0)
     assert first.score == 1.0
     *_, second = kit.go(host, settings.replace(updates=4), tmp_path, score=lambda s, t: 2.0)

@@ -12,7 +12,7 @@ from turbodistill.trainer.distill import Step, distill
 
 
 def test_events_come_in_order_and_nothing_is_printed(kit, host, tmp_path, capfd):
-    settings = kit.config(updates=5, preview_every=2, select_every=3)
+    settings = kit.config(updates=5, preview_every=2, evaluate_every=3)
     events = kit.go(host, settings, tmp_path)
     assert kit.names(events) == [
         *("PairsMade", "PairsMade", "PairsMade", "Begun", "Preview"),
@@ -29,7 +29,7 @@ def test_events_come_in_order_and_nothing_is_printed(kit, host, tmp_path, capfd)
 
 
 def test_the_student_file_says_how_it_was_made(kit, host, tmp_path):
-    *_, finished = kit.go(host, kit.config(updates=3, steps=2, alpha=1.0), tmp_path)
+    *_, finished = kit.go(host, kit.config(updates=3, student_steps=2, alpha=1.0), tmp_path)
     card = read_card(finished.path)
     assert card == finished.card and finished.score is None
     assert (card.kind, card.rank, card.alpha, card.base_hash) == ("lora", 2, 1.0, host.base_hash)
@@ -39,7 +39,7 @@ def test_the_student_file_says_how_it_was_made(kit, host, tmp_path):
 
 
 def test_a_low_start_gives_a_schedule_as_long_as_it_can_be(kit, host, tmp_path):
-    *_, finished = kit.go(host, kit.config(start=1, steps=2), tmp_path)
+    *_, finished = kit.go(host, kit.config(start_timestep=1, student_steps=2), tmp_path)
     assert finished.card.timesteps == (1, 0)
 
 
@@ -51,7 +51,7 @@ def test_the_best_student_is_the_one_with_the_lowest_score(kit, host, tmp_path):
         assert student.shape == teacher.shape
         return next(told)
 
-    settings = kit.config(updates=6, select_every=2)
+    settings = kit.config(updates=6, evaluate_every=2)
     for event in run.run(host, settings, tmp_path, kit.WORDS, score=score):
         if isinstance(event, run.Selected):
             kept.append((event.update, event.best, kit.tensors(tmp_path / run.BEST)))
@@ -62,12 +62,12 @@ def test_the_best_student_is_the_one_with_the_lowest_score(kit, host, tmp_path):
 
 
 def test_without_selection_the_last_student_is_kept(kit, host, tmp_path):
-    *_, finished = kit.go(host, kit.config(updates=3, select_every=0), tmp_path)
+    *_, finished = kit.go(host, kit.config(updates=3, evaluate_every=0), tmp_path)
     assert finished.score is None and finished.card.training["updates"] == 3
 
 
 def test_the_student_acts_with_its_average_within_and_as_before_after(kit, host, tmp_path):
-    settings = kit.config(updates=3, ema=0.9)
+    settings = kit.config(updates=3, ema_decay=0.9)
     samples = kit.pairs(host, settings, tmp_path)
     state = kit.state(host, settings, samples)
     list(distill(state, samples, host.encode_text([""])))
@@ -94,7 +94,7 @@ def test_no_held_out_pair_is_trained_on(prompts):
 
 @pytest.mark.parametrize("count", [4, 7])
 def test_of_very_few_pairs_all_are_trained_on_and_scored(kit, host, tmp_path, count):
-    settings = kit.config(pairs=count, select_every=1)
+    settings = kit.config(pairs=count, evaluate_every=1)
     assert isinstance(kit.go(host, settings, tmp_path)[-1].score, float)
 
 
@@ -121,7 +121,7 @@ def test_real_pictures_are_encoded_and_trained_with(kit, host, tmp_path):
 
 
 def test_the_history_gains_the_columns_of_losses_that_come_later(kit, host, tmp_path):
-    kit.go(host, kit.config(updates=4, warmup=2), tmp_path)
+    kit.go(host, kit.config(updates=4, regression_updates=2), tmp_path)
     with (tmp_path / run.HISTORY).open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows[0]["adversarial"] == "" and float(rows[3]["adversarial"])
@@ -134,7 +134,7 @@ def test_a_run_out_of_health_warns_in_words(kit, host, tmp_path):
     assert warned and all(e.update == 100 and "healthy" in e.text for e in warned)
 
 
-@pytest.mark.parametrize("changes", [{}, {"rank": 0}, {"output": "x0"}], ids=["lora", "full", "x0"])
+@pytest.mark.parametrize("changes", [{}, {"rank": 0}, {"prediction": "x0"}], ids=["lora", "full", "x0"])
 def test_a_student_file_gives_the_same_pictures(kit, host, tmp_path, changes):
     settings = kit.config(updates=3, **changes)
     samples = kit.pairs(host, settings, tmp_path)
@@ -194,7 +194,7 @@ def test_a_preview_can_be_asked_for(kit, host, tmp_path):
 
 def test_the_last_preview_is_of_the_student_that_is_kept(kit, host, tmp_path):
     scores = iter([1.0, 2.0])
-    settings = kit.config(updates=4, select_every=2, preview_every=2)
+    settings = kit.config(updates=4, evaluate_every=2, preview_every=2)
     events = kit.go(host, settings, tmp_path, score=lambda s, t: next(scores))
     at_two, at_four, last = [e for e in events if isinstance(e, run.Preview)][1:]
     assert events[-1].card.training["updates"] == 2

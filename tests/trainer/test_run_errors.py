@@ -105,7 +105,7 @@ def full_disk(name, room):
 
 @pytest.mark.parametrize("name", [run.STATE, run.BEST])
 def test_a_full_disk_leaves_the_earlier_state_and_the_run_goes_on(kit, host, tmp_path, monkeypatch, name):
-    settings = kit.config(updates=8, save_every=2, select_every=2)
+    settings = kit.config(updates=8, save_every=2, evaluate_every=2)
     kit.go(host, settings, tmp_path / "whole", score=lambda s, t: 1.0)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full_disk(name, 2))
@@ -121,7 +121,7 @@ def test_a_full_disk_leaves_the_earlier_state_and_the_run_goes_on(kit, host, tmp
 
 
 def test_a_student_that_could_not_be_written_is_not_the_best(kit, host, tmp_path, monkeypatch):
-    settings = kit.config(updates=6, select_every=2)
+    settings = kit.config(updates=6, evaluate_every=2)
     scores = iter([3.0, 1.0])
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full_disk(run.BEST, 1))
@@ -131,11 +131,11 @@ def test_a_student_that_could_not_be_written_is_not_the_best(kit, host, tmp_path
     assert finished.score == 2.0 == finished.card.metrics["score on held-out prompts"]
 
 
-@pytest.mark.parametrize("select_every", [0, 2])
+@pytest.mark.parametrize("evaluate_every", [0, 2])
 def test_a_loss_that_is_no_number_leaves_the_last_good_student_and_state(
     kit, host, tmp_path, monkeypatch, select_every
 ):
-    settings = kit.config(updates=8, save_every=3, select_every=select_every)
+    settings = kit.config(updates=8, save_every=3, evaluate_every=select_every)
     kit.go(host, settings, tmp_path / "whole")
     inner, calls = losses.regression, []
 
@@ -182,7 +182,7 @@ def test_out_of_memory_is_told_with_what_to_change(kit, host, tmp_path, error, o
     handle.remove()
     if ours:
         assert str(told.value).startswith("out of memory while training (batch 4, latents of 8 x 8, rank 2): ")
-        assert "set checkpointing to true" in str(told.value) and told.value.__cause__ is None
+        assert "set gradient_checkpointing to true" in str(told.value) and told.value.__cause__ is None
     else:
         assert told.value is error
     assert isinstance(kit.go(host, kit.config(updates=9), tmp_path)[-1], run.Finished)

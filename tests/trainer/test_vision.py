@@ -24,14 +24,14 @@ def folder(tmp_path_factory):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = Dinov2Model(Dinov2Config(image_size=32, patch_size=PATCH, layerscale_value=0.5, **shape))
-    path = tmp_path_factory.mktemp("vision")
+    path = tmp_path_factory.mktemp("pixel_backbone")
     network.save_pretrained(path)
     return path
 
 
 @pytest.fixture
 def settings(kit, folder):
-    return lambda **changes: kit.config(**({"vision": str(folder), "taps": ""} | changes))
+    return lambda **changes: kit.config(**({"pixel_backbone": str(folder), "taps": ""} | changes))
 
 
 def made(kit, host, settings, folder):
@@ -112,7 +112,7 @@ def test_a_real_picture_is_seen_once_and_its_maps_are_kept(kit, host, settings, 
 
 
 def test_maps_are_kept_by_the_picture_that_they_are_of(kit, host, settings, tmp_path):
-    config = settings(positives="both", batch=64)
+    config = settings(positives="both", batch_size=64)
     samples = kit.pairs(host, config, tmp_path)
     state = kit.state(host, config, samples)
     reals = loop.Reals.beside(samples, replace(samples, latents=-samples.latents))
@@ -128,39 +128,39 @@ def test_a_training_with_it_ends_and_the_card_says_so(kit, host, settings, folde
     steps = [e for e in events if isinstance(e, run.Step)]
     assert all({"adversarial", "discriminator", "regression"} <= step.losses.keys() for step in steps)
     assert events[-1].card.method == "ADD"
-    assert events[-1].card.training["vision"] == folder.name  # not where it lay
+    assert events[-1].card.training["pixel_backbone"] == folder.name  # not where it lay
 
 
 def test_a_training_with_it_goes_on_bit_for_bit(kit, host, settings, tmp_path):
-    whole = kit.go(host, settings(updates=4, condition_image=True, steps=2), tmp_path / "whole")[-1]
+    whole = kit.go(host, settings(updates=4, condition_image=True, student_steps=2), tmp_path / "whole")[-1]
     for updates in (2, 4):
-        parts = kit.go(host, settings(updates=updates, condition_image=True, steps=2), tmp_path / "parts")[-1]
+        parts = kit.go(host, settings(updates=updates, condition_image=True, student_steps=2), tmp_path / "parts")[-1]
     assert kit.same(kit.tensors(whole.path), kit.tensors(parts.path))
 
 
 def test_memory_counts_what_it_keeps(kit, host, settings):
-    small, large = (run.estimate(host, settings(vision_size=size)).activations for size in (16, 64))
+    small, large = (run.estimate(host, settings(pixel_size=size)).activations for size in (16, 64))
     assert 0 < small < large
 
 
 def test_a_host_without_gradients_through_its_autoencoder_says_so(kit, host, settings, tmp_path):
     host.decoder = None
-    with pytest.raises(ConfigError, match="here the discriminator judges in latent space alone: leave it empty"):
+    with pytest.raises(ConfigError, match="in this host the discriminator sees latents only: leave it empty"):
         kit.go(host, settings(), tmp_path)
     assert not list(tmp_path.glob("pairs/*.safetensors"))  # told before the hours of pairs
 
 
 def test_a_folder_that_is_missing_is_named(kit, host, settings, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ConfigError, match=r"vision is '.*nowhere', which cannot be loaded"):
-        begin.features(host, settings(vision=str(tmp_path / "nowhere")))
+    with pytest.raises(ConfigError, match=r"pixel_backbone is '.*nowhere', which cannot be loaded"):
+        begin.features(host, settings(pixel_backbone=str(tmp_path / "nowhere")))
 
 
 def test_a_network_without_patches_is_refused(kit, host, settings, tmp_path):
     shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     BertModel(BertConfig(vocab_size=9, **shape)).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="a BertModel without patches: use a vision transformer"):
-        begin.features(host, settings(vision=str(tmp_path)))
+        begin.features(host, settings(pixel_backbone=str(tmp_path)))
 
 
 def test_a_file_that_lacks_weights_is_refused(kit, host, settings, folder, tmp_path):
@@ -169,7 +169,7 @@ def test_a_file_that_lacks_weights_is_refused(kit, host, settings, folder, tmp_p
     whole.pop("encoder.layer.1.mlp.fc1.weight")
     save_file(whole, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ConfigError, match=r"whose file lacks 1 weights \(encoder.layer.1.mlp.fc1.weight, ...\)"):
-        begin.features(host, settings(vision=str(tmp_path)))
+        begin.features(host, settings(pixel_backbone=str(tmp_path)))
 
 
 def test_taps_are_of_its_own_modules(kit, host, settings):

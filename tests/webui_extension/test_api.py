@@ -58,7 +58,7 @@ def test_as_many_pictures_are_sent_as_are_asked_for(client, quick, pictures, pre
 
 
 def test_it_is_ended_from_outside(client, backend, quick):
-    quick["settings"] = quick["settings"] | {"updates": 100_000, "select_every": 0}
+    quick["settings"] = quick["settings"] | {"updates": 100_000, "evaluate_every": 0}
     client.post(f"{ROOT}/distill", json=quick)
     second = client.post(f"{ROOT}/distill", json=quick)
     assert second.status_code == 409 and "a distillation runs already (my-turbo" in second.json()["error"]
@@ -87,7 +87,7 @@ def test_where_nothing_runs_that_is_said(client):
     ("body", "told"),
     [
         ({"settings": {"lr": -1}}, "lr is -1.0"),
-        ({"settings": {"nmae": 1}}, "unknown settings ['nmae']"),
+        ({"settings": {"nmae": 1}}, "there is no setting 'nmae'"),
         ({"nmae": "x"}, "unknown field 'nmae'"),
         ({"name": "a/b"}, "name is 'a/b'"),
         ({"prompts": ""}, "there are no prompts"),
@@ -126,7 +126,7 @@ def test_settings_are_the_trainer_s(client, toy):
     ]
     assert settings["adversarial"]["choices"] and settings["rank"] == {
         "name": "rank", "type": "int", "default": 64, "value": toy.QUICK["rank"], "group": "student", "low": 0,
-        "high": 512, "choices": None, "help": "LoRA rank; 0 trains a full copy of the model",
+        "high": 512, "choices": None, "help": Config.__dataclass_fields__["rank"].metadata["help"],
     }  # fmt: skip
 
 

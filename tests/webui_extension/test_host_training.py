@@ -386,8 +386,17 @@ def test_a_longer_prompt_is_refused_where_its_tokens_stand_beside_the_picture_s(
 def test_the_trainer_runs_on_it(loaded, tmp_path):
     before = loaded.bits()
     config = Config(
-        **{"rank": 2, "pairs": 12, "pair_steps": 2, "batch": 4, "updates": 4, "warmup": 1, "ramp": 0, "width": 8},
-        **{"precision": "float32", "select_every": 2, "preview_every": 2, "checkpointing": True},
+        **{
+            "rank": 2,
+            "pairs": 12,
+            "pair_steps": 2,
+            "batch_size": 4,
+            "updates": 4,
+            "regression_updates": 1,
+            "adversarial_ramp": 0,
+            "head_channels": 8,
+        },
+        **{"precision": "float32", "evaluate_every": 2, "preview_every": 2, "gradient_checkpointing": True},
     )
     with torch.inference_mode(), loaded.open() as host:
         *_, finished = run.run(host, config, tmp_path, WORDS)

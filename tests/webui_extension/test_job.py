@@ -135,7 +135,7 @@ def test_a_model_that_is_one_step_already_is_told_so(toy, backend):
 @pytest.fixture
 def training(toy, backend):
     """A job that trains, held back in a pass."""
-    begun = job.start(backend, ask(toy, settings={"updates": 1000, "select_every": 0}))
+    begun = job.start(backend, ask(toy, settings={"updates": 1000, "evaluate_every": 0}))
     until(lambda: begun.monitor.running and begun.snapshot()["done"] > 2, "it does not train")
     yield begun
     if begun.working:
@@ -158,7 +158,7 @@ def test_cancel_is_within_a_pass_and_the_run_goes_on(toy, backend, training):
     assert passes in ([], [1])  # not one whole pass more than the one that was begun
     assert told["state"] == "cancelled" and not told["cancelling"]
     done = told["done"]
-    again = finish(job.start(backend, ask(toy, settings={"updates": done + 2, "select_every": 0})))
+    again = finish(job.start(backend, ask(toy, settings={"updates": done + 2, "evaluate_every": 0})))
     assert again["state"] == "done" and again["done"] == done + 2
     assert again["history"]["update"] == list(range(1, done + 3))  # its curves from the beginning
 
@@ -244,7 +244,7 @@ def test_of_many_at_once_one_begins(toy, backend):
         ({"prompts": "", "built_in": "poems"}, "no prompt list 'poems': known are words"),
         ({"images": "nowhere"}, "nowhere does not exist"),
         ({"settings": {"lr": -1.0}}, "lr is -1.0"),
-        ({"settings": {"speed": 3}}, "unknown settings ['speed']"),
+        ({"settings": {"speed": 3}}, "there is no setting 'speed'"),
     ],
 )
 def test_mistakes_are_told_before_anything_begins(toy, backend, changes, told):

@@ -77,8 +77,8 @@ def test_the_pages_are_there(client):
 def test_the_api_works_on_the_embedded_model(client, folder):
     told = client.get(f"{ROOT}/settings").json()
     assert told["prompts"] == ["the embedded model's"]
-    assert {row["name"]: row["value"] for row in told["settings"]}["batch"] == 16
-    quick = {"built_in": "the embedded model's", "settings": {"rank": 4, "batch": 2}}
+    assert {row["name"]: row["value"] for row in told["settings"]}["batch_size"] == 16
+    quick = {"built_in": "the embedded model's", "settings": {"rank": 4, "batch_size": 2}}
     answer = client.post(f"{ROOT}/estimate", json=quick)
     assert answer.status_code == 200 and answer.json()["memory"]["weights"] > 1e6
     wrong = client.post(f"{ROOT}/estimate", json=quick | {"width": 63})
@@ -115,4 +115,4 @@ def test_a_model_of_one_s_own_begins_without_a_student(folder):
     client = TestClient(app, base_url="http://localhost")
     settings = client.get(f"{ROOT}/settings").json()
     values = {row["name"]: row["value"] for row in settings["settings"]}
-    assert settings["prompts"] == ["anything"] and (values["batch"], values["checkpointing"]) == (4, True)
+    assert settings["prompts"] == ["anything"] and (values["batch_size"], values["gradient_checkpointing"]) == (4, True)

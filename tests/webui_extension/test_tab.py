@@ -5,13 +5,13 @@ import dataclasses
 import inspect
 
 import pytest
-from turbodistill.trainer.config import OF_VISION, Config, ConfigError
+from turbodistill.trainer.config import OF_PIXELS, Config, ConfigError
 from turbodistill.webui_extension import fields, job, runs, tab
 
 gradio = pytest.importorskip("gradio", reason="needs gradio: pip install 'turbodistill[ui]'")
 pytestmark = pytest.mark.gradio
 
-FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name not in OF_VISION}
+FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name not in OF_PIXELS}
 NOTHING = gradio.update()
 
 
@@ -63,9 +63,9 @@ def test_the_advanced_ones_lie_in_their_groups(page):
 
 
 def test_values_come_back_as_the_trainer_wants_them():
-    names = ("rank", "lr", "taps", "checkpointing", "adversarial")
+    names = ("rank", "lr", "taps", "gradient_checkpointing", "adversarial")
     told = fields.settings(names, (8.0, 1, None, None, "hinge"))
-    assert told == {"rank": 8, "lr": 1.0, "taps": "", "checkpointing": False, "adversarial": "hinge"}
+    assert told == {"rank": 8, "lr": 1.0, "taps": "", "gradient_checkpointing": False, "adversarial": "hinge"}
     assert [type(v) for v in told.values()] == [int, float, str, bool, str]
     with pytest.raises(ConfigError, match="rank is empty: give a number"):
         fields.settings(names, (None, 1, "", False, "hinge"))

@@ -15,7 +15,7 @@ PATIENCE = 30_000  # milliseconds
 def served(toy, chromium, port, tmp_path_factory):
     """The tab on a toy backend, and where it is."""
     backend = toy.ToyBackend(tmp_path_factory.mktemp("page"))
-    backend.settings = toy.QUICK | {"updates": 1000, "save_every": 1000, "select_every": 500, "preview_every": 100}
+    backend.settings = toy.QUICK | {"updates": 1000, "save_every": 1000, "evaluate_every": 500, "preview_every": 100}
     inner = tab.build(backend)
     with gradio.Blocks(analytics_enabled=False) as outer, gradio.Tabs():
         with gradio.TabItem("Other"):

@@ -15,7 +15,7 @@ pytest.importorskip("diffusers", reason="needs diffusers: pip install 'turbodist
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 PATIENCE = 60_000  # milliseconds
-SHORT = {"pairs": 8, "pair_steps": 2, "rank": 4, "updates": 4, "batch": 2}
+SHORT = {"pairs": 8, "pair_steps": 2, "rank": 4, "updates": 4, "batch_size": 2}
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_a_short_distillation_runs_to_its_end_and_its_student_draws(page, served
     advanced = page.locator("#turbodistill-advanced")
     for title in ("Advanced settings", "Training"):
         advanced.get_by_text(title, exact=True).click()
-    for name, value in (SHORT | {"warmup": 2, "lead": 1}).items():
+    for name, value in (SHORT | {"regression_updates": 2, "discriminator_warmup": 1}).items():
         typed(page, name).fill(str(value))
     typed(page, "name").fill("quick")
     page.locator("#turbodistill-distil").click()

@@ -22,9 +22,9 @@ kit = module_at(Path(__file__).parents[1] / "trainer" / "conftest.py", "turbodis
 
 # Quick: every part of the default loss, four updates.
 QUICK = {
-    "rank": 2, "pairs": 8, "pair_steps": 2, "pair_sampler": "euler", "guidance": 2.0, "batch": 2, "updates": 4,
-    "warmup": 1, "ramp": 0, "width": 8, "precision": "float32", "preview_every": 2, "select_every": 2,
-    "save_every": 100, "taps": "blocks.0,blocks.1",
+    "rank": 2, "pairs": 8, "pair_steps": 2, "pair_sampler": "euler", "guidance": 2.0, "batch_size": 2, "updates": 4,
+    "regression_updates": 1, "adversarial_ramp": 0, "head_channels": 8, "precision": "float32", "preview_every": 2,
+    "evaluate_every": 2, "save_every": 100, "taps": "blocks.0,blocks.1",
 }  # fmt: skip
 PROMPTS = "\n".join(kit.WORDS)
 

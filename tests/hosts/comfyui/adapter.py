@@ -278,7 +278,7 @@ def whole(model, given):
         "conditions": look_at_conditions,
         "lora": look_at_lora,
         "features": look_at_features,
-        "checkpointing": look_at_checkpointing,
+        "gradient_checkpointing": look_at_checkpointing,
     }
     told |= {name: look(*looked) for name, look in looks.items()}
     denoiser, *given = looked

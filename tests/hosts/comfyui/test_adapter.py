@@ -158,7 +158,7 @@ def test_taps_are_the_picture_tokens_that_go_on(found, name):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_checkpointing_changes_no_gradient(found, checkpoints, name):
-    told = found[name]["checkpointing"]
+    told = found[name]["gradient_checkpointing"]
     kinds = (r"in_layers\.0", r"transformer_blocks\.\d+", r"(joint|double|single)_blocks\.\d+", r"\.(op|conv)\.weight")
     count = sum(len({k[: m.end()] for k in checkpoints[name].weights if (m := re.search(kind, k))}) for kind in kinds)
     assert told["blocks"] == told["changed"] == count

@@ -20,8 +20,8 @@ DEMOS = [template for template in TEMPLATES if " demo " in template.stem.lower()
 SHORT = {
     "EmptyLatentImage": {"width": 128, "height": 128},
     "TurboDistillTeacherPairs": {"width": 64, "height": 64, "pairs": 8, "pair_steps": 2, "at_once": 4},
-    "TurboDistillDistill": {"rank": 4, "updates": 4, "batch": 2},
-    "TurboDistillAdvancedSettings": {"warmup": 2, "ramp": 1, "select_every": 2},
+    "TurboDistillDistill": {"rank": 4, "updates": 4, "batch_size": 2},
+    "TurboDistillAdvancedSettings": {"regression_updates": 2, "adversarial_ramp": 1, "evaluate_every": 2},
 }
 FLAGS = (
     "--no-sandbox",

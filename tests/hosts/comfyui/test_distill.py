@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.host
 
 SMALL = {"pairs": 24, "pair_steps": 2, "pair_sampler": "dpmpp_2m", "guidance": 3.0, "seed": 0, "at_once": 8}
-SHORT = {"rank": 4, "updates": 8, "batch": 2, "checkpointing": False}
+SHORT = {"rank": 4, "updates": 8, "batch_size": 2, "gradient_checkpointing": False}
 BUILT_IN = "the demo model's student (built in)"
-ADVERSARIAL = {"warmup": 2, "ramp": 1, "save_every": 3, "select_every": 4, "preview_every": 4}
+ADVERSARIAL = {"regression_updates": 2, "adversarial_ramp": 1, "save_every": 3, "evaluate_every": 4, "preview_every": 4}
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_it_ends_with_a_student_that_the_host_loads_whole(comfyui, graph, distil
 
 
 def test_the_page_asks_for_a_preview_and_for_the_end(comfyui, graph, distilling):
-    nodes = distilling("early", updates=400, advanced={"preview_every": 0, "select_every": 0})
+    nodes = distilling("early", updates=400, advanced={"preview_every": 0, "evaluate_every": 0})
     queued = comfyui.queue(graph)
     node = nodes["distill"]
     wait_for(comfyui, node, 2)
@@ -192,7 +192,9 @@ def test_out_of_memory_says_what_to_change_and_the_queue_goes_on(comfyui, distil
     comfyui.run(with_pairs(new_graph(), distilling))  # the pairs are there: the fault meets the training
     graph = new_graph()
     nodes = distilling("full", graph, model=lambda demo: graph.add("TestsOutOfMemory", model=demo, after=20))
-    with pytest.raises(node_error, match=r"out of memory while training .*checkpointing to true, or lower batch"):
+    with pytest.raises(
+        node_error, match=r"out of memory while training .*gradient_checkpointing to true, or lower batch_size"
+    ):
         comfyui.run(graph)
     told = snapshot(comfyui, nodes["distill"])
     assert told["state"] == "failed" and "out of memory" in told["error"]
@@ -232,7 +234,7 @@ def test_both_front_ends_run_one_trainer(comfyui, graph, distilling, tmp_path):
     """The same data, seed and settings on the command line: the same losses, and as good a student."""
     from turbodistill.trainer import cli, history
 
-    advanced = {"precision": "float32", "width": 16, "select_every": 0, "preview_every": 0}
+    advanced = {"precision": "float32", "head_channels": 16, "evaluate_every": 0, "preview_every": 0}
     distilling("parity", advanced=advanced, pairs={"pairs": 32}, updates=14)
     comfyui.run(graph)
     lines = tmp_path / "prompts.txt"

@@ -28,7 +28,7 @@ def choice(comfyui, checkpoints, trained, saved):
         if denoiser is None:
             return saved(name, file=file), None
         student = trained(denoiser, **settings)
-        made = saved(name, student, file, prediction=student.reading, timesteps=(student.start,))
+        made = saved(name, student, file, prediction=student.prediction, timesteps=(student.start_timestep,))
         student, _, warning = load_student(comfyui.base / "models" / made, denoiser)
         assert not warning
         read.append(student)
@@ -99,7 +99,7 @@ def test_a_student_that_reads_x0_at_its_own_timestep(
     comfyui, graph, synthetic, checkpoints, choice, condition, noise, gap
 ):
     base, positive, latent = synthetic("sd15")
-    file, student = choice("sd15", output="x0", start=399)
+    file, student = choice("sd15", prediction="x0", start_timestep=399)
     (found,) = comfyui.latents(graph, graph.sample(loaded(graph, base, file), positive, latent, seed=5, steps=2))
     with student.merged():
         expected = student.generate(noise(5, *found.shape), condition("sd15"), 2) / checkpoints["sd15"].scale

@@ -156,7 +156,15 @@ def test_a_distillation_is_begun_watched_and_stopped_in_the_tab(page, webui, not
         tab.get_by_label(label).first.fill("64")
     tab.locator("#turbodistill-advanced").get_by_text("Advanced settings", exact=True).click()
     tab.locator("#turbodistill-advanced").get_by_text("Training", exact=True).click()
-    quick = {"pairs": 8, "pair_steps": 2, "rank": 4, "updates": 5000, "batch": 2, "warmup": 2, "lead": 1}
+    quick = {
+        "pairs": 8,
+        "pair_steps": 2,
+        "rank": 4,
+        "updates": 5000,
+        "batch_size": 2,
+        "regression_updates": 2,
+        "discriminator_warmup": 1,
+    }
     for name, value in quick.items():
         tab.locator(f"#turbodistill-{name} input").first.fill(str(value))
     tab.get_by_role("button", name="Distil", exact=True).click()

@@ -19,11 +19,12 @@ pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.timeout(900)]
 PLAIN = {"prompt": "a fox", "sampler_name": "Euler", "steps": 2, "seed": 5}
 # Small enough for seconds on a CPU; so high a rate that four updates are seen.
 SETTINGS = {
-    "pairs": 8, "pair_steps": 2, "updates": 4, "warmup": 1, "ramp": 0, "rank": 4, "batch": 2, "lr": 5e-3, "width": 8,
-    "precision": "float32", "select_every": 2, "preview_every": 0, "ema": 0.0, "decay": 0.0,
+    "pairs": 8, "pair_steps": 2, "updates": 4, "regression_updates": 1, "adversarial_ramp": 0, "rank": 4,
+    "batch_size": 2, "lr": 5e-3, "head_channels": 8, "precision": "float32", "evaluate_every": 2, "preview_every": 0,
+    "ema_decay": 0.0, "lr_decay": 0.0,
 }  # fmt: skip
 ASKED = {"prompts": "a fox\nan owl\na red cat", "width": 64, "height": 64}
-LONG = {"updates": 100000, "save_every": 100000, "select_every": 0, "preview_every": 0}
+LONG = {"updates": 100000, "save_every": 100000, "evaluate_every": 0, "preview_every": 0}
 
 
 class Trainer:
@@ -159,7 +160,7 @@ def test_a_lora_that_was_applied_before_is_neither_trained_on_nor_lost(webui, tr
     plain = webui.txt2img(**PLAIN).picture
     assert not np.array_equal(before, plain)
     webui.txt2img(**PLAIN | {"prompt": prompt})
-    trainer.start("second", {"checkpointing": True, "precision": "auto"})
+    trainer.start("second", {"gradient_checkpointing": True, "precision": "auto"})
     assert trainer.ended()["state"] == "done"
     _, card = read(webui.data / "models" / "Lora" / "second.safetensors")
     assert card.base_hash == fingerprint(checkpoint(webui))
@@ -169,7 +170,7 @@ def test_a_lora_that_was_applied_before_is_neither_trained_on_nor_lost(webui, tr
 
 def test_generation_waits_the_page_lives_and_cancel_ends_it_within_a_step(webui, trainer, first):
     with trainer.unchanged():
-        trainer.start("long", LONG | {"accumulate": 4})
+        trainer.start("long", LONG | {"gradient_accumulation": 4})
         trainer.until(trainer.trains)
         with pytest.raises(trainer.refused, match=r"409.*runs already"):
             trainer.start("other")
@@ -192,12 +193,12 @@ def test_generation_waits_the_page_lives_and_cancel_ends_it_within_a_step(webui,
         assert drawn.wait(120)
         waiting.join()
     # It goes on where it was.
-    trainer.start("long", LONG | {"accumulate": 4, "updates": told["done"] + 1})
+    trainer.start("long", LONG | {"gradient_accumulation": 4, "updates": told["done"] + 1})
     assert trainer.ended()["state"] == "done"
 
 
 def test_stop_keeps_the_best(webui, trainer, first):
-    trainer.start("stopped", LONG | {"select_every": 1})
+    trainer.start("stopped", LONG | {"evaluate_every": 1})
     trainer.until(trainer.trains)
     trainer.ask("stop")
     told = trainer.ended()
