@@ -32,11 +32,11 @@ from turbodistill.core.student import Student  # noqa: E402
 from turbodistill.nodes.host_denoiser import ModelDenoiser, conditions  # noqa: E402
 from turbodistill.nodes.host_training import trainable  # noqa: E402
 from turbodistill.trainer.config import Config  # noqa: E402
-from turbodistill.trainer.data import Samples  # noqa: E402
-from turbodistill.trainer.distill import distill  # noqa: E402
-from turbodistill.trainer.memory import measure  # noqa: E402
-from turbodistill.trainer.precision import autocast  # noqa: E402
-from turbodistill.trainer.state import State  # noqa: E402
+from turbodistill.trainer.data.samples import Samples  # noqa: E402
+from turbodistill.trainer.loop.distill import distill  # noqa: E402
+from turbodistill.trainer.loop.precision import autocast  # noqa: E402
+from turbodistill.trainer.loop.state import State  # noqa: E402
+from turbodistill.trainer.run.memory import measure  # noqa: E402
 
 GB = 1024**3
 CUDA = torch.cuda.is_available()

@@ -13,7 +13,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-from turbodistill.trainer import cli, demo
+from turbodistill.app import demo
+from turbodistill.app.progress import follow, interruptible
 from turbodistill.trainer.config import Config
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -27,7 +28,7 @@ scores: dict[str, list[dict]] = {}  # by arm, one for each seed
 minutes: list[float] = []
 for seed in range(args.seeds):
     folder = args.out / str(seed)
-    demo.demo(folder, args.minutes, args.count, seed, cli.follow, cli.interruptible, unguided=True)
+    demo.demo(folder, args.minutes, args.count, seed, follow, interruptible, unguided=True)
     figures = json.loads((folder / "figures.json").read_text())
     minutes.append(Config.from_toml(demo.settings_of(folder, "student")).minutes)
     for arm, score in figures["scores"].items():

@@ -116,7 +116,7 @@ Train = Callable[[str, dict[str, Any]], tuple[Path, Path]]
 
 @contextlib.contextmanager
 def cli(base: Path) -> Iterator[Train]:
-    from turbodistill.trainer.cli import main
+    from turbodistill.app.cli import main
 
     (base / "prompts.txt").write_text("\n".join(LINES))
     images = pictures(base / PICTURES)

@@ -24,9 +24,10 @@ from torch import Tensor
 from tqdm import tqdm
 from turbodistill.demo.recipe import averages, dataset, pack, teacher
 from turbodistill.demo.recipe.fit import read_progress
-from turbodistill.trainer import metrics
+from turbodistill.measure import metrics
+from turbodistill.measure.evaluate import make_pictures, teacher_arm
 from turbodistill.trainer.diffusers_host import DiffusersHost, load_host
-from turbodistill.trainer.evaluate import make_pictures, teacher_arm
+from turbodistill.trainer.run.scores import kernel_distance
 
 SPLITS = {"train": "trained", "combination": "new combination", "heldout": "new name"}
 
@@ -72,7 +73,7 @@ class Gallery:
             "first": first,
             "first_five": five,
             "style": sum(self.classifier.accuracy(t, styles) for t in textures) / len(textures),
-            "kid": sum(1000 * metrics.kernel_distance(f, real) for f in features) / len(features),
+            "kid": sum(1000 * kernel_distance(f, real) for f in features) / len(features),
             "nearest": float(metrics.nearest(features.flatten(0, 1), self.training)[0].median()),
         }
 

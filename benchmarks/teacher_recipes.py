@@ -21,7 +21,7 @@ from teacher import Gallery, measure
 from turbodistill.demo.recipe import averages, dataset, pack
 from turbodistill.demo.recipe.fit import Training, fit
 from turbodistill.demo.recipe.teacher import Recipe, Teacher
-from turbodistill.trainer.data import write_whole
+from turbodistill.trainer.data.files import write_whole
 
 LR = 4e-4
 # Name -> recipe and learning rate; each differs from the first in one thing.

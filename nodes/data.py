@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ..trainer import data
+from ..demo import files
 from ..trainer.config import OF_PAIRS, Config
-from ..trainer.data import DataError
-from ..trainer.monitor import Monitor
-from ..trainer.prompts import ANYTHING, DEMO, generate
-from ..trainer.run import PairsMade
+from ..trainer.data.files import DataError
+from ..trainer.data.images import check_pictures, load_picture, read_image_folder
+from ..trainer.data.pairs import make_pairs, pairs_key
+from ..trainer.data.prompts import ANYTHING, generate, prompt_lines, read_prompts
+from ..trainer.run.events import PairsMade
+from ..trainer.run.monitor import Monitor
 from . import host, host_page
 from .graph import file_names
 from .host_training import CheckpointHost, cancellable
@@ -43,7 +45,7 @@ class Pairs:
 
 class Prompts(io.ComfyNode):
     TEXT, FILE = "the text below", "the file below"
-    BUILT_IN = {"built in: anything": ANYTHING, "built in: the demo model's": DEMO}  # noqa: RUF012 - a constant
+    BUILT_IN = {"built in: anything": ANYTHING, "built in: the demo model's": files.PROMPTS}  # noqa: RUF012 - a constant
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -88,13 +90,13 @@ class Prompts(io.ComfyNode):
     @classmethod
     def execute(cls, source: str, text: str, file: str) -> io.NodeOutput:
         if source == cls.TEXT:
-            lines = data.prompt_lines(text)
+            lines = prompt_lines(text)
             if not lines:
                 raise DataError("there is no prompt in the text: write one a line")
         elif source == cls.FILE:
-            lines = data.read_prompts(host_page.input_folder() / file)
+            lines = read_prompts(host_page.input_folder() / file)
         else:
-            lines = data.read_prompts(cls.BUILT_IN[source])
+            lines = read_prompts(cls.BUILT_IN[source])
         return io.NodeOutput(lines, "\n".join(generate(lines, SHOWN)[:SHOWN]))
 
 
@@ -130,7 +132,7 @@ class ImageFolder(io.ComfyNode):
         if not folder.strip():
             return ""
         try:
-            found = data.read_image_folder(host_page.input_folder() / folder)
+            found = read_image_folder(host_page.input_folder() / folder)
         except DataError as error:
             return str(error)
         return "\n".join(f"{path} {path.stat().st_mtime_ns if path.exists() else 0} {text}" for path, text in found)
@@ -140,9 +142,9 @@ class ImageFolder(io.ComfyNode):
         if not folder.strip():
             raise DataError("folder is empty: give the name of a folder in ComfyUI's input folder, or a whole path")
         path = host_page.input_folder() / folder.strip()
-        found = data.read_image_folder(path)
-        data.check_pictures(found)
-        shown = torch.stack([data.load_picture(p, (256, 256)) for p, _ in found[:SHOWN]])
+        found = read_image_folder(path)
+        check_pictures(found)
+        shown = torch.stack([load_picture(p, (256, 256)) for p, _ in found[:SHOWN]])
         captions = list(dict.fromkeys(text for _, text in found if text))
         return io.NodeOutput(path, captions, ui=ui.PreviewImage(shown.movedim(1, -1), cls=cls))
 
@@ -183,11 +185,11 @@ class TeacherPairs(io.ComfyNode):
         config = Config(**settings, batch_size=at_once)
         loaded = CheckpointHost(model, clip, vae, base_name(cls, model), width, height)
         texts = generate(prompts, config.pairs, config.seed)
-        folder = host_page.output_folder() / "pairs" / data.pairs_key(loaded, config, texts)
+        folder = host_page.output_folder() / "pairs" / pairs_key(loaded, config, texts)
         monitor = Monitor("pairs", folder.name, config, lambda latents: host_page.show(loaded.decode(latents)))
         with watched(cls.hidden, monitor) as panel, cancellable(model):
             host.load(model)
-            for done, newest in data.make_pairs(loaded, config, texts, folder):
+            for done, newest in make_pairs(loaded, config, texts, folder):
                 panel.follow(PairsMade(done, config.pairs, "teacher pairs", newest))
             monitor.end("done")
         return io.NodeOutput(Pairs(folder, texts, settings, width, height))

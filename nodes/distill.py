@@ -10,10 +10,12 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..core.card import StudentCard, read, read_card
-from ..trainer import history, run
 from ..trainer.config import ADVANCED, OF_DISTILL, Config
-from ..trainer.data import DataError, pairs_key, write_whole
-from ..trainer.monitor import Monitor
+from ..trainer.data.files import DataError, write_whole
+from ..trainer.data.pairs import pairs_key
+from ..trainer.run import history, run
+from ..trainer.run.events import Begun, Finished, Preview
+from ..trainer.run.monitor import Monitor
 from . import host, host_page, host_save
 from .data import IMAGES, PAIRS, Pairs, base_name
 from .graph import file_names
@@ -128,19 +130,19 @@ class Distill(io.ComfyNode):
         return io.NodeOutput(student, Trained(finished.path, card, student), card.in_words(), pictures)
 
     @staticmethod
-    def _train(loaded, config, folder, pairs, images, panel) -> tuple[run.Preview, run.Finished]:
+    def _train(loaded, config, folder, pairs, images, panel) -> tuple[Preview, Finished]:
         """Run to the end; the last preview, and what was made."""
         control = panel.monitor.control
         events = run.run(loaded, config, folder, pairs.prompts, images, pairs_folder=pairs.folder, control=control)
         preview = None
         with closing(events):
             for event in events:
-                if isinstance(event, run.Begun) and event.update:
+                if isinstance(event, Begun) and event.update:
                     panel.monitor.recall(history.read(folder / run.HISTORY, event.update))
-                if isinstance(event, run.Preview):
+                if isinstance(event, Preview):
                     preview = event
                 panel.follow(event)
-                if isinstance(event, run.Finished):
+                if isinstance(event, Finished):
                     return preview, event
         raise RuntimeError("the run ended without a student")
 

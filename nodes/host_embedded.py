@@ -18,10 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..demo.files import HEADER, MODEL, STUDENT  # noqa: F401 - the student for the nodes
 from ..demo.text_encoder import TextEncoder
-from ..trainer.diffusers_host import EMBEDDED, HEADER
-
-STUDENT = EMBEDDED.with_name("student.safetensors")
 
 
 class Ratio(float):
@@ -138,13 +136,13 @@ def encoder_class(tokenizer: str):
 
 def description() -> dict[str, Any]:
     """What the embedded model's header says of its networks."""
-    with safe_open(EMBEDDED, "pt") as file:
+    with safe_open(MODEL, "pt") as file:
         return json.loads(file.metadata()[HEADER])
 
 
 def load() -> tuple[Any, Any, Any]:
     """MODEL, CLIP and VAE of the embedded model."""
-    about, tensors = description(), load_file(EMBEDDED)
+    about, tensors = description(), load_file(MODEL)
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -9,7 +9,7 @@ import comfy.sd
 import torch
 
 from ..core.card import StudentCard
-from ..trainer.data import whole_file
+from ..trainer.data.files import whole_file
 
 
 def save_merged(path: Path, model, clip, vae, card: StudentCard) -> None:

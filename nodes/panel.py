@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..trainer.memory import OutOfMemory, advice, is_out_of_memory
-from ..trainer.monitor import Monitor
-from ..trainer.run import Event, PairsMade
+from ..trainer.run.events import Event, PairsMade
+from ..trainer.run.memory import OutOfMemory, advice, is_out_of_memory
+from ..trainer.run.monitor import Monitor
 from . import host_page
 
 EVENT = "turbodistill.run"

@@ -12,11 +12,11 @@ from turbodistill.core.losses import ADVERSARIAL, WEIGHTS
 from turbodistill.core.sampling import sample_euler
 from turbodistill.core.schedule import DiscreteSchedule, FlowSchedule, expand
 from turbodistill.core.student import Student
-from turbodistill.trainer import distill
-from turbodistill.trainer.batch import draw
 from turbodistill.trainer.config import Config
-from turbodistill.trainer.data import Samples
-from turbodistill.trainer.state import State
+from turbodistill.trainer.data.samples import Samples
+from turbodistill.trainer.loop import distill
+from turbodistill.trainer.loop.batch import draw
+from turbodistill.trainer.loop.state import State
 
 # --- Adversarial ---
 

@@ -9,10 +9,10 @@ import torch
 from turbodistill.core.denoiser import Cond, Guided
 from turbodistill.core.sampling import sample_dpmpp_2m, seeded_noise, trailing_sigmas
 from turbodistill.core.student import Student
-from turbodistill.trainer import distill
 from turbodistill.trainer.config import Config
-from turbodistill.trainer.data import Samples
-from turbodistill.trainer.state import State
+from turbodistill.trainer.data.samples import Samples
+from turbodistill.trainer.loop import distill
+from turbodistill.trainer.loop.state import State
 
 STD = 0.1
 SHAPE = (2, 1, 1)

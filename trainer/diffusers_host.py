@@ -14,10 +14,8 @@ from ..core.card import fingerprint
 from ..core.denoiser import Cond, Denoiser
 from ..core.lora import check_match
 from ..core.schedule import DiscreteSchedule, expand, scaled_linear
+from ..demo.files import HEADER, MODEL
 from ..demo.text_encoder import TextEncoder
-
-HEADER = "turbodistill.model"
-EMBEDDED = Path(__file__).parents[1] / "demo" / "model.safetensors"
 
 
 class ModelError(ValueError):
@@ -84,7 +82,7 @@ def load_host(path: str | Path | None = None, device: str | None = None) -> Diff
     Raises ModelError for anything else, with the reason.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    path = EMBEDDED if path is None else Path(path)
+    path = MODEL if path is None else Path(path)
     if not path.exists():
         raise ModelError(f"model {path} does not exist: check the name")
     if path.is_dir():

@@ -14,8 +14,8 @@ import torch
 from modules import devices, sd_models
 from safetensors import SafetensorError, safe_open
 
+from ..trainer.data.prompts import ANYTHING
 from ..trainer.host import Host
-from ..trainer.prompts import ANYTHING
 from . import host, host_kind
 
 # How names of tensors begin that models made for 1024 pixels alone have: text encoders of SDXL, blocks of SD3 and Flux.

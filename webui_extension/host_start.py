@@ -8,7 +8,8 @@ import fastapi
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 from modules import script_callbacks, shared
 
-from . import api, host, host_panel, host_sampling, tab
+from ..page import api, tab
+from . import host, host_panel, host_sampling
 from .host_backend import HostBackend
 
 

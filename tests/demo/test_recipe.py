@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from turbodistill.demo import files
 from turbodistill.demo.recipe import autoencoder, dataset, fit, pack, teacher, unpack, vision
 
 NAMES = [f"thing {i}" for i in range(3000)]
@@ -71,7 +72,7 @@ def folder(tmp_path_factory):
             split = "heldout" if i == 7 else "combination" if i == 6 and k == 1 else "train"
             records.append(record(f"square {i}", style, split))
     save_file({"images": torch.stack(images)}, folder / "dataset.safetensors", {"records": json.dumps(records)})
-    unpack.unpack(pack.DEMO / "model.safetensors", folder)
+    unpack.unpack(files.MODEL, folder)
     return folder
 
 
@@ -193,8 +194,8 @@ def test_the_autoencoder_s_settings_are_those_of_the_embedded_model():
     assert pack.describe(1.0, "{}", "v")["modelspec.resolution"] == "64x64"
     from safetensors import safe_open
 
-    with safe_open(pack.DEMO / "model.safetensors", "pt") as file:
-        about = json.loads(file.metadata()[pack.HEADER])
+    with safe_open(files.MODEL, "pt") as file:
+        about = json.loads(file.metadata()[files.HEADER])
     assert about["vae"].items() >= json.loads(json.dumps(autoencoder.CONFIG)).items()
     assert about["unet"] == json.loads(json.dumps(teacher.CONFIG))
     assert fit.FORMAT == 1

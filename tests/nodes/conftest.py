@@ -11,7 +11,7 @@ import pytest
 import torch
 from turbodistill.core.card import StudentCard, fingerprint, read
 from turbodistill.core.student import Student, student_bytes
-from turbodistill.trainer import run
+from turbodistill.trainer.run import run
 
 
 @pytest.fixture(scope="session")

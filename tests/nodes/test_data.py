@@ -6,10 +6,11 @@ import random
 import pytest
 import torch
 from PIL import Image
-from turbodistill.trainer import data as trainer_data
+from turbodistill.demo import files
 from turbodistill.trainer.config import OF_PAIRS
-from turbodistill.trainer.data import DataError
-from turbodistill.trainer.prompts import ANYTHING, DEMO
+from turbodistill.trainer.data.files import DataError
+from turbodistill.trainer.data.pairs import load_pairs
+from turbodistill.trainer.data.prompts import ANYTHING, read_prompts
 
 # --- Prompts ---
 
@@ -56,10 +57,10 @@ def test_a_file_that_is_not_there_is_told(nodes, prompts, file):
 
 def test_what_is_built_in_needs_nothing(nodes, prompts):
     built_in = nodes.data.Prompts.BUILT_IN
-    assert set(built_in.values()) == {ANYTHING, DEMO}
+    assert set(built_in.values()) == {ANYTHING, files.PROMPTS}
     for source, path in built_in.items():
         lines, examples = prompts(source)
-        assert lines == trainer_data.read_prompts(path) and len(examples.splitlines()) == 16
+        assert lines == read_prompts(path) and len(examples.splitlines()) == 16
         assert "{" not in examples
     assert nodes.data.Prompts.define_schema().inputs[0].options[2:] == list(built_in)
 
@@ -174,7 +175,7 @@ def test_pairs_lie_in_a_folder_of_their_own_kind(nodes, graph, places, kit):
     assert pairs.folder.parent == places.output / "turbodistill" / "pairs"
     assert (pairs.width, pairs.height, pairs.prompts) == (16, 16, kit.words)
     assert set(pairs.settings) == {*OF_PAIRS}
-    samples = trainer_data.load_pairs(pairs.folder)
+    samples = load_pairs(pairs.folder)
     assert samples.latents.shape == (12, 4, 8, 8) and samples.latents.isfinite().all()
     assert samples.prompts == [*kit.words, *kit.words[:3]]
 
@@ -211,7 +212,7 @@ def test_pairs_of_another_model_have_another_folder(graph, toys, loaded, clip_of
 def test_more_pairs_go_on_from_those_that_are_there(graph):
     few, many = graph.pairs(), graph.pairs(pairs=20)
     assert few.folder == many.folder
-    assert len(trainer_data.load_pairs(many.folder)) == 20
+    assert len(load_pairs(many.folder)) == 20
 
 
 def test_a_choice_is_drawn_for_every_pair(graph):
@@ -221,7 +222,7 @@ def test_a_choice_is_drawn_for_every_pair(graph):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_cancelled_pairs_are_kept_and_the_next_run_goes_on(graph, comfyui, server, kit, tmp_path, seed):
-    whole = trainer_data.load_pairs(graph.pairs().folder)
+    whole = load_pairs(graph.pairs().folder)
     for path in (graph.pairs().folder).iterdir():
         path.unlink()
     before = kit.bits(graph.model)
@@ -234,7 +235,7 @@ def test_cancelled_pairs_are_kept_and_the_next_run_goes_on(graph, comfyui, serve
     assert kit.same(kit.bits(graph.model), before) and kit.hooks(graph.model) == 0
     passes = []
     handle = graph.model.model.diffusion_model.register_forward_pre_hook(lambda *_: passes.append(1))
-    again = trainer_data.load_pairs(graph.pairs().folder)
+    again = load_pairs(graph.pairs().folder)
     handle.remove()
     assert len(passes) == 6 - (number - 1) // 2 * 2  # what was made is not made again
     assert torch.equal(again.latents, whole.latents) and again.prompts == whole.prompts

@@ -158,14 +158,14 @@ def vae_shapes(embed_dim, ddconfig):
 @pytest.fixture(scope="module")
 def about(nodes):
     """What the file says of itself."""
-    with safe_open(nodes.host_embedded.EMBEDDED, "pt") as file:
+    with safe_open(nodes.host_embedded.MODEL, "pt") as file:
         return json.loads(file.metadata()[nodes.host_embedded.HEADER])
 
 
 @pytest.fixture(scope="module")
 def weights(nodes):
     """The file's tensors: part -> name -> tensor."""
-    with safe_open(nodes.host_embedded.EMBEDDED, "pt") as file:
+    with safe_open(nodes.host_embedded.MODEL, "pt") as file:
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - no dict
     parts = {
         part: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -6,10 +6,11 @@ import pytest
 import torch
 from PIL import Image
 from turbodistill.core.families import Sampling
-from turbodistill.trainer import data as trainer_data
-from turbodistill.trainer import run
 from turbodistill.trainer.config import ConfigError
-from turbodistill.trainer.data import DataError
+from turbodistill.trainer.data.files import DataError
+from turbodistill.trainer.data.pairs import load_pairs
+from turbodistill.trainer.data.samples import read_shard
+from turbodistill.trainer.run import run
 
 RUN = "/turbodistill/runs/3"
 
@@ -53,7 +54,7 @@ def test_a_graph_from_prompts_to_a_student(nodes, graph, comfyui, server, places
 def test_the_previews_are_what_the_student_makes(nodes, graph, comfyui, places):
     pairs = graph.pairs()
     model, *_, previews = graph.distill(pairs).args
-    samples = trainer_data.load_pairs(pairs.folder)
+    samples = load_pairs(pairs.folder)
     _, held = run.split(samples)
     sigmas = nodes.host.sigmas_for(model, (999,))
     with model.loaded() as network, torch.no_grad():
@@ -132,7 +133,7 @@ def images(nodes, places):
 def test_pictures_are_taken_for_real(graph, images, places, positives, used, kit):
     graph.distill(graph.pairs(), images=images[0], advanced={"positives": positives})
     assert kit.state(places)["config"]["positives"] == used
-    encoded = trainer_data.read_shard(kit.folder(places) / "images" / "images-0000000.safetensors")
+    encoded = read_shard(kit.folder(places) / "images" / "images-0000000.safetensors")
     assert encoded.latents.shape == (3, 4, 8, 8) and encoded.prompts == ["pet 0", "pet 1", "pet 2"]
 
 

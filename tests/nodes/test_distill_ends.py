@@ -7,9 +7,10 @@ import weakref
 
 import pytest
 import torch
-from turbodistill.trainer import begin, run
-from turbodistill.trainer import data as trainer_data
-from turbodistill.trainer.memory import OutOfMemory
+from turbodistill.trainer.data.files import write_whole
+from turbodistill.trainer.loop import start
+from turbodistill.trainer.run import run, student_file
+from turbodistill.trainer.run.memory import OutOfMemory
 
 RUN = "/turbodistill/runs/3"
 
@@ -89,14 +90,14 @@ def test_a_preview_comes_when_it_is_asked_for(graph, server):
 @pytest.fixture
 def students(monkeypatch):
     """Weak references to every student that a run makes, and to its LoRA."""
-    made, create = [], begin.create
+    made, create = [], start.create
 
     def noted(*args):
         student = create(*args)
         made.extend((weakref.ref(student), weakref.ref(student.lora)))
         return student
 
-    for module in (begin, run):
+    for module in (start, run):
         monkeypatch.setattr(module, "create", noted)
     return made
 
@@ -180,7 +181,7 @@ def test_a_run_that_has_ended_holds_no_model(graph, loaded, toys, server):
 @pytest.mark.parametrize("part", [run.STATE, run.BEST])
 def test_a_full_disk_is_told_and_the_next_run_goes_on(graph, server, places, kit, monkeypatch, part):
     pairs = graph.pairs()
-    write = trainer_data.write_whole
+    write = write_whole
 
     def full(path, content):
         if path.name == part:
@@ -189,7 +190,8 @@ def test_a_full_disk_is_told_and_the_next_run_goes_on(graph, server, places, kit
 
     before = kit.bits(graph.model)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_data, "write_whole", full)
+        for module in (run, student_file):
+            patch.setattr(module, "write_whole", full)
         with pytest.raises(OSError, match="No space left on device"):
             graph.distill(pairs, "cut")
     told = server.sent[-1][1]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from turbodistill.core.student import Student
-from turbodistill.trainer import run
 from turbodistill.trainer.config import Config
+from turbodistill.trainer.run import run
 
 WORDS = ("fox", "owl", "elk", "ant", "bee", "cod", "emu", "yak")
 

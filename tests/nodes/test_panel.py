@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from turbodistill.trainer import monitor as trainer_monitor
 from turbodistill.trainer.config import Config
-from turbodistill.trainer.health import Health
-from turbodistill.trainer.monitor import Monitor
-from turbodistill.trainer.run import PairsMade, Step
+from turbodistill.trainer.loop.distill import Step
+from turbodistill.trainer.loop.health import Health
+from turbodistill.trainer.run import monitor as trainer_monitor
+from turbodistill.trainer.run.events import PairsMade
+from turbodistill.trainer.run.monitor import Monitor
 
 NODE = "7"
 RUN = f"/turbodistill/runs/{NODE}"

@@ -16,10 +16,12 @@ from turbodistill.core.card import fingerprint
 from turbodistill.core.denoiser import Cond, Denoiser
 from turbodistill.core.schedule import DiscreteSchedule, expand
 from turbodistill.core.student import Student
-from turbodistill.trainer import data, run
-from turbodistill.trainer.begin import features
 from turbodistill.trainer.config import Config
-from turbodistill.trainer.state import State
+from turbodistill.trainer.data.pairs import load_pairs, make_pairs
+from turbodistill.trainer.data.samples import Samples
+from turbodistill.trainer.loop.start import features
+from turbodistill.trainer.loop.state import State
+from turbodistill.trainer.run import run
 
 TOKENS, STATES, SIDE = 5, 16, 8
 WORDS = ("fox", "owl", "elk", "ant", "bee", "cod", "emu", "yak", "rat", "hen", "pig", "ram")
@@ -133,13 +135,13 @@ def config(**changes) -> Config:
     return Config(**(small | changes))
 
 
-def pairs(host: ToyHost, settings: Config, folder, prompts=WORDS) -> data.Samples:
-    for _ in data.make_pairs(host, settings, prompts, folder):
+def pairs(host: ToyHost, settings: Config, folder, prompts=WORDS) -> Samples:
+    for _ in make_pairs(host, settings, prompts, folder):
         pass
-    return data.load_pairs(folder, settings.pairs)
+    return load_pairs(folder, settings.pairs)
 
 
-def state(host: ToyHost, settings: Config, samples: data.Samples) -> State:
+def state(host: ToyHost, settings: Config, samples: Samples) -> State:
     torch.manual_seed(settings.seed)
     student = Student(host.denoiser, settings.rank, settings.alpha or None, settings.targets, settings.prediction)
     return State.create(student, settings, samples, features(host, settings))

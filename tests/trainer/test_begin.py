@@ -3,8 +3,8 @@
 import pytest
 import torch
 from turbodistill.core.card import read
-from turbodistill.trainer import run
 from turbodistill.trainer.config import ConfigError
+from turbodistill.trainer.run.events import Preview
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def first(kit, host, tmp_path):
 def test_the_first_pictures_are_the_older_student_s(kit, host, tmp_path, rank):
     *_, shown, finished = kit.go(host, kit.config(rank=rank), tmp_path / "first")
     settings = kit.config(rank=rank, init_student=str(finished.path))
-    again = next(e for e in kit.go(host, settings, tmp_path / "second") if isinstance(e, run.Preview))
+    again = next(e for e in kit.go(host, settings, tmp_path / "second") if isinstance(e, Preview))
     assert again.update == 0
     assert torch.allclose(again.student, shown.student, atol=1e-2)  # the file is in half precision
     assert not torch.allclose(again.student, again.teacher, atol=1e-2)

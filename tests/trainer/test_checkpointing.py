@@ -1,7 +1,7 @@
 """Checkpointing as a setting of a training: with every loss it learns the same."""
 
 import pytest
-from turbodistill.trainer.distill import Step, distill
+from turbodistill.trainer.loop.distill import Step, distill
 
 OPTIONS = {
     "default": {},

@@ -12,9 +12,12 @@ import time
 import pytest
 import torch
 from PIL import Image
+from turbodistill.app import cli, demo
 from turbodistill.core.card import read_card
-from turbodistill.trainer import cli, data, demo, run
 from turbodistill.trainer.config import Config
+from turbodistill.trainer.data.pairs import load_pairs
+from turbodistill.trainer.run import run
+from turbodistill.trainer.run.events import Interrupted
 
 COMMANDS = ("demo", "distill", "sample", "evaluate", "info")
 QUICK = [
@@ -248,7 +251,7 @@ def test_sampling_with_a_student_that_is_none_is_told(tmp_path, capsys, pipeline
         assert told in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-MAIN = "import sys; from turbodistill.trainer.cli import main; sys.exit(main())"
+MAIN = "import sys; from turbodistill.app.cli import main; sys.exit(main())"
 
 
 @pytest.mark.slow
@@ -302,7 +305,7 @@ def test_of_choices_in_prompts_one_is_drawn_for_each_pair(pipeline_folder, tmp_p
     lines.write_text("a {red|blue} fox\n")
     flags = ["--model", str(pipeline_folder), "--prompts", str(lines), "--out", str(tmp_path / "out"), *QUICK]
     assert cli.main(["distill", *flags]) == 0
-    assert set(data.load_pairs(tmp_path / "out" / "pairs").prompts) == {"a red fox", "a blue fox"}
+    assert set(load_pairs(tmp_path / "out" / "pairs").prompts) == {"a red fox", "a blue fox"}
 
 
 TINY = Config(
@@ -379,7 +382,7 @@ def test_trainings_apart_end_and_save_as_soon_as_they_are_told_to(tmp_path, stoo
     ready, saved, stop = tmp_path / "ready", tmp_path / "saved", []
     stood_in(student=(WORKS, ready, saved))
     threading.Timer(0.0, lambda: _when(ready.exists, stop)).start()
-    with pytest.raises(run.Interrupted):
+    with pytest.raises(Interrupted):
         demo.train_apart({"student": TINY}, tmp_path, stop)
     assert saved.exists()
 
@@ -404,7 +407,7 @@ def test_a_training_that_did_not_hear_is_told_again(tmp_path, monkeypatch, stood
     monkeypatch.setattr(demo, "PATIENCE", 0.5)
     threading.Timer(0.0, lambda: _when(ready.exists, stop)).start()
     begun = time.monotonic()
-    with pytest.raises(run.Interrupted):
+    with pytest.raises(Interrupted):
         demo.train_apart({"student": TINY}, tmp_path, stop)
     assert time.monotonic() - begun < 50
 

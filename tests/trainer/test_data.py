@@ -10,14 +10,18 @@ from PIL import Image
 from safetensors import safe_open
 from turbodistill.core.denoiser import Cond, Guided
 from turbodistill.core.sampling import sample_euler, seeded_noise, trailing_sigmas
-from turbodistill.trainer import data
-from turbodistill.trainer.data import DataError
+from turbodistill.trainer.data import images, pairs
+from turbodistill.trainer.data.files import DataError
+from turbodistill.trainer.data.images import cache_images, check_pictures, load_picture, read_image_folder
+from turbodistill.trainer.data.pairs import load_pairs, make_pairs, pairs_key
+from turbodistill.trainer.data.prompts import prompt_lines, read_prompts
+from turbodistill.trainer.data.samples import Samples, read_shard, write_shard
 
 
 def test_prompts_are_lines_without_comments(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeff# a comment\n a red fox \r\n\n\u00fcber owl\n".encode())
-    assert data.read_prompts(path) == ["a red fox", "über owl"]
+    assert read_prompts(path) == ["a red fox", "über owl"]
 
 
 @pytest.mark.parametrize(
@@ -34,7 +38,7 @@ def test_a_bad_prompt_file_is_told(tmp_path, content, told):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(DataError, match=told):
-        data.read_prompts(path)
+        read_prompts(path)
 
 
 def picture(path, colour="red", size=(40, 20)):
@@ -50,14 +54,14 @@ def captioned(folder, count=3):
 
 
 def test_captions_come_from_text_files(tmp_path):
-    found = data.read_image_folder(captioned(tmp_path / "images"))
+    found = read_image_folder(captioned(tmp_path / "images"))
     assert [(p.name, text) for p, text in found] == [(f"{i}.png", f"picture {i}") for i in range(3)]
 
 
 def test_captions_come_from_a_table(tmp_path):
     picture(tmp_path / "deep" / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "deep/a.png", "text": "a fox", "more": 1}\n\n')
-    assert data.read_image_folder(tmp_path) == [(tmp_path / "deep" / "a.png", "a fox")]
+    assert read_image_folder(tmp_path) == [(tmp_path / "deep" / "a.png", "a fox")]
 
 
 def no_caption(folder):
@@ -95,21 +99,21 @@ def test_a_bad_image_folder_is_told(tmp_path, make, told):
     folder.mkdir()
     make(folder)
     with pytest.raises(DataError, match=told):
-        data.read_image_folder(folder)
+        read_image_folder(folder)
 
 
 def test_a_picture_is_scaled_and_cropped_about_its_centre(tmp_path):
     wide = Image.new("RGB", (80, 20), "red")
     wide.paste("blue", (30, 0, 50, 20))
     wide.save(tmp_path / "wide.png")
-    x = data.load_picture(tmp_path / "wide.png", (10, 10))
+    x = load_picture(tmp_path / "wide.png", (10, 10))
     assert x.shape == (3, 10, 10) and x.dtype == torch.float32
     assert (x[2] - x[0] > 0.9)[:, 2:-2].all()  # the blue middle; its edges are filtered
 
 
 def test_a_transparent_picture_is_put_on_white(tmp_path):
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert (data.load_picture(tmp_path / "clear.png", (8, 8)) == 1).all()
+    assert (load_picture(tmp_path / "clear.png", (8, 8)) == 1).all()
 
 
 def broken_pictures():
@@ -133,23 +137,23 @@ def test_a_broken_picture_is_named(tmp_path, kind):
     path = tmp_path / "a.png"
     path.write_bytes(broken_pictures()[kind])
     with pytest.raises(DataError, match=r"picture .*a.png cannot be read .*: replace or remove it"):
-        data.load_picture(path, (8, 8))
+        load_picture(path, (8, 8))
 
 
 def test_pictures_are_encoded_once(kit, host, tmp_path, monkeypatch):
     folder, cache = captioned(tmp_path / "images"), tmp_path / "cache"
-    ((done, first),) = data.cache_images(host, folder, cache)
+    ((done, first),) = cache_images(host, folder, cache)
     assert done == 3 and first.prompts == ["picture 0", "picture 1", "picture 2"] and first.seeds is None
     assert first.latents.shape == (3, *host.latent_shape)
-    expected = host.encode_images(data.load_picture(folder / "1.png", host.resolution)[None])
+    expected = host.encode_images(load_picture(folder / "1.png", host.resolution)[None])
     assert torch.equal(first.latents[1:2], expected)
     with monkeypatch.context() as patch:
         patch.setattr(host, "encode_images", None)  # a second call would fail
-        ((_, again),) = data.cache_images(host, folder, cache)
+        ((_, again),) = cache_images(host, folder, cache)
     assert torch.allclose(again.latents, first.latents, atol=2e-3)
     # A new caption is a new picture.
     (folder / "1.txt").write_text("another")
-    ((_, changed),) = data.cache_images(host, folder, cache)
+    ((_, changed),) = cache_images(host, folder, cache)
     assert changed.prompts[1] == "another"
 
 
@@ -157,7 +161,7 @@ def test_a_broken_picture_in_a_folder_stops_the_encoding(host, tmp_path):
     folder = captioned(tmp_path / "images")
     (folder / "1.png").write_bytes(b"broken")
     with pytest.raises(DataError, match=r"1\.png cannot be read"):
-        list(data.cache_images(host, folder, tmp_path / "cache"))
+        list(cache_images(host, folder, tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
 
 
@@ -177,14 +181,15 @@ def test_a_pair_is_what_the_teacher_makes_of_its_noise(kit, host, tmp_path):
 
 
 def test_pictures_have_no_noise(host):
-    samples = data.Samples(torch.zeros(1, 4, 8, 8), host.encode_text(["a"]), ["a"])
+    samples = Samples(torch.zeros(1, 4, 8, 8), host.encode_text(["a"]), ["a"])
     with pytest.raises(ValueError, match="only teacher pairs do"):
         samples.noise(torch.tensor([0]))
 
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(data, "SHARD", 4)
+    for module in (pairs, images):
+        monkeypatch.setattr(module, "SHARD", 4)
 
 
 def contents(folder):
@@ -194,11 +199,11 @@ def contents(folder):
 def test_pairs_go_on_where_they_were_stopped(kit, host, tmp_path, small_shards):
     config = kit.config(pairs=10)
     kit.pairs(host, config, tmp_path / "whole")
-    making = data.make_pairs(host, config, kit.WORDS, tmp_path / "stopped")
+    making = make_pairs(host, config, kit.WORDS, tmp_path / "stopped")
     assert next(making)[0] == 4
     making.close()
     stamp = (tmp_path / "stopped" / "pairs-0000000.safetensors").stat().st_mtime_ns
-    told = [done for done, _ in data.make_pairs(host, config, kit.WORDS, tmp_path / "stopped")]
+    told = [done for done, _ in make_pairs(host, config, kit.WORDS, tmp_path / "stopped")]
     assert told == [4, 8, 10]
     assert (tmp_path / "stopped" / "pairs-0000000.safetensors").stat().st_mtime_ns == stamp
     for path in (tmp_path / "whole").iterdir():  # the headers' order is safetensors' own, so not byte by byte
@@ -209,7 +214,7 @@ def test_more_pairs_keep_those_that_are_there(kit, host, tmp_path, small_shards)
     few = kit.pairs(host, kit.config(pairs=6), tmp_path)
     many = kit.pairs(host, kit.config(pairs=10), tmp_path)
     assert len(many) == 10 and torch.equal(many.latents[:6], few.latents)
-    assert len(data.load_pairs(tmp_path, 5)) == 5
+    assert len(load_pairs(tmp_path, 5)) == 5
 
 
 def flip(path):
@@ -236,7 +241,7 @@ def test_a_corrupt_shard_is_told_and_made_again(kit, host, tmp_path, small_shard
     whole = kit.pairs(host, config, tmp_path)
     damage(tmp_path / "pairs-0000004.safetensors")
     with pytest.raises(DataError, match=rf"pairs-0000004.*{told}.*only its samples are made anew"):
-        data.load_pairs(tmp_path)
+        load_pairs(tmp_path)
     with caplog.at_level(logging.WARNING):
         again = kit.pairs(host, config, tmp_path)
     assert "pairs-0000004" in caplog.text and "making it again" in caplog.text
@@ -264,14 +269,14 @@ def test_pairs_of_another_model_or_other_prompts_are_refused(kit, host, tmp_path
 
 def test_no_pairs_and_no_prompts_are_told(kit, host, tmp_path):
     with pytest.raises(DataError, match="holds no teacher pairs"):
-        data.load_pairs(tmp_path)
+        load_pairs(tmp_path)
     with pytest.raises(DataError, match="no prompts"):
-        next(data.make_pairs(host, kit.config(), [], tmp_path))
+        next(make_pairs(host, kit.config(), [], tmp_path))
 
 
 def test_a_full_disk_keeps_the_shards_that_are_whole(kit, host, tmp_path, small_shards, monkeypatch):
     config = kit.config(pairs=10)
-    making = data.make_pairs(host, config, kit.WORDS, tmp_path)
+    making = make_pairs(host, config, kit.WORDS, tmp_path)
     next(making)
     before = contents(tmp_path)
     inner = Path.write_bytes
@@ -290,9 +295,9 @@ def test_a_full_disk_keeps_the_shards_that_are_whole(kit, host, tmp_path, small_
 
 def test_a_shard_keeps_every_field_of_the_conditions(tmp_path):
     cond = Cond(torch.randn(2, 3, 4), torch.randn(2, 5), {"y": torch.tensor([[1, 2], [3, 4]])})
-    samples = data.Samples(torch.randn(2, 4, 8, 8), cond, ["ä", "b"], torch.tensor([1, 2]))
-    data.write_shard(tmp_path / "s.safetensors", samples, "key")
-    again = data.read_shard(tmp_path / "s.safetensors", "key")
+    samples = Samples(torch.randn(2, 4, 8, 8), cond, ["ä", "b"], torch.tensor([1, 2]))
+    write_shard(tmp_path / "s.safetensors", samples, "key")
+    again = read_shard(tmp_path / "s.safetensors", "key")
     assert torch.allclose(again.cond.pooled, cond.pooled, atol=2e-3)
     assert torch.equal(again.cond.extra["y"], cond.extra["y"]) and again.cond.extra["y"].dtype == torch.int64
     assert again.prompts == ["ä", "b"] and torch.equal(again.seeds, samples.seeds)
@@ -314,15 +319,15 @@ def same_shards(kit, one, other):
 
 @pytest.mark.parametrize("after", [1, 2, 3, 4])
 def test_a_shard_that_is_begun_is_completed_to_the_same(kit, host, tmp_path, monkeypatch, after):
-    monkeypatch.setattr(data, "SHARD", 8)
+    monkeypatch.setattr(pairs, "SHARD", 8)
     config = kit.config(pairs=14, batch_size=3)
     kit.pairs(host, config, tmp_path / "whole")
-    making = data.make_pairs(host, config, kit.WORDS, tmp_path / "cut")
+    making = make_pairs(host, config, kit.WORDS, tmp_path / "cut")
     done = [next(making)[0] for _ in range(after)][-1]
     making.close()
     assert done == (3, 6, 8, 11)[after - 1]
-    assert len(data.load_pairs(tmp_path / "cut")) == done  # nothing of it is lost, nor half
-    told = [done for done, _ in data.make_pairs(host, config, kit.WORDS, tmp_path / "cut")]
+    assert len(load_pairs(tmp_path / "cut")) == done  # nothing of it is lost, nor half
+    told = [done for done, _ in make_pairs(host, config, kit.WORDS, tmp_path / "cut")]
     assert told[-1] == 14 and all(number > done for number in told if number != 8)
     same_shards(kit, tmp_path / "whole", tmp_path / "cut")
 
@@ -339,7 +344,7 @@ def test_an_error_in_a_pass_keeps_what_is_made(kit, host, tmp_path):
     with pytest.raises(KeyError, match="a host's own"):
         kit.pairs(host, config, tmp_path / "cut")
     handle.remove()
-    assert len(data.load_pairs(tmp_path / "cut")) == 4
+    assert len(load_pairs(tmp_path / "cut")) == 4
     kit.pairs(host, config, tmp_path / "cut")
     same_shards(kit, tmp_path / "whole", tmp_path / "cut")
 
@@ -354,36 +359,36 @@ def test_nothing_is_written_before_anything_is_made(kit, host, tmp_path, monkeyp
 def test_fewer_pairs_are_those_that_are_there(kit, host, tmp_path):
     kit.pairs(host, kit.config(pairs=12), tmp_path)
     before = contents(tmp_path)
-    assert [done for done, _ in data.make_pairs(host, kit.config(pairs=5), kit.WORDS, tmp_path)] == [5]
-    assert contents(tmp_path) == before and len(data.load_pairs(tmp_path, 5)) == 5
+    assert [done for done, _ in make_pairs(host, kit.config(pairs=5), kit.WORDS, tmp_path)] == [5]
+    assert contents(tmp_path) == before and len(load_pairs(tmp_path, 5)) == 5
 
 
 def test_prompts_are_the_lines_of_a_text():
-    assert data.prompt_lines(" a fox \r\n\n# not this\n\tan owl #2") == ["a fox", "an owl #2"]
-    assert data.prompt_lines("\n  # nor this\n") == []
+    assert prompt_lines(" a fox \r\n\n# not this\n\tan owl #2") == ["a fox", "an owl #2"]
+    assert prompt_lines("\n  # nor this\n") == []
 
 
 def test_whole_pictures_pass(tmp_path):
-    assert data.check_pictures(data.read_image_folder(captioned(tmp_path / "images"))) is None
+    assert check_pictures(read_image_folder(captioned(tmp_path / "images"))) is None
 
 
 @pytest.mark.parametrize("kind", ["empty", "text", "chunk", "length"])
 def test_a_broken_picture_among_others_is_named_without_decoding_them(tmp_path, monkeypatch, kind):
-    found = data.read_image_folder(captioned(tmp_path / "images"))
+    found = read_image_folder(captioned(tmp_path / "images"))
     (tmp_path / "images" / "1.png").write_bytes(broken_pictures()[kind])
-    monkeypatch.setattr(data, "load_picture", None)
+    monkeypatch.setattr(images, "load_picture", None)
     with pytest.raises(DataError, match=r"picture .*1\.png cannot be read .*: replace or remove it"):
-        data.check_pictures(found)
+        check_pictures(found)
 
 
 def test_a_picture_that_a_table_names_must_be_there(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a fox"}')
     with pytest.raises(DataError, match=r"picture .*a\.png cannot be read"):
-        data.check_pictures(data.read_image_folder(tmp_path))
+        check_pictures(read_image_folder(tmp_path))
 
 
 def test_the_text_encoder_is_part_of_a_pair_s_key(kit, host, monkeypatch):
-    before = data.pairs_key(host, kit.config(), kit.WORDS)
-    assert data.pairs_key(host, kit.config(lr=1.0, pairs=99), kit.WORDS) == before  # what does not decide a pair
+    before = pairs_key(host, kit.config(), kit.WORDS)
+    assert pairs_key(host, kit.config(lr=1.0, pairs=99), kit.WORDS) == before  # what does not decide a pair
     monkeypatch.setattr(host, "text_hash", "another", raising=False)
-    assert data.pairs_key(host, kit.config(), kit.WORDS) != before
+    assert pairs_key(host, kit.config(), kit.WORDS) != before

@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from turbodistill.core.denoiser import Guided
 from turbodistill.core.sampling import sample_euler, trailing_sigmas
 from turbodistill.core.student import Student, load_student, student_bytes
-from turbodistill.trainer import cards, diffusers_host
-from turbodistill.trainer.diffusers_host import EMBEDDED, HEADER, ModelError, load_host
-from turbodistill.trainer.distill import distill
+from turbodistill.demo.files import HEADER, MODEL
+from turbodistill.trainer import diffusers_host
+from turbodistill.trainer.diffusers_host import ModelError, load_host
+from turbodistill.trainer.loop.distill import distill
+from turbodistill.trainer.run import student_file
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,7 @@ def tiny(pipeline_folder):
 
 @pytest.fixture(scope="module")
 def embedded():
-    if not EMBEDDED.exists():
+    if not MODEL.exists():
         pytest.skip("the embedded model is not in this checkout: demo/model.safetensors")
     return load_host(None, "cpu")
 
@@ -125,7 +127,7 @@ def test_a_student_of_a_diffusers_unet_is_written_in_single_file_names(kit, tiny
     state = kit.state(tiny, settings, samples)
     list(distill(state, samples, tiny.encode_text([""])))
     path = tmp_path / "student.safetensors"
-    path.write_bytes(student_bytes(state.student, cards.make_card(tiny, state, {}), torch.float32))
+    path.write_bytes(student_bytes(state.student, student_file.make_card(tiny, state, {}), torch.float32))
     names = set(kit.tensors(path))
     prefix = "lora_unet_input_blocks_1_0_" if rank else "model.diffusion_model.input_blocks.1.0."
     assert any(n.startswith(prefix) for n in names) and not any("down_blocks" in n for n in names)
@@ -155,7 +157,7 @@ def test_the_embedded_model_is_whole(embedded):
     assert x0.shape == noise.shape and x0.isfinite().all()
     assert embedded.decode(noise).shape == (2, 3, 64, 64)
     assert embedded.encode_images(torch.rand(2, 3, 64, 64)).shape == noise.shape
-    with safe_open(EMBEDDED, "pt") as file:
+    with safe_open(MODEL, "pt") as file:
         names = set(file.keys())
     assert any(n.startswith("model.diffusion_model.input_blocks.") for n in names)
     assert any(n.startswith("first_stage_model.decoder.") for n in names)
@@ -166,13 +168,13 @@ def header_only(path, model, tensors):
 
 
 def test_a_file_that_holds_other_names_or_shapes_than_its_header_is_refused(embedded, tmp_path):
-    with safe_open(EMBEDDED, "pt") as file:
+    with safe_open(MODEL, "pt") as file:
         model = json.loads(file.metadata()[HEADER])
     path = tmp_path / "other.safetensors"
     header_only(path, model, {"some.weight": torch.zeros(2)})
     with pytest.raises(ModelError, match="the denoiser does not fit the architecture in the header"):
         load_host(path, "cpu")
-    tensors = load_file(EMBEDDED)
+    tensors = load_file(MODEL)
     name = next(n for n in tensors if n.startswith("cond_stage_model."))
     header_only(path, model, {k: v for k, v in tensors.items() if k != name})
     with pytest.raises(ModelError, match=r"the text encoder does not fit .* 1 are missing"):

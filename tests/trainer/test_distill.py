@@ -8,10 +8,10 @@ import pytest
 import torch
 from turbodistill.core import losses
 from turbodistill.core.schedule import expand
-from turbodistill.trainer import distill as loop
-from turbodistill.trainer import run
-from turbodistill.trainer.data import Samples
-from turbodistill.trainer.distill import Diverged, distill
+from turbodistill.trainer.data.samples import Samples
+from turbodistill.trainer.loop import distill as loop
+from turbodistill.trainer.loop.distill import Diverged, distill
+from turbodistill.trainer.run import run
 
 ALONE = {"adversarial_weight": 0.0, "regression_weight": 0.0}
 OPTIONS = {

@@ -8,12 +8,16 @@ import zipfile
 import pytest
 import torch
 from PIL import Image
+from turbodistill.app import demo
+from turbodistill.app.progress import interruptible
 from turbodistill.core.sampling import sample_euler, seeded_noise, trailing_sigmas
 from turbodistill.core.student import Student
-from turbodistill.trainer import cli, data, demo, evaluate, report, run
-from turbodistill.trainer.data import DataError
-from turbodistill.trainer.evaluate import Floor, Judge, Score, Timing, load_reference
-from turbodistill.trainer.metrics import Interval
+from turbodistill.measure import evaluate, report
+from turbodistill.measure.evaluate import Floor, Judge, Score, Timing, load_reference
+from turbodistill.measure.metrics import Interval
+from turbodistill.trainer.data.files import DataError
+from turbodistill.trainer.data.images import read_image_folder
+from turbodistill.trainer.run import run
 
 PROMPTS = [f"thing {i}" for i in range(40)]
 
@@ -235,7 +239,7 @@ def test_the_demonstration_ends_with_a_report(kit, host, reference_zip, tmp_path
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # with more, trainings are commands of their own
     try:
-        page = demo.demo(tmp_path / "out", None, 16, 0, follow, cli.interruptible)
+        page = demo.demo(tmp_path / "out", None, 16, 0, follow, interruptible)
     finally:
         torch.set_num_threads(threads)
     assert followed[0][0] == "student" and followed[0][1] > 0 and followed[1][:2] == ("regression", 0.0)
@@ -244,7 +248,7 @@ def test_the_demonstration_ends_with_a_report(kit, host, reference_zip, tmp_path
     assert "teacher, 50 steps" in text and "student, 1 step" in text and "regression only" in text
     # The discriminator's real pictures are those that nothing is measured against.
     reals = load_reference(reference_zip).split("train").captions
-    assert [caption for _, caption in data.read_image_folder(tmp_path / "out" / demo.PICTURES)] == reals
+    assert [caption for _, caption in read_image_folder(tmp_path / "out" / demo.PICTURES)] == reals
     shown = demo.Bench(host, None, 16).shown
     assert [caption in reals for caption in shown] == [True] * 4 + [False] * 4
     encoded = {name: (tmp_path / "out" / name / "images").exists() for name in ("student", "regression")}

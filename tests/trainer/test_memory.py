@@ -3,9 +3,9 @@
 import pytest
 import torch
 from turbodistill.core.schedule import expand
-from turbodistill.trainer import memory
 from turbodistill.trainer.config import Config
-from turbodistill.trainer.memory import GB, REMEDIES, Memory, measure
+from turbodistill.trainer.run import memory
+from turbodistill.trainer.run.memory import GB, REMEDIES, Memory, measure
 
 
 @pytest.fixture

@@ -3,16 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from turbodistill.trainer import health, metrics
-from turbodistill.trainer.metrics import (
+from turbodistill.measure import metrics
+from turbodistill.measure.metrics import (
     Interval,
     StyleClassifier,
     frechet_distance,
     high_frequencies,
-    kernel_distance,
     kid,
     precision_recall,
 )
+from turbodistill.trainer.loop import health
+from turbodistill.trainer.run.scores import kernel_distance
 
 
 def test_kernel_distance_equals_the_double_loop():

@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
-from turbodistill.trainer import history, monitor, run
 from turbodistill.trainer.config import Config
-from turbodistill.trainer.health import RANGES, Health
-from turbodistill.trainer.memory import GB, Memory
-from turbodistill.trainer.monitor import Monitor
-from turbodistill.trainer.run import Begun, PairsMade, Preview, Selected, Warned
+from turbodistill.trainer.loop.distill import Step
+from turbodistill.trainer.loop.health import RANGES, Health
+from turbodistill.trainer.run import history, monitor, run
+from turbodistill.trainer.run.events import Begun, Finished, PairsMade, Preview, Selected, Warned
+from turbodistill.trainer.run.memory import GB, Memory
+from turbodistill.trainer.run.monitor import Monitor
 
 
 def watch(**settings):
@@ -21,7 +22,7 @@ def watch(**settings):
 def step(update, seconds=0.5, spent=None, **losses):
     health = Health(0.5, 1.0, 1.0, 1.0, 1.0)
     spent = update * seconds if spent is None else spent
-    return run.Step(update, losses or {"regression": 1.0}, health, seconds, spent)
+    return Step(update, losses or {"regression": 1.0}, health, seconds, spent)
 
 
 def pictures(*values):
@@ -104,7 +105,7 @@ def test_a_run_that_was_stopped_says_so_unless_it_was_at_its_end(updates, state)
     seen = watch(updates=5)
     seen.follow(step(updates), 1.0)
     seen.control.stop = True
-    seen.follow(run.Finished(None, None, 1.0), 1.0)
+    seen.follow(Finished(None, None, 1.0), 1.0)
     assert seen.snapshot()["state"] == state
 
 

@@ -3,8 +3,8 @@
 import random
 
 import pytest
-from turbodistill.trainer.data import read_prompts
-from turbodistill.trainer.prompts import ANYTHING, DEMO, expand, generate
+from turbodistill.demo.files import PROMPTS
+from turbodistill.trainer.data.prompts import ANYTHING, expand, generate, read_prompts
 
 
 def test_every_alternative_comes_and_nothing_else_changes():
@@ -43,7 +43,7 @@ def test_nested_empty_and_broken_choices(line, allowed):
     assert {expand(line, random.Random(seed)) for seed in range(40)} == allowed
 
 
-@pytest.mark.parametrize(("path", "least"), [(ANYTHING, 300), (DEMO, 20)], ids=["anything", "demo"])
+@pytest.mark.parametrize(("path", "least"), [(ANYTHING, 300), (PROMPTS, 20)], ids=["anything", "demo"])
 def test_the_built_in_prompts_are_many_and_clean(path, least):
     made = generate(read_prompts(path), 500)
     assert len(set(made)) >= least

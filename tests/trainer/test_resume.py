@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from turbodistill.core.card import read_card
-from turbodistill.trainer import data, run
-from turbodistill.trainer.distill import Step
+from turbodistill.trainer.data import pairs
+from turbodistill.trainer.loop.distill import Step
+from turbodistill.trainer.run import run
+from turbodistill.trainer.run.events import Begun, Control, PairsMade, Selected
 
 CONFTEST = Path(__file__).with_name("conftest.py")
 
@@ -93,12 +95,12 @@ def test_a_closed_run_goes_on_to_the_same_student_bit_for_bit(kit, host, tmp_pat
 
 
 def test_closing_while_pairs_are_made_keeps_them(kit, host, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SHARD", 4)
+    monkeypatch.setattr(pairs, "SHARD", 4)
     events = run.run(host, kit.config(), tmp_path, kit.WORDS)
     assert next(events).done == 4
     events.close()
     assert len(list((tmp_path / "pairs").iterdir())) == 1
-    assert [e.done for e in kit.go(host, kit.config(), tmp_path) if isinstance(e, run.PairsMade)] == [4, 8, 12]
+    assert [e.done for e in kit.go(host, kit.config(), tmp_path) if isinstance(e, PairsMade)] == [4, 8, 12]
 
 
 def test_a_finished_run_can_be_made_longer(kit, host, tmp_path):
@@ -124,14 +126,14 @@ def test_a_row_of_the_history_that_was_cut_short_is_made_again(kit, host, tmp_pa
 def test_a_run_can_be_ended_early_and_goes_on_to_the_same_student(kit, host, tmp_path):
     settings = kit.config(updates=6, evaluate_every=2)
     kit.go(host, settings, tmp_path / "whole")
-    control, events = run.Control(), []
+    control, events = Control(), []
     for event in run.run(host, settings, tmp_path / "early", kit.WORDS, control=control):
         events.append(event)
         control.stop = isinstance(event, Step) and event.update == 3
     assert [e.update for e in events if isinstance(e, Step)] == [1, 2, 3]
     # It ends as others do: measured, previewed, finished.
     assert kit.names(events)[-3:] == ["Selected", "Preview", "Finished"]
-    assert events[-1].score == min(e.score for e in events if isinstance(e, run.Selected))
+    assert events[-1].score == min(e.score for e in events if isinstance(e, Selected))
     assert events[-1].card == read_card(tmp_path / "early" / run.BEST)
     assert kit.saved(tmp_path / "early")["update"] == 3
     kit.go(host, settings, tmp_path / "early")
@@ -209,7 +211,7 @@ def test_a_measurement_that_was_cut_off_is_taken_when_the_run_goes_on(kit, host,
     def go(stop=None):
         events = run.run(host, settings, tmp_path, kit.WORDS, score=lambda s, t: scores[now[-1]])
         for event in events:
-            if isinstance(event, (Step, run.Begun)):
+            if isinstance(event, (Step, Begun)):
                 now.append(event.update)
             if isinstance(event, Step) and event.update == stop:
                 return events.close()

@@ -7,8 +7,10 @@ import torch
 from PIL import Image
 from turbodistill.core.card import CardError, read_card
 from turbodistill.core.student import load_student, student_bytes
-from turbodistill.trainer import cards, data, run
-from turbodistill.trainer.distill import Step, distill
+from turbodistill.trainer.data.samples import Samples
+from turbodistill.trainer.loop.distill import Step, distill
+from turbodistill.trainer.run import run, student_file
+from turbodistill.trainer.run.events import Control, Finished, PairsMade, Preview, Selected, Warned
 
 
 def test_events_come_in_order_and_nothing_is_printed(kit, host, tmp_path, capfd):
@@ -53,7 +55,7 @@ def test_the_best_student_is_the_one_with_the_lowest_score(kit, host, tmp_path):
 
     settings = kit.config(updates=6, evaluate_every=2)
     for event in run.run(host, settings, tmp_path, kit.WORDS, score=score):
-        if isinstance(event, run.Selected):
+        if isinstance(event, Selected):
             kept.append((event.update, event.best, kit.tensors(tmp_path / run.BEST)))
     assert [(u, b) for u, b, _ in kept] == [(2, True), (4, True), (6, False)]
     assert not kit.same(kept[0][2], kept[1][2]) and kit.same(kept[1][2], kept[2][2])
@@ -84,7 +86,7 @@ def test_the_student_acts_with_its_average_within_and_as_before_after(kit, host,
     "prompts", [[f"p{i % 40}" for i in range(100)], list("abcdefghijklmnopqrst"), ["a", "b"] * 15, ["a"] * 8]
 )
 def test_no_held_out_pair_is_trained_on(prompts):
-    samples = data.Samples(torch.zeros(len(prompts), 1), None, prompts)
+    samples = Samples(torch.zeros(len(prompts), 1), None, prompts)
     train, held = run.split(samples)
     assert len(train) and len(held) >= 4  # fewer cannot be scored
     assert sorted([*train.tolist(), *held.tolist()]) == list(range(len(prompts)))
@@ -113,11 +115,11 @@ def test_real_pictures_are_encoded_and_trained_with(kit, host, tmp_path):
         Image.effect_noise((40, 40), 60).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text("noise")
     events = kit.go(host, kit.config(positives="both"), tmp_path / "out", images=folder)
-    assert [(e.what, e.done, e.total) for e in events if isinstance(e, run.PairsMade)] == [
+    assert [(e.what, e.done, e.total) for e in events if isinstance(e, PairsMade)] == [
         *(("teacher pairs", done, 12) for done in (4, 8, 12)),
         ("pictures", 3, 3),
     ]
-    assert isinstance(events[-1], run.Finished)
+    assert isinstance(events[-1], Finished)
 
 
 def test_the_history_gains_the_columns_of_losses_that_come_later(kit, host, tmp_path):
@@ -130,7 +132,7 @@ def test_the_history_gains_the_columns_of_losses_that_come_later(kit, host, tmp_
 
 def test_a_run_out_of_health_warns_in_words(kit, host, tmp_path):
     events = kit.go(host, kit.config(updates=100, adversarial_weight=0.0, lr=0.0), tmp_path)
-    warned = [e for e in events if isinstance(e, run.Warned)]
+    warned = [e for e in events if isinstance(e, Warned)]
     assert warned and all(e.update == 100 and "healthy" in e.text for e in warned)
 
 
@@ -140,7 +142,7 @@ def test_a_student_file_gives_the_same_pictures(kit, host, tmp_path, changes):
     samples = kit.pairs(host, settings, tmp_path)
     state = kit.state(host, settings, samples)
     list(distill(state, samples, host.encode_text([""])))
-    card = cards.make_card(host, state, {})
+    card = student_file.make_card(host, state, {})
     path = tmp_path / "student.safetensors"
     path.write_bytes(student_bytes(state.student, card, torch.float32))
     again, told, warning = load_student(path, host.denoiser)
@@ -183,11 +185,11 @@ def test_the_card_says_by_what_it_was_made(kit, host, tmp_path, changes, method)
 
 
 def test_a_preview_can_be_asked_for(kit, host, tmp_path):
-    control, made = run.Control(), []
+    control, made = Control(), []
     for event in run.run(host, kit.config(updates=5), tmp_path, kit.WORDS, control=control):
         if isinstance(event, Step) and event.update == 2:
             control.preview = True
-        if isinstance(event, run.Preview):
+        if isinstance(event, Preview):
             made.append(event.update)
     assert made == [0, 2, 5] and not control.preview
 
@@ -196,7 +198,7 @@ def test_the_last_preview_is_of_the_student_that_is_kept(kit, host, tmp_path):
     scores = iter([1.0, 2.0])
     settings = kit.config(updates=4, evaluate_every=2, preview_every=2)
     events = kit.go(host, settings, tmp_path, score=lambda s, t: next(scores))
-    at_two, at_four, last = [e for e in events if isinstance(e, run.Preview)][1:]
+    at_two, at_four, last = [e for e in events if isinstance(e, Preview)][1:]
     assert events[-1].card.training["updates"] == 2
     assert torch.allclose(last.student, at_two.student, atol=1e-2)  # the file is in half precision
     assert not torch.allclose(last.student, at_four.student, atol=1e-2)

@@ -10,11 +10,13 @@ import pytest
 import torch
 from turbodistill.core import losses
 from turbodistill.core.student import load_student
-from turbodistill.trainer import begin, run
 from turbodistill.trainer.config import ConfigError
-from turbodistill.trainer.data import DataError
-from turbodistill.trainer.distill import Diverged
-from turbodistill.trainer.memory import OutOfMemory
+from turbodistill.trainer.data.files import DataError
+from turbodistill.trainer.loop import start
+from turbodistill.trainer.loop.distill import Diverged
+from turbodistill.trainer.run import run
+from turbodistill.trainer.run.events import Finished
+from turbodistill.trainer.run.memory import OutOfMemory
 
 
 def test_other_settings_are_refused_with_the_reason_and_nothing_is_lost(kit, host, tmp_path):
@@ -84,7 +86,7 @@ def test_a_broken_state_is_told_and_deleting_it_begins_anew(kit, host, tmp_path)
     with pytest.raises(ConfigError, match=r"state.pt cannot be read .*delete it to begin anew; the teacher pairs stay"):
         kit.go(host, kit.config(), tmp_path)
     path.unlink()
-    assert isinstance(kit.go(host, kit.config(), tmp_path)[-1], run.Finished)
+    assert isinstance(kit.go(host, kit.config(), tmp_path)[-1], Finished)
     assert kit.updates(tmp_path) == [1, 2]
 
 
@@ -185,7 +187,7 @@ def test_out_of_memory_is_told_with_what_to_change(kit, host, tmp_path, error, o
         assert "set gradient_checkpointing to true" in str(told.value) and told.value.__cause__ is None
     else:
         assert told.value is error
-    assert isinstance(kit.go(host, kit.config(updates=9), tmp_path)[-1], run.Finished)
+    assert isinstance(kit.go(host, kit.config(updates=9), tmp_path)[-1], Finished)
 
 
 @pytest.mark.parametrize("number", [1, 5])
@@ -197,8 +199,8 @@ def test_out_of_memory_while_pairs_are_made_is_told_too(kit, host, tmp_path, num
 
 
 def test_what_was_trained_is_free_once_out_of_memory_is_told(kit, host, tmp_path, monkeypatch):
-    made, create = [], begin.create
-    for module in (begin, run):
+    made, create = [], start.create
+    for module in (start, run):
         monkeypatch.setattr(module, "create", lambda *args: made.append(create(*args)) or made[-1])
     handle = kit.fail_at(host, 20, torch.cuda.OutOfMemoryError)
     gc.disable()  # a front end empties the device's cache at once

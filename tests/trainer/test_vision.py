@@ -8,11 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
 from turbodistill.core.features import VisionFeatures
-from turbodistill.trainer import begin, run
-from turbodistill.trainer import distill as loop
 from turbodistill.trainer.config import ConfigError
-from turbodistill.trainer.kept import Kept
-from turbodistill.trainer.vision import load_vision
+from turbodistill.trainer.loop import distill as loop
+from turbodistill.trainer.loop import start
+from turbodistill.trainer.loop.distill import Step
+from turbodistill.trainer.loop.feature_cache import Kept
+from turbodistill.trainer.loop.pixel_backbone import load_vision
+from turbodistill.trainer.run import run
 
 PATCH, BLOCKS, WIDTH = 8, 4, 16
 
@@ -125,7 +127,7 @@ def test_maps_are_kept_by_the_picture_that_they_are_of(kit, host, settings, tmp_
 
 def test_a_training_with_it_ends_and_the_card_says_so(kit, host, settings, folder, tmp_path):
     events = kit.go(host, settings(), tmp_path)
-    steps = [e for e in events if isinstance(e, run.Step)]
+    steps = [e for e in events if isinstance(e, Step)]
     assert all({"adversarial", "discriminator", "regression"} <= step.losses.keys() for step in steps)
     assert events[-1].card.method == "ADD"
     assert events[-1].card.training["pixel_backbone"] == folder.name  # not where it lay
@@ -153,14 +155,14 @@ def test_a_host_without_gradients_through_its_autoencoder_says_so(kit, host, set
 def test_a_folder_that_is_missing_is_named(kit, host, settings, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConfigError, match=r"pixel_backbone is '.*nowhere', which cannot be loaded"):
-        begin.features(host, settings(pixel_backbone=str(tmp_path / "nowhere")))
+        start.features(host, settings(pixel_backbone=str(tmp_path / "nowhere")))
 
 
 def test_a_network_without_patches_is_refused(kit, host, settings, tmp_path):
     shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     BertModel(BertConfig(vocab_size=9, **shape)).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="a BertModel without patches: use a vision transformer"):
-        begin.features(host, settings(pixel_backbone=str(tmp_path)))
+        start.features(host, settings(pixel_backbone=str(tmp_path)))
 
 
 def test_a_file_that_lacks_weights_is_refused(kit, host, settings, folder, tmp_path):
@@ -169,9 +171,9 @@ def test_a_file_that_lacks_weights_is_refused(kit, host, settings, folder, tmp_p
     whole.pop("encoder.layer.1.mlp.fc1.weight")
     save_file(whole, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ConfigError, match=r"whose file lacks 1 weights \(encoder.layer.1.mlp.fc1.weight, ...\)"):
-        begin.features(host, settings(pixel_backbone=str(tmp_path)))
+        start.features(host, settings(pixel_backbone=str(tmp_path)))
 
 
 def test_taps_are_of_its_own_modules(kit, host, settings):
     with pytest.raises(ConfigError, match=r"taps \['blocks.0'\] are no modules of Dinov2Model"):
-        begin.features(host, settings(taps="blocks.0"))
+        start.features(host, settings(taps="blocks.0"))

@@ -41,7 +41,7 @@ def toy():
 @pytest.fixture
 def backend(toy, tmp_path, monkeypatch):
     """A toy model as a backend; whatever runs on it ends with the test."""
-    from turbodistill.webui_extension import job
+    from turbodistill.page import job
 
     monkeypatch.setattr(job, "_current", None)
     made = toy.ToyBackend(tmp_path)

@@ -6,8 +6,8 @@ import time
 import fastapi
 import pytest
 from fastapi.testclient import TestClient
+from turbodistill.page import api, job
 from turbodistill.trainer.config import Config
-from turbodistill.webui_extension import api, job
 
 pytestmark = pytest.mark.gradio  # the FastAPI that a gradio brings
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import fastapi
 import pytest
-from turbodistill.webui_extension import api, job
-from turbodistill.webui_extension.request import Request
+from turbodistill.page import api, job
+from turbodistill.page.request import Request
 
 uvicorn = pytest.importorskip("uvicorn", reason="needs uvicorn: pip install 'turbodistill[ui]'")
 PAGE = (Path(__file__).parents[2] / "docs" / "webui-api.md").read_text(encoding="utf-8")

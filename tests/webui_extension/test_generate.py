@@ -8,11 +8,11 @@ import torch
 from turbodistill.core.card import CardError
 from turbodistill.core.sampling import seeded_noise
 from turbodistill.core.student import load_student
-from turbodistill.webui_extension import job
-from turbodistill.webui_extension.request import Request
+from turbodistill.page import job
+from turbodistill.page.request import Request
 
 gradio = pytest.importorskip("gradio", reason="needs gradio: pip install 'turbodistill[ui]'")
-from turbodistill.webui_extension import generate  # noqa: E402 - it needs gradio
+from turbodistill.page import live  # noqa: E402 - it needs gradio
 
 pytestmark = pytest.mark.gradio
 
@@ -35,11 +35,11 @@ def students(toy, tmp_path_factory):
 def made(toy, tmp_path):
     """A toy backend with a generator on its model."""
     backend = toy.ToyBackend(tmp_path)
-    return backend, generate.Generator(backend.host)
+    return backend, live.Generator(backend.host)
 
 
 def show(generator, students, prompt="fox", count=2, steps=1, seed=3, student="first"):
-    return generate.pictures(generator, students, prompt, count, steps, seed, student)
+    return live.pictures(generator, students, prompt, count, steps, seed, student)
 
 
 def urls(html):
@@ -104,7 +104,7 @@ def test_of_prompts_that_wait_the_latest_wins(made, students):
     for thread in threads:
         thread.join()
     assert [prompt for prompt, made in answers.items() if made] in (["a", "an owl"], ["an owl", "a"])
-    answers = generate.pictures(generator, students, "owl", 1, 1, 0, "first")
+    answers = live.pictures(generator, students, "owl", 1, 1, 0, "first")
     assert len(urls(answers[1])) == 1
 
 
@@ -124,7 +124,7 @@ def test_while_a_distillation_runs_that_is_said(toy, backend, made, students):
 
 def test_a_model_that_is_in_use_is_not_waited_for_long(made, students, monkeypatch):
     _, generator = made
-    monkeypatch.setattr(generate, "PATIENCE", 0.05)
+    monkeypatch.setattr(live, "PATIENCE", 0.05)
     with generator.bare():
         assert "the model is in use" in show(generator, students)[0]
     assert len(urls(show(generator, students)[1])) == 2
@@ -149,7 +149,7 @@ def test_nothing_is_typed(made, students):
 def test_the_page_has_its_inputs(made, students):
     _, generator = made
     with gradio.Blocks(analytics_enabled=False) as blocks:
-        listed, student = generate.draw(generator, lambda: students, "a fox", blocks)
+        listed, student = live.draw(generator, lambda: students, "a fox", blocks)
     assert student.value == "first" and listed()["choices"] == ["first", "second"]
     ids = {getattr(c, "elem_id", None) for c in blocks.blocks.values()}
     assert {f"turbodistill-{name}" for name in ("prompt", "count", "steps", "seed", "student")} <= ids

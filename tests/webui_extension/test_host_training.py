@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 from turbodistill.core.card import fingerprint
 from turbodistill.core.student import Student
-from turbodistill.trainer import run
 from turbodistill.trainer.config import Config
+from turbodistill.trainer.run import run
 
 KINDS = ("a1111", "forge")
 WORDS = ("fox", "owl", "elk", "ant", "bee", "cod", "emu", "yak")

@@ -7,11 +7,11 @@ import time
 import pytest
 import torch
 from turbodistill.core.card import read_card
-from turbodistill.trainer import run
+from turbodistill.page import job, pictures, runs
+from turbodistill.page.request import Request
 from turbodistill.trainer.config import Config, ConfigError
-from turbodistill.trainer.data import DataError
-from turbodistill.webui_extension import job, pictures, runs
-from turbodistill.webui_extension.request import Request
+from turbodistill.trainer.data.files import DataError
+from turbodistill.trainer.run import run
 
 PATIENCE = 60
 

@@ -5,15 +5,16 @@ import builtins
 import socket
 
 import pytest
+from turbodistill.app import cli, ui
 from turbodistill.core.card import CardError
-from turbodistill.trainer import cli
-from turbodistill.trainer.diffusers_host import EMBEDDED, ModelError
-from turbodistill.webui_extension import job, standalone
+from turbodistill.demo.files import MODEL
+from turbodistill.page import job
+from turbodistill.trainer.diffusers_host import ModelError
 
 pytest.importorskip("gradio", reason="needs gradio: pip install 'turbodistill[ui]'")
 pytest.importorskip("diffusers", reason="needs diffusers: pip install 'turbodistill[demo]'")
 from fastapi.testclient import TestClient
-from turbodistill.webui_extension import server
+from turbodistill.app import server
 
 ROOT = "/turbodistill/v1"
 
@@ -40,19 +41,19 @@ def test_the_command_is_found(capsys):
     told = capsys.readouterr().out
     assert end.value.code == 0 and all(flag in told for flag in ("--port", "--model", "--student", "--out"))
     args = cli.make_parser().parse_args(["ui"])
-    assert (args.command, args.port, args.model, args.student) == (standalone.run, 7860, None, None)
+    assert (args.command, args.port, args.model, args.student) == (ui.run, 7860, None, None)
 
 
 def test_a_port_that_is_taken_is_told(capsys):
     with socket.socket() as taken:
-        taken.bind((standalone.ADDRESS, 0))
+        taken.bind((ui.ADDRESS, 0))
         taken.listen()
         port = taken.getsockname()[1]
         assert cli.main(["ui", "--port", str(port)]) == 1
     assert f"port {port} cannot be had" in capsys.readouterr().err
     assert cli.main(["ui", "--port", "99999"]) == 1
     assert "port 99999 cannot be had" in capsys.readouterr().err
-    standalone.check_port(port)
+    ui.check_port(port)
 
 
 def test_without_gradio_it_says_what_to_install(monkeypatch, capsys):
@@ -65,7 +66,7 @@ def test_without_gradio_it_says_what_to_install(monkeypatch, capsys):
 
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(ImportError, match=r"the pages need uvicorn: pip install 'turbodistill\[ui\]'"):
-        standalone.run(argparse.Namespace(port=0))
+        ui.run(argparse.Namespace(port=0))
 
 
 def test_the_pages_are_there(client):
@@ -111,7 +112,7 @@ def test_what_cannot_be_loaded_is_told_at_once(folder, tmp_path):
 
 
 def test_a_model_of_one_s_own_begins_without_a_student(folder):
-    app = server.make_app(EMBEDDED, None, folder)
+    app = server.make_app(MODEL, None, folder)
     client = TestClient(app, base_url="http://localhost")
     settings = client.get(f"{ROOT}/settings").json()
     values = {row["name"]: row["value"] for row in settings["settings"]}

@@ -5,8 +5,8 @@ import dataclasses
 import inspect
 
 import pytest
+from turbodistill.page import fields, job, runs, tab
 from turbodistill.trainer.config import OF_PIXELS, Config, ConfigError
-from turbodistill.webui_extension import fields, job, runs, tab
 
 gradio = pytest.importorskip("gradio", reason="needs gradio: pip install 'turbodistill[ui]'")
 pytestmark = pytest.mark.gradio

@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from turbodistill.webui_extension import job, tab
+from turbodistill.page import job, tab
 
 gradio = pytest.importorskip("gradio", reason="needs gradio: pip install 'turbodistill[ui]'")
 pytestmark = [pytest.mark.gradio, pytest.mark.browser, pytest.mark.slow]

@@ -22,7 +22,7 @@ SHORT = {"pairs": 8, "pair_steps": 2, "rank": 4, "updates": 4, "batch_size": 2}
 def served(chromium, port, tmp_path_factory):
     """The command, running; where it is and its folder."""
     folder = tmp_path_factory.mktemp("ui")
-    command = [sys.executable, "-m", "turbodistill.trainer.cli", "ui", "--port", str(port), "--out", str(folder)]
+    command = [sys.executable, "-m", "turbodistill.app.cli", "ui", "--port", str(port), "--out", str(folder)]
     log = (folder / "log.txt").open("w+")
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
     url, begun = f"http://127.0.0.1:{port}", time.monotonic()

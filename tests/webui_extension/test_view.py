@@ -5,12 +5,13 @@ import xml.etree.ElementTree as ET
 
 import pytest
 import torch
+from turbodistill.page import curves, view
 from turbodistill.trainer.config import Config
-from turbodistill.trainer.health import Health
-from turbodistill.trainer.memory import Memory
-from turbodistill.trainer.monitor import Monitor
-from turbodistill.trainer.run import Begun, PairsMade, Preview, Selected, Step, Warned
-from turbodistill.webui_extension import curves, view
+from turbodistill.trainer.loop.distill import Step
+from turbodistill.trainer.loop.health import Health
+from turbodistill.trainer.run.events import Begun, PairsMade, Preview, Selected, Warned
+from turbodistill.trainer.run.memory import Memory
+from turbodistill.trainer.run.monitor import Monitor
 
 AROUND = {"checkpoint": "a<b.safetensors", "width": 64, "height": 64, "result": "", "cancelling": False}
 

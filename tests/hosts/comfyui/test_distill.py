@@ -232,7 +232,8 @@ def test_a_killed_server_goes_on_to_the_same_bits(comfyui, serve, graph, distill
 
 def test_both_front_ends_run_one_trainer(comfyui, graph, distilling, tmp_path):
     """The same data, seed and settings on the command line: the same losses, and as good a student."""
-    from turbodistill.trainer import cli, history
+    from turbodistill.app import cli
+    from turbodistill.trainer.run import history
 
     advanced = {"precision": "float32", "head_channels": 16, "evaluate_every": 0, "preview_every": 0}
     distilling("parity", advanced=advanced, pairs={"pairs": 32}, updates=14)

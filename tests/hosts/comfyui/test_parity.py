@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from turbodistill.app.demo import SHIPPED
 from turbodistill.core.student import load_student
-from turbodistill.trainer.demo import SHIPPED
 from turbodistill.trainer.diffusers_host import load_host
 
 pytestmark = pytest.mark.host

@@ -7,7 +7,7 @@ import zipfile
 import pytest
 import torch
 from PIL import Image
-from turbodistill.trainer.evaluate import REFERENCE
+from turbodistill.measure.evaluate import REFERENCE
 
 pytestmark = pytest.mark.host
 

@@ -1,0 +1,249 @@
+"""The command line: `turbodistill demo | distill | sample | evaluate | info | ui`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..demo import files
+from ..trainer.config import Config, ConfigError, nearest
+from . import ui
+from .progress import follow, interruptible
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status. Mistakes of the user end with one line, not a traceback."""
+    parser = make_parser()
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(_unrecognised(unknown, takes_settings=args.command is run_distill))
+    from ..core.card import CardError
+    from ..trainer.data.files import DataError
+    from ..trainer.diffusers_host import ModelError
+    from ..trainer.loop.distill import Diverged
+
+    try:
+        return args.command(args)
+    except (ConfigError, CardError, DataError, Diverged, ModelError, OSError, ImportError) as error:
+        print(f"turbodistill: {error}", file=sys.stderr)
+        return 1
+
+
+def _unrecognised(unknown: Sequence[str], takes_settings: bool) -> str:
+    """What to say of arguments that no command knows; of a setting's, which one is nearest."""
+    flag = next((a.partition("=")[0] for a in unknown if a.startswith("--")), None)
+    words = f"unrecognized arguments: {' '.join(unknown)}"
+    if flag is None or not takes_settings:
+        return words
+    return f"{words}; the setting nearest to {flag} is --{nearest(flag[2:].replace('-', '_')).replace('_', '-')}"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="turbodistill",
+        description="Turn a diffusion checkpoint into its own one-step Turbo, and sample it in one step.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    demo = commands.add_parser("demo", help="distil the small embedded model and report on it, start to end")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything (default: runs/demo)")
+    demo.add_argument(
+        "--minutes",
+        type=float,
+        help="training time of each of the two students (default: 8, or less where the machine is slow, so that the "
+        "whole takes a quarter of an hour)",
+    )
+    demo.add_argument("--count", type=int, default=128, help="pictures per arm that are measured (default: 128)")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(command=run_demo)
+
+    distill = commands.add_parser("distill", help="distil a checkpoint with prompts alone, or with your pictures")
+    distill.add_argument("--model", type=Path, help="checkpoint or diffusers folder (default: the embedded model)")
+    distill.add_argument(
+        "--prompts",
+        type=Path,
+        help="text file, one prompt a line; of {red|blue} in it one is drawn (default: the embedded model's)",
+    )
+    distill.add_argument("--images", type=Path, help="folder of captioned pictures for the discriminator")
+    distill.add_argument(
+        "--out", type=Path, default=Path("runs/distill"), help="folder for everything; a run there goes on"
+    )
+    distill.add_argument(
+        "--pairs-folder", type=Path, help="folder of the teacher pairs, if other runs share them (default: in --out)"
+    )
+    distill.add_argument("--title", default="training", help="what its progress bar is called (default: training)")
+    distill.add_argument("--config", type=Path, help="TOML file of settings; the flags below go before it")
+    add_settings(distill)
+    distill.set_defaults(command=run_distill)
+
+    sample = commands.add_parser("sample", help="make pictures with a student")
+    sample.add_argument("prompt", nargs="+", help="one or more prompts")
+    sample.add_argument("--model", type=Path, help="checkpoint or diffusers folder (default: the embedded model)")
+    sample.add_argument(
+        "--student", type=Path, default=files.STUDENT, help="student file (default: the embedded model's)"
+    )
+    sample.add_argument("--steps", type=int, default=1, choices=range(1, 5), help="1 to 4 (default: 1)")
+    sample.add_argument("--seed", type=int, default=0, help="seed of the first picture; the next ones count on")
+    sample.add_argument("--count", type=int, default=1, help="pictures per prompt (default: 1)")
+    sample.add_argument("--out", type=Path, default=Path("."), help="folder for the PNG files (default: here)")
+    sample.set_defaults(command=run_sample)
+
+    evaluate = commands.add_parser("evaluate", help="measure students against their teacher")
+    evaluate.add_argument("--model", type=Path, help="checkpoint or diffusers folder (default: the embedded model)")
+    evaluate.add_argument(
+        "--student", type=Path, action="append", help="student file, repeatable (default: the shipped one)"
+    )
+    evaluate.add_argument("--reference", type=Path, help="zip of real pictures (default: the embedded model's)")
+    evaluate.add_argument("--count", type=int, help="pictures per arm and seed (default: one of every held-out prompt)")
+    evaluate.add_argument("--seeds", type=int, default=3, help="noise seeds (default: 3)")
+    evaluate.add_argument("--out", type=Path, help="also write the figures to this JSON file")
+    evaluate.set_defaults(command=run_evaluate)
+
+    info = commands.add_parser("info", help="what a student file says of itself, in words")
+    info.add_argument("file", type=Path)
+    info.set_defaults(command=run_info)
+
+    ui.command(commands)
+    return parser
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """A flag for every field of Config, in its groups, with its default and help."""
+    groups: dict[str, Any] = {}
+    for f in dataclasses.fields(Config):
+        about = f.metadata
+        group = groups.setdefault(about["group"], parser.add_argument_group(about["group"] + " settings"))
+        options: dict[str, Any] = {"default": None, "help": f"{about['help']} (default: {f.default})", "dest": f.name}
+        if isinstance(f.default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= {"type": type(f.default), "choices": about["choices"]}
+            options["metavar"] = None if about["choices"] else type(f.default).__name__.upper()
+        group.add_argument("--" + f.name.replace("_", "-"), **options)
+
+
+def settings(args: argparse.Namespace) -> Config:
+    """Config from the TOML file, if one is given, and the flags."""
+    base = Config.from_toml(args.config) if args.config else Config()
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)}
+    return base.replace(**{k: v for k, v in given.items() if v is not None})
+
+
+def run_distill(args: argparse.Namespace) -> int:
+    from ..trainer.data.prompts import generate, read_prompts
+    from ..trainer.diffusers_host import load_host
+    from ..trainer.run import run
+    from ..trainer.run.events import Interrupted
+    from ..trainer.run.scores import latent_score
+
+    config = settings(args)
+    host = load_host(args.model)
+    if args.prompts is None and args.model is not None:
+        raise ConfigError("--model needs --prompts: a text file with one prompt a line, of what the model is good at")
+    prompts = generate(read_prompts(args.prompts or files.PROMPTS), config.pairs, config.seed)
+    score = latent_score if args.model else _judge(None).kid_score(host)
+    events = run.run(host, config, args.out, prompts, args.images, score, args.pairs_folder)
+    try:
+        finished = follow(events, config, args.out, host, args.title)
+    except Interrupted:
+        print(f"saved; to go on: turbodistill {' '.join(sys.argv[1:])}")
+        return 130
+    print(f"student: {finished.path}\nhistory: {args.out / run.HISTORY}\npictures: {args.out / 'previews'}")
+    return 0
+
+
+def _judge(reference: Path | None):
+    from ..measure.evaluate import Judge, load_reference
+
+    return Judge(load_reference(reference or files.REFERENCE))
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    from ..trainer.run.events import Interrupted
+    from .demo import Failed, demo
+
+    try:
+        page = demo(args.out, args.minutes, args.count, args.seed, follow, interruptible)
+    except Interrupted:
+        print(f"saved; to go on: turbodistill {' '.join(sys.argv[1:])}")
+        return 130
+    except Failed as error:
+        print(f"turbodistill: {error}", file=sys.stderr)
+        return 1
+    print(f"\nreport: {page.resolve()}")
+    return 0
+
+
+def run_sample(args: argparse.Namespace) -> int:
+    from PIL.PngImagePlugin import PngInfo
+
+    from ..core.sampling import seeded_noise
+    from ..core.student import load_student
+    from ..measure.report import to_image
+    from ..trainer.data.files import write_whole
+    from ..trainer.diffusers_host import load_host
+
+    if args.count < 1:
+        raise ConfigError(f"--count is {args.count}: give at least 1")
+    host = load_host(args.model)
+    student, card, warning = load_student(args.student, host.denoiser)
+    if warning:
+        print(f"turbodistill: {warning}", file=sys.stderr)
+    prompts = [p for p in args.prompt for _ in range(args.count)]
+    for first in range(0, len(prompts), 16):
+        texts = prompts[first : first + 16]
+        seeds = [args.seed + first + i for i in range(len(texts))]
+        noise = seeded_noise(seeds, host.latent_shape, host.denoiser.device)
+        with student.merged():
+            latents = student.generate(noise, host.encode_text(texts).to(noise.device), args.steps)
+        for text, seed, picture in zip(texts, seeds, host.decode(latents), strict=True):
+            about = PngInfo()
+            told = f"Steps: {args.steps}, Sampler: ADD {'1-step' if args.steps == 1 else 'few-step'}, CFG scale: 1"
+            size = f"Size: {host.resolution[0]}x{host.resolution[1]}"
+            about.add_text(
+                "parameters",
+                f"{text}\n{told}, Seed: {seed}, {size}, Model: {card.base_model}, Student: {args.student.name}",
+            )
+            name = re.sub(r"[^\w]+", "-", text.lower()).strip("-")[:50]
+            path = args.out / f"{name}-{seed}.png"
+            write_whole(path, _png_bytes(to_image(picture.cpu()), about))
+            print(path)
+    return 0
+
+
+def _png_bytes(image, about) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    image.save(buffer, "png", pnginfo=about)
+    return buffer.getvalue()
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    from .demo import measure_students
+
+    text, figures = measure_students(
+        args.model, args.student or [files.STUDENT], args.reference, args.count, args.seeds
+    )
+    print(text)
+    if args.out:
+        from ..trainer.data.files import write_whole
+
+        write_whole(args.out, figures.encode())
+    return 0
+
+
+def run_info(args: argparse.Namespace) -> int:
+    from ..core.card import read_card
+
+    print(read_card(args.file).in_words())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

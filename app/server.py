@@ -1,0 +1,51 @@
+"""The pages and the API of `turbodistill ui` as one application."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import fastapi
+import gradio as gr
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from ..demo.files import STUDENT
+from ..page import api, live, tab
+from ..page.events import listen
+from ..trainer.diffusers_host import load_host
+from .backend import EmbeddedBackend
+
+NAMES = ["127.0.0.1", "localhost"]  # by which a browser calls it; any page could by a name of its own
+
+
+def make_app(model: Path | None, student: Path | None, folder: Path) -> fastapi.FastAPI:
+    """A model's pages, with what they make in `folder`; raises ModelError, or CardError for the student."""
+    shipped = {student.stem: student} if student else {} if model else {"embedded": STUDENT}
+    backend = EmbeddedBackend(load_host(model), folder.resolve(), shipped, own=model is None)
+    for path in shipped.values():
+        backend.generator.make(path, "", [0], 1)  # what does not fit is told now
+    app = fastapi.FastAPI(title="TurboDistill", docs_url=None, redoc_url=None)  # their pages load what is not ours
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=NAMES)
+    api.add_routes(app, backend, [fastapi.Depends(same_origin)])
+    told = {"ssr_mode": False, "footer_links": [], "show_api": False, "run_history": False}
+    known = inspect.signature(gr.mount_gradio_app).parameters
+    return gr.mount_gradio_app(app, pages(backend), path="/", **{k: v for k, v in told.items() if k in known})
+
+
+def pages(backend: EmbeddedBackend) -> gr.Blocks:
+    """The generate page and the training tab, beside each other."""
+    with gr.Blocks(analytics_enabled=False, title="TurboDistill") as blocks, gr.Tabs():
+        with gr.Tab("Generate") as first:
+            listed, student = live.draw(backend.generator, backend.students, backend.example, blocks)
+        with gr.Tab("Distil"):
+            tab.draw(backend, blocks)
+        listen(first.select, listed, [], [student])
+    return blocks
+
+
+def same_origin(request: fastapi.Request) -> None:
+    """Refuse what another page in the same browser asks for."""
+    origin = request.headers.get("origin")
+    if origin and urlsplit(origin).netloc != request.headers.get("host"):
+        raise fastapi.HTTPException(403, f"not from {origin}")

@@ -1,0 +1,61 @@
+"""`turbodistill ui`: pictures as you type and the training tab, on this machine alone, without a WebUI."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+ADDRESS = "127.0.0.1"
+
+
+def command(commands: Any) -> None:
+    """Add `ui` to the command line's subparsers."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "ui", help="pages in the browser: pictures as you type, distil"
+    )
+    parser.add_argument("--port", type=int, default=7860, help=f"port on {ADDRESS} (default: 7860)")
+    parser.add_argument("--model", type=Path, help="checkpoint or diffusers folder (default: the embedded model)")
+    parser.add_argument("--student", type=Path, help="student file (default: the embedded model's)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/ui"), help="folder for runs, pairs and students (default: runs/ui)"
+    )
+    parser.set_defaults(command=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve the pages until Ctrl-C; a distillation that runs then is cancelled, with everything saved."""
+    check_port(args.port)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # nobody is told that it runs
+    try:
+        import uvicorn
+
+        from ..page import job
+        from . import server
+    except ImportError as error:
+        raise ImportError(f"the pages need {error.name}: pip install 'turbodistill[ui]'") from None
+
+    app = server.make_app(args.model, args.student, args.out)
+    print(f"TurboDistill: http://{ADDRESS}:{args.port} (Ctrl-C ends it)", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: else nothing below would be done
+    try:
+        uvicorn.run(app, host=ADDRESS, port=args.port, log_level="warning", timeout_graceful_shutdown=1)
+    finally:
+        if left := job.running():
+            print("cancelling the distillation: Resume goes on from there", flush=True)
+            left.cancel()
+            left.wait()
+    return 0
+
+
+def check_port(port: int) -> None:
+    """Raise OSError, in words, for a port that cannot be had."""
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name != "nt")
+            probe.bind((ADDRESS, port))
+    except (OSError, OverflowError) as error:
+        raise OSError(f"port {port} cannot be had ({error}): give another one by --port") from None

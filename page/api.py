@@ -1,0 +1,139 @@
+"""Routes to start, watch and end a distillation from a program; documented in docs/webui-api.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import fastapi
+from fastapi.responses import JSONResponse
+from starlette.concurrency import run_in_threadpool
+
+from ..core.card import CardError, read_card
+from ..trainer.config import Config, ConfigError
+from ..trainer.data.files import DataError
+from . import job, runs
+from .backend import Backend
+from .request import Request
+
+ROOT = "/turbodistill/v1"
+PICTURES = ("newest", "all", "none")
+PATIENCE = 600.0  # seconds that an estimate may take
+# The status of an answer, by what went wrong.
+STATUS: tuple[tuple[type[Exception], int], ...] = (
+    (job.NothingRuns, 404),
+    (job.Busy, 409),
+    (job.NoTraining, 409),
+    (ConfigError, 400),
+    (DataError, 400),
+    (OSError, 500),
+)
+
+
+def add_routes(app: fastapi.FastAPI, backend: Backend, dependencies: Sequence[Any] = ()) -> None:
+    """Open the routes on the host's own server; `dependencies` are its authentication, as FastAPI's."""
+
+    def route(method: str, path: str, answer: Callable[[fastapi.Request], Awaitable[dict[str, Any]]]) -> None:
+        async def handle(request: fastapi.Request) -> JSONResponse:
+            try:
+                return JSONResponse(await answer(request))
+            except tuple(kind for kind, _ in STATUS) as error:
+                status = next(status for kind, status in STATUS if isinstance(error, kind))
+                return JSONResponse({"error": str(error)}, status)
+
+        app.add_api_route(f"{ROOT}/{path}", handle, methods=[method], dependencies=list(dependencies))
+
+    async def distill(request: fastapi.Request) -> dict[str, Any]:
+        asked = Request.from_dict(await _body(request))
+        begun = await run_in_threadpool(job.start, backend, asked)
+        return await run_in_threadpool(begun.snapshot)
+
+    async def estimate(request: fastapi.Request) -> dict[str, Any]:
+        asked = Request.from_dict(await _body(request) | {"kind": "estimate"})
+        begun = await run_in_threadpool(job.start, backend, asked)
+        await run_in_threadpool(begun.wait, PATIENCE)
+        if begun.memory is None:
+            told = begun.snapshot()
+            raise ConfigError(told["error"] or f"nothing was measured: the estimate is {told['state']}")
+        memory = dataclasses.asdict(begun.memory) | {"total": begun.memory.total, "free": begun.monitor.free}
+        return {"memory": memory, "words": begun.result}
+
+    async def watch(request: fastapi.Request) -> dict[str, Any]:
+        asked = request.query_params
+        pictures = asked.get("pictures", "newest")
+        if pictures not in PICTURES:
+            raise ConfigError(f"pictures is {pictures!r}: use one of {', '.join(PICTURES)}")
+        if not (first := asked.get("first", "0")).isdecimal():
+            raise ConfigError(f"first is {first!r}: give the number of points that are known already")
+        if (now := job.current()) is None:
+            raise job.NothingRuns("nothing has run since the program was started")
+        told = await run_in_threadpool(now.snapshot, int(first))
+        if pictures == "none":
+            return told | {"previews": [], "pictures": []}
+        return told | {"previews": told["previews"][-1:]} if pictures == "newest" else told
+
+    def asks(wish: Callable[[job.Job], None]) -> Callable[[fastapi.Request], Awaitable[dict[str, Any]]]:
+        async def ask(_request: fastapi.Request) -> dict[str, Any]:
+            wish(job.must_run())
+            return {}
+
+        return ask
+
+    async def students(_request: fastapi.Request) -> dict[str, Any]:
+        return {"students": await run_in_threadpool(_students, backend.students_folder())}
+
+    async def listed(_request: fastapi.Request) -> dict[str, Any]:
+        running = job.running()
+        name = running.request.name if running else ""
+        found = await run_in_threadpool(runs.listed, backend.runs_folder(), name)
+        return {"runs": [run.to_dict() for run in found]}
+
+    async def settings(_request: fastapi.Request) -> dict[str, Any]:
+        return {"settings": schema(backend), "prompts": list(backend.prompts())}
+
+    route("POST", "distill", distill)
+    route("POST", "estimate", estimate)
+    route("GET", "run", watch)
+    route("POST", "stop", asks(job.Job.stop))
+    route("POST", "cancel", asks(job.Job.cancel))
+    route("POST", "preview", asks(job.Job.preview))
+    route("GET", "students", students)
+    route("GET", "runs", listed)
+    route("GET", "settings", settings)
+
+
+def schema(backend: Backend) -> list[dict[str, Any]]:
+    """Every setting: its name, type, default, group, help, bounds and choices; `value` is the page's own default."""
+    return [
+        {"name": f.name, "type": type(f.default).__name__, "default": f.default, **f.metadata}
+        | {"value": backend.settings.get(f.name, f.default)}
+        for f in dataclasses.fields(Config)
+    ]
+
+
+async def _body(request: fastapi.Request) -> dict[str, Any]:
+    """The JSON object of a request, {} for an empty one; raises ConfigError for anything else."""
+    text = await request.body()
+    try:
+        values = json.loads(text or b"{}")
+    except ValueError as error:
+        raise ConfigError(f"the request is no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError("the request is no JSON object: send {...}")
+    return values
+
+
+def _students(folder: Path) -> list[dict[str, Any]]:
+    """The students of ours in a folder and those below, by name, with what they say of themselves."""
+    found = []
+    for path in sorted(folder.rglob("*.safetensors")) if folder.is_dir() else ():
+        try:
+            card = read_card(path)
+        except (CardError, OSError):
+            continue  # somebody else's
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        found.append({"name": name, "file": str(path), "card": dataclasses.asdict(card), "words": card.in_words()})
+    return found

@@ -1,0 +1,297 @@
+"""The one distillation that runs in the background, whichever page or program asked for it.
+
+A thread of its own works on the loaded model, so that the page lives; pages come and go and ask for
+snapshots. The module outlives a Reload UI, and the job with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.checkpointing import blocks
+from ..core.families import recognise
+from ..trainer.config import ConfigError
+from ..trainer.data.files import write_whole
+from ..trainer.data.images import check_pictures, read_image_folder
+from ..trainer.data.pairs import make_pairs, pairs_key
+from ..trainer.data.prompts import generate
+from ..trainer.host import Host
+from ..trainer.loop.distill import Diverged
+from ..trainer.run import history, run
+from ..trainer.run.events import Begun, Event, Finished, Interrupted, PairsMade
+from ..trainer.run.memory import Memory, OutOfMemory, advice, is_out_of_memory
+from ..trainer.run.monitor import Monitor
+from . import runs
+from .backend import Backend
+from .pictures import data_urls
+from .request import Request
+from .runs import Record
+
+log = logging.getLogger(__name__)
+
+PICTURES_EVERY = 5.0  # seconds between looks at the pairs that are made
+DOING = {"pairs": "making teacher pairs", "distill": "showing pictures", "estimate": "measuring memory"}
+
+
+class Busy(RuntimeError):
+    """A distillation runs already: the message says which."""
+
+
+class NothingRuns(RuntimeError):
+    """What was asked needs a distillation that runs, and none does."""
+
+
+class NoTraining(RuntimeError):
+    """What was asked needs a training, and what runs is at something else now."""
+
+
+class Job:
+    """One piece of work, in a thread of its own; every method may be called from any thread.
+
+    Raises ConfigError, DataError or OSError, before anything is begun, for what cannot be.
+    """
+
+    def __init__(self, backend: Backend, request: Request):
+        self.backend, self.request = backend, request
+        self.config = request.config()
+        self.checkpoint = backend.checkpoint()
+        if not self.checkpoint:
+            raise ConfigError("no checkpoint is loaded: choose one first")
+        self.folder = backend.runs_folder() / run.check_name(request.name)
+        if request.kind == "distill":
+            runs.check_settings(self.folder, self.config)
+        self.prompts = generate(request.lines(backend.prompts()), self.config.pairs, self.config.seed)
+        if request.images:
+            check_pictures(read_image_folder(request.images))
+        self.size = (request.width or backend.sizes[0], request.height or backend.sizes[1])
+        self.begun = time.time()
+        self.result = ""  # what came of it, in words
+        self.memory: Memory | None = None
+        self.monitor = Monitor(request.kind, request.name, self.config, lambda latents: [], backend.free_memory())
+        self._cancelled = threading.Event()
+        self._last = self._shown = time.monotonic()
+        self._thread = threading.Thread(target=self._work, name=f"TurboDistill {request.name}", daemon=True)
+
+    @property
+    def working(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._thread.is_alive()
+
+    def begin(self) -> None:
+        self._thread.start()
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Until it has ended, or so long."""
+        self._thread.join(seconds)
+
+    def stop(self) -> None:
+        """End the training after this update and keep the best student; raises NothingRuns or NoTraining."""
+        self._must_train()
+        self.monitor.control.stop = True
+
+    def preview(self) -> None:
+        """Make a preview after this update; raises NothingRuns or NoTraining."""
+        self._must_train()
+        self.monitor.control.preview = True
+
+    def cancel(self) -> None:
+        """Break off within the model's next pass, with everything saved; raises NothingRuns."""
+        if not self.working:
+            raise NothingRuns("nothing runs now")
+        self._cancelled.set()
+
+    def _must_train(self) -> None:
+        if not self.working:
+            raise NothingRuns("nothing runs now")
+        if not self.monitor.running:
+            raise NoTraining("it does not train now: Cancel ends it, and keeps what is made so far")
+
+    def snapshot(self, first: int = 0) -> dict[str, Any]:
+        """All that a page shows, as JSON values: the monitor's, and what it works on."""
+        width, height = self.size
+        told = {"checkpoint": self.checkpoint, "width": width, "height": height, "begun": self.begun}
+        cancelling = self._cancelled.is_set() and self.working
+        return self.monitor.snapshot(first) | told | {"result": self.result, "cancelling": cancelling}
+
+    def in_words(self) -> str:
+        """What it is at, for whoever would start another one."""
+        told = self.monitor.snapshot()
+        far = f", {told['what']} {told['done']} of {told['total']}" if told["total"] else ""
+        return f"{self.request.name}{far}"
+
+    def _work(self) -> None:
+        full = False
+        try:
+            with self.backend.open(*self.size) as host, _cancellable(host.denoiser.backbone, self._cancelled.is_set):
+                self._look()
+                self.monitor.show = lambda latents: data_urls(host.decode(latents.to(host.denoiser.device)))
+                finish = getattr(self, f"_{self.request.kind}")(host)
+            finish()
+        except Interrupted:
+            self._end("cancelled")
+        except (ValueError, Diverged, OutOfMemory, OSError) as error:  # they say in words what to do
+            log.info("%s failed", self.request.name, exc_info=True)
+            self._end("failed", str(error))
+        except Exception as error:
+            full = is_out_of_memory(error)
+            if not full:
+                log.exception("%s failed", self.request.name)
+            self._end("failed", advice(DOING[self.request.kind]) if full else f"{type(error).__name__}: {error}")
+        finally:
+            self.monitor.show = lambda latents: []  # pages may ask for long, and that one holds the model
+        if full and torch.cuda.is_available():  # outside of the handler: the error's frames held on to the tensors
+            torch.cuda.empty_cache()
+
+    def _end(self, state: str, error: str = "") -> None:
+        if self.request.kind == "distill" and (record := runs.read(self.folder)):
+            try:
+                record.ended(state, error).write(self.folder)
+            except OSError as trouble:
+                log.warning("%s", trouble)
+        self.monitor.end(state, error)
+
+    def _look(self) -> None:
+        """Raise Interrupted if Cancel was pressed."""
+        if self._cancelled.is_set():
+            raise Interrupted
+
+    def _follow(self, event: Event) -> None:
+        now = time.monotonic()
+        self.monitor.follow(event, now - self._last)
+        if isinstance(event, PairsMade) and now - self._shown >= PICTURES_EVERY:
+            self.monitor.newest(event.newest.latents)
+            self._shown = time.monotonic()
+        self._last = time.monotonic()
+        self._look()
+
+    def _pairs_folder(self, key: str) -> Path:
+        return self.backend.runs_folder().parent / "pairs" / key
+
+    def _estimate(self, host: Host) -> Callable[[], None]:
+        self.memory = run.estimate(host, self.config)
+        self.result = self.memory.in_words(self.monitor.free)
+        return lambda: self.monitor.end("done")
+
+    def _pairs(self, host: Host) -> Callable[[], None]:
+        config = self.config
+        folder = self._pairs_folder(pairs_key(host, config, self.prompts))
+        made = None
+        for done, newest in make_pairs(host, config, self.prompts, folder):
+            made = PairsMade(done, config.pairs, "teacher pairs", newest)
+            self._follow(made)
+        if made:
+            self.monitor.newest(made.newest.latents)
+        self.result = f"{config.pairs} teacher pairs in {folder}; Distil with the same prompts and settings takes them"
+        return lambda: self.monitor.end("done")
+
+    def _distill(self, host: Host) -> Callable[[], None]:
+        config, folder, asked = self.config, self.folder, self.request
+        key = pairs_key(host, config, self.prompts)
+        before = runs.check_pairs(folder, key)
+        # Whole, so that it can go on even where a default has changed.
+        asked = replace(asked, width=self.size[0], height=self.size[1], settings=config.to_dict())
+        Record(asked, self.checkpoint, key, student=before.student if before else "").write(folder)
+        if found := recognise(self.checkpoint):
+            self.monitor.warn(f"{self.checkpoint} looks like {found.name}, which is one-step already: load its base")
+        place, control = self._pairs_folder(key), self.monitor.control
+        finished = None
+        events: Any = run.run(
+            host, config, folder, self.prompts, asked.images or None, pairs_folder=place, control=control
+        )
+        with closing(events):
+            for event in events:
+                if isinstance(event, Begun) and event.update:
+                    self.monitor.recall(history.read(folder / run.HISTORY, event.update))
+                if isinstance(event, Finished):
+                    finished = event
+                else:
+                    self._follow(event)
+        if finished is None:
+            raise RuntimeError("the run ended without a student")
+        return lambda: self._publish(finished)
+
+    def _publish(self, finished: Finished) -> None:
+        """Put the student where it is found by name; called when the model is as it was before."""
+        record = runs.read(self.folder)
+        if finished.card.kind == "lora":
+            path = runs.student_path(self.backend.students_folder(), self.request.name, record)
+            try:
+                write_whole(path, finished.path.read_bytes())
+            except OSError as error:
+                raise OSError(f"{error}; the student is kept: {finished.path}") from None
+            self.backend.saved(path)
+            self.result = f"student: {path}; {self.backend.usage.format(name=path.stem)}"
+        else:
+            path = finished.path
+            self.result = f"student: {path}, a whole copy of the model's network; a rank above 0 makes a LoRA"
+        self.monitor.follow(finished, 0.0)
+        if record:
+            record.ended(self.monitor.snapshot()["state"], student=str(path)).write(self.folder)
+
+
+@contextmanager
+def _cancellable(backbone: nn.Module, cancelled: Callable[[], bool]) -> Iterator[None]:
+    """Within, every block of the network first looks whether the user has pressed Cancel."""
+
+    def look(*_: Any) -> None:  # a plain function: a full copy of the network takes it along
+        if cancelled():
+            raise Interrupted
+
+    try:
+        found = blocks(backbone)
+    except ValueError:
+        found = {}
+    handles = [module.register_forward_pre_hook(look) for module in (backbone, *found.values())]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+_lock = threading.Lock()
+_current: Job | None = None
+
+
+def current() -> Job | None:
+    """The job that runs, or the last one that ran; None before the first."""
+    return _current
+
+
+def start(backend: Backend, request: Request) -> Job:
+    """Begin what is asked for in the background.
+
+    Raises Busy if something runs already; ConfigError, DataError or OSError for what cannot be.
+    """
+    global _current
+    with _lock:
+        if _current and _current.working and _current.monitor.snapshot()["state"] != "working":
+            _current.wait(5)  # it is about to end
+        if _current and _current.working:
+            raise Busy(f"a distillation runs already ({_current.in_words()}): stop or cancel it first, or wait")
+        job = Job(backend, request)
+        job.begin()
+        _current = job
+    return job
+
+
+def running() -> Job | None:
+    """The job that has not ended; raises nothing."""
+    return _current if _current and _current.working else None
+
+
+def must_run() -> Job:
+    """The job that has not ended; raises NothingRuns."""
+    if job := running():
+        return job
+    raise NothingRuns("nothing runs now")

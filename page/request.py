@@ -1,0 +1,71 @@
+"""What is asked of the background job, by a form or by a program."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..trainer.config import Config, ConfigError
+from ..trainer.data.files import DataError
+from ..trainer.data.images import read_image_folder
+from ..trainer.data.prompts import prompt_lines, read_prompts
+
+KINDS = ("pairs", "distill", "estimate")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for.
+
+    The prompts are `prompts` (one a line), those of `prompt_file`, or the list `built_in`; where none
+    is given, the captions of `images`, a folder of pictures. A width or height of 0 is the model's
+    own. `settings` are fields of `trainer.config.Config`; the others keep their defaults.
+    """
+
+    name: str = "my-turbo"
+    kind: str = "distill"
+    prompts: str = ""
+    prompt_file: str = ""
+    built_in: str = ""
+    images: str = ""
+    width: int = 0
+    height: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"kind is {self.kind!r}: use one of {', '.join(KINDS)}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Request:
+        """Raises ConfigError for a name that is not known, or a value of another type."""
+        known = {f.name: type(f.default) for f in dataclasses.fields(cls)} | {"settings": dict}
+        for name, value in values.items():
+            if name not in known:
+                raise ConfigError(f"unknown field {name!r}: known are {', '.join(known)}")
+            if type(value) is not known[name]:
+                raise ConfigError(f"{name} is {value!r}: give a value of type {known[name].__name__}")
+        return cls(**values)
+
+    def config(self) -> Config:
+        """The settings; with pictures, they are what the discriminator takes for real beside the teacher's."""
+        config = Config.from_dict(dict(self.settings))
+        return config.replace(positives="both") if self.images and config.positives == "teacher" else config
+
+    def lines(self, built_in: Mapping[str, Path]) -> list[str]:
+        """The prompts before any choice in them is drawn; raises DataError where there are none."""
+        if lines := prompt_lines(self.prompts):
+            return lines
+        if self.prompt_file:
+            return read_prompts(self.prompt_file)
+        if self.built_in:
+            if self.built_in not in built_in:
+                raise DataError(f"there is no prompt list {self.built_in!r}: known are {', '.join(built_in)}")
+            return read_prompts(built_in[self.built_in])
+        captions = dict.fromkeys(text for _, text in read_image_folder(self.images) if text) if self.images else ()
+        if not captions:
+            raise DataError("there are no prompts: write some, one a line, or name a text file or a built-in list")
+        return list(captions)

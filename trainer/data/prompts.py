@@ -1,0 +1,52 @@
+"""Prompts from files, with choices in them, so that a few lines make many: `a {red|blue} fox, {photo|oil painting}`."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from .files import DataError
+
+ANYTHING = Path(__file__).with_name("anything.txt")  # prompts for any model that knows the world
+CHOICE = re.compile(r"\{([^{}]*)\}")  # the innermost, so that choices may hold choices
+
+
+def expand(line: str, draws: random.Random) -> str:
+    """The line with one alternative of each choice; an empty one leaves a word out."""
+    while match := CHOICE.search(line):
+        chosen = draws.choice(match[1].split("|"))
+        line = line[: match.start()] + chosen + line[match.end() :]
+    return re.sub(r" +(,|$)", r"\1", re.sub(r" {2,}", " ", line)).strip()
+
+
+def generate(lines: Sequence[str], count: int, seed: int = 0) -> list[str]:
+    """`lines` as they are if none has a choice; else `count` prompts, the lines in turn, the same for the same seed."""
+    if not any(CHOICE.search(line) for line in lines):
+        return list(lines)
+    draws = random.Random(seed)
+    return [expand(lines[k % len(lines)], draws) for k in range(count)]
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Lines of a text file, empty ones and those that begin with # left out.
+
+    Raises DataError for a missing file or one without a prompt.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"prompt file {path} does not exist: check the name")
+    try:
+        prompts = prompt_lines(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError:
+        raise DataError(f"prompt file {path} is no UTF-8 text: save it as plain text, one prompt a line") from None
+    if not prompts:
+        raise DataError(f"prompt file {path} holds no prompt: write one a line")
+    return prompts
+
+
+def prompt_lines(text: str) -> list[str]:
+    """The lines of a text that are prompts: not empty, and not begun with #."""
+    lines = [line.strip() for line in text.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]

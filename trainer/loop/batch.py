@@ -1,0 +1,107 @@
+"""What one update trains on: pairs, noise levels and noise, all drawn at once from a seeded generator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...core.denoiser import Cond
+from ...core.sampling import trailing_timesteps
+from ...core.schedule import expand
+from ...core.student import Student
+from ..config import Config
+from ..data.samples import Samples
+
+
+def generator(seed: int, update: int, purpose: int = 0) -> torch.Generator:
+    """Randomness of one update, told by its number alone: a resumed run draws the same."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + update) * 16 + purpose)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch on the device, with everything random about it drawn."""
+
+    x: Tensor  # (B, C, H, W) the student's input
+    sigma: Tensor  # (B,) its level
+    first: Tensor  # (B,) true where it is pure noise
+    paired: Tensor  # (B,) true where that noise is the pair's own, so that the regression has one answer
+    cond: Cond
+    target: Tensor  # (B, C, H, W) the teacher's picture from the same noise
+    positive: Tensor  # (B, C, H, W) what the discriminator takes for real
+    positive_cond: Cond
+    positive_key: Tensor  # (B,) which picture that is: n of the n-th pair's, -1 - n of the n-th real one
+    renoise: Tensor  # (B,) sigma at which the discriminator sees both
+    noise: Tensor  # (B, C, H, W) the noise of that
+    distill_sigma: Tensor  # (B,) sigma of the distillation term
+    distill_noise: Tensor
+    seed: int  # of what is drawn on the device
+
+
+@dataclass(frozen=True)
+class Reals:
+    """Real pictures, and for each teacher pair the row (N,) of one of its prompt, -1 where there is none."""
+
+    samples: Samples
+    of_pair: Tensor
+
+    @staticmethod
+    def beside(pairs: Samples, samples: Samples) -> Reals:
+        row = {prompt: i for i, prompt in enumerate(samples.prompts)}
+        return Reals(samples, torch.tensor([row.get(prompt, -1) for prompt in pairs.prompts]))
+
+    def rows(self, pairs: Tensor, other: Tensor) -> Tensor:
+        """The reals of the given pairs' prompts; `other` where there is none."""
+        own = self.of_pair[pairs]
+        return torch.where(own >= 0, own, other)
+
+
+def draw(
+    config: Config, student: Student, pairs: Samples, reals: Reals | None, draws: torch.Generator, fresh: float = 0.0
+) -> Batch:
+    """A batch for one update, on the student's device; a share `fresh` of pure noise is no pair's."""
+    schedule, device, size = student.schedule, student.device, config.batch_size
+    rows = torch.randint(len(pairs), (size,), generator=draws)
+    target, cond = pairs.latents[rows], pairs.cond.rows(rows)
+    shape = target.shape
+    timesteps = torch.tensor(trailing_timesteps(config.student_steps, student.start_timestep, schedule.timesteps))
+    share = torch.full((config.student_steps,), (1 - config.first_step_share) / max(config.student_steps - 1, 1))
+    share[0] = config.first_step_share if config.student_steps > 1 else 1.0
+    level = torch.multinomial(share, size, True, generator=draws)
+    first = level == 0
+    sigma = schedule.sigma(timesteps[level])
+    paired = first & (torch.rand(size, generator=draws) >= fresh)
+    clean = torch.where(expand(first, target).bool(), torch.zeros_like(target), target)
+    noise = torch.where(expand(paired, target).bool(), pairs.noise(rows), torch.randn(shape, generator=draws))
+    positive, positive_cond, positive_key = target, cond, rows
+    if reals is not None and config.sees_pictures:
+        other = reals.rows(rows, torch.randint(len(reals.samples), (size,), generator=draws))
+        take = torch.rand(size, generator=draws) < (1.0 if config.positives == "real" else config.real_share)
+        positive = torch.where(expand(take, target).bool(), reals.samples.latents[other], target)
+        positive_key = torch.where(take, -1 - other, rows)
+        mixed = torch.arange(size) + size * take
+        positive_cond = Cond.cat([cond, reals.samples.cond.rows(other)]).rows(mixed)
+    last = schedule.timesteps - 1
+    normal = torch.randn(size, generator=draws)
+    renoise = schedule.sigma(
+        torch.sigmoid(config.renoise_mean + config.renoise_std * normal) * last
+    )  # LADD, section 3.2
+    uniform = torch.rand(size, generator=draws)
+    return Batch(
+        schedule.add_noise(clean, noise, sigma).to(device),
+        sigma.to(device),
+        first.to(device),
+        paired.to(device),
+        cond.to(device),
+        target.to(device),
+        positive.to(device),
+        positive_cond.to(device),
+        positive_key.to(device),
+        renoise.to(device),
+        torch.randn(shape, generator=draws).to(device),
+        schedule.sigma(last * (0.02 + 0.96 * uniform)).to(device),
+        torch.randn(shape, generator=draws).to(device),
+        int(torch.randint(2**31, (1,), generator=draws)),
+    )

@@ -1,0 +1,54 @@
+"""The vision transformer that judges decoded pictures: the one that comes with the clone, or one of your own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from ...demo.files import VISION
+
+EMBEDDED = "embedded"
+
+
+def load_vision(name: str) -> tuple[nn.Module, int]:
+    """A vision transformer in float32, and the side of its patches in pixels.
+
+    `name` is "embedded", a folder in transformers' layout, or a hub's name. Raises ValueError for one
+    that cannot be had whole, or that has no patches.
+    """
+    try:
+        from transformers import AutoModel
+
+        with _without_progress():
+            network, told = AutoModel.from_pretrained(
+                str(VISION) if name == EMBEDDED else name, output_loading_info=True
+            )
+    except (ImportError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"pixel_backbone is {name!r}, which cannot be loaded: {error}") from None
+    if told["missing_keys"]:
+        missing = sorted(told["missing_keys"])
+        raise ValueError(
+            f"pixel_backbone is {name!r}, whose file lacks {len(missing)} weights ({missing[0]}, ...): get it anew"
+        )
+    patch = getattr(network.config, "patch_size", None)
+    if not isinstance(patch, int):
+        raise ValueError(
+            f"pixel_backbone is {name!r}, a {type(network).__name__} without patches: use a vision transformer"
+        )
+    return network.float(), patch
+
+
+@contextmanager
+def _without_progress() -> Iterator[None]:
+    """transformers draws no bar of its own within: a front end has one."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,134 @@
+"""Everything that an update changes, and what of it a checkpoint holds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...core.checkpointing import checkpointed
+from ...core.discriminator import Discriminator
+from ...core.features import Features, TeacherFeatures
+from ...core.student import Student
+from ..config import Config, check_resumable
+from ..data.samples import Samples
+from .fake_score import Score
+from .feature_cache import Kept
+from .optimizer import adam
+
+
+@dataclass
+class State:
+    """Everything that an update changes: what a checkpoint holds."""
+
+    config: Config
+    student: Student
+    features: Features
+    discriminator: Discriminator
+    optimizer: torch.optim.Optimizer
+    discriminator_optimizer: torch.optim.Optimizer
+    average: nn.Module  # the running average of student.trained
+    score: Score | None = None  # the student's own, where distribution matching needs it
+    update: int = 0
+    spent: float = 0.0  # seconds of training
+    extra: dict[str, Any] = field(default_factory=dict)
+    kept: Kept = field(default_factory=Kept)  # of the positives; no part of a checkpoint
+    whole: bool = True  # False while an update is being applied: not a state to go on from
+
+    @classmethod
+    def create(
+        cls,
+        student: Student,
+        config: Config,
+        sample: Samples,
+        features: Features | None = None,
+    ) -> State:
+        """A fresh state; one `sample` row tells the shapes of features (by default the teacher's) and text."""
+        device = student.device
+        features = features or TeacherFeatures(student.teacher, tap_names(config))
+        x, cond = sample.latents[:1].to(device), sample.cond.rows(slice(1)).to(device)
+        with torch.no_grad():
+            maps = features(x, student.schedule.sigma(torch.tensor([500])).to(device), cond)
+        image = maps[-1].shape[1] if config.condition_image else 0
+        with torch.random.fork_rng():  # a host's own randomness stays as it was
+            torch.manual_seed(config.seed)
+            discriminator = Discriminator(
+                [m.shape[1] for m in maps], cond.summary.shape[1], image, config.head_channels
+            )
+        discriminator.to(device)
+        trained = student.trained
+        return cls(
+            config,
+            student,
+            features,
+            discriminator,
+            adam(trained, config.lr, (0.9, 0.99)),
+            adam(discriminator, config.lr_discriminator, (0.0, 0.99)),
+            copy.deepcopy(trained).requires_grad_(False),
+            Score(student, config) if config.distillation_weight > 0 and config.distillation == "matching" else None,
+        )
+
+    def release(self) -> None:
+        """Take every LoRA's hooks out of the shared backbone."""
+        self.student.release()
+        if self.score:
+            self.score.denoiser.release()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The student acts with the running average of its weights within."""
+        live = list(self.student.trained.parameters())
+        kept = [p.data for p in live]
+        try:
+            for parameter, slow in zip(live, self.average.parameters(), strict=True):
+                parameter.data = slow.data
+            yield
+        finally:
+            for parameter, value in zip(live, kept, strict=True):
+                parameter.data = value
+
+    @contextmanager
+    def checkpointed(self) -> Iterator[None]:
+        """Within, no pass keeps more activations than the settings allow."""
+        loras = [s.lora for s in (self.student, self.score and self.score.denoiser) if s and s.lora]
+        backbones = {id(b): b for b in (self.student.teacher.backbone, self.student.backbone)}
+        with ExitStack() as stack:
+            if self.config.gradient_checkpointing:
+                for backbone in backbones.values():
+                    stack.enter_context(checkpointed(backbone, loras))
+            yield
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "config": self.config.to_dict(),
+            "student": self.student.trained.state_dict(),
+            "average": self.average.state_dict(),
+            "discriminator": self.discriminator.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "discriminator_optimizer": self.discriminator_optimizer.state_dict(),
+            "update": self.update,
+            "spent": self.spent,
+            "extra": self.extra,
+            "score": self.score and self.score.state_dict(),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Raises ConfigError if the saved run had other settings."""
+        check_resumable(saved["config"], self.config)
+        self.student.trained.load_state_dict(saved["student"])
+        self.average.load_state_dict(saved["average"])
+        self.discriminator.load_state_dict(saved["discriminator"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.discriminator_optimizer.load_state_dict(saved["discriminator_optimizer"])
+        if self.score:
+            self.score.load_state_dict(saved["score"])
+        self.update, self.spent, self.extra = saved["update"], saved["spent"], saved["extra"]
+
+
+def tap_names(config: Config) -> list[str]:
+    return [name.strip() for name in config.taps.split(",") if name.strip()]

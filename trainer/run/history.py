@@ -1,0 +1,60 @@
+"""The losses of a run on disk, as they come."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..data.files import write_whole
+from ..loop.distill import Step
+
+
+def read(path: Path, update: int) -> list[dict[str, str]]:
+    """The rows up to an update; a last one that was cut short is left out."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [r for r in csv.DictReader(file) if None not in r.values() and int(r["update"]) <= update]
+
+
+class History:
+    """Losses and health of every update, in a CSV file that grows as training goes."""
+
+    def __init__(self, path: Path, update: int):
+        self.path = path
+        self.columns: list[str] = []
+        rows = read(path, update)
+        # A run killed after its last saved state repeats some updates: their rows are dropped, as is a row cut short.
+        if rows:
+            self.columns = list(rows[0])
+            self._write(rows, "w")
+        elif path.exists():
+            path.unlink()
+
+    def add(self, step: Step) -> None:
+        row = {"update": step.update, "seconds": round(step.seconds, 4), **asdict(step.health), **step.losses}
+        if not set(row) <= set(self.columns):
+            old = []
+            if self.path.exists():
+                with self.path.open(newline="") as file:
+                    old = list(csv.DictReader(file))
+            self.columns += [c for c in row if c not in self.columns]
+            self._write([*old, row], "w")
+        else:
+            self._write([row], "a")
+
+    def _write(self, rows: Sequence[dict[str, Any]], mode: str) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns)
+        if mode == "w":
+            writer.writeheader()
+        writer.writerows(rows)
+        if mode == "w":
+            write_whole(self.path, text.getvalue().encode())
+        else:
+            with self.path.open("a", newline="") as file:
+                file.write(text.getvalue())

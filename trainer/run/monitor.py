@@ -1,0 +1,177 @@
+"""A run as a page shows it: where it is, its curves, warnings and pictures, as plain JSON values.
+
+ComfyUI's panel and the WebUI's tab both draw snapshots of this; whoever comes later, or comes back,
+asks for a whole one.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from typing import Any
+
+from torch import Tensor
+
+from ..config import Config
+from ..loop.distill import Step
+from ..loop.health import RANGES, Health
+from .events import Begun, Control, Event, Finished, PairsMade, Preview, Selected, Warned
+
+POINTS = 1000  # in a curve; when twice as many have come, every second one goes
+SHOWN = 24  # previews that are kept
+NEWEST = 8  # teacher pictures that are shown while they are made
+
+# Latents (N, C, H, W) -> one place a picture where the page finds it, in the host's own words.
+Show = Callable[[Tensor], list[Any]]
+
+
+class Monitor:
+    """Follows a run's events; `snapshot` may be asked for from any thread.
+
+    `free` is the device's memory in bytes, the model's included, where the host knows it.
+    `show` makes pictures of latents for the page; it may take a while, and is called outside of the lock.
+    """
+
+    def __init__(self, kind: str, name: str, config: Config, show: Show, free: int | None = None):
+        self.kind, self.name, self.config, self.show, self.free = kind, name, config, show, free
+        self.control = Control()
+        self._lock = threading.Lock()
+        self._state, self._what, self._error, self._memory = "working", "", "", ""
+        self._done, self._total, self._unit = 0, 0, ""
+        self._spent = 0.0
+        self._recent: deque[tuple[int, float]] = deque(maxlen=20)  # (amount, seconds) of late progress
+        self._rows: list[dict[str, Any]] = []
+        self._every = 1
+        self._scores: list[tuple[int, float]] = []
+        self._best: dict[str, Any] | None = None
+        self._warnings: list[dict[str, Any]] = []
+        self._previews: list[dict[str, Any]] = []
+        self._pictures: list[Any] = []
+        self._teacher: list[Any] = []
+
+    @property
+    def running(self) -> bool:
+        """Whether a training runs that can be asked for a preview or its end."""
+        return self._state == "working" and self._what == "training"
+
+    def follow(self, event: Event, seconds: float) -> None:
+        """Take in an event, `seconds` after the one before it."""
+        shown = self._shown(event) if isinstance(event, Preview) else None
+        with self._lock:
+            if isinstance(event, PairsMade):
+                self._progress(event.what, event.done, event.total, event.what.split()[-1], seconds)
+            elif isinstance(event, Begun):
+                self._memory = event.memory.in_words(self.free)
+                self._progress("training", event.update, self.config.updates, "updates", 0.0)
+            elif isinstance(event, Step):
+                self._progress("training", event.update, self.config.updates, "updates", event.seconds)
+                self._spent = event.spent
+                self._add(event.update, event.losses, asdict(event.health))
+            elif isinstance(event, Selected):
+                self._scores.append((event.update, event.score))
+                if event.best:
+                    self._best = {"update": event.update, "score": event.score}
+            elif isinstance(event, Warned):
+                self._warnings.append({"update": event.update, "text": event.text})
+            elif shown is not None:
+                self._previews = [*self._previews, shown][-SHOWN:]
+            elif isinstance(event, Finished):
+                early = self.control.stop and self._done < self._total
+                self._state = "stopped" if early else "done"
+
+    def warn(self, text: str) -> None:
+        """Add a warning that is no event of the run."""
+        with self._lock:
+            self._warnings.append({"update": 0, "text": text})
+
+    def end(self, state: str, error: str = "") -> None:
+        """`done`, `cancelled` or `failed`, with what went wrong in words."""
+        with self._lock:
+            self._state, self._error = state, error
+
+    def recall(self, rows: Sequence[dict[str, str]]) -> None:
+        """Take in the history of a run that goes on: rows of `history.csv`."""
+        health = [f.name for f in fields(Health)]
+        with self._lock:
+            for row in rows:
+                told = {k: float(v) for k, v in row.items() if v not in (None, "")}
+                update = int(told.pop("update"))
+                told.pop("seconds", None)
+                self._add(update, {k: v for k, v in told.items() if k not in health}, {k: told[k] for k in health})
+
+    def _shown(self, event: Preview) -> dict[str, Any]:
+        self._teacher = self._teacher or self.show(event.teacher)
+        student = self.show(event.student)
+        told = {"update": event.update, "prompts": event.prompts, "seeds": event.seeds}
+        return told | {"teacher": self._teacher, "student": student}
+
+    def newest(self, latents: Tensor) -> None:
+        """Show some of these pairs."""
+        pictures = self.show(latents[-NEWEST:])
+        with self._lock:
+            self._pictures = [*self._pictures, *pictures][-NEWEST:]
+
+    def _progress(self, what: str, done: int, total: int, unit: str, seconds: float) -> None:
+        if what != self._what:
+            self._recent.clear()
+        elif done > self._done:
+            self._recent.append((done - self._done, seconds))
+        self._what, self._done, self._total, self._unit = what, done, total, unit
+
+    def _add(self, update: int, losses: dict[str, float], health: dict[str, float]) -> None:
+        if update % self._every:
+            return
+        if "discriminator" not in losses:  # there was none yet: its measures mean nothing
+            health = {k: v for k, v in health.items() if k not in ("accuracy", "logit_gap")}
+        self._rows.append({"update": update, "losses": losses, "health": health})
+        if len(self._rows) >= 2 * POINTS:
+            self._every *= 2
+            self._rows = [row for row in self._rows if row["update"] % self._every == 0]
+
+    def snapshot(self, first: int = 0) -> dict[str, Any]:
+        """All that a page shows; of the curves the points from `first` on."""
+        with self._lock:
+            rows = self._rows[first:]
+            amount, took = (sum(column) for column in zip(*self._recent, strict=True)) if self._recent else (0, 0)
+            rate = took / amount if amount else None
+            left = None if rate is None else rate * (self._total - self._done)
+            if left is not None and self.config.minutes and self._what == "training":
+                left = min(left, max(60 * self.config.minutes - self._spent, 0))
+            return {
+                "kind": self.kind,
+                "name": self.name,
+                "state": self._state,
+                "what": self._what,
+                "done": self._done,
+                "total": self._total,
+                "unit": self._unit,
+                "rate": rate,
+                "time_left": left,
+                "memory": self._memory,
+                "warnings": list(self._warnings),
+                "error": self._error,
+                "best": self._best,
+                "previews": list(self._previews),
+                "pictures": list(self._pictures),
+                "ranges": {name: [low, high] for name, (low, _, high, _) in RANGES.items()},
+                "first": first,
+                "points": len(self._rows),
+                "history": {
+                    "update": [row["update"] for row in rows],
+                    "losses": _columns([row["losses"] for row in rows]),
+                    "health": _columns([row["health"] for row in rows]),
+                    "scores": {
+                        "update": [update for update, _ in self._scores],
+                        "score": [score for _, score in self._scores],
+                    },
+                },
+            }
+
+
+def _columns(rows: Sequence[dict[str, float]]) -> dict[str, list[float | None]]:
+    """Rows of names and values as columns; what a row lacks, or is no number, is None."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [v if math.isfinite(v := row.get(name, math.nan)) else None for row in rows] for name in names}

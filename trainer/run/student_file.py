@@ -1,0 +1,73 @@
+"""What a student's file says of the run that made it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ...core.card import StudentCard
+from ...core.schedule import trailing_timesteps
+from ...core.student import student_bytes
+from ..config import Config
+from ..data.files import write_whole
+from ..host import Host
+from ..loop.state import State
+
+
+def make_card(host: Host, state: State, metrics: dict[str, Any]) -> StudentCard:
+    config, student = state.config, state.student
+    return StudentCard(
+        kind="lora" if student.lora is not None else "full",
+        base_model=host.name,
+        base_hash=host.base_hash,
+        architecture=host.architecture,
+        prediction=student.prediction,
+        base_prediction=student.teacher.prediction,
+        timesteps=tuple(trailing_timesteps(config.student_steps, student.start_timestep, student.schedule.timesteps)),
+        guidance=config.guidance,
+        resolution=host.resolution,
+        rank=config.rank,
+        alpha=student.lora.alpha if student.lora is not None else 0.0,
+        targets=config.targets,
+        method=_method(config),
+        training={"updates": state.update, "minutes": round(state.spent / 60, 1), **_told(config)},
+        metrics=metrics,
+    )
+
+
+def _method(config: Config) -> str:
+    """What the student was made by, in the papers' names."""
+    names = ["ADD" if config.pixel_backbone else "LADD"] if config.adversarial_weight > 0 else []
+    if config.distillation_weight > 0:
+        names.append(
+            {"matching": "distribution matching", "nfsd": "NFSD"}.get(config.distillation, "ADD's distillation")
+        )
+    return ", ".join(names) or "regression to the teacher's pictures"
+
+
+def _told(config: Config) -> dict[str, Any]:
+    """The settings that a reader of the card asks for."""
+    names = (
+        "pairs",
+        "batch_size",
+        "student_steps",
+        "positives",
+        "adversarial",
+        "adversarial_weight",
+        "distillation",
+        "distillation_weight",
+    )
+    told = {n: getattr(config, n) for n in (*names, "regression_weight", "seed")}
+    if config.pixel_backbone:  # of a folder its name alone: where it lay is nobody's business
+        told["pixel_backbone"] = (
+            Path(config.pixel_backbone).name if Path(config.pixel_backbone).is_dir() else config.pixel_backbone
+        )
+    return told | ({"init_student": Path(config.init_student).name} if config.init_student else {})
+
+
+def write_student(host: Host, state: State, path: Path, metrics: dict[str, Any]) -> StudentCard:
+    """Save the averaged student with its card."""
+    card = make_card(host, state, metrics)
+    with state.averaged():
+        write_whole(path, student_bytes(state.student, card))
+    return card
