@@ -1,4 +1,4 @@
-"""The files that ComfyUI's page loads: their types against ComfyUI's own, their imports, the library among them."""
+"""The files that ComfyUI's page loads: their own tests, their types against ComfyUI's, their imports, the library."""
 
 import json
 import re
@@ -14,6 +14,16 @@ OURS = sorted([*WEB.glob("*.js"), *WEB.glob("panel/*.js")])
 # `import ... from "x"`, `import "x"` and `new URL("x", import.meta.url)`
 NAMED = re.compile(r"""(?:\bfrom\s*|\bimport\s*|\bnew URL\(\s*)["'](\.{1,2}/[^"']+)["']""")
 OF_COMFYUI = {"scripts/app.js", "scripts/api.js"}
+
+
+def test_their_own_tests_pass():
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("needs Node.js: there is no node on the PATH")
+    files = sorted((ROOT / "tests" / "javascript").glob("*.test.js"))
+    command = [node, "--test", "--test-reporter=tap", *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")

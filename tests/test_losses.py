@@ -14,7 +14,7 @@ from turbodistill.core.schedule import DiscreteSchedule, FlowSchedule, expand
 from turbodistill.core.student import Student
 from turbodistill.trainer.config import Config
 from turbodistill.trainer.data.samples import Samples
-from turbodistill.trainer.loop import distill
+from turbodistill.trainer.loop import steps
 from turbodistill.trainer.loop.batch import draw
 from turbodistill.trainer.loop.state import State
 
@@ -251,6 +251,14 @@ def test_feature_matching_is_the_mean_distance_of_the_maps():
 # --- The trainer's terms ---
 
 
+FULL = steps.Phase(discriminator=True, adversarial=True, ramp=1.0, fresh_noise_share=0.0)
+
+
+def seen(state, output, batch):
+    """The positives and the student's pictures as the discriminator sees them."""
+    return steps.real_inputs(state, batch), steps.head_inputs(state, output, batch.cond, batch)
+
+
 def toy_state(toys, teacher=None, rank=0, **settings):
     teacher = teacher or toys.conv()
     config = Config(rank=rank, batch_size=4, head_channels=8, taps="conv_in,down", precision="float32", **settings)
@@ -267,7 +275,7 @@ def test_distillation_noises_the_student_s_output_and_not_the_real_picture(toys,
     # Its answer depends on the condition, which is all that NFSD moves by.
     recorder = toys.Recorder(lambda x, _, cond: x / 2 + expand(cond.context.mean((1, 2)), x), state.student.schedule)
     state.student.teacher = recorder
-    loss = distill.distillation_loss(state, output, batch, toys.cond(1, 0.0))
+    loss = steps.distillation_loss(state, output, batch, toys.cond(1, 0.0))
     noisy = state.student.schedule.add_noise(output.detach(), batch.distill_noise, batch.distill_sigma)
     x, sigma, _ = recorder.calls[0]
     assert torch.equal(x[:4], noisy) and torch.equal(sigma[:4], batch.distill_sigma)
@@ -285,7 +293,7 @@ def test_distillation_asks_the_teacher_with_guidance(toys):
     noisy = state.student.schedule.add_noise(output, batch.distill_noise, sigma)
     target = Guided(teacher, batch.cond, uncond, 4.0)(noisy, sigma)
     expected = losses.distillation(output, target, losses.exponential_weight(state.student.schedule, sigma))
-    assert torch.allclose(distill.distillation_loss(state, output, batch, uncond), expected, rtol=1e-4)
+    assert torch.allclose(steps.distillation_loss(state, output, batch, uncond), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -298,9 +306,9 @@ def test_every_term_reaches_the_student_and_nothing_else(toys, term, rank):
         toys.nudge(state.student.lora)
     batch = draw(state.config, state.student, pairs, None, torch.Generator().manual_seed(0))
     with state.student.training():
-        parts, used = distill.student_loss(state, batch, toys.cond(1, 0.0), adversarial=True)
-        assert list(parts) == [{"feature": "features"}.get(term, term)] and used["output"].requires_grad
-        sum(parts.values()).backward()
+        made = steps.student_losses(state, batch, toys.cond(1, 0.0), FULL)
+        assert list(made.losses) == [{"feature": "features"}.get(term, term)] and made.output.requires_grad
+        sum(made.losses.values()).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in state.student.trained.parameters())
     assert all(p.grad is None for p in state.student.teacher.backbone.parameters())
     assert all(p.grad is None for p in state.discriminator.parameters())
@@ -312,8 +320,8 @@ def test_the_discriminator_s_loss_trains_it_alone(toys, name, penalty):
     state, pairs = toy_state(toys, adversarial=name, r1=penalty)
     batch = draw(state.config, state.student, pairs, None, torch.Generator().manual_seed(0))
     with state.student.training():
-        _, used = distill.student_loss(state, batch, toys.cond(1, 0.0), adversarial=True)
-        parts, _, _ = distill.discriminator_loss(state, used["real"], used["fake"], batch)
+        made = steps.student_losses(state, batch, toys.cond(1, 0.0), FULL)
+        parts = steps.discriminator_losses(state, made.real, made.fake, batch).losses
         assert ("r1" in parts) == (penalty != "none") and all(v > 0 for v in parts.values())
         sum(parts.values()).backward()
     assert any(p.grad.abs().sum() > 0 for p in state.discriminator.parameters() if p.grad is not None)
@@ -326,12 +334,15 @@ def test_a_real_picture_with_another_s_text_counts_as_wrong(toys, conditional):
     state, pairs = toy_state(toys, mismatch_weight=0.5, adversarial="nonsaturating", r1="none")
     batch = draw(state.config, state.student, pairs, None, torch.Generator().manual_seed(0))
     state.features.conditional = conditional
-    real, fake = distill.both(state, toys.picture(4), batch)
+    real, fake = seen(state, toys.picture(4), batch)
     turned = batch.positive_cond.rows(torch.tensor([3, 0, 1, 2]))
     # Features of noisy latents are of the text as well: they are taken with the other's.
-    wrong = distill.look(state, batch.positive, turned, batch) if conditional else replace(real, text=turned.summary)
-    parts, on_real, _ = distill.discriminator_loss(state, real, fake, batch)
-    logits = distill.judge(state, wrong)
+    wrong = replace(real, text=turned.summary)
+    if conditional:
+        wrong = steps.head_inputs(state, batch.positive, turned, batch)
+    made = steps.discriminator_losses(state, real, fake, batch)
+    parts, on_real = made.losses, made.on_real
+    logits = steps.logits(state, wrong)
     # Each judgement moves the heads' spectral norms a little.
     expected = 0.5 * losses.nonsaturating_discriminator(on_real, logits)
     assert parts["mismatch"].item() == pytest.approx(expected.item(), rel=1e-3)
@@ -343,5 +354,5 @@ def test_a_batch_of_one_text_has_no_other(toys):
     state, _ = toy_state(toys, mismatch_weight=0.5)
     alike = Samples(toys.picture(8), toys.cond(1).repeat(8), [""] * 8, torch.arange(8))
     batch = draw(state.config, state.student, alike, None, torch.Generator().manual_seed(0))
-    parts, _, _ = distill.discriminator_loss(state, *distill.both(state, toys.picture(4), batch), batch)
+    parts = steps.discriminator_losses(state, *seen(state, toys.picture(4), batch), batch).losses
     assert "mismatch" not in parts

@@ -86,7 +86,7 @@ TERMS = {
     "LoRA": {"regression"},
     "adversarial": {"regression", "adversarial", "discriminator", "r1"},
     "ADD": {"regression", "adversarial", "distillation"},
-    "matching": {"regression", "distillation", "score"},
+    "matching": {"regression", "distillation", "fake_score"},
 }
 
 

@@ -2,10 +2,11 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { isOurs, nodesBelow, route } from "./panel/graph.js";
 import { Panel } from "./panel/panel.js";
-import { join } from "./panel/run.js";
+import { complete, join } from "./panel/run.js";
 
-/** @import { Doors, Graph, GraphNode, Picture, Run } from "./panel/types.d.ts" */
+/** @import { Doors, GraphNode, Run } from "./panel/types.d.ts" */
 
 /** Type of node -> its panel's kind, and the room in a node that it wants: width, least height, height of a new one. */
 const KINDS = /** @type {const} */ ({
@@ -18,19 +19,6 @@ const panels = new WeakMap();
 /** The events that come while a whole run is asked for. @type {WeakMap<Panel, Run[]>} */
 const late = new WeakMap();
 
-/**
- * Every node below `graph` with its execution id: "12", or "7:12" for node 12 inside subgraph node 7.
- * @param {Graph} graph @returns {Generator<[string, GraphNode]>}
- */
-function* nodesBelow(graph, path = "") {
-  for (const node of /** @type {GraphNode[]} */ (graph.nodes)) {
-    yield [`${path}${node.id}`, node];
-    // Front ends older than 1.24 know no subgraphs.
-    const inside = /** @type {{ subgraph?: Graph }} */ (node).subgraph;
-    if (inside) yield* nodesBelow(inside, `${path}${node.id}:`);
-  }
-}
-
 /** @returns {Generator<[string, Panel]>} */
 function* panelsShown() {
   for (const [id, node] of nodesBelow(app.graph)) {
@@ -39,12 +27,6 @@ function* panelsShown() {
   }
 }
 
-/** @param {string} id */
-const route = (id) => `/turbodistill/runs/${encodeURIComponent(id)}`;
-
-/** Node ids begin anew in every workflow: another's run is not shown. @param {Run} run */
-const isOurs = (run) => !run.workflow || run.workflow === app.graph.id;
-
 /** Show a node's run as the server has it, and what came meanwhile. @param {string} id @param {Panel} panel */
 async function restore(id, panel) {
   if (late.has(panel)) return;
@@ -52,9 +34,10 @@ async function restore(id, panel) {
   const events = [];
   late.set(panel, events);
   const answer = await api.fetchApi(route(id)).catch(() => null); // offline: `reconnected` asks again
-  const run = answer?.status === 200 ? /** @type {Run} */ (await answer.json().catch(() => null)) : null;
+  const told = answer?.status === 200 ? await answer.json().catch(() => null) : null;
+  const run = told && complete(told);
   late.delete(panel);
-  if (run && isOurs(run)) panel.show(run);
+  if (run && isOurs(run, app.graph)) panel.show(run);
   else if ([204, 404].includes(answer?.status ?? 0) && panel.run?.state === "working" && panel.run.node === id)
     panel.show({ ...panel.run, state: "cancelled", error: "ComfyUI was started again meanwhile." });
   for (const event of events) take(id, panel, event);
@@ -72,9 +55,10 @@ function restoreAll() {
   for (const [id, panel] of panelsShown()) restore(id, panel);
 }
 
-/** @param {CustomEvent<Run>} event */
-function follow({ detail: run }) {
-  if (!isOurs(run)) return;
+/** @param {CustomEvent<Partial<Run>>} event */
+function follow({ detail }) {
+  const run = complete(detail);
+  if (!isOurs(run, app.graph)) return;
   for (const [id, panel] of panelsShown()) if (id === run.node) take(id, panel, run);
 }
 
@@ -130,7 +114,7 @@ app.registerExtension({
   afterConfigureGraph: restoreAll,
   init() {
     const events = /** @type {EventTarget} */ (api); // its own types list ComfyUI's events only
-    events.addEventListener("turbodistill.run", (event) => follow(/** @type {CustomEvent<Run>} */ (event)));
+    events.addEventListener("turbodistill.run", (event) => follow(/** @type {CustomEvent} */ (event)));
     events.addEventListener("reconnected", restoreAll);
     events.addEventListener("executed", (event) => refreshChoices(/** @type {CustomEvent} */ (event)));
   },

@@ -10,6 +10,8 @@ from turbodistill.core import losses
 from turbodistill.core.schedule import expand
 from turbodistill.trainer.data.samples import Samples
 from turbodistill.trainer.loop import distill as loop
+from turbodistill.trainer.loop import steps
+from turbodistill.trainer.loop.batch import draw, generator
 from turbodistill.trainer.loop.distill import Diverged, distill
 from turbodistill.trainer.run import run
 
@@ -133,7 +135,7 @@ def test_a_step_names_the_losses_that_made_it(kit, host, tmp_path, changes, name
 
 
 def test_the_discriminator_learns_first_on_the_pairs_own_noise(kit, host, tmp_path, monkeypatch):
-    drawn, draw = [], loop.draw
+    drawn = []
     monkeypatch.setattr(loop, "draw", lambda *args: drawn.append(args[-1]) or draw(*args))
     settings = {
         "regression_updates": 3,
@@ -172,17 +174,17 @@ def test_the_student_s_score_learns_what_it_makes_and_is_off_for_all_else(kit, h
     cond, uncond = samples.cond.rows(slice(4)), host.encode_text([""])
     x, sigma = torch.randn(4, *host.latent_shape), torch.full((4,), 2.0)
     before = host.denoiser(x, sigma, cond)
-    assert torch.equal(state.score.denoiser(x, sigma, cond), before)
+    assert torch.equal(state.fake_score.denoiser(x, sigma, cond), before)
     steps = list(distill(state, samples, uncond))
-    first, last = ([s.losses["score"] for s in part] for part in (steps[:10], steps[-10:]))
+    first, last = ([s.losses["fake_score"] for s in part] for part in (steps[:10], steps[-10:]))
     assert sum(last) < sum(first)
     assert torch.equal(host.denoiser(x, sigma, cond), before)
-    assert not torch.equal(state.score.denoiser(x, sigma, cond), before)
+    assert not torch.equal(state.fake_score.denoiser(x, sigma, cond), before)
     state.release()
 
 
 def test_matching_rises_after_the_warm_up_as_the_adversarial_term_does(kit, host, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "distillation_loss", lambda state, output, *_: 1.0 + 0.0 * output.sum())
+    monkeypatch.setattr(steps, "distillation_loss", lambda state, output, *_: 1.0 + 0.0 * output.sum())
     changes = {
         "distillation_weight": 0.5,
         "distillation": "matching",
@@ -198,7 +200,7 @@ def test_matching_rises_after_the_warm_up_as_the_adversarial_term_does(kit, host
 def test_the_distillation_term_noises_the_students_output(kit, host, tmp_path, monkeypatch):
     """ADD, section 3.3: x_hat is diffused and denoised by the teacher, not the pair's picture."""
     state, samples = start(kit, host, tmp_path, distillation_weight=1.0)
-    batch = loop.draw(state.config, state.student, samples, None, loop.generator(0, 0))
+    batch = draw(state.config, state.student, samples, None, generator(0, 0))
     seen = {}
     inner = losses.teacher_target
 
@@ -209,7 +211,7 @@ def test_the_distillation_term_noises_the_students_output(kit, host, tmp_path, m
 
     monkeypatch.setattr(losses, "teacher_target", watched)
     output = torch.randn_like(batch.target).requires_grad_(True)
-    loss = loop.distillation_loss(state, output, batch, host.encode_text([""]))
+    loss = steps.distillation_loss(state, output, batch, host.encode_text([""]))
     sigma = expand(batch.distill_sigma, output)
     assert torch.equal(seen["x"], output.detach() + sigma * batch.distill_noise)
     # The gradient is that of c(t) |x_hat - target|^2 with a constant target: none flows through the teacher.
@@ -221,8 +223,8 @@ def test_the_distillation_term_noises_the_students_output(kit, host, tmp_path, m
 def test_the_gradient_reaches_the_student_and_stops_at_teacher_and_discriminator(kit, host, tmp_path):
     state, samples = start(kit, host, tmp_path, distillation_weight=1.0, feature_weight=1.0)
     with state.student.training():
-        batch = loop.draw(state.config, state.student, samples, None, loop.generator(0, 0))
-        parts, _ = loop.student_loss(state, batch, host.encode_text([""]), adversarial=True)
+        batch = draw(state.config, state.student, samples, None, generator(0, 0))
+        parts = steps.student_losses(state, batch, host.encode_text([""]), steps.Phase.of(state)).losses
         for name, part in parts.items():
             state.optimizer.zero_grad()
             part.backward(retain_graph=True)
@@ -235,7 +237,7 @@ def test_the_gradient_reaches_the_student_and_stops_at_teacher_and_discriminator
 def test_pure_noise_is_the_pairs_own(kit, host, tmp_path):
     """Or the regression would ask one answer of another noise."""
     state, samples = start(kit, host, tmp_path, student_steps=2)
-    batch = loop.draw(state.config, state.student, samples, None, loop.generator(0, 0))
+    batch = draw(state.config, state.student, samples, None, generator(0, 0))
     assert batch.first.any() and not batch.first.all()
     by_picture = {samples.latents[i].numpy().tobytes(): i for i in range(len(samples))}
     rows = torch.tensor([by_picture[t.numpy().tobytes()] for t in batch.target])
@@ -245,7 +247,7 @@ def test_pure_noise_is_the_pairs_own(kit, host, tmp_path):
 
 def test_a_share_of_pure_noise_is_fresh(kit, host, tmp_path):
     state, samples = start(kit, host, tmp_path, student_steps=2, batch_size=200)
-    batch = loop.draw(state.config, state.student, samples, None, loop.generator(0, 0), fresh=0.25)
+    batch = draw(state.config, state.student, samples, None, generator(0, 0), fresh=0.25)
     assert not (batch.paired & ~batch.first).any()
     assert 0.6 < batch.paired.sum() / batch.first.sum() < 0.9
     noise = batch.x / expand(batch.sigma, batch.x)
@@ -269,7 +271,7 @@ def test_positives_are_mixed_by_their_share_with_their_own_text(kit, host, tmp_p
     state, samples = start(kit, host, tmp_path, positives="both", real_share=0.25, batch_size=400)
     pictures = reals(host)
     beside = loop.Reals.beside(samples, pictures)
-    batch = loop.draw(state.config, state.student, samples, beside, loop.generator(0, 0))
+    batch = draw(state.config, state.student, samples, beside, generator(0, 0))
     of_teacher = (batch.positive == batch.target).flatten(1).all(1)
     assert 0.15 < 1 - of_teacher.float().mean() < 0.35
     assert torch.equal(batch.positive_cond.context[of_teacher], batch.cond.context[of_teacher])
@@ -281,7 +283,7 @@ def test_a_pair_is_judged_beside_the_picture_of_its_own_prompt(kit, host, tmp_pa
     pictures = reals(host)
     pictures.prompts[2], pictures.prompts[4] = samples.prompts[0], samples.prompts[7]
     beside = loop.Reals.beside(samples, pictures)
-    batch = loop.draw(state.config, state.student, samples, beside, loop.generator(0, 0))
+    batch = draw(state.config, state.student, samples, beside, generator(0, 0))
 
     def shown(pair):
         """The rows of the pictures that were drawn beside a pair."""
@@ -403,7 +405,7 @@ def test_the_learning_rates_fall_to_zero_at_the_end(host, kit, tmp_path, setting
     samples = kit.pairs(host, config, tmp_path)
     state = kit.state(host, config, samples)
     state.update, state.spent = update, spent
-    assert loop.rate(state) == pytest.approx(factor)
+    assert loop.learning_rate_scale(state) == pytest.approx(factor)
     with contextlib.closing(distill(state, samples, host.encode_text([""]))) as steps:
         next(steps)
     assert state.optimizer.param_groups[0]["lr"] == pytest.approx(factor * state.config.lr)

@@ -10,9 +10,10 @@ from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
 from turbodistill.core.features import VisionFeatures
 from turbodistill.trainer.config import ConfigError
 from turbodistill.trainer.loop import distill as loop
-from turbodistill.trainer.loop import start
+from turbodistill.trainer.loop import start, steps
+from turbodistill.trainer.loop.batch import draw, generator
 from turbodistill.trainer.loop.distill import Step
-from turbodistill.trainer.loop.feature_cache import Kept
+from turbodistill.trainer.loop.feature_cache import FeatureCache
 from turbodistill.trainer.loop.pixel_backbone import load_vision
 from turbodistill.trainer.run import run
 
@@ -36,10 +37,15 @@ def settings(kit, folder):
     return lambda **changes: kit.config(**({"pixel_backbone": str(folder), "taps": ""} | changes))
 
 
+def seen(state, output, batch):
+    """The positives and the student's pictures as the discriminator sees them."""
+    return steps.real_inputs(state, batch), steps.head_inputs(state, output, batch.cond, batch)
+
+
 def made(kit, host, settings, folder):
     samples = kit.pairs(host, settings, folder)
     state = kit.state(host, settings, samples)
-    return state, samples, loop.draw(settings, state.student, samples, None, loop.generator(0, 0))
+    return state, samples, draw(settings, state.student, samples, None, generator(0, 0))
 
 
 def test_the_one_that_comes_with_the_clone():
@@ -83,11 +89,11 @@ def test_it_sees_the_clean_picture_and_the_gradient_reaches_the_student(kit, hos
     state, _, batch = made(kit, host, settings(), tmp_path)
     before = kit.weights(state.features.network)
     with state.student.training():
-        real, fake = loop.both(state, state.student(batch.x, batch.sigma, batch.cond), batch)
-        sum(x.square().mean() for x in fake.inputs).backward()
+        real, fake = seen(state, state.student(batch.x, batch.sigma, batch.cond), batch)
+        sum(x.square().mean() for x in fake.maps).backward()
     clean = state.features(batch.target, torch.zeros(4), batch.cond)
     expected = state.discriminator.standardise(clean)
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(real.inputs, expected, strict=True))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(real.maps, expected, strict=True))
     assert (real.sigma == 0).all()
     assert all(p.grad is not None for p in state.student.trained.parameters())
     assert all(p.grad is None for p in state.features.network.parameters())
@@ -97,20 +103,20 @@ def test_it_sees_the_clean_picture_and_the_gradient_reaches_the_student(kit, hos
 
 def test_a_real_picture_is_seen_once_and_its_maps_are_kept(kit, host, settings, tmp_path):
     state, _, batch = made(kit, host, settings(), tmp_path)
-    seen = []
-    state.features.network.encoder.layer[-1].register_forward_hook(lambda *_: seen.append(1))
+    passes = []
+    state.features.network.encoder.layer[-1].register_forward_hook(lambda *_: passes.append(1))
     with torch.no_grad():
-        first, _ = loop.both(state, batch.x, batch)
-        once = len(seen)
-        again, _ = loop.both(state, batch.x, batch)
+        first, _ = seen(state, batch.x, batch)
+        once = len(passes)
+        again, _ = seen(state, batch.x, batch)
     different = len(set(batch.positive_key.tolist()))
-    assert (once, len(seen)) == (different + 1, different + 2)  # the student's pictures are seen every time
-    assert all(torch.equal(a, b) for a, b in zip(first.inputs, again.inputs, strict=True))
-    state.kept = Kept(limit=0)
+    assert (once, len(passes)) == (different + 1, different + 2)  # the student's pictures are seen every time
+    assert all(torch.equal(a, b) for a, b in zip(first.maps, again.maps, strict=True))
+    state.feature_cache = FeatureCache(limit=0)
     with torch.no_grad():
-        anew, _ = loop.both(state, batch.x, batch)
-    assert not state.kept.maps
-    assert all(torch.equal(a, b) for a, b in zip(first.inputs, anew.inputs, strict=True))
+        anew, _ = seen(state, batch.x, batch)
+    assert not state.feature_cache.maps
+    assert all(torch.equal(a, b) for a, b in zip(first.maps, anew.maps, strict=True))
 
 
 def test_maps_are_kept_by_the_picture_that_they_are_of(kit, host, settings, tmp_path):
@@ -118,7 +124,7 @@ def test_maps_are_kept_by_the_picture_that_they_are_of(kit, host, settings, tmp_
     samples = kit.pairs(host, config, tmp_path)
     state = kit.state(host, config, samples)
     reals = loop.Reals.beside(samples, replace(samples, latents=-samples.latents))
-    batch = loop.draw(config, state.student, samples, reals, loop.generator(0, 0))
+    batch = draw(config, state.student, samples, reals, generator(0, 0))
     assert batch.positive_key.min() < 0 <= batch.positive_key.max()
     for key, positive in zip(batch.positive_key.tolist(), batch.positive, strict=True):
         latents = samples.latents if key >= 0 else reals.samples.latents

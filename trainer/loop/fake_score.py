@@ -1,4 +1,4 @@
-"""The student's own score, for distribution matching: a second LoRA on the teacher's weights.
+"""The fake score (the student's own) for distribution matching: a second LoRA on the teacher's weights.
 
 As in VSD (arXiv 2305.16213, section 3) it needs no second copy of the model; as in DMD (2311.18828)
 it learns all the time to denoise what the student makes just now.
@@ -16,7 +16,7 @@ from .batch import Batch
 from .optimizer import adam
 
 
-class Score:
+class FakeScore:
     """The LoRA, as a denoiser of the student's pictures, and its optimizer."""
 
     def __init__(self, student: Student, config: Config):

@@ -10,7 +10,7 @@ from torch import Tensor
 LIMIT = 2**30  # bytes of the computer's memory, not the device's
 
 
-class Kept:
+class FeatureCache:
     """Maps by their picture's key, as many as `limit` bytes hold; those of further pictures are made anew."""
 
     def __init__(self, limit: int = LIMIT):

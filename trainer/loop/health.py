@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch.nn.functional as F
@@ -20,43 +20,64 @@ class Health:
     diversity: float  # ratio of the mean distance between samples of a batch
 
 
-def high_frequency_power(x: Tensor) -> float:
-    """Mean square of what a 3x3 blur takes away from x (B, C, H, W)."""
-    return (x - F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)).square().mean().item()
+@dataclass(frozen=True)
+class HealthParts:
+    """The numbers that a Health is made of, still on the device: `values` are K gaps, K rights, and five more."""
+
+    values: list[Tensor]
+    heads: int  # K
+    relative: bool
+
+    def read(self, numbers: Iterator[float]) -> Health:
+        """The Health of the values, once they are plain numbers."""
+        gaps = [next(numbers) for _ in range(self.heads)]
+        rights = [next(numbers) / (1 if self.relative else 2) for _ in range(self.heads)]
+        saturation, sharp, sharp_real, spread, spread_real = (next(numbers) for _ in range(5))
+        return Health(
+            accuracy=sum(rights) / self.heads if self.heads else 0.0,
+            logit_gap=sum(gaps) / self.heads if self.heads else 0.0,
+            saturation=saturation,
+            sharpness=sharp / max(sharp_real, 1e-12),
+            # A small batch may hold one picture twice, or one alone: then there is nothing to compare with.
+            diversity=spread / spread_real if spread_real > 1e-6 else 1.0,
+        )
 
 
-def spread_of_batch(x: Tensor) -> float:
-    """Mean squared distance between neighbours of a batch (B, C, H, W); 0 for one sample."""
-    return (x - x.roll(1, 0)).square().mean().item()
+def high_frequency_power(x: Tensor) -> Tensor:
+    """Mean square, (), of what a 3x3 blur takes away from x (B, C, H, W)."""
+    return (x - F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)).square().mean()
+
+
+def spread_of_batch(x: Tensor) -> Tensor:
+    """Mean squared distance, (), between neighbours of a batch (B, C, H, W); 0 for one sample."""
+    return (x - x.roll(1, 0)).square().mean()
+
+
+def health_parts(
+    real: Sequence[Tensor], fake: Sequence[Tensor], output: Tensor, positives: Tensor, relative: bool
+) -> HealthParts:
+    """What Health needs of K logits (B, N_k) of real and fake, and of the latents (B, C, H, W) behind them.
+
+    `relative` judges accuracy by the difference of the two logits, as relativistic losses do.
+    """
+    output, positives = output.detach().float(), positives.float()
+    pairs = [(r.detach(), f.detach()) for r, f in zip(real, fake, strict=True)]
+    gaps = [r.mean() - f.mean() for r, f in pairs]
+    if relative:
+        rights = [(r > f).float().mean() for r, f in pairs]
+    else:
+        rights = [(r > 0).float().mean() + (f < 0).float().mean() for r, f in pairs]
+    saturation = output.std() / positives.std().clamp(min=1e-6)
+    powers = [f(x) for f in (high_frequency_power, spread_of_batch) for x in (output, positives)]
+    return HealthParts([*gaps, *rights, saturation, *powers], len(pairs), relative)
 
 
 def measure(
     real: Sequence[Tensor], fake: Sequence[Tensor], output: Tensor, positives: Tensor, relative: bool
 ) -> Health:
-    """Health from K logits (B, N_k) of real and fake, and the latents (B, C, H, W) behind them.
-
-    `relative` judges accuracy by the difference of the two logits, as relativistic losses do.
-    """
-    output, positives = output.detach().float(), positives.float()
-    accuracy = gap = 0.0
-    if real:
-        gaps = [(r.mean() - f.mean()).item() for r, f in zip(real, fake, strict=True)]
-        if relative:
-            right = [(r > f).float().mean().item() for r, f in zip(real, fake, strict=True)]
-        else:
-            right = [
-                ((r > 0).float().mean() + (f < 0).float().mean()).item() / 2 for r, f in zip(real, fake, strict=True)
-            ]
-        accuracy, gap = sum(right) / len(right), sum(gaps) / len(gaps)
-    # A small batch may hold one picture twice, or one alone: then there is nothing to compare with.
-    spread = spread_of_batch(positives)
-    return Health(
-        accuracy=accuracy,
-        logit_gap=gap,
-        saturation=(output.std() / positives.std().clamp(min=1e-6)).item(),
-        sharpness=high_frequency_power(output) / max(high_frequency_power(positives), 1e-12),
-        diversity=spread_of_batch(output) / spread if spread > 1e-6 else 1.0,
-    )
+    """Health at once; arguments as `health_parts`."""
+    parts = health_parts(real, fake, output, positives, relative)
+    return parts.read(iter([value.item() for value in parts.values]))
 
 
 # Range, and what to say below and above it (method: others' runs failed in these ways).

@@ -1,4 +1,4 @@
-"""Everything that an update changes, and what of it a checkpoint holds."""
+"""Everything that an update changes, and what of it is saved."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ...core.features import Features, TeacherFeatures
 from ...core.student import Student
 from ..config import Config, check_resumable
 from ..data.samples import Samples
-from .fake_score import Score
-from .feature_cache import Kept
+from .fake_score import FakeScore
+from .feature_cache import FeatureCache
 from .optimizer import adam
 
 
 @dataclass
 class State:
-    """Everything that an update changes: what a checkpoint holds."""
+    """Everything that an update changes."""
 
     config: Config
     student: Student
@@ -33,11 +33,11 @@ class State:
     optimizer: torch.optim.Optimizer
     discriminator_optimizer: torch.optim.Optimizer
     average: nn.Module  # the running average of student.trained
-    score: Score | None = None  # the student's own, where distribution matching needs it
+    fake_score: FakeScore | None = None  # where distribution matching needs it
     update: int = 0
     spent: float = 0.0  # seconds of training
     extra: dict[str, Any] = field(default_factory=dict)
-    kept: Kept = field(default_factory=Kept)  # of the positives; no part of a checkpoint
+    feature_cache: FeatureCache = field(default_factory=FeatureCache)  # of the positives; not saved
     whole: bool = True  # False while an update is being applied: not a state to go on from
 
     @classmethod
@@ -70,14 +70,16 @@ class State:
             adam(trained, config.lr, (0.9, 0.99)),
             adam(discriminator, config.lr_discriminator, (0.0, 0.99)),
             copy.deepcopy(trained).requires_grad_(False),
-            Score(student, config) if config.distillation_weight > 0 and config.distillation == "matching" else None,
+            FakeScore(student, config)
+            if config.distillation_weight > 0 and config.distillation == "matching"
+            else None,
         )
 
     def release(self) -> None:
         """Take every LoRA's hooks out of the shared backbone."""
         self.student.release()
-        if self.score:
-            self.score.denoiser.release()
+        if self.fake_score:
+            self.fake_score.denoiser.release()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -95,7 +97,7 @@ class State:
     @contextmanager
     def checkpointed(self) -> Iterator[None]:
         """Within, no pass keeps more activations than the settings allow."""
-        loras = [s.lora for s in (self.student, self.score and self.score.denoiser) if s and s.lora]
+        loras = [s.lora for s in (self.student, self.fake_score and self.fake_score.denoiser) if s and s.lora]
         backbones = {id(b): b for b in (self.student.teacher.backbone, self.student.backbone)}
         with ExitStack() as stack:
             if self.config.gradient_checkpointing:
@@ -114,7 +116,7 @@ class State:
             "update": self.update,
             "spent": self.spent,
             "extra": self.extra,
-            "score": self.score and self.score.state_dict(),
+            "fake_score": self.fake_score and self.fake_score.state_dict(),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -125,8 +127,8 @@ class State:
         self.discriminator.load_state_dict(saved["discriminator"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.discriminator_optimizer.load_state_dict(saved["discriminator_optimizer"])
-        if self.score:
-            self.score.load_state_dict(saved["score"])
+        if self.fake_score:
+            self.fake_score.load_state_dict(saved["fake_score"])
         self.update, self.spent, self.extra = saved["update"], saved["spent"], saved["extra"]
 
 

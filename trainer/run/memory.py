@@ -149,7 +149,10 @@ def measure(state: State, pairs: Samples) -> Memory:
             with _Kept(student.teacher.backbone, known) as passes:
                 state.features(x.clone().requires_grad_(True), sigma, cond)
             kept += passes.total(config.gradient_checkpointing)
-    trained = [*student.trained.parameters(), *(state.score.denoiser.trained.parameters() if state.score else ())]
+    trained = [
+        *student.trained.parameters(),
+        *(state.fake_score.denoiser.trained.parameters() if state.fake_score else ()),
+    ]
     weights = _bytes(student.teacher.backbone.parameters())
     # A parameter beside its gradient, Adam's two moments and the running average.
     return Memory(weights, 5 * _bytes(trained) + 4 * _bytes(state.discriminator.parameters()), kept * config.batch_size)

@@ -1,56 +1,12 @@
 // The two live charts, drawn by uPlot.
 
 import uPlot from "../lib/uPlot.esm.js";
-import { short } from "./run.js";
+import { decade, healthAxis, reachesZero, valueAt } from "./curves.js";
 
-/** @import { Run } from "./types.d.ts" */
-/**
- * A curve, its `raw` values by those drawn, and whether these are few.
- * @typedef {{ name: string, values: (number | null)[], raw?: (value: number) => number, few?: boolean }} Curve
- */
+/** @import { Curve } from "./curves.js" */
 
 // Middle tones: they stand out from ComfyUI's dark and light ground alike.
 const COLOURS = ["#3d94e0", "#e0803a", "#35a86b", "#b865cc", "#b08d12", "#d6546c"];
-const HEALTH = ["accuracy", "saturation", "sharpness", "diversity"];
-
-/** Powers of ten, between which a logarithmic axis needs no lines. @param {number} value */
-const decade = (value) => (Math.abs((Math.log10(Math.abs(value) || 1) + 1e-6) % 1) < 1e-5 ? value : null);
-
-/** Mean of the `width` points up to each. @param {(number | null)[]} values @param {number} width */
-function smooth(values, width) {
-  if (width < 2) return values;
-  let [sum, count] = [0, 0];
-  return values.map((value, i) => {
-    if (value !== null) [sum, count] = [sum + value, count + 1];
-    const gone = i < width ? null : (values[i - width] ?? null);
-    if (gone !== null) [sum, count] = [sum - gone, count - 1];
-    return value === null ? null : sum / count;
-  });
-}
-
-/** The losses, and the scores of the selections. @param {Run} run @param {number} width @returns {Curve[]} */
-export function lossCurves({ history: { update, losses, scores } }, width) {
-  const curves = Object.entries(losses).map(([name, values]) => ({ name, values: smooth(values, width) }));
-  if (!scores.update.length) return curves;
-  /** @type {(number | null)[]} */
-  const values = update.map(() => null);
-  scores.update.forEach((selected, i) => {
-    const at = update.findIndex((point) => point >= selected); // its own point may have been thinned out
-    values[at < 0 ? values.length - 1 : at] = scores.score[i] ?? null;
-  });
-  return [...curves, { name: "held-out score", values, few: true }];
-}
-
-/** Each measure by its place in its healthy range, 0 to 1. @param {Run} run @param {number} width @returns {Curve[]} */
-export function healthCurves({ history: { health }, ranges }, width) {
-  return HEALTH.flatMap((name) => {
-    const [values, range] = [health[name], ranges[name]];
-    if (!values || !range) return [];
-    const [low, span] = [range[0], range[1] - range[0]];
-    const places = smooth(values, width).map((value) => (value === null ? null : (value - low) / span));
-    return [{ name, values: places, raw: (/** @type {number} */ place) => low + place * span }];
-  });
-}
 
 /** One chart; made anew only when its curves are others. */
 export class Chart {
@@ -69,7 +25,7 @@ export class Chart {
     if (!update.length || !this.root.clientWidth) return;
     this.#curves = curves;
     // Logarithms know no loss below zero, which some adversarial ones reach: arcsinh bends around it.
-    const below = curves.some(({ values }) => values.some((value) => value !== null && value <= 0));
+    const below = reachesZero(curves);
     const made = [below, ...curves.map(({ name }) => name)].join();
     const data = /** @type {uPlot.AlignedData} */ ([update, ...curves.map(({ values }) => values)]);
     if (made !== this.#made) {
@@ -134,9 +90,7 @@ export class Chart {
       },
       scales: {
         x: { time: false },
-        y: health
-          ? { range: (_, low, high) => [Math.max(Math.min(low, -0.3), -1.5), Math.min(Math.max(high, 1.3), 2.5)] }
-          : { distr: bend, asinh: 0.01 },
+        y: health ? { range: (_, low, high) => healthAxis(low, high) } : { distr: bend, asinh: 0.01 },
       },
       axes: [
         { ...axis, size: 18, label: "update" },
@@ -157,11 +111,9 @@ export class Chart {
       width: 1.5,
       spanGaps: true,
       ...(few && { dash: [4, 4], points: { show: true, size: 5 } }),
-      // Where there is no value, the last before it.
-      value: (_, value, __, at) => {
+      value: (_, __, ___, at) => {
         const curve = this.#curves[i];
-        const last = value ?? curve?.values.slice(0, (at ?? -1) + 1).findLast((v) => v !== null);
-        return last == null ? "" : short(curve?.raw?.(last) ?? last, 2);
+        return curve ? valueAt(curve, at ?? -1) : "";
       },
     };
   }

@@ -1,7 +1,9 @@
 // The panel in a node: draws a run, and knows nothing of ComfyUI.
 
-import { Chart, healthCurves, lossCurves } from "./charts.js";
-import { figures, status } from "./run.js";
+import { Chart } from "./charts.js";
+import { buttons, newest, shownPreview } from "./controls.js";
+import { healthCurves, lossCurves, meanWidth } from "./curves.js";
+import { figures, status, warnings } from "./run.js";
 
 /** @import { Doors, Picture, Preview, Run } from "./types.d.ts" */
 
@@ -10,7 +12,6 @@ const BEFORE = {
     "Here you will see how far the training is, losses, health, and the student's pictures beside the teacher's.",
   pairs: "Here you will see how many pairs are made, and the newest pictures.",
 };
-const PARTS = 25; // of a curve: each point is the mean over one
 const SMALL = 128; // pixels; smaller pictures are shown in squares, not blurred
 
 /**
@@ -52,9 +53,9 @@ export class Panel {
   #losses = new Chart("loss");
   #health = new Chart("health");
   #shown = ""; // which pictures are drawn
-  #asked = ""; // what was clicked and has not come yet
-  #previews = 0; // how many there were at the click
-  #follows = true; // the newest preview, until an earlier one is chosen
+  /** What was clicked and has not come yet. @type {"" | "stop" | "preview"} */ #asked = "";
+  /** The newest preview's update at the click. @type {number | null} */ #before = null;
+  /** The chosen preview's update; null for the newest. @type {number | null} */ #chosen = null;
   #frame = 0;
 
   /** @param {"distill" | "pairs"} kind @param {Doors} doors */
@@ -67,7 +68,8 @@ export class Panel {
     this.#flip.append(this.#slider, this.#which);
     Object.assign(this.#slider, { type: "range", min: "0", step: "1", title: "Earlier previews" });
     this.#slider.addEventListener("input", () => {
-      this.#follows = this.#slider.value === this.#slider.max;
+      const chosen = this.run?.previews[this.#slider.valueAsNumber];
+      this.#chosen = this.#slider.value === this.#slider.max ? null : (chosen?.update ?? null);
       this.draw();
     });
     this.root.append(...styles(), this.#status, this.#bar, this.#figures, this.#error, this.#warnings);
@@ -85,7 +87,7 @@ export class Panel {
 
   /** @param {Run | null} run */
   show(run) {
-    if (run?.history.update[0] !== this.run?.history.update[0]) this.#follows = true; // another run
+    if (!run?.previews.length) this.#chosen = null; // another run
     this.run = run;
     this.draw();
   }
@@ -117,11 +119,11 @@ export class Panel {
     this.#figures.textContent = figures(run);
     this.#error.textContent = run.error;
     this.#memory.textContent = run.memory;
-    const warnings = run.warnings.map(({ update, text }) => (update ? `Update ${update}: ${text}` : text));
-    this.#warnings.replaceChildren(...warnings.slice(-3).map((words) => element("li", "", words)));
-    this.#warnings.title = warnings.join("\n");
+    const warned = warnings(run);
+    this.#warnings.replaceChildren(...warned.slice(-3).map((words) => element("li", "", words)));
+    this.#warnings.title = warned.join("\n");
     const { update } = run.history;
-    const width = Math.ceil(update.length / PARTS);
+    const width = meanWidth(update.length);
     this.#charts.title = width > 1 ? `Means over ${width} points; click a name to hide or show its curve` : "";
     this.#charts.hidden = !update.length;
     this.#losses.draw(update, lossCurves(run, width));
@@ -135,8 +137,8 @@ export class Panel {
     const last = run.previews.length - 1;
     this.#flip.hidden = last < 1;
     this.#slider.max = String(last);
-    if (this.#follows) this.#slider.value = String(last);
-    const at = this.#slider.valueAsNumber;
+    const at = shownPreview(run.previews, this.#chosen);
+    this.#slider.value = String(at);
     const preview = run.previews[at];
     this.#which.textContent = preview ? `update ${preview.update} (${at + 1} of ${last + 1})` : "";
     const shown = JSON.stringify(preview ?? run.pictures);
@@ -174,7 +176,7 @@ export class Panel {
     button.type = "button";
     button.addEventListener("click", async () => {
       this.#asked = what;
-      this.#previews = this.run?.previews.length ?? 0;
+      this.#before = newest(this.run);
       this.#said.textContent = "";
       this.draw();
       const hindered = await this.doors.ask(what);
@@ -186,11 +188,9 @@ export class Panel {
 
   /** @param {Run} run */
   #drawButtons(run) {
-    const trains = run.state === "working" && run.what === "training";
-    if (!trains || (this.#asked === "preview" && run.previews.length !== this.#previews)) this.#asked = "";
-    this.#stop.disabled = !trains || this.#asked === "stop";
-    this.#preview.disabled = !trains || this.#asked !== "";
-    this.#stop.textContent = this.#asked === "stop" ? "Stopping…" : "Stop and keep best";
-    this.#preview.textContent = this.#asked === "preview" ? "Preview asked for…" : "Preview now";
+    const { waits, stop, preview } = buttons(run, this.#asked, this.#before);
+    this.#asked = waits;
+    Object.assign(this.#stop, stop);
+    Object.assign(this.#preview, preview);
   }
 }

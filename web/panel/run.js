@@ -2,6 +2,33 @@
 
 /** @import { Columns, Run } from "./types.d.ts" */
 
+/** @type {Omit<Run, "first" | "points" | "history">} */
+const NOTHING = {
+  node: "",
+  kind: "distill",
+  name: "",
+  state: "working",
+  what: "",
+  done: 0,
+  total: 0,
+  unit: "updates",
+  rate: null,
+  time_left: null,
+  memory: "",
+  warnings: [],
+  error: "",
+  best: null,
+  previews: [],
+  pictures: [],
+  ranges: {},
+};
+
+/** A run with all its keys: an open page may be older than the server. @param {Partial<Run>} told @returns {Run} */
+export function complete(told) {
+  const history = { update: [], losses: {}, health: {}, scores: { update: [], score: [] }, ...told.history };
+  return { ...NOTHING, first: 0, points: history.update.length, ...told, history };
+}
+
 /** @param {number} seconds */
 export function duration(seconds) {
   const whole = Math.round(seconds);
@@ -44,6 +71,11 @@ export function figures({ state, unit, done, total, rate, time_left, history }) 
   if (rate && !timed) parts.push(rate < 1 ? `${short(1 / rate, 3)} ${unit} a second` : `${short(rate, 3)} s each`);
   if (time_left !== null) parts.push(`${duration(time_left)} left`);
   return parts.join(" · ");
+}
+
+/** Each warning, with its update where it has one. @param {Run} run */
+export function warnings(run) {
+  return run.warnings.map(({ update, text }) => (update ? `Update ${update}: ${text}` : text));
 }
 
 /**

@@ -1,0 +1,51 @@
+// Runs as the server tells them.
+
+/** A training that has made `points` updates; `changes` are its other values. */
+export function training(points = 0, changes = {}) {
+  return {
+    node: "12",
+    workflow: "w",
+    kind: "distill",
+    name: "my-turbo",
+    state: "working",
+    what: "training",
+    done: points,
+    total: 100,
+    unit: "updates",
+    rate: 2,
+    time_left: 2 * (100 - points),
+    memory: "",
+    warnings: [],
+    error: "",
+    best: null,
+    previews: [],
+    pictures: [],
+    ranges: { accuracy: [0.5, 0.9], saturation: [0, 2] },
+    first: 0,
+    points,
+    history: history(1, points),
+    ...changes,
+  };
+}
+
+/** The points of the updates `from` to `to`, whose values tell which they are. */
+export function history(from, to) {
+  const update = Array.from({ length: to - from + 1 }, (_, i) => from + i);
+  return {
+    update,
+    losses: { regression: update.map((u) => 1 / u) },
+    health: { accuracy: update.map((u) => u / 100) },
+    scores: { update: [], score: [] },
+  };
+}
+
+/** An event of a training that has made `points` updates, with those after the first `first`. */
+export function event(first, points, changes = {}) {
+  return training(points, { first, history: history(first + 1, points), ...changes });
+}
+
+/** A preview at an update, of one picture. */
+export function preview(update) {
+  const picture = (name) => ({ filename: `${name}-${update}.png`, subfolder: "runs/my turbo", type: "temp" });
+  return { update, prompts: [`prompt ${update}`], seeds: [7], teacher: [picture("teacher")], student: [picture("student")] };
+}
