@@ -48,15 +48,15 @@ export const app = {
 globalThis.comfyui = { api, app };
 await import(pathToFileURL(join(folder, "extensions", "turbodistill", "turbodistill.js")));
 
-/** A node of this type, with its panel in `root`. */
+/** A node of this type, with its panel in `root` and what its `widget` was made with in `options`. */
 export function node(id, comfyClass) {
   const made = {
     id,
     comfyClass,
     size: [200, 100],
     addDOMWidget(name, type, root, options) {
-      this.root = Object.assign(root, { widget: options });
-      return options;
+      Object.assign(this, { root, options, widget: {} });
+      return this.widget;
     },
     computeSize: () => [200, 100],
     setSize(size) {

@@ -37,7 +37,7 @@ function shown(run, { kind = "distill", hindered = "" } = {}) {
 }
 
 /** The previews of these updates, in a run. */
-const trained = (updates, points = 50, changes = {}) => training(points, { previews: updates.map(preview), ...changes });
+const trained = (updates, points = 50, changes) => training(points, { previews: updates.map(preview), ...changes });
 
 test("before a run the panel says what it will show", () => {
   for (const kind of ["distill", "pairs"]) {
@@ -90,14 +90,15 @@ test("a preview shows the teacher's picture beside the student's", () => {
 
 test("a preview may lack teacher, prompt and seed", () => {
   const { part } = shown(training(3, { previews: [{ ...preview(0), teacher: [], prompts: [], seeds: [] }] }));
-  assert.equal(part("pair").children.length, 1);
-  assert.equal(part("card").children[1].title, "\nseed unknown");
+  const [pair, caption] = part("card").children;
+  assert.deepEqual([pair.children.length, caption.textContent, caption.title], [1, "", "\nseed unknown"]);
 });
 
 test("pairs show their pictures", () => {
   const pictures = preview(0).teacher;
   const { part } = shown(training(3, { kind: "pairs", what: "teacher pairs", pictures }), { kind: "pairs" });
-  assert.deepEqual(part("pictures").children.map((picture) => picture.children[0].src), ["/view?filename=teacher-0.png"]);
+  const addresses = part("pictures").children.map((picture) => picture.children[0].src);
+  assert.deepEqual(addresses, ["/view?filename=teacher-0.png"]);
 });
 
 test("the slider is there for two previews or more", () => {
@@ -119,6 +120,15 @@ test("the newest preview is shown, until an earlier one is chosen", () => {
   show(trained([0, 100, 200, 300, 400]));
   assert.equal(text("which"), "update 400 (5 of 5)");
   assert.equal(slider().value, slider().max);
+});
+
+test("pictures are made anew only when others are to be shown", () => {
+  const { part, slide, show } = shown(trained([0, 100]));
+  const card = part("card");
+  show(trained([0, 100], 51));
+  assert.equal(part("card"), card);
+  slide(0);
+  assert.equal(part("card").children[1].textContent, "prompt 0");
 });
 
 test("a chosen preview stays while its run goes on", () => {
@@ -153,6 +163,8 @@ test("a click asks once, and the button waits for what it asked", async () => {
   assert.deepEqual([asked, stop.disabled, stop.textContent], [["preview", "stop"], true, "Stopping…"]);
   show(trained([0, 51], 52, { state: "stopped" }));
   assert.deepEqual([stop.disabled, stop.textContent], [true, "Stop and keep best"]);
+  show(trained([0, 51], 53)); // it goes on
+  assert.equal(stop.disabled, false);
 });
 
 test("what hinders a wish is said, and the button can be clicked again", async () => {

@@ -47,5 +47,6 @@ export function event(first, points, changes = {}) {
 /** A preview at an update, of one picture. */
 export function preview(update) {
   const picture = (name) => ({ filename: `${name}-${update}.png`, subfolder: "runs/my turbo", type: "temp" });
-  return { update, prompts: [`prompt ${update}`], seeds: [7], teacher: [picture("teacher")], student: [picture("student")] };
+  const pictures = { teacher: [picture("teacher")], student: [picture("student")] };
+  return { update, prompts: [`prompt ${update}`], seeds: [7], ...pictures };
 }

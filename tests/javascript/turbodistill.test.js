@@ -31,7 +31,8 @@ async function tell(run) {
 test("nodes that train or make pairs have a panel, which is not saved; others have none", () => {
   const [pairs, other] = [node(1, "TurboDistillTeacherPairs"), node(2, "KSampler")];
   assert.ok(distill.root && pairs.root && !other.root);
-  for (const { root } of [distill, pairs]) assert.equal(root.widget.serialize, false);
+  for (const { options, widget } of [distill, pairs])
+    assert.deepEqual([options.serialize, widget.serialize], [false, false]); // in the prompt, in the workflow
 });
 
 test("events that follow each other are shown without asking", async () => {
@@ -52,6 +53,7 @@ test("events that come while the whole is asked for are shown after it, and it i
   api.answers[RUN] = new Promise((resolve) => (answer = resolve));
   await tell(event(3, 5));
   await tell(event(5, 7));
+  api.tell("reconnected");
   await tell(event(7, 9));
   answer(training(7));
   await answered();

@@ -53,7 +53,12 @@ test("a training tells how far, how fast and how long yet", () => {
 });
 
 test("a fast training is counted by the second", () => {
-  assert.equal(figures(training(40, { rate: 0.08, time_left: 4.8 })), "40 of 100 updates · 12.5 updates a second · 5 s left");
+  const words = figures(training(40, { rate: 0.08, time_left: 4.8 }));
+  assert.equal(words, "40 of 100 updates · 12.5 updates a second · 5 s left");
+});
+
+test("a slow training is told by the update", () => {
+  assert.equal(figures(training(99, { rate: 1, time_left: 1 })), "99 of 100 updates · 1 s each · 1 s left");
 });
 
 test("before the first update there is neither speed nor time left", () => {

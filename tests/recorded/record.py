@@ -39,7 +39,6 @@ import torch
 HERE = Path(__file__).resolve().parent
 HOSTS = ("comfyui", "a1111", "forge")
 FLAGS = {
-    "comfyui": [],
     "a1111": ["--use-cpu", "all", "--no-half", "--skip-torch-cuda-test"],
     "forge": ["--always-cpu", "--all-in-fp32", "--skip-torch-cuda-test"],
 }
@@ -100,7 +99,7 @@ class Network(torch.nn.Module):
     dtype = storage_dtype = computation_dtype = torch.float32
     load_device = offload_device = initial_device = torch.device("cpu")
 
-    def forward(self, x, t, **_):
+    def forward(self, x, t, *_, **__):
         self.seen, self.told = x, t
         return x / 2 + t.float().view(-1, 1, 1, 1) / 1000
 
@@ -112,7 +111,7 @@ class Pull:
         self.xs, self.sigmas = [], []
         vars(self).update(held)
 
-    def __call__(self, x, sigma, **_):
+    def __call__(self, x, sigma, *_, **__):
         self.xs.append(x.clone())
         self.sigmas.append(float(sigma[0]))
         return 0.3 * x

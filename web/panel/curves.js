@@ -54,9 +54,13 @@ export function healthCurves({ history: { health }, ranges }, width) {
   });
 }
 
-/** The health axis: the healthy range and some of what is beside it. @param {number} low @param {number} high */
+/**
+ * The health axis: the healthy range and some of what is beside it.
+ * @param {number | null} low @param {number | null} high least and greatest place; null without curves
+ * @returns {[number, number]}
+ */
 export function healthAxis(low, high) {
-  return [Math.max(Math.min(low, -0.3), -1.5), Math.min(Math.max(high, 1.3), 2.5)];
+  return [Math.max(Math.min(low ?? 0, -0.3), -1.5), Math.min(Math.max(high ?? 1, 1.3), 2.5)];
 }
 
 /** Whether a logarithm does not know some value. @param {Curve[]} curves */

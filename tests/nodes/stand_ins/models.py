@@ -79,6 +79,7 @@ class ModelSamplingDiscrete(Levels):
         return (sigma.log()[..., None] - self.log_sigmas).abs().argmin(-1)
 
     def sigma(self, timestep):
+        timestep = timestep.float().clamp(0, len(self.sigmas) - 1)
         low = timestep.floor().long()
         high = timestep.ceil().long()
         return torch.lerp(self.log_sigmas[low], self.log_sigmas[high], timestep - low).exp()
@@ -92,6 +93,9 @@ class ModelSamplingDiscreteDistilled(ModelSamplingDiscrete):
 
     def timestep(self, sigma):
         return super().timestep(sigma) * 20 + 19
+
+    def sigma(self, timestep):
+        return super().sigma((timestep - 19) / 20)
 
 
 class ModelSamplingDiscreteFlow(Levels):

@@ -122,7 +122,7 @@ class Predictor(nn.Module):
     def __init__(self, prediction_type="epsilon", sigmas=None, numbered=True):
         super().__init__()
         self.prediction_type, self.numbered = prediction_type, numbered
-        table = scaled_linear().float()
+        table = scaled_linear()
         self.set_sigmas(((1 - table) / table).sqrt() if sigmas is None else sigmas)
 
     def set_sigmas(self, sigmas):

@@ -38,7 +38,7 @@ class Wrapped(nn.Module):
         return self.inner_model.toy.schedule.timestep(sigma)
 
     def forward(self, x, sigma, cond):
-        toy, t = self.inner_model.toy, self.sigma_to_t(sigma)
+        toy, t = self.inner_model.toy, 1000 * sigma if self.inner_model.flow else self.sigma_to_t(sigma)
         return toy.schedule.to_x0(toy.prediction, x, self.inner_model.apply_model(x, sigma, t, cond), sigma)
 
 
@@ -63,8 +63,14 @@ class Model:
 
     def apply_model(self, x, sigma, t, cond):
         self.told.append(t)
-        scale = 1.0 if self.flow else expand(self.toy.schedule.alpha_sigma(sigma)[0], x)
-        return self.toy.backbone(scale * x, t.float() / 1000, cond)
+        return called(self.toy, x, sigma, t, cond)
+
+
+def called(toy, x, sigma, t, cond):
+    """The toy's output where a host's network is told t; a flow model is told its sigma, a flow toy where that lies."""
+    if toy.prediction == "flow":
+        return toy.backbone(x, toy.schedule.timestep(t / 1000) / 1000, cond)
+    return toy.backbone(expand(toy.schedule.alpha_sigma(sigma)[0], x) * x, t.float() / 1000, cond)
 
 
 class Predictor(nn.Module):
@@ -80,7 +86,9 @@ class Predictor(nn.Module):
         )
 
     def timestep(self, sigma):
-        return self.toy.schedule.timestep(sigma)
+        if self.prediction_type == "const":
+            return sigma * 1000
+        return (sigma.log() - self.sigmas.log()[:, None]).abs().argmin(0).view(sigma.shape)
 
     def calculate_denoised(self, sigma, model_output, model_input):
         return self.toy.schedule.to_x0(self.toy.prediction, model_input, model_output, sigma)
@@ -103,8 +111,7 @@ class ForgeNetwork(nn.Module):
         space = getattr(self, self.place)
         t = space.timestep(sigma)
         self.told.append(t)
-        scale = 1.0 if self.toy.prediction == "flow" else expand(self.toy.schedule.alpha_sigma(sigma)[0], x)
-        return space.calculate_denoised(sigma, self.toy.backbone(scale * x, t.float() / 1000, cond), x)
+        return space.calculate_denoised(sigma, called(self.toy, x, sigma, t, cond), x)
 
 
 class CFGDenoiser(nn.Module):

@@ -1,0 +1,88 @@
+"""The loaded model with a student merged into its weights, kept ready between prompts: the newest prompt wins."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..core.student import Student, load_student
+from ..trainer.host import Host
+from .sample import sample_latents
+
+PATIENCE = 10.0  # seconds that a picture waits for the model
+
+
+@dataclass(frozen=True)
+class Made:
+    """Pictures (N, 3, height, width) in [0, 1], and the seconds from the prompt to them."""
+
+    pictures: Tensor
+    seconds: float
+
+
+class Generator:
+    """Makes pictures of the newest prompt; gives the bare model to whoever asks for it alone."""
+
+    def __init__(self, host: Host):
+        self.host = host
+        self._lock = threading.Lock()
+        self._tickets = itertools.count(1)
+        self._latest = 0
+        self._student: Student | None = None
+        self._path: Path | None = None
+        self._merged = ExitStack()
+
+    @contextmanager
+    def bare(self) -> Iterator[Host]:
+        """The model as it was loaded, for whoever has it alone within."""
+        with self._alone():
+            self._unload()
+            yield self.host
+
+    @contextmanager
+    def _alone(self, patience: float = -1) -> Iterator[None]:
+        """Nobody else uses the model within; raises ValueError if that takes longer than `patience` seconds."""
+        if not self._lock.acquire(timeout=patience):
+            raise ValueError("the model is in use: generation waits until that has ended")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def make(self, path: Path, prompt: str, seeds: Sequence[int], steps: int) -> Made | None:
+        """Pictures of a prompt, one a seed; None if another prompt came while this one waited.
+
+        Raises CardError for a file that is no student of this model, ValueError if the model is in use.
+        """
+        ticket = self._latest = next(self._tickets)
+        with self._alone(PATIENCE):
+            if ticket != self._latest:
+                return None
+            student = self._load(path)
+            began = time.perf_counter()
+            cond = self.host.encode_text([prompt]).rows(torch.zeros(len(seeds), dtype=torch.long))
+            pictures = self.host.decode(sample_latents(self.host, student, cond, seeds, steps)).cpu()
+            return Made(pictures, time.perf_counter() - began)
+
+    def _load(self, path: Path) -> Student:
+        if self._student is None or path != self._path:
+            self._unload()
+            self._student, _, _ = load_student(path, self.host.denoiser)
+            self._path = path
+            self._merged.enter_context(self._student.merged())
+        return self._student
+
+    def _unload(self) -> None:
+        """Put the model's own weights back, and take the student's hooks out."""
+        self._merged.close()
+        if self._student is not None:
+            self._student.release()
+        self._student = self._path = None

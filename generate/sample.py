@@ -1,0 +1,42 @@
+"""Pictures by a student, on whatever model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..core.denoiser import Cond
+from ..core.sampling import seeded_noise
+from ..core.student import Student
+from ..trainer.host import Host
+
+BATCH_SIZE = 16
+
+
+@torch.no_grad()
+def sample_latents(host: Host, student: Student, cond: Cond, seeds: Sequence[int], steps: int = 1) -> Tensor:
+    """Latents (B, C, H, W) of B conditions and as many seeds, by the student as it stands (merged or not)."""
+    device = host.denoiser.device
+    noise = seeded_noise(seeds, host.latent_shape, device)
+    return student.generate(noise, cond.to(device), steps)
+
+
+@torch.no_grad()
+def sample(
+    host: Host, student: Student, prompts: Sequence[str], seed: int = 0, steps: int = 1, batch_size: int = BATCH_SIZE
+) -> Iterator[Tensor]:
+    """Pictures (3, height, width) in [0, 1] on the CPU, one a prompt in their order; prompt k has seed `seed + k`.
+
+    A picture depends on its prompt and seed alone, not on the batch. The LoRA is merged while a batch is made and
+    the model is as before between two pictures. Raises ValueError for steps or a batch size below 1.
+    """
+    if steps < 1 or batch_size < 1:
+        raise ValueError(f"steps is {steps} and batch_size {batch_size}: give at least 1")
+    for first in range(0, len(prompts), batch_size):
+        texts = list(prompts[first : first + batch_size])
+        seeds = range(seed + first, seed + first + len(texts))
+        with student.merged():
+            latents = sample_latents(host, student, host.encode_text(texts), seeds, steps)
+        yield from host.decode(latents).cpu()
