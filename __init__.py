@@ -1,6 +1,37 @@
-"""ComfyUI finds its door here; importing this file does no work and imports nothing."""
+"""TurboDistill: turn the diffusion checkpoint you have loaded into its own one-step Turbo.
 
-WEB_DIRECTORY = "./web"  # front-end extension and help pages
+The public API is what `dir(turbodistill)` lists: `Config`, `load_model`, `make_pairs`, `distill`, `Step`,
+`load_student`, `sample`, `to_image`, `evaluate`. Each is imported when it is first asked for, so that importing this
+file does no work: ComfyUI finds its door here, and pytest imports it too.
+"""
+
+WEB_DIRECTORY = "./web"  # ComfyUI's front-end extension and help pages
+
+# Public name -> its module, and its name there.
+PUBLIC = {
+    "Config": ("trainer.config", "Config"),
+    "load_model": ("trainer.diffusers_host", "load_model"),
+    "make_pairs": ("trainer.data.pairs", "make_pairs"),
+    "distill": ("trainer.run.run", "run"),
+    "Step": ("trainer.loop.distill", "Step"),
+    "load_student": ("generate.load", "load_student"),
+    "sample": ("generate.sample", "sample"),
+    "to_image": ("trainer.data.images", "to_image"),
+    "evaluate": ("measure.bench", "evaluate"),
+}
+
+
+def __getattr__(name: str):
+    from importlib import import_module
+
+    if name not in PUBLIC:
+        raise AttributeError(f"turbodistill has no {name!r}: its public names are {', '.join(PUBLIC)}")
+    module, there = PUBLIC[name]
+    return getattr(import_module(f".{module}", __name__), there)
+
+
+def __dir__() -> list[str]:
+    return sorted(PUBLIC)
 
 
 async def comfy_entrypoint():

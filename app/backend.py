@@ -12,7 +12,7 @@ import torch
 
 from ..core.card import CardError, read_card
 from ..demo.files import PROMPTS
-from ..page.live import Generator
+from ..generate.generator import Generator
 from ..trainer.data.prompts import ANYTHING
 from ..trainer.diffusers_host import DiffusersHost
 from ..trainer.host import Host

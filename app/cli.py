@@ -136,13 +136,13 @@ def settings(args: argparse.Namespace) -> Config:
 
 def run_distill(args: argparse.Namespace) -> int:
     from ..trainer.data.prompts import generate, read_prompts
-    from ..trainer.diffusers_host import load_host
+    from ..trainer.diffusers_host import load_model
     from ..trainer.run import run
     from ..trainer.run.events import Interrupted
     from ..trainer.run.scores import latent_score
 
     config = settings(args)
-    host = load_host(args.model)
+    host = load_model(args.model)
     if args.prompts is None and args.model is not None:
         raise ConfigError("--model needs --prompts: a text file with one prompt a line, of what the model is good at")
     prompts = generate(read_prompts(args.prompts or files.PROMPTS), config.pairs, config.seed)
@@ -182,37 +182,31 @@ def run_demo(args: argparse.Namespace) -> int:
 def run_sample(args: argparse.Namespace) -> int:
     from PIL.PngImagePlugin import PngInfo
 
-    from ..core.sampling import seeded_noise
     from ..core.student import load_student
-    from ..measure.report import to_image
+    from ..generate.sample import sample
     from ..trainer.data.files import write_whole
-    from ..trainer.diffusers_host import load_host
+    from ..trainer.data.images import to_image
+    from ..trainer.diffusers_host import load_model
 
     if args.count < 1:
         raise ConfigError(f"--count is {args.count}: give at least 1")
-    host = load_host(args.model)
+    host = load_model(args.model)
     student, card, warning = load_student(args.student, host.denoiser)
     if warning:
         print(f"turbodistill: {warning}", file=sys.stderr)
     prompts = [p for p in args.prompt for _ in range(args.count)]
-    for first in range(0, len(prompts), 16):
-        texts = prompts[first : first + 16]
-        seeds = [args.seed + first + i for i in range(len(texts))]
-        noise = seeded_noise(seeds, host.latent_shape, host.denoiser.device)
-        with student.merged():
-            latents = student.generate(noise, host.encode_text(texts).to(noise.device), args.steps)
-        for text, seed, picture in zip(texts, seeds, host.decode(latents), strict=True):
-            about = PngInfo()
-            told = f"Steps: {args.steps}, Sampler: ADD {'1-step' if args.steps == 1 else 'few-step'}, CFG scale: 1"
-            size = f"Size: {host.resolution[0]}x{host.resolution[1]}"
-            about.add_text(
-                "parameters",
-                f"{text}\n{told}, Seed: {seed}, {size}, Model: {card.base_model}, Student: {args.student.name}",
-            )
-            name = re.sub(r"[^\w]+", "-", text.lower()).strip("-")[:50]
-            path = args.out / f"{name}-{seed}.png"
-            write_whole(path, _png_bytes(to_image(picture.cpu()), about))
-            print(path)
+    sampler = f"ADD {'1-step' if args.steps == 1 else 'few-step'}"
+    size = f"Size: {host.resolution[0]}x{host.resolution[1]}"
+    for seed, (prompt, picture) in enumerate(
+        zip(prompts, sample(host, student, prompts, args.seed, args.steps), strict=True), args.seed
+    ):
+        about = PngInfo()
+        settings = f"Steps: {args.steps}, Sampler: {sampler}, CFG scale: 1, Seed: {seed}, {size}"
+        about.add_text("parameters", f"{prompt}\n{settings}, Model: {card.base_model}, Student: {args.student.name}")
+        name = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:50]
+        path = args.out / f"{name}-{seed}.png"
+        write_whole(path, _png_bytes(to_image(picture), about))
+        print(path)
     return 0
 
 
@@ -225,11 +219,11 @@ def _png_bytes(image, about) -> bytes:
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    from .demo import measure_students
+    from ..measure.bench import evaluate
+    from ..trainer.diffusers_host import load_model
 
-    text, figures = measure_students(
-        args.model, args.student or [files.STUDENT], args.reference, args.count, args.seeds
-    )
+    students, reference = args.student or [files.STUDENT], args.reference or files.REFERENCE
+    text, figures = evaluate(load_model(args.model), students, reference, args.count, args.seeds)
     print(text)
     if args.out:
         from ..trainer.data.files import write_whole

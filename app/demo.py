@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import math
 import os
 import signal
@@ -12,30 +10,24 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from ..core.card import read_card
 from ..core.student import load_student
 from ..demo.files import PROMPTS, REFERENCE, SETTINGS
 from ..demo.files import STUDENT as SHIPPED
+from ..measure import bench as measuring
 from ..measure import report
+from ..measure.bench import ALIKE, TEACHER, UNGUIDED, Bench, arms_of
 from ..measure.evaluate import (
-    Arm,
-    Judge,
     Score,
-    load_reference,
-    make_pictures,
     measure_time,
     student_arm,
     table,
-    teacher_arm,
     to_json,
     unpack_reference,
 )
@@ -43,68 +35,15 @@ from ..trainer.config import Config
 from ..trainer.data.files import write_whole
 from ..trainer.data.pairs import make_pairs
 from ..trainer.data.prompts import read_prompts
-from ..trainer.diffusers_host import DiffusersHost, load_host
-from ..trainer.loop.precision import autocast
+from ..trainer.diffusers_host import load_model
 from ..trainer.run import run
 from ..trainer.run.events import Interrupted
 
-SHOWN = 8  # prompts in the report's grid; of names that the teacher was trained on, then of others, as many
-ALIKE_PROMPTS, ALIKE = 8, 4  # for diversity: prompts, and samples of each
-TEACHER, UNGUIDED = "teacher, 50 steps", "teacher, 50 steps, no CFG"
 STUDENT = "student, 1 step"
 LONGEST, SHORTEST = 8.0, 3.0  # minutes of training that a demonstration gives each student
 WHOLE = 14.0  # minutes that it should take in all: a slow machine trains for less time
 PATIENCE = 30  # seconds in which a training that is told to end saves
 PAIRS, PICTURES = "pairs", "pictures"  # folders, beside those of the students
-
-
-def arms_of(host: DiffusersHost, guidance: float) -> dict[str, Arm]:
-    """What every student is compared with."""
-    return {
-        TEACHER: teacher_arm(host, 50, guidance),
-        UNGUIDED: teacher_arm(host, 50, 1.0),
-        "teacher, 1 step": teacher_arm(host, 1, guidance),
-    }
-
-
-class Bench:
-    """A reference set's held-out prompts (`count` of them, or all), and the pictures that arms make of them."""
-
-    def __init__(self, host: DiffusersHost, reference: Path | None, count: int | None):
-        self.host = host
-        self.judge = Judge(load_reference(reference or REFERENCE))
-        known, held = (
-            split.take(np.random.default_rng(0).permutation(len(split.captions)).tolist())
-            for split in (self.judge.known, self.judge.real)
-        )
-        self.chosen = held.take(range(len(held.captions))[:count])
-        self.shown = known.captions[: SHOWN // 2] + held.captions[: SHOWN // 2]
-        self.context = functools.partial(autocast, Config(), host.denoiser.device)
-
-    def pictures(self, arm: Arm, prompts: Sequence[str], seed: int, title: str) -> Tensor:
-        batches = []
-        with tqdm(total=len(prompts), desc=title, unit="picture", leave=False) as bar:
-            for batch in make_pictures(self.host, arm, prompts, seed, self.context):
-                batches.append(batch)
-                bar.update(len(batch))
-        return torch.cat(batches)
-
-    def alike(self, arm: Arm, seed: int, title: str) -> Tensor:
-        """Several pictures of each of a few prompts, (P, S, 3, H, W)."""
-        prompts = [p for p in self.chosen.captions[:ALIKE_PROMPTS] for _ in range(ALIKE)]
-        return self.pictures(arm, prompts, seed + 50, title).unflatten(0, (-1, ALIKE))
-
-    def score(self, arms: dict[str, Arm], seed: int) -> dict[str, Score]:
-        """Every arm's measures for one noise seed; the teacher's arm comes first."""
-        teacher, teacher_alike = None, None
-        scores = {}
-        for name, arm in arms.items():
-            images = self.pictures(arm, self.chosen.captions, seed, name)
-            alike = self.alike(arm, seed, name)
-            if teacher is None or teacher_alike is None:
-                teacher, teacher_alike = images, alike
-            scores[name] = self.judge.score(images, self.chosen.styles, alike, teacher, teacher_alike)
-        return scores
 
 
 class Failed(RuntimeError):
@@ -212,8 +151,8 @@ def demo(
     """
     begun = time.monotonic()
     config = Config.from_toml(SETTINGS).replace(seed=seed, updates=1_000_000)
-    host = load_host()
-    bench = Bench(host, None, count)
+    host = load_model()
+    bench = Bench(host, REFERENCE, count)
     arms = arms_of(host, config.guidance)
     if not unguided:
         del arms[UNGUIDED]
@@ -227,7 +166,7 @@ def demo(
             minutes = Config.from_toml(chosen).minutes
         elif minutes is None:
             now = time.monotonic()
-            pictures = len(bench.chosen.captions) + ALIKE_PROMPTS * ALIKE
+            pictures = len(bench.chosen.captions) + measuring.ALIKE_PROMPTS * ALIKE
             minutes = training_minutes(now - begun, (now - paused) / len(bench.shown), pictures)
         config = config.replace(minutes=minutes)
         configs = {
@@ -252,7 +191,7 @@ def demo(
     arms |= {name: student_arm(student) for name, student in students.items()}
     scores = bench.score(arms, seed)
     timed = (TEACHER, "teacher, 1 step", STUDENT)
-    timings = {name: measure_time(host, arms[name], context=bench.context) for name in timed}
+    timings = {name: measure_time(host, arms[name], bench.shown[0], context=bench.context) for name in timed}
     for name in ("teacher, 1 step", "regression only", STUDENT):
         shown[name] = list(bench.pictures(arms[name], bench.shown, seed + 7, name))
     columns = [report.Column(*_heading(name), pictures) for name, pictures in shown.items()]
@@ -279,43 +218,3 @@ def demo(
 def _heading(name: str) -> tuple[str, str]:
     first, _, rest = name.partition(", ")
     return first, rest or "1 step"
-
-
-def measure_students(
-    model: Path | None, students: Sequence[Path], reference: Path | None, count: int | None, seeds: int
-) -> tuple[str, str]:
-    """Score the teacher's arms and each student over several noise seeds; returns a table and JSON."""
-    host = load_host(model)
-    bench = Bench(host, reference, count)
-    per_seed: list[dict[str, Score]] = []
-    loaded = [(path, *load_student(path, host.denoiser)) for path in students]
-    guidance = loaded[0][2].guidance
-    arms = arms_of(host, guidance)
-    for path, student, _, _ in loaded:
-        arms[f"{path.parent.name}/{path.stem}"] = student_arm(student)
-    for seed in range(seeds):
-        per_seed.append(bench.score(arms, seed))
-    timings = {name: measure_time(host, arm, context=bench.context) for name, arm in arms.items() if name != UNGUIDED}
-    for _, student, _, _ in loaded:
-        student.release()
-    floor = bench.judge.floor()
-    lines = []
-    for seed, scores in enumerate(per_seed):
-        lines += [f"seed {seed}, {len(bench.chosen.captions)} pictures an arm", table(scores, floor), ""]
-    lines.append(f"KID x 1000 over {seeds} {'seed' if seeds == 1 else 'seeds'}: mean (least to most)")
-    base = np.mean([s[TEACHER].kid.value for s in per_seed])
-    for name in arms:
-        values = [s[name].kid.value for s in per_seed]
-        mean = float(np.mean(values))
-        lines.append(
-            f"  {name:<28} {mean:8.1f} ({min(values):.1f} to {max(values):.1f}), {mean / base:.2f} x {TEACHER}"
-        )
-    slow = timings[TEACHER]
-    for name, timing in timings.items():
-        ratio = f"{slow.seconds / timing.seconds:.1f} x faster than {TEACHER}"
-        lines.append(f"  {name:<28} {1000 * timing.seconds:8.1f} ms a picture, {timing.passes} passes, {ratio}")
-    figures = {
-        "seeds": [{k: asdict(v) for k, v in s.items()} for s in per_seed],
-        "timings": {k: asdict(v) for k, v in timings.items()},
-    }
-    return "\n".join(lines), json.dumps(figures, indent=1)

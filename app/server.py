@@ -13,7 +13,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from ..demo.files import STUDENT
 from ..page import api, live, tab
 from ..page.events import listen
-from ..trainer.diffusers_host import load_host
+from ..trainer.diffusers_host import load_model
 from .backend import EmbeddedBackend
 
 NAMES = ["127.0.0.1", "localhost"]  # by which a browser calls it; any page could by a name of its own
@@ -22,7 +22,7 @@ NAMES = ["127.0.0.1", "localhost"]  # by which a browser calls it; any page coul
 def make_app(model: Path | None, student: Path | None, folder: Path) -> fastapi.FastAPI:
     """A model's pages, with what they make in `folder`; raises ModelError, or CardError for the student."""
     shipped = {student.stem: student} if student else {} if model else {"embedded": STUDENT}
-    backend = EmbeddedBackend(load_host(model), folder.resolve(), shipped, own=model is None)
+    backend = EmbeddedBackend(load_model(model), folder.resolve(), shipped, own=model is None)
     for path in shipped.values():
         backend.generator.make(path, "", [0], 1)  # what does not fit is told now
     app = fastapi.FastAPI(title="TurboDistill", docs_url=None, redoc_url=None)  # their pages load what is not ours

@@ -26,7 +26,7 @@ from turbodistill.demo.recipe import averages, dataset, pack, teacher
 from turbodistill.demo.recipe.fit import read_progress
 from turbodistill.measure import metrics
 from turbodistill.measure.evaluate import make_pictures, teacher_arm
-from turbodistill.trainer.diffusers_host import DiffusersHost, load_host
+from turbodistill.trainer.diffusers_host import DiffusersHost, load_model
 from turbodistill.trainer.run.scores import kernel_distance
 
 SPLITS = {"train": "trained", "combination": "new combination", "heldout": "new name"}
@@ -90,7 +90,7 @@ def pictures(host: DiffusersHost, prompts: list[str], args, seed: int) -> Iterat
 
 
 def measure(gallery: Gallery, path: Path, args, splits=tuple(SPLITS)) -> dict[str, dict[str, Tensor | float]]:
-    host = load_host(path)
+    host = load_model(path)
     found = {}
     for split in splits:
         captions = [gallery.records[i]["caption"] for i in gallery.prompts[split]]

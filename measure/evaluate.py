@@ -229,12 +229,12 @@ class Timing:
 
 
 @torch.no_grad()
-def measure_time(host: Host, arm: Arm, repeats: int = 5, context: Context = nullcontext) -> Timing:
+def measure_time(host: Host, arm: Arm, prompt: str, repeats: int = 5, context: Context = nullcontext) -> Timing:
     """Time one prompt to its picture, and count the rows that go through the denoiser."""
 
     def once() -> float:
         begun = time.perf_counter()
-        for _ in make_pictures(host, Arm(arm.make), ["fire, sky & weather, in flat noto style"], 0, context):
+        for _ in make_pictures(host, Arm(arm.make), [prompt], 0, context):
             pass
         return time.perf_counter() - begun
 

@@ -16,15 +16,11 @@ from torch import Tensor
 
 from ..core.card import StudentCard
 from ..trainer.data.files import write_whole
+from ..trainer.data.images import to_image
 from ..trainer.loop.health import RANGES
 from .evaluate import Floor, Score, Timing
 
 SCALE = 2  # small pictures are shown at twice their size
-
-
-def to_image(picture: Tensor) -> Image.Image:
-    """(3, H, W) in [0, 1] -> RGB picture."""
-    return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy())
 
 
 @dataclass(frozen=True)

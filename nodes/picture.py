@@ -9,6 +9,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..trainer.data.images import to_image
+
 LEAST = 256  # pixels to which small pictures are enlarged
 
 
@@ -23,8 +25,8 @@ def side_by_side(columns: Sequence[tuple[str, Tensor]]) -> Tensor:
         sheet = Image.new("RGB", (len(columns) * (width * scale + gap) - gap, height * scale + band), "white")
         pen = ImageDraw.Draw(sheet)
         for i, (title, pictures) in enumerate(columns):
-            pixels = (pictures[k].clamp(0, 1) * 255).round().byte().cpu().numpy()
-            picture = Image.fromarray(pixels).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+            picture = to_image(pictures[k].movedim(-1, 0))
+            picture = picture.resize((width * scale, height * scale), Image.Resampling.NEAREST)
             left = i * (width * scale + gap)
             sheet.paste(picture, (left, band))
             pen.text((left + 2, 5), title, "black", font)

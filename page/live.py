@@ -1,32 +1,23 @@
-"""Pictures while one types: the loaded model with a student in it, and the page for it."""
+"""The page that makes pictures while one types."""
 
 from __future__ import annotations
 
-import itertools
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import torch
 
 from ..core.card import CardError
-from ..core.sampling import seeded_noise
-from ..core.student import Student, load_student
+from ..generate.generator import Generator, Made
 from ..trainer.config import ConfigError
-from ..trainer.host import Host
 from . import job, view
 from .events import listen
 from .pictures import data_urls
 
 MOST = 16  # pictures at once
 STEPS = 4
-PATIENCE = 10.0  # seconds that a picture waits for the model
 # Small pictures are shown in squares of their pixels, as large as there is room.
 STYLE = """<style>
 .turbodistill-made { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 280px)); gap: 8px; }
@@ -35,78 +26,6 @@ STYLE = """<style>
 .turbodistill-pace { font-size: 15px; font-variant-numeric: tabular-nums; }
 .turbodistill-pace b { font-weight: 600; }
 </style>"""
-
-
-@dataclass(frozen=True)
-class Made:
-    """Pictures as data URLs, and the seconds from the prompt to them."""
-
-    urls: list[str]
-    seconds: float
-
-
-class Generator:
-    """The loaded model with a student folded into its weights, until somebody needs them bare."""
-
-    def __init__(self, host: Host):
-        self.host = host
-        self._lock = threading.Lock()
-        self._tickets = itertools.count(1)
-        self._latest = 0
-        self._student: Student | None = None
-        self._path: Path | None = None
-        self._folded = ExitStack()
-
-    @contextmanager
-    def bare(self) -> Iterator[Host]:
-        """The model as it was loaded, for whoever has it alone within."""
-        with self._alone():
-            self._rest()
-            yield self.host
-
-    @contextmanager
-    def _alone(self, patience: float = -1) -> Iterator[None]:
-        """Nobody else uses the model within; raises ValueError if that takes longer than `patience` seconds."""
-        if not self._lock.acquire(timeout=patience):
-            raise ValueError("the model is in use: generation waits until that has ended")
-        try:
-            yield
-        finally:
-            self._lock.release()
-
-    def make(self, path: Path, prompt: str, seeds: Sequence[int], steps: int) -> Made | None:
-        """Pictures of a prompt, one a seed; None if another prompt came while this one waited.
-
-        Raises CardError for a file that is no student of this model, ValueError if the model is in use.
-        """
-        ticket = self._latest = next(self._tickets)
-        with self._alone(PATIENCE):
-            if ticket != self._latest:
-                return None
-            student = self._use(path)
-            begun = time.perf_counter()
-            device = self.host.denoiser.device
-            cond = self.host.encode_text([prompt]).to(device)
-            rows = torch.zeros(len(seeds), dtype=torch.long)
-            noise = seeded_noise(seeds, self.host.latent_shape, device)
-            latents = student.generate(noise, cond.rows(rows), steps)
-            urls = data_urls(self.host.decode(latents))
-            return Made(urls, time.perf_counter() - begun)
-
-    def _use(self, path: Path) -> Student:
-        if self._student is None or path != self._path:
-            self._rest()
-            self._student, _, _ = load_student(path, self.host.denoiser)
-            self._path = path
-            self._folded.enter_context(self._student.merged())
-        return self._student
-
-    def _rest(self) -> None:
-        """Put the model's own weights back, and take the student's hooks out."""
-        self._folded.close()
-        if self._student is not None:
-            self._student.release()
-        self._student = self._path = None
 
 
 def draw(generator: Generator, students: Callable[[], dict[str, Path]], example: str, blocks: gr.Blocks) -> Any:
@@ -165,12 +84,12 @@ def pictures(
         return [view.box(str(error), "bad"), gr.update()]
     if made is None:
         return [gr.update(), gr.update()]
-    shown = "".join(f'<img src="{url}" alt="{escape(prompt or "")}">' for url in made.urls)
+    shown = "".join(f'<img src="{url}" alt="{escape(prompt or "")}">' for url in data_urls(made.pictures))
     return [_pace(made), f'<div class="turbodistill-made">{shown}</div>']
 
 
 def _pace(made: Made) -> str:
-    count, ms = len(made.urls), 1000 * made.seconds
+    count, ms = len(made.pictures), 1000 * made.seconds
     told = f"<b>{ms / count:.1f} ms</b> a picture, <b>{count / made.seconds:.0f}</b> pictures a second"
     whole = f"{count} picture{'s' * (count > 1)} in {ms:.0f} ms, text and autoencoder included"
     return f'<div class="turbodistill-pace">{told} ({whole})</div>'

@@ -8,6 +8,8 @@ import io
 from PIL import Image
 from torch import Tensor
 
+from ..trainer.data.images import to_image
+
 SMALL = 128  # pixels; smaller pictures are kept without loss
 MOST = 384  # pixels; larger ones are shown as large as this
 
@@ -19,8 +21,7 @@ def data_urls(pictures: Tensor) -> list[str]:
 
 def data_url(picture: Tensor) -> str:
     """A picture (3, H, W) in [0, 1] as a data URL: a PNG if it is small, else a JPEG of moderate size."""
-    pixels = (picture.detach().float().clamp(0, 1) * 255).round().byte().movedim(0, -1).cpu().contiguous()
-    image = Image.fromarray(pixels.numpy())
+    image = to_image(picture)
     small = max(image.size) <= SMALL
     if not small:
         image.thumbnail((MOST, MOST), Image.Resampling.LANCZOS)

@@ -76,7 +76,7 @@ class DiffusersHost:
         return self.vae.encode(x).latent_dist.mean * self.vae.config.scaling_factor
 
 
-def load_host(path: str | Path | None = None, device: str | None = None) -> DiffusersHost:
+def load_model(path: str | Path | None = None, device: str | None = None) -> DiffusersHost:
     """The embedded model, another single file with its architecture in the header, or a diffusers folder.
 
     Raises ModelError for anything else, with the reason.

@@ -84,7 +84,7 @@ def call(folder, monkeypatch, *options):
 
 @pytest.mark.slow
 def test_a_teacher_is_trained_branched_and_packed(folder, monkeypatch, capsys):
-    from turbodistill.trainer.diffusers_host import load_host
+    from turbodistill.trainer.diffusers_host import load_model
 
     call(folder, monkeypatch, "--status")
     assert "no training" in capsys.readouterr().out
@@ -103,7 +103,7 @@ def test_a_teacher_is_trained_branched_and_packed(folder, monkeypatch, capsys):
         call(folder, monkeypatch, "--updates", 5, "--weighting", "min-snr")
     model = folder / "model.safetensors"
     pack.pack_model(folder, model)
-    host = load_host(model, "cpu")
+    host = load_model(model, "cpu")
     trained = load_file(folder / "teacher.safetensors")
     held = host.denoiser.backbone.state_dict()
     assert all(torch.equal(held[name], value.half().float()) for name, value in trained.items())

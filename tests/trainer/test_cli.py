@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from turbodistill.app import cli, demo
 from turbodistill.core.card import read_card
+from turbodistill.measure import bench
 from turbodistill.trainer.config import Config
 from turbodistill.trainer.data.pairs import load_pairs
 from turbodistill.trainer.run import run
@@ -286,7 +287,7 @@ def test_interrupting_saves_and_says_how_to_go_on(pipeline_folder, prompts, tmp_
 def test_evaluate_measures_a_student_against_its_teacher(
     pipeline_folder, made, reference_zip, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(demo, "ALIKE_PROMPTS", 2)
+    monkeypatch.setattr(bench, "ALIKE_PROMPTS", 2)
     out = tmp_path / "figures.json"
     flags = ["--reference", str(reference_zip), "--count", "8", "--seeds", "1", "--out", str(out)]
     command = ["evaluate", "--model", str(pipeline_folder), "--student", str(made / run.BEST), *flags]

@@ -13,21 +13,21 @@ from turbodistill.core.sampling import sample_euler, trailing_sigmas
 from turbodistill.core.student import Student, load_student, student_bytes
 from turbodistill.demo.files import HEADER, MODEL
 from turbodistill.trainer import diffusers_host
-from turbodistill.trainer.diffusers_host import ModelError, load_host
+from turbodistill.trainer.diffusers_host import ModelError, load_model
 from turbodistill.trainer.loop.distill import distill
 from turbodistill.trainer.run import student_file
 
 
 @pytest.fixture(scope="module")
 def tiny(pipeline_folder):
-    return load_host(pipeline_folder, "cpu")
+    return load_model(pipeline_folder, "cpu")
 
 
 @pytest.fixture(scope="module")
 def embedded():
     if not MODEL.exists():
         pytest.skip("the embedded model is not in this checkout: demo/model.safetensors")
-    return load_host(None, "cpu")
+    return load_model(None, "cpu")
 
 
 def test_a_folder_is_loaded_frozen_with_its_sizes(tiny):
@@ -90,7 +90,7 @@ def test_one_step_equals_the_unet_call_and_the_schedulers_step(tiny, pipeline_fo
     shutil.copytree(pipeline_folder, folder)
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": prediction}))
-    host = load_host(folder, "cpu")
+    host = load_model(folder, "cpu")
     assert host.denoiser.prediction == {"epsilon": "eps", "v_prediction": "v"}[prediction]
     student = Student(host.denoiser, 4)
     with torch.no_grad():
@@ -173,16 +173,16 @@ def test_a_file_that_holds_other_names_or_shapes_than_its_header_is_refused(embe
     path = tmp_path / "other.safetensors"
     header_only(path, model, {"some.weight": torch.zeros(2)})
     with pytest.raises(ModelError, match="the denoiser does not fit the architecture in the header"):
-        load_host(path, "cpu")
+        load_model(path, "cpu")
     tensors = load_file(MODEL)
     name = next(n for n in tensors if n.startswith("cond_stage_model."))
     header_only(path, model, {k: v for k, v in tensors.items() if k != name})
     with pytest.raises(ModelError, match=r"the text encoder does not fit .* 1 are missing"):
-        load_host(path, "cpu")
+        load_model(path, "cpu")
     name = "model.diffusion_model.input_blocks.0.0.weight"
     header_only(path, model, tensors | {name: tensors[name][:4].clone()})
     with pytest.raises(ModelError, match="the denoiser does not fit"):
-        load_host(path, "cpu")
+        load_model(path, "cpu")
 
 
 def write_pickle(path):
@@ -211,7 +211,7 @@ def test_a_bad_checkpoint_is_told(tmp_path, write, told):
     path = tmp_path / "model.safetensors"
     write(path)
     with pytest.raises(ModelError, match=told):
-        load_host(path, "cpu")
+        load_model(path, "cpu")
 
 
 def truncate_unet(folder):
@@ -259,11 +259,11 @@ def test_a_bad_folder_is_told(pipeline_folder, tmp_path, damage):
     shutil.copytree(pipeline_folder, folder)
     damage(folder)
     with pytest.raises(ModelError, match="broken-sd"):
-        load_host(folder, "cpu")
+        load_model(folder, "cpu")
 
 
 def test_missing_diffusers_says_what_to_install(embedded, monkeypatch):
     for name in [n for n in sys.modules if n.partition(".")[0] == "diffusers"]:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ModelError, match=r"loading a model here needs .*: pip install 'turbodistill\[demo\]'"):
-        diffusers_host.load_host(None, "cpu")
+        diffusers_host.load_model(None, "cpu")

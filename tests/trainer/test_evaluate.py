@@ -12,7 +12,7 @@ from turbodistill.app import demo
 from turbodistill.app.progress import interruptible
 from turbodistill.core.sampling import sample_euler, seeded_noise, trailing_sigmas
 from turbodistill.core.student import Student
-from turbodistill.measure import evaluate, report
+from turbodistill.measure import bench, evaluate, report
 from turbodistill.measure.evaluate import Floor, Judge, Score, Timing, load_reference
 from turbodistill.measure.metrics import Interval
 from turbodistill.trainer.data.files import DataError
@@ -81,7 +81,7 @@ def test_the_arms_passes_are_counted_as_rows(host):
         2: evaluate.student_arm(student, 2),
     }
     for passes, arm in arms.items():
-        timing = evaluate.measure_time(host, arm, repeats=2)
+        timing = evaluate.measure_time(host, arm, "a fox", repeats=2)
         assert timing.passes == passes and timing.seconds > 0
     student.release()
     assert not any(m._forward_pre_hooks for m in host.denoiser.backbone.modules())
@@ -220,14 +220,15 @@ def test_the_demonstration_ends_with_a_report(kit, host, reference_zip, tmp_path
     pytest.importorskip("efficientnet_lite_pytorch", reason="the feature network is in the extra 'demo'")
     settings = tmp_path / "settings.toml"
     settings.write_text(
-        "rank = 2\npairs = 16\npair_steps = 2\nbatch = 4\nwarmup = 2\nwidth = 8\nselect_every = 0\npreview_every = 0\n"
+        "rank = 2\npairs = 16\npair_steps = 2\nbatch_size = 4\nregression_updates = 2\nhead_channels = 8\n"
+        "evaluate_every = 0\npreview_every = 0\n"
         'positives = "real"\n'
     )
-    monkeypatch.setattr(demo, "load_host", lambda *args: host)
+    monkeypatch.setattr(demo, "load_model", lambda *args: host)
     monkeypatch.setattr(demo, "SETTINGS", settings)
     monkeypatch.setattr(demo, "REFERENCE", reference_zip)
     monkeypatch.setattr(demo, "SHIPPED", tmp_path / "none.safetensors")
-    monkeypatch.setattr(demo, "ALIKE_PROMPTS", 2)
+    monkeypatch.setattr(bench, "ALIKE_PROMPTS", 2)
     monkeypatch.setattr(demo, "LONGEST", 0.01)
     followed = []
 
@@ -249,7 +250,7 @@ def test_the_demonstration_ends_with_a_report(kit, host, reference_zip, tmp_path
     # The discriminator's real pictures are those that nothing is measured against.
     reals = load_reference(reference_zip).split("train").captions
     assert [caption for _, caption in read_image_folder(tmp_path / "out" / demo.PICTURES)] == reals
-    shown = demo.Bench(host, None, 16).shown
+    shown = bench.Bench(host, reference_zip, 16).shown
     assert [caption in reals for caption in shown] == [True] * 4 + [False] * 4
     encoded = {name: (tmp_path / "out" / name / "images").exists() for name in ("student", "regression")}
     assert encoded == {"student": True, "regression": False}

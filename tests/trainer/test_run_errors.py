@@ -135,9 +135,9 @@ def test_a_student_that_could_not_be_written_is_not_the_best(kit, host, tmp_path
 
 @pytest.mark.parametrize("evaluate_every", [0, 2])
 def test_a_loss_that_is_no_number_leaves_the_last_good_student_and_state(
-    kit, host, tmp_path, monkeypatch, select_every
+    kit, host, tmp_path, monkeypatch, evaluate_every
 ):
-    settings = kit.config(updates=8, save_every=3, evaluate_every=select_every)
+    settings = kit.config(updates=8, save_every=3, evaluate_every=evaluate_every)
     kit.go(host, settings, tmp_path / "whole")
     inner, calls = losses.regression, []
 
@@ -183,7 +183,7 @@ def test_out_of_memory_is_told_with_what_to_change(kit, host, tmp_path, error, o
         kit.go(host, kit.config(updates=9), tmp_path)
     handle.remove()
     if ours:
-        assert str(told.value).startswith("out of memory while training (batch 4, latents of 8 x 8, rank 2): ")
+        assert str(told.value).startswith("out of memory while training (batch_size 4, latents of 8 x 8, rank 2): ")
         assert "set gradient_checkpointing to true" in str(told.value) and told.value.__cause__ is None
     else:
         assert told.value is error

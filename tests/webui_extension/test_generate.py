@@ -8,6 +8,7 @@ import torch
 from turbodistill.core.card import CardError
 from turbodistill.core.sampling import seeded_noise
 from turbodistill.core.student import load_student
+from turbodistill.generate import generator as generator_module
 from turbodistill.page import job
 from turbodistill.page.request import Request
 
@@ -35,7 +36,7 @@ def students(toy, tmp_path_factory):
 def made(toy, tmp_path):
     """A toy backend with a generator on its model."""
     backend = toy.ToyBackend(tmp_path)
-    return backend, live.Generator(backend.host)
+    return backend, generator_module.Generator(backend.host)
 
 
 def show(generator, students, prompt="fox", count=2, steps=1, seed=3, student="first"):
@@ -124,7 +125,7 @@ def test_while_a_distillation_runs_that_is_said(toy, backend, made, students):
 
 def test_a_model_that_is_in_use_is_not_waited_for_long(made, students, monkeypatch):
     _, generator = made
-    monkeypatch.setattr(live, "PATIENCE", 0.05)
+    monkeypatch.setattr(generator_module, "PATIENCE", 0.05)
     with generator.bare():
         assert "the model is in use" in show(generator, students)[0]
     assert len(urls(show(generator, students)[1])) == 2

@@ -82,6 +82,12 @@ def load_picture(path: Path, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 255
 
 
+def to_image(picture: Tensor) -> Image.Image:
+    """A picture (3, H, W) in [0, 1], on any device, as Pillow's RGB."""
+    pixels = (picture.detach().float().clamp(0, 1) * 255).round().byte().movedim(0, -1).cpu().contiguous()
+    return Image.fromarray(pixels.numpy())
+
+
 @torch.no_grad()
 def cache_images(host: Host, folder: str | Path, cache: str | Path) -> Iterator[tuple[int, Samples]]:
     """Encode a captioned image folder once into latents and conditions under `cache`.

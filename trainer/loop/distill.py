@@ -119,7 +119,8 @@ def _apply(
         for name in part:
             losses[name] = losses.get(name, 0.0) + next(numbers) * share
     gradients = {f"{name}'s gradient": next(numbers) for name in norms}
-    _check(state.update + 1, losses | gradients)
+    _check(state.update + 1, losses)
+    _check(state.update + 1, gradients)
     state.whole = False
     for _, optimizer in optimizers.values():
         optimizer.step()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from turbodistill.app.demo import SHIPPED
 from turbodistill.core.student import load_student
-from turbodistill.trainer.diffusers_host import load_host
+from turbodistill.trainer.diffusers_host import load_model
 
 pytestmark = pytest.mark.host
 TURBO = "SD-Turbo, SDXL-Turbo"
@@ -103,7 +103,7 @@ def test_a_flow_model_in_one_step_is_core_s_euler(comfyui, graph, synthetic, gap
 @pytest.fixture(scope="module")
 def embedded():
     """What `turbodistill sample` samples with: the host and the shipped student."""
-    host = load_host(device="cpu")
+    host = load_model(device="cpu")
     student, _, warning = load_student(SHIPPED, host.denoiser)
     assert not warning
     return host, student
