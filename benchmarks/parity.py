@@ -14,6 +14,7 @@ import contextlib
 import csv
 import hashlib
 import importlib.util
+import os
 import sys
 import tempfile
 import time
@@ -205,6 +206,7 @@ def main() -> None:
     parser.add_argument("--only", help="a case by its name")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the hosts, too: another number of threads sums in another order
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch)
         opened = {"cli": cli, "comfyui": comfyui}.get(args.front, lambda folder: webui(args.front, folder))
