@@ -33,6 +33,7 @@ def arguments(description: str, updates: int | None) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=4e-4)
+    parser.add_argument("--save-every", type=int, default=500, help="updates between saved states (default: 500)")
     return parser
 
 

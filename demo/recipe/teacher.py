@@ -230,11 +230,29 @@ def paths(folder: Path) -> tuple[Path, Path, Path, Path]:
     return folder / "teacher.pt", folder / "teacher", folder / "branch.pt", folder / "branch"
 
 
+def run(
+    teacher: Teacher, training: Training, state: Path, kept: Path, args, updates: int | None, decay: int = 0
+) -> None:
+    """`fit` for a teacher: averages go to `kept`, progress has the held-out loss."""
+    fit(
+        training,
+        teacher.loss,
+        state,
+        args.lr,
+        args.batch_size,
+        updates,
+        decay,
+        args.save_every,
+        kept,
+        teacher.check,
+    )
+
+
 def train(args) -> None:
     teacher = Teacher(args.folder, args.recipe, args.device, args.batch_size)
     training = Training(teacher.learner, teacher.identity())
     state, kept, _, _ = paths(args.folder)
-    fit(training, teacher.loss, state, args.lr, args.batch_size, args.updates, kept=kept, check=teacher.check)
+    run(teacher, training, state, kept, args, args.updates)
 
 
 def branch(args) -> None:
@@ -251,7 +269,7 @@ def branch(args) -> None:
         note.write_text(str(training.step))
     begun = int(note.read_text())
     last = begun + args.decay
-    fit(training, teacher.loss, copied, args.lr, args.batch_size, last, args.decay, kept=kept_too, check=teacher.check)
+    run(teacher, training, copied, kept_too, args, last, args.decay)
     files = averages.kept([kept], begun) | averages.kept([kept_too], last)
     candidates = {f"average .{round(100 * std):02d}": averages.average(files, last, std) for std in WIDTHS}
     candidates["last weights"] = {n: p.detach().clone() for n, p in training.trainable.items()}

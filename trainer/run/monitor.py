@@ -70,7 +70,7 @@ class Monitor:
                 self._progress("training", event.update, self.config.updates, "updates", event.seconds)
                 self._spent = event.spent
                 self._add(event.update, event.losses, asdict(event.health))
-            elif isinstance(event, Selected):
+            elif isinstance(event, Selected) and math.isfinite(event.score):  # JSON has no other numbers
                 self._scores.append((event.update, event.score))
                 if event.best:
                     self._best = {"update": event.update, "score": event.score}
