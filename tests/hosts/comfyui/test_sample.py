@@ -7,7 +7,7 @@ import zipfile
 import pytest
 import torch
 from PIL import Image
-from turbodistill.measure.evaluate import REFERENCE
+from turbodistill.demo.files import REFERENCE
 
 pytestmark = pytest.mark.host
 
