@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ...core import losses
 from . import dataset
-from .fit import Training, arguments, fit, low_precision
+from .fit import Training, arguments, check_arguments, fit, low_precision
 
 CONFIG = dict(
     in_channels=3,
@@ -183,4 +183,5 @@ if __name__ == "__main__":
     parser = arguments(__doc__, updates=2000)
     parser.add_argument("--decoder-only", action="store_true", help="go on with the decoder, keep the latents")
     args = parser.parse_args()
+    check_arguments(parser, args)
     refine_decoder(args) if args.decoder_only else train(args)

@@ -37,6 +37,16 @@ def arguments(description: str, updates: int | None) -> argparse.ArgumentParser:
     return parser
 
 
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with the parser's error for a number that no training can have."""
+    for name in ("updates", "batch_size", "save_every", "decay"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}: give at least 1")
+    if not 0 < args.lr < 1:
+        parser.error(f"--lr is {args.lr}: give a number between 0 and 1")
+
+
 def low_precision(device: str) -> autocast:
     """Passes in bfloat16 where the device is fast in it."""
     return autocast(device, torch.bfloat16, enabled=fast_bfloat16(torch.device(device)))

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..text_encoder import WIDTH, TextEncoder
 from . import averages, dataset, views
-from .fit import Training, arguments, fit, low_precision, read_progress
+from .fit import Training, arguments, check_arguments, fit, low_precision, read_progress
 
 CONFIG = dict(
     sample_size=16,
@@ -312,6 +312,7 @@ def main() -> None:
     parser.add_argument("--status", action="store_true", help="print how far the training is")
     add_recipe(parser)
     args = parser.parse_args()
+    check_arguments(parser, args)
     args.recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
     try:
         if args.status:

