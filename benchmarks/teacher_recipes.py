@@ -24,7 +24,7 @@ from turbodistill.demo.recipe.teacher import Recipe, Teacher
 from turbodistill.trainer.data.files import write_whole
 
 LR = 4e-4
-# Name -> recipe and learning rate; each differs from the first in one thing.
+# Name -> recipe and learning rate; each differs from the first in one thing, the last in all that helped.
 ARMS: dict[str, tuple[Recipe, float]] = {
     "base": (Recipe(), LR),
     "lr 1e-3": (Recipe(), 1e-3),
@@ -34,13 +34,15 @@ ARMS: dict[str, tuple[Recipe, float]] = {
     "drawn captions": (Recipe(captions="drawn"), LR),
     "augment": (Recipe(augment=True), LR),
     "align": (Recipe(align=0.5), LR),
+    "combined": (Recipe(weighting="min-snr", captions="drawn", align=0.5), 1e-3),
+    "combined, no align": (Recipe(weighting="min-snr", captions="drawn"), 1e-3),
 }
 
 
 def run(name: str, seed: int, args) -> dict[str, float]:
     """Train and measure one arm with one seed, or read what was measured."""
     recipe, lr = ARMS[name]
-    stem = f"{name.replace(' ', '-')}-{args.updates}-{seed}"
+    stem = f"{name.replace(',', '').replace(' ', '-')}-{args.updates}-{seed}"
     note = args.out / f"{stem}.json"
     if note.exists():
         return json.loads(note.read_text())
