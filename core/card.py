@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from .naming import is_diffusers, to_single_file
 
+# A file stays mapped as long as its tensors live; on Windows the next training could not replace it.
+COPIES = os.name == "nt"
 KEY = "turbodistill.card"
 VERSION = 1
 KINDS = ("lora", "full")
@@ -157,7 +160,8 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], StudentCard]:
     """
     with _opened(path) as file:
         card = StudentCard.from_metadata(file.metadata(), path)
-        return {k: file.get_tensor(k) for k in file.keys()}, card  # noqa: SIM118 - not iterable in safetensors 0.4.2
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not iterable in safetensors 0.4.2
+        return {k: v.clone() for k, v in tensors.items()} if COPIES else tensors, card
 
 
 def read_card(path: str | Path) -> StudentCard:

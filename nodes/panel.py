@@ -70,7 +70,7 @@ class Panel:
         now = time.monotonic()
         self.monitor.follow(event, now - self._last)
         if isinstance(event, PairsMade) and now - self._shown >= PICTURES_EVERY:
-            self.monitor.newest(event.newest.latents)
+            self.monitor.newest(event.newest)
             self._shown = time.monotonic()
         self._last = time.monotonic()
         if self._last - self._told >= EVERY:

@@ -169,7 +169,7 @@ class Job:
         now = time.monotonic()
         self.monitor.follow(event, now - self._last)
         if isinstance(event, PairsMade) and now - self._shown >= PICTURES_EVERY:
-            self.monitor.newest(event.newest.latents)
+            self.monitor.newest(event.newest)
             self._shown = time.monotonic()
         self._last = time.monotonic()
         self._look()
@@ -178,7 +178,7 @@ class Job:
         return self.backend.runs_folder().parent / "pairs" / key
 
     def _estimate(self, host: Host) -> Callable[[], None]:
-        self.memory = run.estimate(host, self.config)
+        self.memory = run.estimate(host, self.config, self.prompts)
         self.result = self.memory.in_words(self.monitor.free)
         return lambda: self.monitor.end("done")
 
@@ -190,7 +190,7 @@ class Job:
             made = PairsMade(done, config.pairs, "teacher pairs", newest)
             self._follow(made)
         if made:
-            self.monitor.newest(made.newest.latents)
+            self.monitor.newest(made.newest)
         self.result = f"{config.pairs} teacher pairs in {folder}; Distil with the same prompts and settings takes them"
         return lambda: self.monitor.end("done")
 

@@ -3,6 +3,7 @@
 import json
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -186,3 +187,21 @@ def test_another_model_has_another_fingerprint(toys):
     with torch.no_grad():
         trained.down.weight.mul_(1.01)
     assert len(found | {fingerprint(trained)}) == 4
+
+
+def test_on_windows_a_file_that_was_read_can_be_replaced(tmp_path, monkeypatch):
+    """There a file cannot be while a tensor of it is mapped: a training could not write its student anew."""
+    path = tmp_path / "student.safetensors"
+    save_file({"a": torch.ones(64)}, path, CARD.to_metadata())
+
+    def mapped():
+        return str(path) in Path("/proc/self/maps").read_text()
+
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("needs /proc/self/maps, which this system lacks")
+    kept = read(path)[0]
+    assert mapped()
+    del kept
+    monkeypatch.setattr("turbodistill.core.card.COPIES", True)
+    tensors = read(path)[0]
+    assert torch.equal(tensors["a"], torch.ones(64)) and not mapped()

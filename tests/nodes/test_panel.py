@@ -129,7 +129,7 @@ def test_what_does_not_train_cannot_be_asked(nodes, server, monitor):
 
     with nodes.panel.watched(HIDDEN, monitor) as panel:
         assert refused()  # before it began
-        panel.follow(PairsMade(4, 12, "teacher pairs", SAMPLES))
+        panel.follow(PairsMade(4, 12, "teacher pairs", NEWEST))
         assert refused()
         panel.follow(step(1))
         assert not refused()
@@ -141,8 +141,7 @@ def test_what_does_not_train_cannot_be_asked(nodes, server, monitor):
 # --- messages ---
 
 
-class SAMPLES:
-    latents = torch.zeros(3, 4, 2, 2)
+NEWEST = torch.zeros(3, 4, 2, 2)
 
 
 def test_messages_come_at_the_beginning_now_and_then_and_at_the_end(nodes, server, monitor, clock):
@@ -241,7 +240,7 @@ def test_newest_pairs_are_shown_now_and_then(nodes, server, monitor, clock):
     with nodes.panel.watched(HIDDEN, monitor) as panel:
         for done in range(3, 61, 3):
             clock.now += 1
-            panel.follow(PairsMade(done, 60, "teacher pairs", SAMPLES))
+            panel.follow(PairsMade(done, 60, "teacher pairs", NEWEST))
     assert shown == [3] * 4  # of twenty seconds, every fifth
     assert len(server.sent[-1][1]["pictures"]) == 8
 

@@ -37,7 +37,7 @@ def test_losses_are_the_same(kit, unet, samples, changes):
     plain, again = (trained(kit, unet, samples, gradient_checkpointing=on, **changes) for on in (False, True))
     assert plain[0] == again[0] != plain[1]
     # Gradients are added in another order, which their last bits show.
-    close = 2e-2 if changes.get("precision") else 1e-4
+    close = 3e-2 if changes.get("precision") else 1e-4
     for one, other in zip(plain, again, strict=True):
         assert one == pytest.approx(other, rel=close)
 

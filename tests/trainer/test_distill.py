@@ -13,7 +13,6 @@ from turbodistill.trainer.loop import distill as loop
 from turbodistill.trainer.loop import steps
 from turbodistill.trainer.loop.batch import draw, generator
 from turbodistill.trainer.loop.distill import Diverged, distill
-from turbodistill.trainer.run import run
 
 ALONE = {"adversarial_weight": 0.0, "regression_weight": 0.0}
 OPTIONS = {
@@ -239,7 +238,7 @@ def test_pure_noise_is_the_pairs_own(kit, host, tmp_path):
     state, samples = start(kit, host, tmp_path, student_steps=2)
     batch = draw(state.config, state.student, samples, None, generator(0, 0))
     assert batch.first.any() and not batch.first.all()
-    by_picture = {samples.latents[i].numpy().tobytes(): i for i in range(len(samples))}
+    by_picture = {latents.numpy().tobytes(): i for i, latents in enumerate(samples.latents[:])}
     rows = torch.tensor([by_picture[t.numpy().tobytes()] for t in batch.target])
     noise = batch.x / expand(batch.sigma, batch.x)
     assert torch.allclose(noise[batch.first], samples.noise(rows)[batch.first], atol=1e-6)
@@ -287,7 +286,7 @@ def test_a_pair_is_judged_beside_the_picture_of_its_own_prompt(kit, host, tmp_pa
 
     def shown(pair):
         """The rows of the pictures that were drawn beside a pair."""
-        drawn = batch.positive[(batch.target == samples.latents[pair]).flatten(1).all(1)]
+        drawn = batch.positive[(batch.target == samples.latents[:][pair]).flatten(1).all(1)]
         return {int((pictures.latents == p).flatten(1).all(1).nonzero()) for p in drawn}
 
     assert shown(0) == {2} and shown(7) == {4}
@@ -299,7 +298,7 @@ def test_accumulation_has_the_gradient_of_the_mean(kit, host, tmp_path):
     ends = []
     for accumulate in (1, 2):
         settings = kit.config(gradient_accumulation=accumulate, adversarial_weight=0.0, batch_size=1, updates=3)
-        samples = run.take(kit.pairs(host, settings, tmp_path), torch.tensor([5]))
+        samples = kit.pairs(host, settings, tmp_path).select(torch.tensor([5]))
         state = kit.state(host, settings, samples)
         list(distill(state, samples, host.encode_text([""])))
         ends.append(kit.weights(state.student.trained))

@@ -151,6 +151,12 @@ def test_in_words_without_a_comparison():
     assert told == "training takes about 2.6 GB: 2.0 GB weights, 0.5 GB student, 64 MB activations"
 
 
+def test_in_words_with_the_pairs_on_disk():
+    told = Memory(2 * GB, GB, GB, 3 * GB).in_words(5 * GB)
+    assert told.endswith("; 5.0 GB are there; the teacher pairs take 3.0 GB on disk")
+    assert "pairs" not in Memory(GB, GB, GB).in_words()
+
+
 def test_in_words_where_it_is_enough_and_where_not():
     needed = Memory(2 * GB, GB, GB)
     assert needed.in_words(4 * GB).endswith("; 4.0 GB are there")

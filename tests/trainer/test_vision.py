@@ -123,12 +123,12 @@ def test_maps_are_kept_by_the_picture_that_they_are_of(kit, host, settings, tmp_
     config = settings(positives="both", batch_size=64)
     samples = kit.pairs(host, config, tmp_path)
     state = kit.state(host, config, samples)
-    reals = loop.Reals.beside(samples, replace(samples, latents=-samples.latents))
+    reals = loop.Reals.beside(samples, replace(samples, latents=-samples.latents[:]))
     batch = draw(config, state.student, samples, reals, generator(0, 0))
     assert batch.positive_key.min() < 0 <= batch.positive_key.max()
     for key, positive in zip(batch.positive_key.tolist(), batch.positive, strict=True):
         latents = samples.latents if key >= 0 else reals.samples.latents
-        assert torch.equal(positive, latents[key if key >= 0 else -1 - key])
+        assert torch.equal(positive, latents[:][key if key >= 0 else -1 - key])
 
 
 def test_a_training_with_it_ends_and_the_card_says_so(kit, host, settings, folder, tmp_path):
@@ -147,7 +147,7 @@ def test_a_training_with_it_goes_on_bit_for_bit(kit, host, settings, tmp_path):
 
 
 def test_memory_counts_what_it_keeps(kit, host, settings):
-    small, large = (run.estimate(host, settings(pixel_size=size)).activations for size in (16, 64))
+    small, large = (run.estimate(host, settings(pixel_size=size), kit.WORDS).activations for size in (16, 64))
     assert 0 < small < large
 
 

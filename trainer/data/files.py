@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -10,9 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
+LIBC = ctypes.CDLL(None) if os.name == "posix" else None
 log = logging.getLogger(__name__)
 
 
@@ -53,5 +56,40 @@ def checksum(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].view(torch.uint8).numpy().tobytes() if tensors[name].ndim else b"")
+        if tensors[name].ndim:
+            digest.update(tensors[name].contiguous().view(torch.uint8).flatten().numpy())
     return digest.hexdigest()
+
+
+def _trim() -> None:
+    """Give freed memory back: in glibc before 2.38 no buffer fits into the hole that an equal one left."""
+    if hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    """Write tensors with a checksum, whole or not at all. `about["key"]` says how they were made."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    write_whole(path, save(tensors, about | {"checksum": checksum(tensors)}))
+    _trim()
+
+
+def read_tensors(path: Path, key: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of one file, mapped into memory, and what it says of itself.
+
+    Raises DataError if it is broken, and OtherRun if it was made in another way than `key`.
+    """
+    again = "delete it and run again, only its samples are made anew"
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} is broken ({error}): {again}") from None
+    whole = about.get("checksum") == checksum(tensors)
+    if whole and key in (None, about.get("key")):
+        return tensors, about
+    del tensors  # or the error would hold the file mapped, and Windows would not let it be replaced
+    if not whole:
+        raise DataError(f"{path} is corrupt (wrong checksum): {again}")
+    raise OtherRun(f"{path} was made with other settings or another model: use another folder, or delete this one")

@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..host import Host
+from .conditioning import Conditioning
 from .files import DataError, log
-from .samples import SHARD, Samples, read_shard, write_shard
+from .samples import SHARD, Samples, Shard, load_samples, read_shard, write_shard
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow's decoders raise
@@ -89,28 +90,34 @@ def to_image(picture: Tensor) -> Image.Image:
 
 
 @torch.no_grad()
-def cache_images(host: Host, folder: str | Path, cache: str | Path) -> Iterator[tuple[int, Samples]]:
-    """Encode a captioned image folder once into latents and conditions under `cache`.
+def cache_images(host: Host, folder: str | Path, cache: str | Path) -> Iterator[tuple[int, Tensor]]:
+    """Encode a captioned image folder once into latents and conditioning under `cache`.
 
-    Yields (number done so far, the newest samples) after each shard; resumable as `make_pairs`.
+    Yields (number done so far, the newest latents (n, C, H, W)) after each shard; resumable as `make_pairs`.
     Raises DataError for a folder or picture that cannot be used.
     """
     found = read_image_folder(folder)
     stamp = [f"{p.name} {p.stat().st_size if p.exists() else 0} {text}" for p, text in found]
     key = hashlib.sha256(json.dumps([host.base_hash, host.resolution, *stamp]).encode()).hexdigest()[:16]
     device = host.denoiser.device
+    conditioning = Conditioning(host, [text for _, text in found], Path(cache), key, replace_others=True)
     for first in range(0, len(found), SHARD):
         path = Path(cache) / f"images-{first:07d}.safetensors"
         part = found[first : first + SHARD]
-        if path.exists():
-            try:
-                yield first + len(part), read_shard(path, key)
-                continue
-            except DataError as error:
-                log.warning("%s; making it again", error)
-        pictures = torch.stack([load_picture(p, host.resolution) for p, _ in part])
         texts = [text for _, text in part]
-        latents = torch.cat([host.encode_images(chunk.to(device)).float().cpu() for chunk in pictures.split(8)])
-        samples = Samples(latents, host.encode_text(texts).to("cpu"), texts)
-        write_shard(path, samples, key)
-        yield first + len(part), samples
+        try:
+            latents = read_shard(path, key).latents if path.exists() else None
+        except DataError as error:
+            log.warning("%s; making it again", error)
+            latents = None
+        if latents is None:
+            pictures = torch.stack([load_picture(p, host.resolution) for p, _ in part])
+            latents = torch.cat([host.encode_images(chunk.to(device)).float().cpu() for chunk in pictures.split(8)])
+            write_shard(path, Shard(latents, texts), key)
+        conditioning.of(texts)
+        yield first + len(part), latents
+
+
+def load_images(cache: str | Path, count: int) -> Samples:
+    """What `cache_images` has encoded of `count` pictures; raises DataError if it is broken."""
+    return load_samples(cache, "images", count)

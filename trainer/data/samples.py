@@ -1,30 +1,30 @@
-"""Latents with their prompts and conditions, in memory and on disk."""
+"""Latents with their prompts and conditioning: in memory, or left in their files and read a batch at a time."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from ...core.denoiser import Cond
 from ...core.sampling import seeded_noise
-from .files import DataError, OtherRun, checksum, write_whole
+from .conditioning import read_conditioning
+from .files import DataError, read_tensors, write_tensors
+from .stored import StoredCond, StoredLatents
 
 SHARD = 64  # samples in a file: what an interruption can cost
+KINDS = {"pairs": "teacher pairs", "images": "encoded pictures"}
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Latents (N, C, H, W) with their prompts and conditions; pairs also have the seed (N,) of their noise."""
+    """Latents (N, C, H, W) with their prompts and conditioning; pairs also have the seed (N,) of their noise."""
 
-    latents: Tensor
-    cond: Cond
+    latents: Tensor | StoredLatents
+    cond: Cond | StoredCond
     prompts: list[str]
     seeds: Tensor | None = None
 
@@ -37,48 +37,60 @@ class Samples:
             raise ValueError("pictures have no noise: only teacher pairs do")
         return seeded_noise(self.seeds[rows].tolist(), self.latents.shape[1:])
 
-    @staticmethod
-    def cat(parts: Sequence[Samples]) -> Samples:
-        seeds = [p.seeds for p in parts if p.seeds is not None]
+    def select(self, rows: Tensor) -> Samples:
+        """The given rows; what lies in files stays there."""
         return Samples(
-            torch.cat([p.latents for p in parts]),
-            Cond.cat([p.cond for p in parts]),
-            [text for p in parts for text in p.prompts],
-            torch.cat(seeds) if seeds else None,
+            self.latents.select(rows) if isinstance(self.latents, StoredLatents) else self.latents[rows],
+            self.cond.select(rows) if isinstance(self.cond, StoredCond) else self.cond.rows(rows),
+            [self.prompts[i] for i in rows.tolist()],
+            None if self.seeds is None else self.seeds[rows],
         )
 
 
-def write_shard(path: Path, samples: Samples, key: str) -> None:
-    """Write samples with a checksum, whole or not at all. `key` says how they were made."""
-    tensors = {"latents": samples.latents.half(), "context": samples.cond.context.half()}
-    if samples.cond.pooled is not None:
-        tensors["pooled"] = samples.cond.pooled.half()
-    tensors |= {f"extra.{k}": v for k, v in samples.cond.extra.items()}
-    if samples.seeds is not None:
-        tensors["seeds"] = samples.seeds
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    about = {"key": key, "prompts": json.dumps(samples.prompts), "checksum": checksum(tensors)}
-    write_whole(path, save(tensors, about))
+@dataclass(frozen=True)
+class Shard:
+    """What one file holds of samples: all but their conditioning, which `conditioning` keeps by prompt."""
+
+    latents: Tensor  # (n, C, H, W)
+    prompts: list[str]
+    seeds: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.latents)
 
 
-def read_shard(path: Path, key: str | None = None) -> Samples:
-    """The samples of one file.
+def write_shard(path: Path, shard: Shard, key: str) -> None:
+    """Write samples in half precision, whole or not at all. `key` says how they were made."""
+    seeds = {} if shard.seeds is None else {"seeds": shard.seeds}
+    about = {"key": key, "prompts": json.dumps(shard.prompts)}
+    write_tensors(path, {"latents": shard.latents.half()} | seeds, about)
 
-    Raises DataError if it is broken, or was made in another way than `key`.
+
+def read_shard(path: Path, key: str | None = None) -> Shard:
+    """The samples of one file, mapped; raises as `read_tensors`."""
+    tensors, about = read_tensors(path, key)
+    return Shard(tensors["latents"], json.loads(about["prompts"]), tensors.get("seeds"))
+
+
+def load_samples(folder: str | Path, kind: str, limit: int | None = None) -> Samples:
+    """The samples of a folder's files {kind}-*.safetensors, or the first `limit`, left where they are.
+
+    Raises DataError if there are none, if a file is broken, or if they were not made together.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - a safetensors file is no dict
-    except (SafetensorError, OSError) as error:
-        raise DataError(
-            f"{path} is broken ({error}): delete it and run again, only its samples are made anew"
-        ) from None
-    if about.get("checksum") != checksum(tensors):
-        raise DataError(f"{path} is corrupt (wrong checksum): delete it and run again, only its samples are made anew")
-    if key is not None and about["key"] != key:
-        raise OtherRun(f"{path} was made with other settings or another model: use another folder, or delete this one")
-    extra = {k.removeprefix("extra."): v for k, v in tensors.items() if k.startswith("extra.")}
-    pooled = tensors["pooled"].float() if "pooled" in tensors else None
-    cond = Cond(tensors["context"].float(), pooled, extra)
-    return Samples(tensors["latents"].float(), cond, json.loads(about["prompts"]), tensors.get("seeds"))
+    folder = Path(folder)
+    paths = sorted(folder.glob(f"{kind}-*.safetensors"))
+    if not paths:
+        raise DataError(f"{folder} holds no {KINDS[kind]}: make them first")
+    key = read_tensors(paths[0])[1].get("key")
+    shards: list[Shard] = []
+    for path in paths:
+        if limit is None or sum(map(len, shards)) < limit:
+            shards.append(read_shard(path, key))
+    prompts = [prompt for shard in shards for prompt in shard.prompts][:limit]
+    seeds = [shard.seeds for shard in shards if shard.seeds is not None]
+    return Samples(
+        StoredLatents([shard.latents for shard in shards], torch.arange(len(prompts))),
+        read_conditioning(folder, key, prompts),
+        prompts,
+        torch.cat(seeds)[:limit] if seeds else None,
+    )

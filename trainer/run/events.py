@@ -8,7 +8,6 @@ from pathlib import Path
 from torch import Tensor
 
 from ...core.card import StudentCard
-from ..data.samples import Samples
 from ..loop.distill import Step
 from .memory import Memory
 
@@ -32,7 +31,7 @@ class PairsMade:
     done: int
     total: int
     what: str
-    newest: Samples
+    newest: Tensor  # latents (n, C, H, W)
 
 
 @dataclass(frozen=True)

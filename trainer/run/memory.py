@@ -56,6 +56,7 @@ class Memory:
     weights: int  # the model, once
     trained: int  # LoRA or copy, with gradients, Adam's moments and the average
     activations: int  # kept for backward, of the whole batch
+    on_disk: int = 0  # teacher pairs with their conditioning, which are read from there
 
     @property
     def total(self) -> int:
@@ -65,11 +66,12 @@ class Memory:
         """One sentence; `free` bytes on the device, the weights' included, make it a comparison."""
         parts = ((self.weights, "weights"), (self.trained, "student"), (self.activations, "activations"))
         told = f"training takes about {_size(self.total)}: " + ", ".join(f"{_size(n)} {what}" for n, what in parts)
+        pairs = f"; the teacher pairs take {_size(self.on_disk)} on disk" if self.on_disk else ""
         if free is None:
-            return told
+            return told + pairs
         if free >= self.total:
-            return f"{told}; {_size(free)} are there"
-        return f"{told}; only {_size(free)} are there. It may run out of memory: {', or '.join(REMEDIES)}"
+            return f"{told}; {_size(free)} are there{pairs}"
+        return f"{told}; only {_size(free)} are there{pairs}. It may run out of memory: {', or '.join(REMEDIES)}"
 
 
 def _size(count: int) -> str:

@@ -12,7 +12,7 @@ import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,8 +22,8 @@ from ...core.card import read
 from ...core.student import load_weights
 from ..config import Config, ConfigError
 from ..data.files import write_whole
-from ..data.images import cache_images, read_image_folder
-from ..data.pairs import load_pairs, make_pairs, pairs_key
+from ..data.images import cache_images, load_images, read_image_folder
+from ..data.pairs import load_pairs, make_pairs, pairs_key, pairs_size
 from ..data.samples import Samples
 from ..host import Host
 from ..loop import health
@@ -74,12 +74,6 @@ def split(pairs: Samples) -> tuple[Tensor, Tensor]:
     return (~mask).nonzero().flatten(), mask.nonzero().flatten()[:HELD_OUT]
 
 
-def take(samples: Samples, rows: Tensor) -> Samples:
-    seeds = None if samples.seeds is None else samples.seeds[rows]
-    texts = [samples.prompts[i] for i in rows.tolist()]
-    return Samples(samples.latents[rows], samples.cond.rows(rows), texts, seeds)
-
-
 def check_name(name: str) -> str:
     """The name of a run, which is its folder's; raises ConfigError for one that cannot be."""
     if not re.fullmatch(r"[^\s./\\<>:\"|?*][^/\\<>:\"|?*]*", name) or name.endswith((".", " ")):
@@ -112,12 +106,13 @@ def resume(state: State, folder: Path) -> bool:
     return True
 
 
-def estimate(host: Host, config: Config) -> Memory:
-    """What memory a training will take; raises ConfigError for settings that do not fit this model."""
+def estimate(host: Host, config: Config, prompts: Sequence[str]) -> Memory:
+    """What a training will take; raises ConfigError for settings that do not fit this model."""
     sample = Samples(torch.zeros(1, *host.latent_shape), host.encode_text([""]), [""])
     state = begin(host, config, sample)
     try:
-        return measure(state, sample)
+        size = pairs_size(host.latent_shape, sample.cond, config.pairs, len(set(prompts[: config.pairs])))
+        return replace(measure(state, sample), on_disk=size)
     finally:
         state.release()
 
@@ -185,13 +180,11 @@ def _run(
     reals = None
     if images is not None:
         doing.what = "encoding pictures"
-        parts = []
         for done, newest in cache_images(host, images, folder / "images"):
-            parts.append(newest)
             yield PairsMade(done, total, "pictures", newest)
-        reals = Samples.cat(parts)
+        reals = load_images(folder / "images", total)
     train_rows, held_rows = split(pairs)
-    train, held = take(pairs, train_rows), take(pairs, held_rows)
+    train, held = pairs.select(train_rows), pairs.select(held_rows)
     doing.what = "training"
     state = begin(host, config, pairs, seen)
     state.extra["data"] = pairs_key(host, config, prompts)
@@ -227,7 +220,7 @@ def _train(
         return Preview(state.update, pictures, held.latents[shown], [held.prompts[i] for i in shown], seeds)
 
     def select() -> Selected:
-        value = score(student_pictures(state, held, torch.arange(len(held))), held.latents)
+        value = score(student_pictures(state, held, torch.arange(len(held))), held.latents[:])
         state.extra["measured"] = state.update
         best = value <= state.extra.get("best", float("inf"))
         if best:

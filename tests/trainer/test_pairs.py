@@ -1,0 +1,227 @@
+"""Teacher pairs: made once, whole, completed where they were stopped, and refused when they are of another kind."""
+
+import errno
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from turbodistill.core.denoiser import Guided
+from turbodistill.core.sampling import sample_euler, seeded_noise, trailing_sigmas
+from turbodistill.trainer.data import conditioning, pairs
+from turbodistill.trainer.data.files import DataError
+from turbodistill.trainer.data.pairs import load_pairs, make_pairs, pairs_key, pairs_size
+from turbodistill.trainer.run import run
+
+
+def test_a_pair_is_what_the_teacher_makes_of_its_noise(kit, host, tmp_path):
+    config = kit.config(pairs=7, pair_steps=3, seed=2)
+    samples = kit.pairs(host, config, tmp_path, ["a", "b", "c"])
+    assert samples.prompts == ["a", "b", "c", "a", "b", "c", "a"]
+    assert samples.seeds.tolist() == [2_000_000 + k for k in range(7)]
+    noise = samples.noise(torch.tensor([4]))
+    assert torch.equal(noise, seeded_noise([2_000_004], host.latent_shape))
+    model = Guided(host.denoiser, host.encode_text(["b"]), host.encode_text([""]), config.guidance)
+    sigmas = trailing_sigmas(host.denoiser.schedule, 3)
+    with torch.no_grad():
+        latents = sample_euler(model, noise * sigmas[0], sigmas)
+    assert torch.allclose(samples.latents[4:5], latents, rtol=2e-3, atol=2e-3)  # they are stored as float16
+    assert torch.allclose(samples.cond.rows(slice(4, 5)).context, host.encode_text(["b"]).context, rtol=2e-3, atol=2e-3)
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    for module in (pairs, conditioning):
+        monkeypatch.setattr(module, "SHARD", 4)
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def test_pairs_go_on_where_they_were_stopped(kit, host, tmp_path, small_shards):
+    config = kit.config(pairs=10)
+    kit.pairs(host, config, tmp_path / "whole")
+    making = make_pairs(host, config, kit.WORDS, tmp_path / "stopped")
+    assert next(making)[0] == 4
+    making.close()
+    stamp = (tmp_path / "stopped" / "pairs-0000000.safetensors").stat().st_mtime_ns
+    told = [done for done, _ in make_pairs(host, config, kit.WORDS, tmp_path / "stopped")]
+    assert told == [4, 8, 10]
+    assert (tmp_path / "stopped" / "pairs-0000000.safetensors").stat().st_mtime_ns == stamp
+    for path in (tmp_path / "whole").iterdir():  # the headers' order is safetensors' own, so not byte by byte
+        assert kit.same(kit.tensors(path), kit.tensors(tmp_path / "stopped" / path.name))
+
+
+def test_more_pairs_keep_those_that_are_there(kit, host, tmp_path, small_shards):
+    few = kit.pairs(host, kit.config(pairs=6), tmp_path)
+    many = kit.pairs(host, kit.config(pairs=10), tmp_path)
+    assert len(many) == 10 and torch.equal(many.latents[:6], few.latents[:])
+    assert len(load_pairs(tmp_path, 5)) == 5
+
+
+def flip(path):
+    raw = bytearray(path.read_bytes())
+    raw[-3] ^= 0xFF
+    path.write_bytes(raw)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def strip(path):
+    from safetensors.torch import load_file, save_file
+
+    save_file(load_file(path), path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"), [(flip, "wrong checksum"), (truncate, "is broken"), (strip, "wrong checksum")]
+)
+def test_a_corrupt_shard_is_told_and_made_again(kit, host, tmp_path, small_shards, caplog, damage, told):
+    config = kit.config(pairs=10)
+    whole = kit.pairs(host, config, tmp_path)
+    latents = whole.latents[:]
+    damage(tmp_path / "pairs-0000004.safetensors")
+    with pytest.raises(DataError, match=rf"pairs-0000004.*{told}.*only its samples are made anew"):
+        load_pairs(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        again = kit.pairs(host, config, tmp_path)
+    assert "pairs-0000004" in caplog.text and "making it again" in caplog.text
+    assert torch.equal(again.latents[:], latents) and torch.equal(again.seeds, whole.seeds)
+
+
+@pytest.mark.parametrize("changes", [{"guidance": 3.0}, {"pair_steps": 3}, {"seed": 1}, {"pair_sampler": "dpmpp_2m"}])
+def test_pairs_made_with_other_settings_are_refused_and_kept(kit, host, tmp_path, changes):
+    config = kit.config()
+    kit.pairs(host, config, tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(DataError, match="made with other settings or another model: use another folder"):
+        kit.pairs(host, config.replace(**changes), tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_pairs_of_another_model_or_other_prompts_are_refused(kit, host, tmp_path):
+    config = kit.config()
+    kit.pairs(host, config, tmp_path)
+    with pytest.raises(DataError, match="another model"):
+        kit.pairs(kit.conv_host(seed=1), config, tmp_path)
+    with pytest.raises(DataError, match="another model"):
+        kit.pairs(host, config, tmp_path, ["other", "words"])
+
+
+def test_no_pairs_and_no_prompts_are_told(kit, host, tmp_path):
+    with pytest.raises(DataError, match="holds no teacher pairs"):
+        load_pairs(tmp_path)
+    with pytest.raises(DataError, match="no prompts"):
+        next(make_pairs(host, kit.config(), [], tmp_path))
+
+
+def test_a_full_disk_keeps_the_shards_that_are_whole(kit, host, tmp_path, small_shards, monkeypatch):
+    config = kit.config(pairs=10)
+    making = make_pairs(host, config, kit.WORDS, tmp_path)
+    next(making)
+    before = contents(tmp_path)
+    inner = Path.write_bytes
+
+    def full(path, content):
+        inner(path, content[:100])  # as a full disk does: a part of the file is there
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match=r"cannot write .*No space left on device.*: free some space"):
+            next(making)
+    assert contents(tmp_path) == before
+    assert len(kit.pairs(host, config, tmp_path)) == 10
+
+
+def whole_of(path):
+    """All that a shard holds; the order in a file's header is safetensors' own."""
+    with safe_open(path, "pt") as file:
+        return file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+
+
+def same_shards(kit, one, other):
+    for path in one.iterdir():
+        (about, tensors), (about_other, tensors_other) = whole_of(path), whole_of(other / path.name)
+        assert about == about_other and kit.same(tensors, tensors_other)
+        assert path.stat().st_size == (other / path.name).stat().st_size
+    assert {p.name for p in one.iterdir()} == {p.name for p in other.iterdir()}
+
+
+@pytest.mark.parametrize("after", [1, 2, 3, 4])
+def test_a_shard_that_is_begun_is_completed_to_the_same(kit, host, tmp_path, monkeypatch, after):
+    monkeypatch.setattr(pairs, "SHARD", 8)
+    config = kit.config(pairs=14, batch_size=3)
+    kit.pairs(host, config, tmp_path / "whole")
+    making = make_pairs(host, config, kit.WORDS, tmp_path / "cut")
+    done = [next(making)[0] for _ in range(after)][-1]
+    making.close()
+    assert done == (3, 6, 8, 11)[after - 1]
+    assert len(load_pairs(tmp_path / "cut")) == done  # nothing of it is lost, nor half
+    told = [done for done, _ in make_pairs(host, config, kit.WORDS, tmp_path / "cut")]
+    assert told[-1] == 14 and all(number > done for number in told if number != 8)
+    same_shards(kit, tmp_path / "whole", tmp_path / "cut")
+
+
+def test_an_error_in_a_pass_keeps_what_is_made(kit, host, tmp_path):
+    config, passes = kit.config(pairs=12), iter(range(1, 100))
+
+    def look(*_):
+        if next(passes) == 4:  # of two for every batch of four
+            raise KeyError("a host's own")
+
+    kit.pairs(host, config, tmp_path / "whole")
+    handle = host.denoiser.backbone.register_forward_pre_hook(look)
+    with pytest.raises(KeyError, match="a host's own"):
+        kit.pairs(host, config, tmp_path / "cut")
+    handle.remove()
+    assert len(load_pairs(tmp_path / "cut")) == 4
+    kit.pairs(host, config, tmp_path / "cut")
+    same_shards(kit, tmp_path / "whole", tmp_path / "cut")
+
+
+def test_nothing_is_written_before_anything_is_made(kit, host, tmp_path, monkeypatch):
+    monkeypatch.setattr(host.denoiser.schedule, "add_noise", None)
+    with pytest.raises(TypeError):
+        kit.pairs(host, kit.config(), tmp_path / "pairs")
+    assert not list(tmp_path.rglob("pairs-*"))
+
+
+def test_fewer_pairs_are_those_that_are_there(kit, host, tmp_path):
+    kit.pairs(host, kit.config(pairs=12), tmp_path)
+    before = contents(tmp_path)
+    assert [done for done, _ in make_pairs(host, kit.config(pairs=5), kit.WORDS, tmp_path)] == [5]
+    assert contents(tmp_path) == before and len(load_pairs(tmp_path, 5)) == 5
+
+
+def test_the_text_encoder_is_part_of_a_pair_s_key(kit, host, monkeypatch):
+    before = pairs_key(host, kit.config(), kit.WORDS)
+    assert pairs_key(host, kit.config(lr=1.0, pairs=99), kit.WORDS) == before  # what does not decide a pair
+    monkeypatch.setattr(host, "text_hash", "another", raising=False)
+    assert pairs_key(host, kit.config(), kit.WORDS) != before
+
+
+@pytest.mark.parametrize(("count", "prompts"), [(12, 12), (8, 3), (5, 12)])
+def test_the_size_on_disk_is_known_beforehand(kit, host, tmp_path, count, prompts):
+    kit.pairs(host, kit.config(pairs=count), tmp_path, kit.WORDS[:prompts])
+    tensors = [t for path in tmp_path.iterdir() for t in kit.tensors(path).values()]
+    size = pairs_size(host.latent_shape, host.encode_text([""]), count, min(count, prompts))
+    assert size == sum(t.numel() * t.element_size() for t in tensors)
+    assert run.estimate(host, kit.config(pairs=count), kit.WORDS[:prompts]).on_disk == size
+
+
+def test_pairs_that_do_not_fit_on_the_disk_are_not_begun(kit, host, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=5000))
+    with pytest.raises(DataError, match=r"take about 0\.0 GB in .*pairs, and 0\.0 GB are free there: make room"):
+        kit.pairs(host, kit.config(), tmp_path / "new" / "pairs")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    kit.pairs(host, kit.config(), tmp_path / "new" / "pairs")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=5000))
+    assert len(kit.pairs(host, kit.config(pairs=13), tmp_path / "new" / "pairs")) == 13  # what is there is counted
