@@ -13,8 +13,8 @@ from ..core.card import StudentCard, read, read_card
 from ..trainer.config import ADVANCED, OF_DISTILL, Config
 from ..trainer.data.files import DataError, write_whole
 from ..trainer.data.pairs import pairs_key
-from ..trainer.run import history, run
-from ..trainer.run.events import Begun, Finished, Preview
+from ..trainer.run import run
+from ..trainer.run.events import Finished, Preview
 from ..trainer.run.monitor import Monitor
 from . import host, host_page, host_save
 from .data import IMAGES, PAIRS, Pairs, base_name
@@ -120,7 +120,7 @@ class Distill(io.ComfyNode):
                 return host_page.show(loaded.decode(latents.to(device)))
 
             monitor = Monitor("distill", name, config, show, host_page.free_memory(model))
-            with watched(cls.hidden, monitor) as panel, cancellable(model):
+            with watched(cls.hidden, monitor, folder) as panel, cancellable(model):
                 if found := host.sampling_by_files(file_names(cls.hidden.prompt or {}, cls.hidden.unique_id)):
                     monitor.warn(f"{base} looks like {found.name}, which is one-step already: connect its base model")
                 preview, finished = cls._train(loaded, config, folder, pairs, images, panel)
@@ -137,8 +137,6 @@ class Distill(io.ComfyNode):
         preview = None
         with closing(events):
             for event in events:
-                if isinstance(event, Begun) and event.update:
-                    panel.monitor.recall(history.read(folder / run.HISTORY, event.update))
                 if isinstance(event, Preview):
                     preview = event
                 panel.follow(event)

@@ -6,16 +6,17 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from ..trainer.run.events import Event, PairsMade
-from ..trainer.run.memory import OutOfMemory, advice, is_out_of_memory
+from ..trainer.run.events import Event
+from ..trainer.run.memory import OutOfMemory, is_out_of_memory
 from ..trainer.run.monitor import Monitor
+from ..trainer.run.session import Session
 from . import host_page
 
 EVENT = "turbodistill.run"
 EVERY = 0.5  # seconds between messages
-PICTURES_EVERY = 5.0  # seconds between looks at the pairs that are made
 
 _panels: dict[str, Panel] = {}  # by the node's id: the last run of each
 _stopped: dict[str, float] = {}  # by a run's name: when it was ended early
@@ -54,12 +55,11 @@ def open_routes() -> None:
 
 
 class Panel:
-    """One run, beside one node: feeds its monitor and tells the pages, not too often."""
+    """One run, beside one node: tells the pages of it, not too often."""
 
-    def __init__(self, node: str, workflow: str, monitor: Monitor):
-        self.node, self.workflow, self.monitor = node, workflow, monitor
-        self._sent, self._told, self._shown = 0, 0.0, 0.0
-        self._last = time.monotonic()
+    def __init__(self, node: str, workflow: str, session: Session):
+        self.node, self.workflow, self.session, self.monitor = node, workflow, session, session.monitor
+        self._told = 0.0
         self._bar = host_page.progress()
         with _lock:
             _panels[node] = self
@@ -67,34 +67,33 @@ class Panel:
 
     def follow(self, event: Event) -> None:
         """Take in an event of the run; raises ComfyUI's exception if the user has cancelled."""
-        now = time.monotonic()
-        self.monitor.follow(event, now - self._last)
-        if isinstance(event, PairsMade) and now - self._shown >= PICTURES_EVERY:
-            self.monitor.newest(event.newest)
-            self._shown = time.monotonic()
-        self._last = time.monotonic()
-        if self._last - self._told >= EVERY:
+        self.session.take(event)
+        if time.monotonic() - self._told >= EVERY:
             self.tell()
         host_page.check_cancel()
 
-    def snapshot(self, first: int = 0) -> dict[str, Any]:
+    def snapshot(self) -> dict[str, Any]:
         """The monitor's, with the node, and the workflow's id: node ids are the same in other workflows."""
-        return {"node": self.node, "workflow": self.workflow} | self.monitor.snapshot(first)
+        return {"node": self.node, "workflow": self.workflow} | self.monitor.snapshot()
 
     def tell(self) -> None:
-        """Send what is new."""
-        told = self.snapshot(self._sent)
-        if told["total"]:
-            self._bar(told["done"], told["total"])
-        host_page.send(EVENT, told)
-        self._sent, self._told = told["points"], time.monotonic()
+        """Send all that the pages show."""
+        shown = self.snapshot()
+        if shown["total"]:
+            self._bar(shown["done"], shown["total"])
+        host_page.send(EVENT, shown)
+        self._told = time.monotonic()
 
 
 @contextmanager
-def watched(hidden, monitor: Monitor) -> Iterator[Panel]:
-    """A panel, beside the node whose `hidden` inputs these are, whose run ends with the context, well or not."""
+def watched(hidden, monitor: Monitor, folder: Path | None = None) -> Iterator[Panel]:
+    """A panel, beside the node whose `hidden` inputs these are, whose run ends with the context, well or not.
+
+    `folder` is that of a training.
+    """
     workflow = (hidden.extra_pnginfo or {}).get("workflow") or {}
-    panel = Panel(hidden.unique_id, workflow.get("id", ""), monitor)
+    session = Session(monitor, folder)
+    panel = Panel(hidden.unique_id, workflow.get("id", ""), session)
     full = ""
     try:
         yield panel
@@ -102,16 +101,14 @@ def watched(hidden, monitor: Monitor) -> Iterator[Panel]:
         if host_page.is_cancel(error):
             monitor.end("cancelled")
         else:
-            if is_out_of_memory(error):
-                doing = "making teacher pairs" if monitor.kind == "pairs" else "showing pictures"
-                full = str(error) if isinstance(error, OutOfMemory) else advice(doing)
-            monitor.end("failed", full or str(error))
+            words = session.failed(error)
+            full = words if is_out_of_memory(error) else ""
         panel.tell()
         if not full:
             raise
     finally:
-        monitor.show = lambda latents: []  # the page may ask as long as the server runs, and that one holds the MODEL
-    if full:
+        session.close()
+    if full:  # outside of the handler: the error's frames hold on to the tensors
         host_page.empty_cache()
         raise OutOfMemory(full)
     if monitor.control.stop:

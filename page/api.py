@@ -66,11 +66,9 @@ def add_routes(app: fastapi.FastAPI, backend: Backend, dependencies: Sequence[An
         pictures = asked.get("pictures", "newest")
         if pictures not in PICTURES:
             raise ConfigError(f"pictures is {pictures!r}: use one of {', '.join(PICTURES)}")
-        if not (first := asked.get("first", "0")).isdecimal():
-            raise ConfigError(f"first is {first!r}: give the number of points that are known already")
         if (now := job.current()) is None:
             raise job.NothingRuns("nothing has run since the program was started")
-        told = await run_in_threadpool(now.snapshot, int(first))
+        told = await run_in_threadpool(now.snapshot)
         if pictures == "none":
             return told | {"previews": [], "pictures": []}
         return told | {"previews": told["previews"][-1:]} if pictures == "newest" else told

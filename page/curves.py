@@ -10,7 +10,6 @@ from typing import Any
 
 WIDTH, HEIGHT = 460, 190
 LEFT, RIGHT, TOP, BOTTOM = 42, 8, 8, 30  # margins about the curves
-POINTS = 150  # of a curve that are drawn: each is the mean of its part
 COLOURS = ("#3d94e0", "#e0803a", "#35a86b", "#b865cc", "#b08d12", "#d6546c")  # seen on dark and on light ground
 HEALTH = ("accuracy", "saturation", "sharpness", "diversity")
 GOOD = "#35a86b"
@@ -68,15 +67,8 @@ def health(told: Mapping[str, Any]) -> str:
 
 
 def _curve(name: str, updates: Sequence[float], values: Values) -> Curve:
-    """At most POINTS points, each the mean of its part."""
-    width = math.ceil(len(updates) / POINTS)
-    at, means = [], []
-    for k in range(0, len(updates), width):
-        part = [v for v in values[k : k + width] if v is not None]
-        at.append(updates[min(k + width, len(updates)) - 1])
-        means.append(sum(part) / len(part) if part else None)
-    last = next((v for v in reversed(means) if v is not None), None)
-    return Curve(name, at, means, "" if last is None else _short(last))
+    last = next((v for v in reversed(values) if v is not None), None)
+    return Curve(name, updates, values, "" if last is None else _short(last))
 
 
 def _chart(

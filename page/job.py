@@ -26,11 +26,11 @@ from ..trainer.data.images import check_pictures, read_image_folder
 from ..trainer.data.pairs import make_pairs, pairs_key
 from ..trainer.data.prompts import generate
 from ..trainer.host import Host
-from ..trainer.loop.distill import Diverged
-from ..trainer.run import history, run
-from ..trainer.run.events import Begun, Event, Finished, Interrupted, PairsMade
-from ..trainer.run.memory import Memory, OutOfMemory, advice, is_out_of_memory
+from ..trainer.run import run
+from ..trainer.run.events import Event, Finished, Interrupted, PairsMade
+from ..trainer.run.memory import Memory, is_out_of_memory
 from ..trainer.run.monitor import Monitor
+from ..trainer.run.session import PLAIN, Session
 from . import runs
 from .backend import Backend
 from .pictures import data_urls
@@ -38,9 +38,6 @@ from .request import Request
 from .runs import Record
 
 log = logging.getLogger(__name__)
-
-PICTURES_EVERY = 5.0  # seconds between looks at the pairs that are made
-DOING = {"pairs": "making teacher pairs", "distill": "showing pictures", "estimate": "measuring memory"}
 
 
 class Busy(RuntimeError):
@@ -79,7 +76,7 @@ class Job:
         self.memory: Memory | None = None
         self.monitor = Monitor(request.kind, request.name, self.config, lambda latents: [], backend.free_memory())
         self._cancelled = threading.Event()
-        self._last = self._shown = time.monotonic()
+        self.session = Session(self.monitor, self.folder if request.kind == "distill" else None)
         self._thread = threading.Thread(target=self._work, name=f"TurboDistill {request.name}", daemon=True)
 
     @property
@@ -116,12 +113,20 @@ class Job:
         if not self.monitor.running:
             raise NoTraining("it does not train now: Cancel ends it, and keeps what is made so far")
 
-    def snapshot(self, first: int = 0) -> dict[str, Any]:
+    def snapshot(self) -> dict[str, Any]:
         """All that a page shows, as JSON values: the monitor's, and what it works on."""
         width, height = self.size
-        told = {"checkpoint": self.checkpoint, "width": width, "height": height, "begun": self.begun}
-        cancelling = self._cancelled.is_set() and self.working
-        return self.monitor.snapshot(first) | told | {"result": self.result, "cancelling": cancelling}
+        shown = self.monitor.snapshot() | {
+            "checkpoint": self.checkpoint,
+            "width": width,
+            "height": height,
+            "begun": self.begun,
+            "result": self.result,
+            "cancelling": self._cancelled.is_set() and self.working,
+        }
+        if shown["cancelling"] and shown["state"] == "working":
+            shown["headline"] = "Cancelling: everything so far is saved"
+        return shown
 
     def in_words(self) -> str:
         """What it is at, for whoever would start another one."""
@@ -133,46 +138,38 @@ class Job:
         full = False
         try:
             with self.backend.open(*self.size) as host, _cancellable(host.denoiser.backbone, self._cancelled.is_set):
-                self._look()
+                self._check_cancel()
                 self.monitor.show = lambda latents: data_urls(host.decode(latents.to(host.denoiser.device)))
                 finish = getattr(self, f"_{self.request.kind}")(host)
             finish()
         except Interrupted:
-            self._end("cancelled")
-        except (ValueError, Diverged, OutOfMemory, OSError) as error:  # they say in words what to do
-            log.info("%s failed", self.request.name, exc_info=True)
-            self._end("failed", str(error))
+            self._record_end("cancelled")
+            self.monitor.end("cancelled")
         except Exception as error:
             full = is_out_of_memory(error)
-            if not full:
-                log.exception("%s failed", self.request.name)
-            self._end("failed", advice(DOING[self.request.kind]) if full else f"{type(error).__name__}: {error}")
+            level = logging.INFO if full or isinstance(error, PLAIN) else logging.ERROR
+            log.log(level, "%s failed", self.request.name, exc_info=True)
+            self._record_end("failed", self.session.failed(error))
         finally:
-            self.monitor.show = lambda latents: []  # pages may ask for long, and that one holds the model
+            self.session.close()
         if full and torch.cuda.is_available():  # outside of the handler: the error's frames held on to the tensors
             torch.cuda.empty_cache()
 
-    def _end(self, state: str, error: str = "") -> None:
+    def _record_end(self, state: str, error: str = "") -> None:
         if self.request.kind == "distill" and (record := runs.read(self.folder)):
             try:
                 record.ended(state, error).write(self.folder)
             except OSError as trouble:
                 log.warning("%s", trouble)
-        self.monitor.end(state, error)
 
-    def _look(self) -> None:
+    def _check_cancel(self) -> None:
         """Raise Interrupted if Cancel was pressed."""
         if self._cancelled.is_set():
             raise Interrupted
 
     def _follow(self, event: Event) -> None:
-        now = time.monotonic()
-        self.monitor.follow(event, now - self._last)
-        if isinstance(event, PairsMade) and now - self._shown >= PICTURES_EVERY:
-            self.monitor.newest(event.newest)
-            self._shown = time.monotonic()
-        self._last = time.monotonic()
-        self._look()
+        self.session.take(event)
+        self._check_cancel()
 
     def _pairs_folder(self, key: str) -> Path:
         return self.backend.runs_folder().parent / "pairs" / key
@@ -185,12 +182,8 @@ class Job:
     def _pairs(self, host: Host) -> Callable[[], None]:
         config = self.config
         folder = self._pairs_folder(pairs_key(host, config, self.prompts))
-        made = None
         for done, newest in make_pairs(host, config, self.prompts, folder):
-            made = PairsMade(done, config.pairs, "teacher pairs", newest)
-            self._follow(made)
-        if made:
-            self.monitor.newest(made.newest)
+            self._follow(PairsMade(done, config.pairs, "teacher pairs", newest))
         self.result = f"{config.pairs} teacher pairs in {folder}; Distil with the same prompts and settings takes them"
         return lambda: self.monitor.end("done")
 
@@ -210,8 +203,6 @@ class Job:
         )
         with closing(events):
             for event in events:
-                if isinstance(event, Begun) and event.update:
-                    self.monitor.recall(history.read(folder / run.HISTORY, event.update))
                 if isinstance(event, Finished):
                     finished = event
                 else:

@@ -227,7 +227,7 @@ def look(backend: Backend, before: dict[str, Any]) -> list[Any]:
         trains = now.working and now.monitor.running
         newest = told["previews"][-1:] or told["pictures"]
         shown = {
-            "charts": (now.begun, told["points"], len(told["history"]["scores"]["score"])),
+            "charts": (now.begun, told["history"]["update"][-1:], len(told["history"]["scores"]["score"])),
             "pictures": (now.begun, len(told["previews"]), hash(str(newest))),
             "buttons": (trains, now.monitor.control.stop, now.working and not told["cancelling"]),
             "runs": (now.begun, told["state"]),

@@ -1,4 +1,4 @@
-"""A run's snapshot as HTML: where it is, its warnings, its pictures. The words are those of ComfyUI's panel."""
+"""A run's snapshot as HTML: where it is, its warnings, its pictures."""
 
 from __future__ import annotations
 
@@ -56,17 +56,16 @@ def box(text: str, kind: str = "") -> str:
 def status(told: Mapping[str, Any]) -> str:
     """Where a run is: words, bar, figures, error, warnings, memory, what came of it."""
     state, total = told["state"], told["total"]
-    parts = [f'<div class="status">{escape(headline(told))}</div>']
+    parts = [f'<div class="status">{escape(told["headline"])}</div>']
     if total:
         parts.append(f'<div class="bar"><div style="width:{100 * told["done"] / total:.1f}%"></div></div>')
     elif state == "working":
         parts.append('<div class="bar unknown"><div></div></div>')
-    parts += [f"<div>{escape(text)}</div>" for text in [figures(told)] if text]
+    if told["figures"]:
+        parts.append(f"<div>{escape(told['figures'])}</div>")
     parts.append(box(told["error"], "bad"))
     parts.append(box(told["result"], "good"))
-    for warning in told["warnings"][-WARNINGS:]:
-        at = f"Update {warning['update']}: " if warning["update"] else ""
-        parts.append(box(at + warning["text"], "warn"))
+    parts += [box(text, "warn") for text in told["warnings"][-WARNINGS:]]
     parts += [f'<div class="quiet">{escape(text)}</div>' for text in (told["memory"], _on(told)) if text]
     return f'<div class="turbodistill-run" data-state="{state}">{"".join(parts)}</div>'
 
@@ -78,55 +77,6 @@ def idle(checkpoint: str) -> str:
     return (
         f'<div class="turbodistill-run" data-state="before"><div>{loaded}</div><div class="quiet">{words}</div></div>'
     )
-
-
-def headline(told: Mapping[str, Any]) -> str:
-    """What it is at, in a line."""
-    kind, state, what, name = told["kind"], told["state"], told["what"], told["name"]
-    subject = {"pairs": "Teacher pairs", "estimate": "Estimate"}.get(kind, name)
-    if state == "working":
-        if told["cancelling"]:
-            return f"{subject}: cancelling, everything is saved"
-        if not what:
-            return f"{subject}: waiting for the model"
-        if what == "training":
-            return f"Training {name}"
-        return f"Making {what}" + (f" for {name}" if kind == "distill" else "")
-    best = told["best"]
-    kept = f"; the best student is that of update {best['update']} (score {best['score']:.3g})" if best else ""
-    ends = {
-        "done": f"{subject}: done{kept}",
-        "stopped": f"{subject}: stopped as asked{kept}",
-        "cancelled": f"{subject}: cancelled; what is made so far is kept",
-        "failed": f"{subject}: failed",
-    }
-    return ends[state]
-
-
-def figures(told: Mapping[str, Any]) -> str:
-    """How far, how fast, how long yet."""
-    if not told["total"] or told["kind"] == "estimate":
-        return ""
-    unit, rate = told["unit"], told["rate"]
-    parts = [f"{told['done']} of {told['total']} {unit}"]
-    if told["state"] == "working":
-        if rate:
-            parts.append(f"{1 / rate:.3g} {unit} a second" if rate < 1 else f"{rate:.3g} s each")
-        if told["time_left"] is not None:
-            parts.append(f"{duration(told['time_left'])} left")
-        if best := told["best"]:
-            parts.append(f"best so far: update {best['update']} (score {best['score']:.3g})")
-    return " · ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes = whole // 60
-    if minutes < 60:
-        return f"{minutes} min {whole % 60} s" if minutes < 10 else f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def pictures(told: Mapping[str, Any]) -> str:

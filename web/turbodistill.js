@@ -4,7 +4,7 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { isOurs, nodesBelow, route } from "./panel/graph.js";
 import { Panel } from "./panel/panel.js";
-import { complete, join } from "./panel/run.js";
+import { complete } from "./panel/run.js";
 
 /** @import { Doors, GraphNode, Run } from "./panel/types.d.ts" */
 
@@ -16,8 +16,6 @@ const KINDS = /** @type {const} */ ({
 
 /** @type {WeakMap<GraphNode, Panel>} */
 const panels = new WeakMap();
-/** The events that come while a whole run is asked for. @type {WeakMap<Panel, Run[]>} */
-const late = new WeakMap();
 
 /** @returns {Generator<[string, Panel]>} */
 function* panelsShown() {
@@ -27,28 +25,16 @@ function* panelsShown() {
   }
 }
 
-/** Show a node's run as the server has it, and what came meanwhile. @param {string} id @param {Panel} panel */
+/** Show a node's run as the server has it, unless it tells of it meanwhile. @param {string} id @param {Panel} panel */
 async function restore(id, panel) {
-  if (late.has(panel)) return;
-  /** @type {Run[]} */
-  const events = [];
-  late.set(panel, events);
+  const before = panel.run;
   const answer = await api.fetchApi(route(id)).catch(() => null); // offline: `reconnected` asks again
   const told = answer?.status === 200 ? await answer.json().catch(() => null) : null;
+  if (panel.run !== before) return;
   const run = told && complete(told);
-  late.delete(panel);
   if (run && isOurs(run, app.graph)) panel.show(run);
-  else if ([204, 404].includes(answer?.status ?? 0) && panel.run?.state === "working" && panel.run.node === id)
-    panel.show({ ...panel.run, state: "cancelled", error: "ComfyUI was started again meanwhile." });
-  for (const event of events) take(id, panel, event);
-}
-
-/** @param {string} id @param {Panel} panel @param {Run} run */
-function take(id, panel, run) {
-  const [events, whole] = [late.get(panel), join(panel.run, run)];
-  if (events) events.push(run);
-  else if (whole) panel.show(whole);
-  else restore(id, panel);
+  else if ([204, 404].includes(answer?.status ?? 0) && before?.state === "working" && before.node === id)
+    panel.show({ ...before, state: "cancelled", headline: "Cancelled", error: "ComfyUI was started again meanwhile." });
 }
 
 function restoreAll() {
@@ -59,7 +45,7 @@ function restoreAll() {
 function follow({ detail }) {
   const run = complete(detail);
   if (!isOurs(run, app.graph)) return;
-  for (const [id, panel] of panelsShown()) if (id === run.node) take(id, panel, run);
+  for (const [id, panel] of panelsShown()) if (id === run.node) panel.show(run);
 }
 
 /** A student that was saved can be chosen at once. @param {CustomEvent<{ node: string | number }>} event */

@@ -9,42 +9,11 @@ import { training } from "./snapshots.js";
 
 const near = (a, b) => a.forEach((value, i) => assert.ok(Math.abs(value - b[i]) < 1e-12, `${a} is not ${b}`));
 
-for (const [count, width] of [
-  [0, 0],
-  [1, 1],
-  [25, 1],
-  [26, 2],
-  [2000, 80],
-])
-  test(`${count} points: each is a mean over ${width}`, () => assert.equal(curves.meanWidth(count), width));
-
-test("a short curve is drawn as it is", () => {
-  const values = [3, null, 1];
-  assert.deepEqual([0, 1].map((width) => curves.smooth(values, width)), [values, values]);
-});
-
-test("a point is the mean of those up to it, never of later ones", () => {
-  assert.deepEqual(curves.smooth([2, 4, 6, 8, 100], 3), [2, 3, 4, 6, 38]);
-});
-
-test("a value that was no number is left out of the mean, and stays a gap", () => {
-  assert.deepEqual(curves.smooth([2, null, 4, null, null, null, 8], 3), [2, null, 3, null, null, null, 8]);
-});
-
-test("a loss that comes to 0 is drawn as 0", () => {
-  assert.deepEqual(curves.smooth([0.1, 0.2, 0, 0, 0], 2).slice(3), [0, 0]);
-});
-
-test("a curve keeps its length, so that it stays above its updates", () => {
-  const values = Array.from({ length: 1000 }, Math.random);
-  assert.equal(curves.smooth(values, 40).length, 1000);
-});
-
 /** A run whose points are at `update` with the scores of these updates. */
 function scored(update, at, score) {
   return complete({ history: { update, losses: { regression: update }, health: {}, scores: { update: at, score } } });
 }
-const scores = (run) => curves.lossCurves(run, 1).find(({ name }) => name === "held-out score")?.values;
+const scores = (run) => curves.lossCurves(run).find(({ name }) => name === "held-out score")?.values;
 
 test("a score stands at its own update", () => {
   assert.deepEqual(scores(scored([1, 2, 3, 4], [2, 4], [0.5, 0.4])), [null, 0.5, null, 0.4]);
@@ -58,9 +27,9 @@ test("a score after the last point stands at that one", () => {
   assert.deepEqual(scores(scored([2, 4], [5], [0.5])), [null, 0.5]);
 });
 
-test("scores are not smoothed, the losses beside them are", () => {
-  const [regression, score] = curves.lossCurves(scored([1, 2, 3], [1, 3], [0.5, 0.1]), 2);
-  assert.deepEqual([regression.values, score.values], [[1, 1.5, 2.5], [0.5, null, 0.1]]);
+test("scores stand beside the losses, as few points", () => {
+  const [regression, score] = curves.lossCurves(scored([1, 2, 3], [1, 3], [0.5, 0.1]));
+  assert.deepEqual([regression.values, score.values], [[1, 2, 3], [0.5, null, 0.1]]);
   assert.ok(score.few && !regression.few);
 });
 
@@ -75,30 +44,30 @@ test("a score that is missing is a gap", () => {
 test("a healthy measure is drawn between 0 and 1, whatever its range", () => {
   const run = training(0, { ranges: { accuracy: [0.5, 0.9], saturation: [0, 2] } });
   run.history.health = { saturation: [0, 1, 2, 4], accuracy: [0.5, 0.7, 0.9, 0.3] };
-  const [accuracy, saturation] = curves.healthCurves(run, 1);
+  const [accuracy, saturation] = curves.healthCurves(run);
   assert.deepEqual([accuracy.name, saturation.name], ["accuracy", "saturation"]);
   near(accuracy.values, [0, 0.5, 1, -0.5]);
   near(saturation.values, [0, 0.5, 1, 2]);
 });
 
 test("the measure's own value is found again", () => {
-  const [accuracy] = curves.healthCurves(training(60), 3);
-  near(accuracy.values.map(accuracy.raw), curves.smooth(training(60).history.health.accuracy, 3));
+  const [accuracy] = curves.healthCurves(training(60));
+  near(accuracy.values.map(accuracy.raw), training(60).history.health.accuracy);
 });
 
 test("a measure without values or without a range is not drawn", () => {
   const run = training(3, { ranges: { saturation: [0, 2] } });
-  assert.deepEqual(curves.healthCurves(run, 1), []);
+  assert.deepEqual(curves.healthCurves(run), []);
 });
 
 test("a gap in a measure stays a gap", () => {
   const run = training(2);
   run.history.health.accuracy = [null, 0.5];
-  assert.deepEqual(curves.healthCurves(run, 1)[0].values, [null, 0]);
+  assert.deepEqual(curves.healthCurves(run)[0].values, [null, 0]);
 });
 
 test("an empty run has no curves", () => {
-  assert.deepEqual([...curves.lossCurves(complete({}), 0), ...curves.healthCurves(complete({}), 0)], []);
+  assert.deepEqual([...curves.lossCurves(complete({})), ...curves.healthCurves(complete({}))], []);
 });
 
 for (const [low, high, shown] of [

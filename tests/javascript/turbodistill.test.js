@@ -5,7 +5,7 @@ import { beforeEach, test } from "node:test";
 
 import { answered, api, app, node } from "./comfyui.js";
 import { nextFrame } from "./page.js";
-import { event, training } from "./snapshots.js";
+import { training } from "./snapshots.js";
 
 const RUN = "/turbodistill/runs/12";
 let distill;
@@ -35,26 +35,17 @@ test("nodes that train or make pairs have a panel, which is not saved; others ha
     assert.deepEqual([options.serialize, widget.serialize], [false, false]); // in the prompt, in the workflow
 });
 
-test("events that follow each other are shown without asking", async () => {
-  await tell(event(0, 0));
-  await tell(event(0, 3));
-  await tell(event(3, 5));
+test("events are shown without asking", async () => {
+  await tell(training(3));
+  await tell(training(5));
   assert.deepEqual([shown(distill), api.asked], [["working", "5 of 100 updates"], []]);
 });
 
-test("an event that does not join asks for the whole run", async () => {
-  api.answers[RUN] = training(7);
-  await tell(event(3, 5));
-  assert.deepEqual([shown(distill), api.asked], [["working", "7 of 100 updates"], [`GET ${RUN}`]]);
-});
-
-test("events that come while the whole is asked for are shown after it, and it is asked for once", async () => {
+test("an event that comes while the server is asked is newer than its answer", async () => {
   let answer;
   api.answers[RUN] = new Promise((resolve) => (answer = resolve));
-  await tell(event(3, 5));
-  await tell(event(5, 7));
   api.tell("reconnected");
-  await tell(event(7, 9));
+  await tell(training(9));
   answer(training(7));
   await answered();
   assert.deepEqual([shown(distill), api.asked], [["working", "9 of 100 updates"], [`GET ${RUN}`]]);
@@ -68,7 +59,7 @@ test("a workflow that is opened shows what its nodes' runs are at", async () => 
 });
 
 test("a run of another workflow is not shown", async () => {
-  await tell(event(0, 3, { workflow: "another" }));
+  await tell(training(3, { workflow: "another" }));
   assert.equal(shown(distill)[0], "before");
   api.answers[RUN] = training(3, { workflow: "another" });
   app.extension.afterConfigureGraph();
@@ -79,24 +70,25 @@ test("a run of another workflow is not shown", async () => {
 test("a run is shown in its own node only, in a subgraph too", async () => {
   const [inside, twin] = [node(12, "TurboDistillDistill"), node(13, "TurboDistillDistill")];
   app.graph.nodes.push({ id: 7, subgraph: { nodes: [inside, twin] } });
-  await tell(event(0, 3, { node: "7:12" }));
+  await tell(training(3, { node: "7:12" }));
   assert.deepEqual([distill, inside, twin].map((n) => shown(n)[0]), ["before", "working", "before"]);
 });
 
 test("a run that a server does not know any more was cancelled; one that is done stays so", async () => {
-  await tell(event(0, 3));
+  await tell(training(3));
   api.tell("reconnected");
   await answered();
   assert.deepEqual(shown(distill), ["cancelled", "3 of 100 updates"]);
+  assert.equal(distill.root.find("status").textContent, "Cancelled");
   assert.equal(distill.root.find("error").textContent, "ComfyUI was started again meanwhile.");
-  await tell(event(0, 3, { state: "done" }));
+  await tell(training(3, { state: "done" }));
   api.tell("reconnected");
   await answered();
   assert.equal(shown(distill)[0], "done");
 });
 
 test("a server that cannot be reached changes nothing", async () => {
-  await tell(event(0, 3));
+  await tell(training(3));
   api.answers[RUN] = Promise.reject(new Error("offline"));
   api.tell("reconnected");
   await answered();
@@ -112,7 +104,7 @@ test("answers and events without content break nothing", async () => {
 });
 
 test("a click asks the server for its own run, and says what hinders it", async () => {
-  await tell(event(0, 3));
+  await tell(training(3));
   const [stop, now, said] = distill.root.find("buttons").children;
   api.answers[`${RUN}/stop`] = {};
   await stop.fire("click");
@@ -123,7 +115,7 @@ test("a click asks the server for its own run, and says what hinders it", async 
 
 test("a picture's address keeps names with spaces and signs whole", async () => {
   const picture = { filename: "a&b=c #1.png", subfolder: "runs/my turbo", type: "temp" };
-  await tell(event(0, 3, { pictures: [picture] }));
+  await tell(training(3, { pictures: [picture] }));
   shown(distill);
   const { src } = distill.root.find("picture").children[0];
   assert.deepEqual(Object.fromEntries(new URL(src, "http://page").searchParams), picture);

@@ -11,6 +11,7 @@ from turbodistill.trainer.config import OF_PAIRS
 from turbodistill.trainer.data.files import DataError
 from turbodistill.trainer.data.pairs import load_pairs
 from turbodistill.trainer.data.prompts import ANYTHING, read_prompts
+from turbodistill.trainer.run import session
 
 # --- Prompts ---
 
@@ -244,7 +245,7 @@ def test_cancelled_pairs_are_kept_and_the_next_run_goes_on(graph, comfyui, serve
 
 
 def test_pairs_are_shown_while_they_are_made(nodes, graph, server, places, monkeypatch):
-    monkeypatch.setattr(nodes.panel, "PICTURES_EVERY", 0)
+    monkeypatch.setattr(session, "PICTURES_EVERY", 0)
     graph.pairs()
     _, told = server.sent[-1]
     assert (told["kind"], told["what"], told["unit"], told["total"]) == ("pairs", "teacher pairs", "pairs", 12)

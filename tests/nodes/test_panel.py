@@ -1,7 +1,6 @@
 """What the page is told of a run: messages now and then, the whole when it asks, and what it may ask for."""
 
 import math
-from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +9,9 @@ from PIL import Image
 from turbodistill.trainer.config import Config
 from turbodistill.trainer.loop.distill import Step
 from turbodistill.trainer.loop.health import Health
-from turbodistill.trainer.run import monitor as trainer_monitor
-from turbodistill.trainer.run.events import PairsMade
+from turbodistill.trainer.run import session
+from turbodistill.trainer.run.events import Begun, PairsMade
+from turbodistill.trainer.run.memory import Memory
 from turbodistill.trainer.run.monitor import Monitor
 
 NODE = "7"
@@ -45,47 +45,14 @@ class Clock:
 @pytest.fixture
 def clock(nodes, monkeypatch):
     made = Clock()
-    monkeypatch.setattr(nodes.panel, "time", made)
+    for module in (nodes.panel, session):
+        monkeypatch.setattr(module, "time", made)
     return made
 
 
 @pytest.fixture
 def monitor():
     return Monitor("distill", "my-turbo", Config(updates=10_000), lambda latents: [f"{len(latents)} pictures"])
-
-
-class Page:
-    """A page that knows a run by its messages: joins each to what it has, or asks for the whole."""
-
-    def __init__(self, server):
-        self.server, self.run, self.read, self.asked = server, None, 0, 0
-
-    def catch_up(self):
-        for _, told in self.server.sent[self.read :]:
-            self.take(told)
-        self.read = len(self.server.sent)
-
-    def take(self, told):
-        news, before = told["history"], told["first"]
-        if told["points"] != before + len(news["update"]) or before > len(self.run["update"] if self.run else ()):
-            self.asked += 1
-            told = self.server.routes.ask("GET", RUN)[1]
-            news, before = told["history"], 0
-        rows = {"update": news["update"]} | {
-            f"{kind} {n}": v for kind in ("losses", "health") for n, v in news[kind].items()
-        }
-        old = self.run or {}
-        nothing = [None] * before
-        self.run = {
-            name: [*old.get(name, nothing)[:before], *rows.get(name, [None] * len(news["update"]))]
-            for name in {**(old if before else {}), **rows}
-        }
-
-
-def whole(server):
-    page = Page(server)
-    page.take(server.routes.ask("GET", RUN)[1])
-    return page.run
 
 
 # --- routes ---
@@ -155,9 +122,8 @@ def test_messages_come_at_the_beginning_now_and_then_and_at_the_end(nodes, serve
     assert len(server.sent) == 1 + between + 1
     assert {event for event, _ in server.sent} == {"turbodistill.run"}
     assert all(told["node"] == NODE for _, told in server.sent)
-    # A point is told once.
-    assert [u for _, told in server.sent for u in told["history"]["update"]] == list(range(1, 101))
-    assert [told["first"] for _, told in server.sent][1:] == [told["points"] for _, told in server.sent][:-1]
+    assert server.sent[-1][1] == server.routes.ask("GET", RUN)[1]  # each message is the whole
+    assert server.sent[-1][1]["history"]["update"] == list(range(1, 101))
 
 
 def test_comfyui_s_own_bar_goes_along(nodes, server, comfyui, monitor, clock):
@@ -168,63 +134,16 @@ def test_comfyui_s_own_bar_goes_along(nodes, server, comfyui, monitor, clock):
     assert (bar.current, bar.total) == (300, 10_000)
 
 
-def test_a_page_that_joins_messages_has_the_whole_history(nodes, server, monitor, clock):
-    page = Page(server)
-    with nodes.panel.watched(HIDDEN, monitor) as panel:
-        for update in range(1, 400):
-            clock.now += 0.05
-            panel.follow(step(update, **({"adversarial": -0.5} if update > 200 else {})))
-            page.catch_up()
-    page.catch_up()
-    assert page.run == whole(server) and page.run["update"] == list(range(1, 400)) and page.asked == 0
-    assert page.run["losses adversarial"] == [None] * 200 + [-0.5] * 199
-
-
-def test_a_page_that_comes_in_between_has_it_too(nodes, server, monitor, clock):
-    with nodes.panel.watched(HIDDEN, monitor) as panel:
-        for update in range(1, 100):
-            clock.now += 0.05
-            panel.follow(step(update))
-        page = Page(server)
-        page.take(server.routes.ask("GET", RUN)[1])  # knows points that the next message brings again
-        page.read = len(server.sent)
-        for update in range(100, 200):
-            clock.now += 0.05
-            panel.follow(step(update))
-            page.catch_up()
-    page.catch_up()
-    assert page.run == whole(server) and page.asked == 0
-
-
-@pytest.mark.parametrize("pace", [0.02, 1.0])
-def test_a_long_history_is_thinned_out_and_asked_for_anew(nodes, server, monitor, clock, monkeypatch, pace):
-    monkeypatch.setattr(trainer_monitor, "POINTS", 50)
-    page, most = Page(server), 0
-    with nodes.panel.watched(HIDDEN, monitor) as panel:
-        for update in range(1, 501):
-            clock.now += pace
-            panel.follow(step(update))
-            page.catch_up()
-            most = max(most, monitor.snapshot()["points"])
-    page.catch_up()
-    assert page.run == whole(server)
-    assert most < 100 and 1 <= page.asked <= 6
-    updates = page.run["update"]
-    assert 50 <= len(updates) < 100 and len({b - a for a, b in pairwise(updates)}) == 1
-    assert updates[-1] > 490  # the newest are among them
-
-
-def test_a_history_of_before_is_told_with_the_first_message(nodes, server, monitor, clock):
-    page = Page(server)
-    with nodes.panel.watched(HIDDEN, monitor) as panel:
-        row = {"update": "1", "seconds": "0.1", "accuracy": "0.5", "logit_gap": "1", "saturation": "1"}
-        row |= {"sharpness": "1", "diversity": "1", "regression": "0.5", "adversarial": ""}
-        monitor.recall([row, row | {"update": "2", "adversarial": "0.25"}])
-        clock.now += 1
+def test_a_history_of_before_is_told_with_the_first_message(nodes, server, monitor, tmp_path):
+    columns = ["update", "seconds", "accuracy", "logit_gap", "saturation", "sharpness", "diversity", "regression"]
+    rows = [",".join([*columns, "adversarial"]), "1,0.1,0.5,1,1,1,1,0.5,", "2,0.1,0.5,1,1,1,1,0.5,0.25"]
+    (tmp_path / "history.csv").write_text("\n".join(rows))
+    with nodes.panel.watched(HIDDEN, monitor, tmp_path) as panel:
+        panel.follow(Begun(2, Memory(1, 1, 1)))
         panel.follow(step(3))
-    page.catch_up()
-    assert page.run == whole(server) and page.run["update"] == [1, 2, 3]
-    assert page.run["losses adversarial"] == [None, 0.25, None] and "losses seconds" not in page.run
+    history = server.sent[-1][1]["history"]
+    assert history["update"] == [1, 2, 3] and history["losses"]["adversarial"] == [None, 0.25, None]
+    assert "seconds" not in history["losses"]
 
 
 def test_what_is_no_number_reaches_the_page_as_nothing(nodes, server, monitor, clock):
@@ -241,7 +160,7 @@ def test_newest_pairs_are_shown_now_and_then(nodes, server, monitor, clock):
         for done in range(3, 61, 3):
             clock.now += 1
             panel.follow(PairsMade(done, 60, "teacher pairs", NEWEST))
-    assert shown == [3] * 4  # of twenty seconds, every fifth
+    assert shown == [3] * 5  # of twenty seconds every fifth, and the last
     assert len(server.sent[-1][1]["pictures"]) == 8
 
 
@@ -272,7 +191,7 @@ def test_the_next_run_of_a_node_takes_the_place_of_the_last(nodes, server, monit
     after = Monitor("distill", "other", Config(), lambda latents: [])
     with nodes.panel.watched(HIDDEN, after):
         told = server.routes.ask("GET", RUN)[1]
-        assert told["name"] == "other" and told["points"] == 0
+        assert told["name"] == "other" and told["history"]["update"] == []
         assert server.sent[-1][1] == told
 
 

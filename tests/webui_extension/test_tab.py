@@ -131,7 +131,7 @@ def test_buttons_are_there_when_they_do_something(toy, backend):
     assert [b["interactive"] for b in tab.look(backend, {})[4:7]] == [False, False, True]  # pairs are made
     now.cancel()
     told = tab.look(backend, {})
-    assert [b["interactive"] for b in told[4:7]] == [False] * 3 and "cancelling" in told[1]
+    assert [b["interactive"] for b in told[4:7]] == [False] * 3 and "Cancelling" in told[1]
     backend.gate.set()
     now.wait(60)
     assert "cancelled" in tab.look(backend, {})[1]

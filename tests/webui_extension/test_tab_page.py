@@ -135,10 +135,10 @@ def test_a_page_that_is_opened_again_shows_what_runs_and_a_second_start_is_told(
     press(second, "distil")
     says(second, "said", "a distillation runs already (my-turbo")
     press(third, "cancel")
-    says(third, "status", "cancelling")
+    says(third, "status", "Cancelling")
     backend.gate.set()
     for page in (second, third):
-        says(page, "status", "cancelled; what is made so far is kept")
+        says(page, "status", "cancelled; the next run goes on from there")
 
 
 def test_a_run_goes_on_from_the_list(page):

@@ -1,7 +1,6 @@
-"""A run as a page shows it: where it is, its curves, warnings and pictures, as plain JSON values.
+"""A run as a page shows it: in words, curves, warnings and pictures, as plain JSON values.
 
-ComfyUI's panel and the WebUI's tab both draw snapshots of this; whoever comes later, or comes back,
-asks for a whole one.
+ComfyUI's panel and the WebUI's tab both draw snapshots of this, and only draw.
 """
 
 from __future__ import annotations
@@ -13,14 +12,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ..config import Config
 from ..loop.distill import Step
 from ..loop.health import RANGES, Health
+from . import words
 from .events import Begun, Control, Event, Finished, PairsMade, Preview, Selected, Warned
 
-POINTS = 1000  # in a curve; when twice as many have come, every second one goes
+ROWS = 1000  # that are kept of a history; when twice as many have come, every second one goes
+POINTS = 150  # of a curve that a page draws, at most
+PARTS = 30  # of a curve: each point is the mean over one
 SHOWN = 24  # previews that are kept
 NEWEST = 8  # teacher pictures that are shown while they are made
 
@@ -47,7 +50,7 @@ class Monitor:
         self._every = 1
         self._scores: list[tuple[int, float]] = []
         self._best: dict[str, Any] | None = None
-        self._warnings: list[dict[str, Any]] = []
+        self._warnings: list[str] = []
         self._previews: list[dict[str, Any]] = []
         self._pictures: list[Any] = []
         self._teacher: list[Any] = []
@@ -75,7 +78,7 @@ class Monitor:
                 if event.best:
                     self._best = {"update": event.update, "score": event.score}
             elif isinstance(event, Warned):
-                self._warnings.append({"update": event.update, "text": event.text})
+                self._warnings.append(words.warning(event.update, event.text))
             elif shown is not None:
                 self._previews = [*self._previews, shown][-SHOWN:]
             elif isinstance(event, Finished):
@@ -85,7 +88,7 @@ class Monitor:
     def warn(self, text: str) -> None:
         """Add a warning that is no event of the run."""
         with self._lock:
-            self._warnings.append({"update": 0, "text": text})
+            self._warnings.append(text)
 
     def end(self, state: str, error: str = "") -> None:
         """`done`, `cancelled` or `failed`, with what went wrong in words."""
@@ -127,20 +130,20 @@ class Monitor:
         if "discriminator" not in losses:  # there was none yet: its measures mean nothing
             health = {k: v for k, v in health.items() if k not in ("accuracy", "logit_gap")}
         self._rows.append({"update": update, "losses": losses, "health": health})
-        if len(self._rows) >= 2 * POINTS:
+        if len(self._rows) >= 2 * ROWS:
             self._every *= 2
             self._rows = [row for row in self._rows if row["update"] % self._every == 0]
 
-    def snapshot(self, first: int = 0) -> dict[str, Any]:
-        """All that a page shows; of the curves the points from `first` on."""
+    def snapshot(self) -> dict[str, Any]:
+        """All that a page shows."""
         with self._lock:
-            rows = self._rows[first:]
+            rows, scores, best = list(self._rows), list(self._scores), self._best
             amount, took = (sum(column) for column in zip(*self._recent, strict=True)) if self._recent else (0, 0)
             rate = took / amount if amount else None
             left = None if rate is None else rate * (self._total - self._done)
             if left is not None and self.config.minutes and self._what == "training":
                 left = min(left, max(60 * self.config.minutes - self._spent, 0))
-            return {
+            told = {
                 "kind": self.kind,
                 "name": self.name,
                 "state": self._state,
@@ -150,28 +153,45 @@ class Monitor:
                 "unit": self._unit,
                 "rate": rate,
                 "time_left": left,
+                "headline": words.headline(self.kind, self.name, self._state, self._what, best),
+                "figures": words.figures(self._state, self._done, self._total, self._unit, rate, left, best),
                 "memory": self._memory,
                 "warnings": list(self._warnings),
                 "error": self._error,
-                "best": self._best,
+                "best": best,
                 "previews": list(self._previews),
                 "pictures": list(self._pictures),
                 "ranges": {name: [low, high] for name, (low, _, high, _) in RANGES.items()},
-                "first": first,
-                "points": len(self._rows),
-                "history": {
-                    "update": [row["update"] for row in rows],
-                    "losses": _columns([row["losses"] for row in rows]),
-                    "health": _columns([row["health"] for row in rows]),
-                    "scores": {
-                        "update": [update for update, _ in self._scores],
-                        "score": [score for _, score in self._scores],
-                    },
-                },
             }
+        return told | {"mean_of": math.ceil(len(rows) / PARTS), "history": _history(rows, scores)}
 
 
-def _columns(rows: Sequence[dict[str, float]]) -> dict[str, list[float | None]]:
-    """Rows of names and values as columns; what a row lacks, or is no number, is None."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [v if math.isfinite(v := row.get(name, math.nan)) else None for row in rows] for name in names}
+def _history(rows: Sequence[dict[str, Any]], scores: Sequence[tuple[int, float]]) -> dict[str, Any]:
+    """The curves, of POINTS points at most."""
+    ends = [len(rows) * (k + 1) // POINTS for k in range(POINTS)] if len(rows) > POINTS else range(1, len(rows) + 1)
+    return {
+        "update": [rows[end - 1]["update"] for end in ends],
+        "losses": _means([row["losses"] for row in rows], ends),
+        "health": _means([row["health"] for row in rows], ends),
+        "scores": {"update": [update for update, _ in scores], "score": [score for _, score in scores]},
+    }
+
+
+def _means(rows: Sequence[dict[str, float]], ends: Sequence[int]) -> dict[str, list[float | None]]:
+    """Rows of names and values as columns: of the rows up to each end the mean of the last PARTS-th of all.
+
+    What such a part lacks, or is no number, is None.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = np.array([[row.get(name, math.nan) for name in names] for row in rows]).reshape(len(rows), len(names))
+    known = np.isfinite(table)
+    width = math.ceil(len(rows) / PARTS)
+    columns: dict[str, list[float | None]] = {name: [] for name in names}
+    for end in ends:
+        part = slice(max(end - width, 0), end)
+        counts = known[part].sum(0)
+        sums = np.where(known[part], table[part], 0.0).sum(0)
+        # A curve has a gap where it has no value, not where a part before it had one.
+        for name, total, count, here in zip(names, sums, counts, known[end - 1], strict=True):
+            columns[name].append(float(f"{total / count:.5g}") if here else None)
+    return columns

@@ -9,30 +9,10 @@ import { short } from "./run.js";
  */
 
 const HEALTH = ["accuracy", "saturation", "sharpness", "diversity"];
-const PARTS = 25; // of a curve: each point is the mean over one
 
-/** Over how many of `count` points each point of a curve is a mean. @param {number} count */
-export const meanWidth = (count) => Math.ceil(count / PARTS);
-
-/** Mean of the `width` points up to each. @param {(number | null)[]} values @param {number} width */
-export function smooth(values, width) {
-  if (width < 2) return values;
-  return values.map((value, i) => {
-    if (value === null) return null;
-    // Summed anew: a sum that is carried along is left at 1e-17 by a loss that has come to 0.
-    let sum = 0;
-    let count = 0;
-    for (let at = Math.max(i + 1 - width, 0); at <= i; at++) {
-      sum += values[at] ?? 0;
-      if (values[at] !== null) count++;
-    }
-    return sum / count;
-  });
-}
-
-/** The losses, and the scores of the selections. @param {Run} run @param {number} width @returns {Curve[]} */
-export function lossCurves({ history: { update, losses, scores } }, width) {
-  const curves = Object.entries(losses).map(([name, values]) => ({ name, values: smooth(values, width) }));
+/** The losses, and the scores of the selections. @param {Run} run @returns {Curve[]} */
+export function lossCurves({ history: { update, losses, scores } }) {
+  const curves = Object.entries(losses).map(([name, values]) => ({ name, values }));
   if (!update.length || !scores.update.length) return curves;
   /** @type {(number | null)[]} */
   const values = update.map(() => null);
@@ -43,13 +23,13 @@ export function lossCurves({ history: { update, losses, scores } }, width) {
   return [...curves, { name: "held-out score", values, few: true }];
 }
 
-/** Each measure by its place in its healthy range, 0 to 1. @param {Run} run @param {number} width @returns {Curve[]} */
-export function healthCurves({ history: { health }, ranges }, width) {
+/** Each measure by its place in its healthy range, 0 to 1. @param {Run} run @returns {Curve[]} */
+export function healthCurves({ history: { health }, ranges }) {
   return HEALTH.flatMap((name) => {
     const [values, range] = [health[name], ranges[name]];
     if (!values || !range) return [];
     const [low, span] = [range[0], range[1] - range[0]];
-    const places = smooth(values, width).map((value) => (value === null ? null : (value - low) / span));
+    const places = values.map((value) => (value === null ? null : (value - low) / span));
     return [{ name, values: places, raw: (/** @type {number} */ place) => low + place * span }];
   });
 }

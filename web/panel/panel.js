@@ -2,8 +2,7 @@
 
 import { Chart } from "./charts.js";
 import { buttons, newest, shownPreview } from "./controls.js";
-import { healthCurves, lossCurves, meanWidth } from "./curves.js";
-import { figures, status, warnings } from "./run.js";
+import { healthCurves, lossCurves } from "./curves.js";
 
 /** @import { Doors, Picture, Preview, Run } from "./types.d.ts" */
 
@@ -111,23 +110,22 @@ export class Panel {
   #draw() {
     const run = this.run;
     this.root.dataset.state = run?.state ?? "before";
-    this.#status.textContent = run ? status(run) : BEFORE[this.kind];
+    this.#status.textContent = run ? run.headline : BEFORE[this.kind];
     if (!run) return this.#pictures.replaceChildren();
     this.#bar.max = run.total || 1;
     if (run.total) this.#bar.value = run.done;
     else this.#bar.removeAttribute("value"); // moves, for nobody knows how far
-    this.#figures.textContent = figures(run);
+    this.#figures.textContent = run.figures;
     this.#error.textContent = run.error;
     this.#memory.textContent = run.memory;
-    const warned = warnings(run);
-    this.#warnings.replaceChildren(...warned.slice(-3).map((words) => element("li", "", words)));
-    this.#warnings.title = warned.join("\n");
+    this.#warnings.replaceChildren(...run.warnings.slice(-3).map((words) => element("li", "", words)));
+    this.#warnings.title = run.warnings.join("\n");
     const { update } = run.history;
-    const width = meanWidth(update.length);
-    this.#charts.title = width > 1 ? `Means over ${width} points; click a name to hide or show its curve` : "";
+    this.#charts.title =
+      run.mean_of > 1 ? `Means over ${run.mean_of} points; click a name to hide or show its curve` : "";
     this.#charts.hidden = !update.length;
-    this.#losses.draw(update, lossCurves(run, width));
-    this.#health.draw(update, healthCurves(run, width));
+    this.#losses.draw(update, lossCurves(run));
+    this.#health.draw(update, healthCurves(run));
     this.#drawPictures(run);
     this.#drawButtons(run);
   }

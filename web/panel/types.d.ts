@@ -25,7 +25,7 @@ export interface History {
   scores: { update: number[]; score: number[] };
 }
 
-/** A run as the server tells it; in an event `history` holds only the points from `first` on. */
+/** A run as the server tells it. */
 export interface Run {
   node: string;
   /** The id of the workflow that it was started from. */
@@ -36,20 +36,17 @@ export interface Run {
   what: string;
   done: number;
   total: number;
-  unit: "updates" | "pairs" | "seconds";
-  /** Seconds for one unit. */
-  rate: number | null;
-  time_left: number | null;
+  /** What it is at, and how far. */
+  headline: string;
+  figures: string;
   memory: string;
-  warnings: { update: number; text: string }[];
+  warnings: string[];
   error: string;
-  best: { update: number; score: number } | null;
   previews: Preview[];
   pictures: Picture[];
   ranges: Record<string, [number, number]>;
-  first: number;
-  /** How many there are, those before `first` too. */
-  points: number;
+  /** Of how many points each of a curve is the mean. */
+  mean_of: number;
   history: History;
 }
 
