@@ -1,12 +1,60 @@
-"""A network that a host has loaded, borrowed for training: what every host needs so that gradients flow through it."""
+"""A network that a host has loaded, borrowed for training: what ComfyUI and the WebUIs alike need for it."""
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from .denoiser import Cond, Denoiser
+
+Own = TypeVar("Own", bound="AppliedDenoiser")
+
+
+class AppliedDenoiser(Denoiser):
+    """x0 of a network below a host's own `apply_model`, as ComfyUI and Forge have it: of any architecture they run.
+
+    `base` is the host's model, of which `diffusion_model` is the network and the attribute `compute_dtype` the type
+    in which it computes. `options` go along with every pass. `device` is where the network computes: with little
+    memory, weights of it may lie elsewhere.
+    """
+
+    compute_dtype: str
+
+    def __init__(self, base, options: dict[str, Any], device: torch.device):
+        self.base, self.backbone, self.options, self._device = base, base.diffusion_model, options, device
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        extra = cond.extra if cond.pooled is None else cond.extra | {"y": cond.pooled}
+        options = dict(self.options)  # a forward writes into it
+        return self.base.apply_model(x, sigma, c_crossattn=cond.context, transformer_options=options, **extra)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def with_backbone(self: Own, backbone: nn.Module) -> Own:
+        """The same over another network of the same architecture, in float32; the host keeps its own."""
+        other = copy.copy(self)
+        other.base = copy.copy(self.base)
+        setattr(other.base, self.compute_dtype, torch.float32)
+        other.backbone = in_full(backbone)
+        other.base._modules = self.base._modules | {"diffusion_model": backbone}
+        return other
+
+
+def in_full(copied: nn.Module) -> nn.Module:
+    """A copy of a network as one to be trained: weights below float32 are too coarse for an optimizer's steps."""
+    for module in copied.modules():
+        module.__dict__.pop("forward", None)  # an extension's, bound to the network that was copied
+    if isinstance(getattr(copied, "dtype", None), torch.dtype):
+        copied.__dict__["dtype"] = torch.float32
+    return copied.float()
 
 
 def thaw(network: nn.Module) -> None:

@@ -13,20 +13,22 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from .card import CardError, StudentCard, read_card, titles
-from .schedule import trailing_timesteps
+from .schedule import expand, trailing_timesteps
 
 MOST = 8  # steps
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingRecipe:
     """How a model is sampled in one or a few steps, at cfg 1.
 
     `prediction` is how its output is read: as the base model's (`inherit`), eps, v, x0, flow, or
     `lcm`, which is eps with LCM's boundary scalings. `start` is the timestep of pure noise, `steps`
     the number of steps it was made for. `renoise` adds fresh noise between steps; else Euler's step
-    is taken. `shift` is NitroFusion's: the network is told the timestep t shift / 1000. `exact` says
+    is taken. `shift` is NitroFusion's: the network is given the timestep t shift / 1000. `exact` says
     that pure noise is scaled by sigma itself, as our students learnt it, not by ComfyUI's
     sqrt(1 + sigma^2).
     """
@@ -51,6 +53,10 @@ class Sampling:
             raise ValueError(f"denoise is {denoise:g}: give more than 0, and at most 1")
         return trailing_timesteps(steps, max(round((self.start + 1) * denoise), steps) - 1)
 
+    def network_timestep(self, timestep: Tensor) -> Tensor:
+        """What the network is given for a timestep (B,): NitroFusion's is shifted, and whole (arXiv 2412.02030)."""
+        return timestep if self.shift == 1000 else (timestep * self.shift / 1000).long()
+
     def in_words(self) -> str:
         """The sampling as a person reads it."""
         reading = {"inherit": "as the base model's", "lcm": "as LCM's"}.get(self.prediction, f"as {self.prediction}")
@@ -61,23 +67,32 @@ class Sampling:
         )
 
 
+def lcm_boundary(x: Tensor, x0: Tensor, timestep: Tensor) -> Tensor:
+    """LCM's boundary scalings of x0 (B, ...) from x at timestep (B,): arXiv 2310.04378, section 4.2.
+
+    sigma_data is 0.5, and timesteps count ten times.
+    """
+    t = expand(10 * timestep.to(x), x)
+    return x0 * t / (t**2 + 0.25).sqrt() + x * 0.25 / (t**2 + 0.25)
+
+
 @dataclass(frozen=True)
 class Family:
     """A family of models: the pattern in their names, its sampling, and what differs for some numbers of steps."""
 
     pattern: str
-    sampling: Sampling
-    special: Mapping[int, Sampling] = field(default_factory=dict)
+    sampling: SamplingRecipe
+    special: Mapping[int, SamplingRecipe] = field(default_factory=dict)
 
-    def for_steps(self, steps: int | None) -> Sampling:
+    def for_steps(self, steps: int | None) -> SamplingRecipe:
         """The sampling of a model made for `steps`; None is the family's own."""
         if steps is None:
             return self.sampling
         return replace(self.special.get(steps, self.sampling), steps=steps, name=self.sampling.name)
 
 
-def _family(pattern: str, name: str, *settings, special: Mapping[int, Sampling] | None = None, **more) -> Family:
-    return Family(pattern, Sampling(name, *settings, **more), special or {})
+def _family(pattern: str, name: str, *settings, special: Mapping[int, SamplingRecipe] | None = None, **more) -> Family:
+    return Family(pattern, SamplingRecipe(name, *settings, **more), special or {})
 
 
 # The first whose pattern is found wins: what is more particular stands above.
@@ -86,9 +101,11 @@ FAMILIES: dict[str, Family] = {
     for family in (
         _family(r"nitro.*vibrant", "NitroFusion Vibrant", shift=500),
         _family(r"nitro", "NitroFusion Realism", shift=250),
-        _family(r"lightning", "SDXL-Lightning", steps=4, renoise=False, special={1: Sampling("", "x0", renoise=False)}),
-        _family(r"hyper[-_ ]?sd", "Hyper-SD", steps=4, renoise=False, special={1: Sampling("", start=800)}),
-        _family(r"dmd", "DMD2", steps=4, special={1: Sampling("", start=399)}),
+        _family(
+            r"lightning", "SDXL-Lightning", steps=4, renoise=False, special={1: SamplingRecipe("", "x0", renoise=False)}
+        ),
+        _family(r"hyper[-_ ]?sd", "Hyper-SD", steps=4, renoise=False, special={1: SamplingRecipe("", start=800)}),
+        _family(r"dmd", "DMD2", steps=4, special={1: SamplingRecipe("", start=399)}),
         _family(r"lcm|latent.?consistency", "LCM", "lcm", steps=4),
         _family(r"turbo(?!distill)", "SD-Turbo, SDXL-Turbo"),
     )
@@ -96,7 +113,7 @@ FAMILIES: dict[str, Family] = {
 STEPS = re.compile(r"(?<!\d)([1-8])[-_ ]?steps?", re.IGNORECASE)
 
 
-def recognise(*hints: str) -> Sampling | None:
+def recognise(*hints: str) -> SamplingRecipe | None:
     """The sampling of the first hint (a file's name, a title in its metadata) that names a family, or None."""
     for hint in hints:
         for family in FAMILIES.values():
@@ -106,13 +123,15 @@ def recognise(*hints: str) -> Sampling | None:
     return None
 
 
-def of_card(card: StudentCard) -> Sampling:
+def of_card(card: StudentCard) -> SamplingRecipe:
     """The sampling of a student of ours."""
     prediction = "inherit" if card.prediction == card.base_prediction else card.prediction
-    return Sampling(f"student of {card.base_model}", prediction, card.timesteps[0], len(card.timesteps), exact=True)
+    return SamplingRecipe(
+        f"student of {card.base_model}", prediction, card.timesteps[0], len(card.timesteps), exact=True
+    )
 
 
-def by_file(path: str | Path, *hints: str) -> Sampling | None:
+def by_file(path: str | Path, *hints: str) -> SamplingRecipe | None:
     """How a weight file is sampled: by a student's card in it, else as the family that a hint or its title names."""
     with suppress(CardError):
         return of_card(read_card(path))

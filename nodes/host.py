@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..core.card import CardError, StudentCard, fingerprint
-from ..core.families import Sampling, by_file, of_card, recognise
+from ..core.families import SamplingRecipe, by_file, lcm_boundary, of_card, recognise
 from ..core.lora import PARTS, check_match
 from ..core.sampling import sample_euler, sample_few_step, sigmas_at
 
@@ -30,10 +30,8 @@ PREFIX = "diffusion_model."
 
 
 def lcm_denoised(self, sigma: Tensor, output: Tensor, x: Tensor) -> Tensor:
-    """x0 from eps with LCM's boundary scalings (arXiv 2310.04378, section 4.2; sigma_data 0.5, timesteps times 10)."""
-    x0 = comfy.model_sampling.EPS.calculate_denoised(self, sigma, output, x)
-    t = 10 * self.timestep(sigma).to(x).view(-1, *(1,) * (x.ndim - 1))
-    return x0 * t / (t**2 + 0.25).sqrt() + x * 0.25 / (t**2 + 0.25)
+    """x0 from eps with LCM's boundary scalings, as a method of ComfyUI's model sampling."""
+    return lcm_boundary(x, comfy.model_sampling.EPS.calculate_denoised(self, sigma, output, x), self.timestep(sigma))
 
 
 READINGS = {
@@ -45,7 +43,7 @@ READINGS = {
 }
 
 
-def with_sampling(model, sampling: Sampling):
+def with_sampling(model, sampling: SamplingRecipe):
     """A clone of the MODEL whose output is read as `sampling` says, and which carries it for the samplers."""
     patched = model.clone()
     patched.set_attachments(KEY, sampling)
@@ -55,7 +53,7 @@ def with_sampling(model, sampling: Sampling):
     if sampling.prediction != "inherit":
         changed["calculate_denoised"] = READINGS[sampling.prediction]
     if sampling.shift != 1000:
-        changed["timestep"] = lambda self, sigma: (old.timestep(sigma) * sampling.shift / 1000).long()
+        changed["timestep"] = lambda self, sigma: sampling.network_timestep(old.timestep(sigma))
     if changed or old is not current:
         # The schedule stays the model's own, buffers and all: only the reading of the output differs.
         new = copy.copy(old)
@@ -64,9 +62,9 @@ def with_sampling(model, sampling: Sampling):
     return patched
 
 
-def sampling_of(model) -> Sampling:
+def sampling_of(model) -> SamplingRecipe:
     """How the MODEL is sampled: what was attached to it, else as an ordinary Turbo."""
-    return model.attachments.get(KEY) or Sampling("one-step model")
+    return model.attachments.get(KEY) or SamplingRecipe("one-step model")
 
 
 def base_weights(patcher, prefix: str = PREFIX) -> dict[str, Tensor]:
@@ -188,7 +186,7 @@ class Space:
 class FewStep(comfy.samplers.KSAMPLER):
     """A model's sampler: core's few-step sampler, or its Euler, as `sampling` says."""
 
-    def __init__(self, sampling: Sampling):
+    def __init__(self, sampling: SamplingRecipe):
         super().__init__(self.steps)
         self.sampling = sampling
 
@@ -228,7 +226,7 @@ def file_path(folder: str, name: str) -> str | None:
 FOLDERS = ("loras", "checkpoints", "diffusion_models")  # of weight files
 
 
-def sampling_by_files(names: Sequence[str]) -> Sampling | None:
+def sampling_by_files(names: Sequence[str]) -> SamplingRecipe | None:
     """How the first of these files is sampled that says so: by a student's card, or as a known family."""
     for name in names:
         paths = filter(None, (file_path(folder, name) for folder in FOLDERS))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +11,10 @@ import comfy.conds
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..core.borrowed import cloned_inputs
-from ..core.denoiser import Cond, Denoiser
+from ..core.borrowed import AppliedDenoiser, cloned_inputs
+from ..core.denoiser import Cond
 from ..core.schedule import Schedule, schedule_of
 from .host import prediction_of
 
@@ -34,13 +33,15 @@ def levels_of(model) -> Schedule:
     return schedule_of(prediction_of(model), getattr(space, "sigmas", torch.zeros(0)), space.timestep)
 
 
-class ModelDenoiser(Denoiser):
+class ModelDenoiser(AppliedDenoiser):
     """x0 of a MODEL that is loaded (`host.load`), in the network's own latent space.
 
     `latent_in` and `latent_out` lead from ComfyUI's latents to that space and back. Patches of the
     MODEL (LoRAs, attention) act as they do when it is sampled. Raises ValueError for a MODEL of another
     kind of noise levels, of latents that are no pictures, or that wants a picture beside them.
     """
+
+    compute_dtype = "manual_cast_dtype"
 
     def __init__(self, model):
         dimensions = model.get_model_object("latent_format").latent_dimensions
@@ -51,34 +52,9 @@ class ModelDenoiser(Denoiser):
             )
         if getattr(model.model, "concat_keys", ()):
             raise ValueError(BESIDE.format(type(model.model).__name__))
-        self.schedule = levels_of(model)
-        self.prediction = prediction_of(model)
-        self.base = model.model
-        self.backbone = self.base.diffusion_model
-        self.options: dict[str, Any] = model.model_options.get("transformer_options", {})
-        self.latent_in = self.base.process_latent_in
-        self.latent_out = self.base.process_latent_out
-        self._device = model.load_device
-
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        extra = cond.extra if cond.pooled is None else cond.extra | {"y": cond.pooled}
-        options = dict(self.options)  # a forward writes into it
-        return self.base.apply_model(x, sigma, c_crossattn=cond.context, transformer_options=options, **extra)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network computes: with little memory, weights of it may lie elsewhere."""
-        return self._device
-
-    def with_backbone(self, backbone: nn.Module) -> ModelDenoiser:
-        """The same over another network of the same architecture, in float32; the MODEL keeps its own."""
-        other = copy.copy(self)
-        other.base = copy.copy(self.base)
-        other.base.manual_cast_dtype = torch.float32
-        backbone.float()  # weights of half precision or less are too coarse for an optimizer's steps
-        other.base._modules = self.base._modules | {"diffusion_model": backbone}
-        other.backbone = backbone
-        return other
+        super().__init__(model.model, model.model_options.get("transformer_options", {}), model.load_device)
+        self.schedule, self.prediction = levels_of(model), prediction_of(model)
+        self.latent_in, self.latent_out = self.base.process_latent_in, self.base.process_latent_out
 
 
 @contextmanager

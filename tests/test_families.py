@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from turbodistill.core.card import StudentCard
-from turbodistill.core.families import FAMILIES, Sampling, by_file, of_card, recognise
+from turbodistill.core.families import FAMILIES, SamplingRecipe, by_file, of_card, recognise
 from turbodistill.core.schedule import DiscreteSchedule
 
 NAMES = {
@@ -63,7 +63,7 @@ def test_nitro_shifts_the_timestep_that_the_network_is_told():
     ],
 )
 def test_timesteps_trail_from_the_start(start, steps, denoise, timesteps):
-    assert Sampling("", start=start).timesteps(steps, denoise) == timesteps
+    assert SamplingRecipe("", start=start).timesteps(steps, denoise) == timesteps
 
 
 def test_the_known_starts_have_the_known_sigmas():
@@ -79,12 +79,12 @@ def test_the_known_starts_have_the_known_sigmas():
 )
 def test_what_cannot_be_sampled_is_told(steps, denoise, words):
     with pytest.raises(ValueError, match=words):
-        Sampling("").timesteps(steps, denoise)
+        SamplingRecipe("").timesteps(steps, denoise)
 
 
 def test_a_student_of_ours_is_sampled_as_its_card_says():
     card = StudentCard("lora", "base", "0" * 16, "sd", "v", "v", (899, 674), 4.0, (64, 64))
-    assert of_card(card) == Sampling("student of base", "inherit", 899, 2, exact=True)
+    assert of_card(card) == SamplingRecipe("student of base", "inherit", 899, 2, exact=True)
     assert of_card(StudentCard("lora", "base", "0" * 16, "sd", "x0", "v", (999,), 4.0, (64, 64))).prediction == "x0"
 
 

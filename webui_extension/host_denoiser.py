@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.borrowed import AppliedDenoiser, in_full
 from ..core.denoiser import Cond, Denoiser
 from ..core.lora import autocasts
 from ..core.schedule import DiscreteSchedule, Schedule, expand, schedule_of
@@ -49,49 +50,21 @@ class CompvisDenoiser(Denoiser):
     def with_backbone(self, backbone: nn.Module) -> CompvisDenoiser:
         """The same over another network of the same architecture, in float32; the WebUI keeps its own."""
         other = copy.copy(self)
-        other.backbone = _in_full(backbone)
+        other.backbone = in_full(backbone)
         return other
 
 
-class ForgeDenoiser(Denoiser):
+class ForgeDenoiser(AppliedDenoiser):
     """x0 of a Forge UnetPatcher's network, of every architecture that its own `apply_model` runs.
 
     Raises ValueError for a model of another kind of noise levels.
     """
 
+    compute_dtype = "computation_dtype"
+
     def __init__(self, unet):
-        self.base = unet.model
-        self.backbone = self.base.diffusion_model
+        super().__init__(unet.model, unet.model_options.get("transformer_options", {}), unet.load_device)
         self.prediction, self.schedule = levels_of(self.base.predictor)
-        self.options: dict[str, Any] = unet.model_options.get("transformer_options", {})
-        self._device = unet.load_device
-
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        extra = cond.extra if cond.pooled is None else cond.extra | {"y": cond.pooled}
-        options = dict(self.options)  # a forward writes into it
-        return self.base.apply_model(x, sigma, c_crossattn=cond.context, transformer_options=options, **extra)
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
-
-    def with_backbone(self, backbone: nn.Module) -> ForgeDenoiser:
-        """The same over another network of the same architecture, in float32; Forge keeps its own."""
-        other = copy.copy(self)
-        other.base = copy.copy(self.base)
-        other.base.computation_dtype = torch.float32
-        other.backbone = _in_full(backbone)
-        other.base._modules = self.base._modules | {"diffusion_model": backbone}
-        return other
-
-
-def _in_full(copied: nn.Module) -> nn.Module:
-    """A copy of a network as one to be trained: weights below float32 are too coarse for an optimizer's steps."""
-    for module in copied.modules():
-        module.__dict__.pop("forward", None)  # an extension's, bound to the network that was copied
-    if isinstance(getattr(copied, "dtype", None), torch.dtype):
-        copied.__dict__["dtype"] = torch.float32
-    return copied.float()
 
 
 def levels_of(predictor) -> tuple[str, Schedule]:

@@ -14,7 +14,7 @@ from modules.sd_samplers_common import SamplerData
 from modules.sd_samplers_kdiffusion import KDiffusionSampler
 from torch import Tensor
 
-from ..core.families import Sampling
+from ..core.families import SamplingRecipe
 from ..core.sampling import sample_euler, sample_few_step, sigmas_at
 from . import host
 from .samplers import (
@@ -28,7 +28,6 @@ from .samplers import (
     read,
     remarks,
     schedule_for,
-    shifted,
     too_many,
 )
 
@@ -95,7 +94,7 @@ class OneStepSampler(KDiffusionSampler):
     def __init__(self, name: str, sd_model):
         super().__init__(self.run, sd_model)
         self.name = name
-        self.found = Found(Sampling(name))
+        self.found = Found(SamplingRecipe(name))
         self.levels = torch.zeros(1)
 
     @torch.no_grad()
@@ -160,7 +159,7 @@ def write_down(p, found: Found, timesteps: list[int]) -> None:
 
 
 @contextmanager
-def read_as(sampling: Sampling, model, wrapped) -> Iterator[None]:
+def read_as(sampling: SamplingRecipe, model, wrapped) -> Iterator[None]:
     """Within, the network is told the timestep and its output read as the sampling says.
 
     `wrapped` is AUTOMATIC1111's denoiser of this one picture; Forge's is the model's own, and is put back.
@@ -187,25 +186,24 @@ def _derived(like: Any, **changed) -> Any:
     return other
 
 
-def _read_space(sampling: Sampling, space):
-    timestep = shifted(sampling, space.timestep)
+def _read_space(sampling: SamplingRecipe, space):
     schedule = schedule_for("flow" if getattr(space, "prediction_type", "") == "const" else "eps")
 
     def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
         return read(sampling.prediction, schedule, model_input, model_output, sigma, space.timestep(sigma))
 
-    changed: dict[str, Any] = {"timestep": lambda self, sigma: timestep(sigma)}
+    changed: dict[str, Any] = {"timestep": lambda self, sigma: sampling.network_timestep(space.timestep(sigma))}
     if sampling.prediction != "inherit":
         changed["calculate_denoised"] = calculate_denoised
     return _derived(space, **changed)
 
 
-def _read_wrapped(sampling: Sampling, wrapped, base: str) -> None:
+def _read_wrapped(sampling: SamplingRecipe, wrapped, base: str) -> None:
     cls = type(wrapped)
     schedule = schedule_for(base)
 
     def sigma_to_t(self, sigma: Tensor, quantize=None) -> Tensor:
-        return shifted(sampling, partial(cls.sigma_to_t, self))(sigma, quantize)
+        return sampling.network_timestep(cls.sigma_to_t(self, sigma, quantize))
 
     def forward(self, x: Tensor, sigma: Tensor, **given) -> Tensor:
         x0 = cls.forward(self, x, sigma, **given)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.card import KEY, CardError, read_card
-from ..core.families import FAMILIES, Sampling, recognise
+from ..core.families import FAMILIES, SamplingRecipe, recognise
 from .samplers import DETECT, FEW_STEP, NOTHING, ONE_STEP, applied_loras, find
 
 ABOUT = (
@@ -79,7 +79,7 @@ def apply(
     return wanted(found.sampling, now, tag), kept, describe(choice, now.prompt, files, checkpoint)
 
 
-def wanted(sampling: Sampling, now: Settings, tag: str = "") -> Settings:
+def wanted(sampling: SamplingRecipe, now: Settings, tag: str = "") -> Settings:
     """The settings with which a model is sampled as it was made for."""
     sampler = ONE_STEP if sampling.steps == 1 else FEW_STEP
     return Settings(" ".join(filter(None, (now.prompt.rstrip(), tag))), sampler, sampling.steps, 1.0)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from ..core.families import FAMILIES, MOST, Sampling, by_file
-from ..core.schedule import DiscreteSchedule, FlowSchedule, Schedule, expand
+from ..core.families import FAMILIES, MOST, SamplingRecipe, by_file, lcm_boundary
+from ..core.schedule import DiscreteSchedule, FlowSchedule, Schedule
 
 # A name must not end in " Simple", " Turbo" or another scheduler's name: the host would cut that off.
 ONE_STEP, FEW_STEP = "ADD 1-step", "ADD few-step"
 LIMITS = {ONE_STEP: 1, FEW_STEP: MOST}  # passes of the network
 DETECT = "detect"
-ORDINARY = Sampling("one-step model")
+ORDINARY = SamplingRecipe("one-step model")
 LORA = re.compile(r"<lora:([^:>]+)((?::[^:>]*)*)>")
 
 
@@ -29,7 +29,7 @@ def passes(name: str, steps: int) -> int:
 class Found:
     """How a picture is sampled, and what said so."""
 
-    sampling: Sampling
+    sampling: SamplingRecipe
     source: str = ""  # in words; "" where nothing said so
 
     def in_words(self) -> str:
@@ -91,27 +91,15 @@ def schedule_for(prediction: str) -> Schedule:
 
 
 def read(prediction: str, schedule: Schedule, x: Tensor, output: Tensor, sigma: Tensor, timestep: Tensor) -> Tensor:
-    """What the network put out (B, ...) for x (B, ...) at sigma, timestep (B,) -> x0 (B, ...).
-
-    `lcm` is eps with LCM's boundary scalings (arXiv 2310.04378, section 4.2; sigma_data 0.5, timesteps times 10).
-    """
-    if prediction != "lcm":
-        return schedule.to_x0(prediction, x, output, sigma)
-    x0 = schedule.to_x0("eps", x, output, sigma)
-    t = expand(10 * timestep.float(), x)
-    return x0 * t / (t**2 + 0.25).sqrt() + x * 0.25 / (t**2 + 0.25)
+    """What the network put out (B, ...) for x (B, ...) at sigma, timestep (B,) -> x0 (B, ...)."""
+    if prediction == "lcm":
+        return lcm_boundary(x, schedule.to_x0("eps", x, output, sigma), timestep)
+    return schedule.to_x0(prediction, x, output, sigma)
 
 
 def as_it_was_put_out(base: str, x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
     """x0 as the host has read it from a network that predicts `base` -> what the network put out, all (B, ...)."""
     return schedule_for(base).from_x0(base, x, x0, sigma)
-
-
-def shifted(sampling: Sampling, timestep: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """sigma -> the timestep that the network is told: the host's own, or NitroFusion's."""
-    if sampling.shift == 1000:
-        return timestep
-    return lambda *args, **more: (timestep(*args, **more) * sampling.shift / 1000).long()
 
 
 def too_many(name: str, steps: int) -> list[str]:

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from PIL import Image
-from turbodistill.core.families import Sampling
+from turbodistill.core.families import SamplingRecipe
 from turbodistill.trainer.config import ConfigError
 from turbodistill.trainer.data.files import DataError
 from turbodistill.trainer.data.pairs import load_pairs
@@ -207,7 +207,7 @@ def test_a_clip_with_a_lora_is_the_same_whether_it_is_loaded_or_not(nodes, graph
 def test_a_student_is_not_distilled_again(nodes, graph, places, kit):
     pairs = graph.pairs()
     model = graph.distill(pairs)[0]
-    for student in (model, nodes.host.with_sampling(graph.model, Sampling("SDXL-Turbo"))):
+    for student in (model, nodes.host.with_sampling(graph.model, SamplingRecipe("SDXL-Turbo"))):
         with pytest.raises(
             ValueError, match=r"this MODEL is sampled as .* already: connect the model as it was loaded"
         ):

@@ -91,10 +91,10 @@ def test_a_size_that_the_vae_cannot_make_is_refused(loaded, host_of):
 
 
 def test_a_student_is_not_distilled_again(nodes, loaded, host_of):
-    from turbodistill.core.families import Sampling
+    from turbodistill.core.families import SamplingRecipe
 
     with pytest.raises(ValueError, match="sampled as SDXL-Turbo already"):
-        host_of(nodes.host.with_sampling(loaded(), Sampling("SDXL-Turbo")))
+        host_of(nodes.host.with_sampling(loaded(), SamplingRecipe("SDXL-Turbo")))
 
 
 @pytest.mark.slow

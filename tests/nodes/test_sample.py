@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from turbodistill.core.families import FAMILIES, Sampling
+from turbodistill.core.families import FAMILIES, SamplingRecipe
 from turbodistill.core.sampling import sample_few_step, sigmas_of, trailing_sigmas
 from turbodistill.core.schedule import DiscreteSchedule
 
@@ -121,7 +121,7 @@ def test_what_the_mask_protects_stays(nodes, toys, model_of, prediction):
     latent = {"samples": picture, "noise_mask": mask}
     model = model_of(toy)
     sigmas = trailing_sigmas(toy.schedule, 2)
-    out = nodes.host.sample(model, prompt(toys), latent, 7, sigmas, nodes.host.FewStep(Sampling("")))["samples"]
+    out = nodes.host.sample(model, prompt(toys), latent, 7, sigmas, nodes.host.FewStep(SamplingRecipe("")))["samples"]
     assert torch.allclose(out[..., :4], picture[..., :4], atol=1e-5)
     assert not torch.allclose(out[..., 4:], picture[..., 4:], atol=0.1)
 
@@ -131,7 +131,9 @@ def test_what_the_mask_protects_stays(nodes, toys, model_of, prediction):
 )
 def test_a_negative_is_asked_only_where_it_counts(nodes, toys, silent, negative, cfg, heard):
     against = negative and prompt(toys, negative)
-    nodes.host.sample(silent, prompt(toys, 1.0), empty(), 7, ONE_STEP, nodes.host.FewStep(Sampling("")), against, cfg)
+    nodes.host.sample(
+        silent, prompt(toys, 1.0), empty(), 7, ONE_STEP, nodes.host.FewStep(SamplingRecipe("")), against, cfg
+    )
     assert sorted(silent.model.diffusion_model.heard) == heard
 
 
@@ -147,7 +149,7 @@ def test_without_a_negative_there_is_none(nodes, toys, silent):
 def test_cfg_leads_away_from_the_negative(nodes, toys, model_of):
     toy, positive, negative = toys.conv(), prompt(toys), prompt(toys)
     out = nodes.host.sample(
-        model_of(toy), positive, empty(2), 7, ONE_STEP, nodes.host.FewStep(Sampling("", exact=True)), negative, 3
+        model_of(toy), positive, empty(2), 7, ONE_STEP, nodes.host.FewStep(SamplingRecipe("", exact=True)), negative, 3
     )
     x = draws(7, 2) * TOP
     for_, against = (toy(x, ONE_STEP[:1].expand(2), toys.Cond(c[0][0]).repeat(2)) for c in (positive, negative))
@@ -162,7 +164,7 @@ def test_every_step_is_previewed(nodes, toys, silent, monkeypatch):
         return lambda step, x0, x, total: shown.append((step, total))
 
     monkeypatch.setattr(nodes.host.latent_preview, "prepare_callback", prepare_callback)
-    nodes.host.sample(silent, prompt(toys), empty(), 7, trailing_sigmas(SD, 3), nodes.host.FewStep(Sampling("")))
+    nodes.host.sample(silent, prompt(toys), empty(), 7, trailing_sigmas(SD, 3), nodes.host.FewStep(SamplingRecipe("")))
     assert shown == [(silent, 3), (0, 3), (1, 3), (2, 3)]
 
 
@@ -209,7 +211,7 @@ def test_a_student_s_picture_is_the_trainer_s(
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_item_k_of_a_batch_is_that_item_alone(nodes, toys, model_of, sampled, steps):
-    model, positive = nodes.host.with_sampling(model_of(toys.conv()), Sampling("student of toy")), prompt(toys)
+    model, positive = nodes.host.with_sampling(model_of(toys.conv()), SamplingRecipe("student of toy")), prompt(toys)
     batch = sampled(model, positive, empty(3, batch_index=[0, 1, 2]), steps=steps)
     for k in range(3):
         assert torch.allclose(sampled(model, positive, empty(1, batch_index=[k]), steps=steps)[0], batch[k], atol=1e-3)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from turbodistill.core.families import FAMILIES, Sampling
+from turbodistill.core.families import FAMILIES, SamplingRecipe
 from turbodistill.core.sampling import sigmas_of
 from turbodistill.core.schedule import DiscreteSchedule, FlowSchedule, expand
 
@@ -25,7 +25,7 @@ def space_of(model):
 )
 def test_the_output_is_read_as_told(nodes, toys, base, prediction, reading):
     toy, model = toys.conv(prediction), base(prediction)
-    patched = nodes.host.with_sampling(model, Sampling("", reading))
+    patched = nodes.host.with_sampling(model, SamplingRecipe("", reading))
     x, out, sigma = toys.picture(), toys.picture(), toy.schedule.sigma(torch.tensor([999.0, 300.0]))
     found = space_of(patched).calculate_denoised(sigma, out, x)
     assert torch.allclose(found, toy.schedule.to_x0(reading, x, out, sigma), atol=1e-5)
@@ -34,10 +34,10 @@ def test_the_output_is_read_as_told(nodes, toys, base, prediction, reading):
 @pytest.mark.parametrize("prediction", ["eps", "v", "flow"])
 def test_inherit_changes_nothing(nodes, base, prediction):
     model = base(prediction)
-    patched = nodes.host.with_sampling(model, Sampling("plain"))
+    patched = nodes.host.with_sampling(model, SamplingRecipe("plain"))
     assert patched is not model and patched.object_patches == {} and patched.patches == {}
     assert space_of(patched) is space_of(model)
-    assert nodes.host.sampling_of(patched) == Sampling("plain")
+    assert nodes.host.sampling_of(patched) == SamplingRecipe("plain")
 
 
 @pytest.mark.parametrize("prediction", ["eps", "flow"])
@@ -46,7 +46,7 @@ def test_the_model_it_came_from_stays_as_it_was(nodes, toys, base, prediction):
     space, kind = space_of(model), type(space_of(model))
     x, out, sigma = toys.picture(), toys.picture(), space_of(model).sigmas[[-1, 500]]
     before = space.calculate_denoised(sigma, out, x)
-    patched = nodes.host.with_sampling(model, Sampling("one", "x0"))
+    patched = nodes.host.with_sampling(model, SamplingRecipe("one", "x0"))
     assert model.object_patches == model.attachments == {}
     with patched.loaded():  # even while the network that they share is the clone's
         assert space_of(model) is space and type(space) is kind
@@ -55,7 +55,9 @@ def test_the_model_it_came_from_stays_as_it_was(nodes, toys, base, prediction):
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "flow"])
-@pytest.mark.parametrize("sampling", [Sampling("", "x0"), Sampling("", "lcm"), Sampling("", shift=250)])
+@pytest.mark.parametrize(
+    "sampling", [SamplingRecipe("", "x0"), SamplingRecipe("", "lcm"), SamplingRecipe("", shift=250)]
+)
 def test_the_schedule_stays_the_model_s(nodes, base, prediction, sampling):
     model = base(prediction)
     old, new = space_of(model), space_of(nodes.host.with_sampling(model, sampling))
@@ -69,7 +71,7 @@ def test_the_schedule_stays_the_model_s(nodes, base, prediction, sampling):
 
 def test_lcm_s_boundary_scalings(nodes, toys, base):
     # arXiv 2310.04378: f = c_skip x + c_out x0, c_skip = s^2 / (t^2 + s^2), c_out = t / sqrt(t^2 + s^2).
-    space = space_of(nodes.host.with_sampling(base("eps"), Sampling("", "lcm")))
+    space = space_of(nodes.host.with_sampling(base("eps"), SamplingRecipe("", "lcm")))
     t = torch.tensor([0, 1, 20, 999])
     x, out, sigma = toys.picture(4), toys.picture(4), space.sigmas[t]
     scaled, spread = expand(10.0 * t, x), 0.5
@@ -81,7 +83,7 @@ def test_lcm_s_boundary_scalings(nodes, toys, base):
 
 
 def test_lcm_s_boundary_condition_holds_for_a_flow_too(nodes, toys, base):
-    space = space_of(nodes.host.with_sampling(base("flow"), Sampling("", "lcm")))
+    space = space_of(nodes.host.with_sampling(base("flow"), SamplingRecipe("", "lcm")))
     x, out = toys.picture(), toys.picture()
     assert torch.equal(space.calculate_denoised(torch.zeros(2), out, x), x)
     ones = torch.ones(2)
@@ -104,8 +106,8 @@ def test_nitro_tells_the_network_another_timestep(nodes, toys, model_of, family,
 
 @pytest.mark.parametrize("second", ["eps", "v", "x0", "lcm"])
 def test_the_last_reading_counts(nodes, toys, base, second):
-    model, sampling = base("v"), Sampling("second", second)
-    twice = nodes.host.with_sampling(nodes.host.with_sampling(model, Sampling("first", "x0")), sampling)
+    model, sampling = base("v"), SamplingRecipe("second", second)
+    twice = nodes.host.with_sampling(nodes.host.with_sampling(model, SamplingRecipe("first", "x0")), sampling)
     once = nodes.host.with_sampling(model, sampling)
     x, out, sigma = toys.picture(), toys.picture(), SD.sigma(torch.tensor([999.0, 300.0]))
     assert torch.equal(*(space_of(m).calculate_denoised(sigma, out, x) for m in (twice, once)))
@@ -114,7 +116,7 @@ def test_the_last_reading_counts(nodes, toys, base, second):
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [(Sampling("", "x0"), Sampling("")), (Sampling("", shift=250), Sampling("", shift=250))],
+    [(SamplingRecipe("", "x0"), SamplingRecipe("")), (SamplingRecipe("", shift=250), SamplingRecipe("", shift=250))],
     ids=["inherit after x0", "the same shift twice"],
 )
 def test_of_two_nodes_in_a_row_the_last_counts(nodes, toys, base, first, second):
@@ -135,7 +137,7 @@ def test_how_it_is_sampled_survives_further_nodes(nodes, base):
 
 
 def test_a_plain_turbo_checkpoint_needs_no_node(nodes, base):
-    assert nodes.host.sampling_of(base("eps")) == Sampling("one-step model")
+    assert nodes.host.sampling_of(base("eps")) == SamplingRecipe("one-step model")
 
 
 @pytest.mark.parametrize("reading", ["eps", "v", "flow", "x0"])

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from turbodistill.core.families import Sampling
+from turbodistill.core.families import SamplingRecipe
 from turbodistill.core.sampling import sample_euler, seeded_noise, sigmas_of, trailing_sigmas
 from turbodistill.core.schedule import DiscreteSchedule, FlowSchedule, expand, scaled_linear, zero_terminal
 from turbodistill.webui_extension import samplers
@@ -158,8 +158,8 @@ def test_core_makes_the_host_s_schedules(host, model):
 def test_core_starts_where_the_host_does(host, model):
     recorded, schedule, _ = known(host, model)
     latent, noise = (tensor(RECORDED[host]["given"][name]) for name in ("latent", "noise"))
-    first = sigmas_of(schedule, Sampling("one-step model").timesteps(1))
-    half = sigmas_of(schedule, Sampling("one-step model").timesteps(1, 0.5))
+    first = sigmas_of(schedule, SamplingRecipe("one-step model").timesteps(1))
+    half = sigmas_of(schedule, SamplingRecipe("one-step model").timesteps(1, 0.5))
     found = {
         "pure": schedule.add_noise(torch.zeros_like(noise), noise, first[:1]).flatten().tolist(),
         "img2img": {
