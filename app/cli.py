@@ -158,9 +158,9 @@ def run_distill(args: argparse.Namespace) -> int:
 
 
 def _judge(reference: Path | None):
-    from ..measure.evaluate import Judge, load_reference
+    from ..measure.evaluate import Evaluator, load_reference
 
-    return Judge(load_reference(reference or files.REFERENCE))
+    return Evaluator(load_reference(reference or files.REFERENCE))
 
 
 def run_demo(args: argparse.Namespace) -> int:

@@ -182,7 +182,7 @@ def demo(
         if apart := host.denoiser.device.type == "cpu" and torch.get_num_threads() > 1:
             train_apart(configs, out, stop)
     if not apart:
-        train_here(host, configs, out, follow, bench.judge.kid_score(host))
+        train_here(host, configs, out, follow, bench.evaluator.kid_score(host))
 
     paths = {"regression only": out / "regression" / run.BEST, STUDENT: out / "student" / run.BEST}
     if SHIPPED.exists():
@@ -197,7 +197,7 @@ def demo(
     columns = [report.Column(*_heading(name), pictures) for name, pictures in shown.items()]
     for student in students.values():
         student.release()
-    floor = bench.judge.floor()
+    floor = bench.evaluator.floor()
     print(table(scores, floor))
     write_whole(out / "figures.json", to_json(scores, floor, timings).encode())
     page = report.Report(

@@ -50,8 +50,8 @@ def follow(events: Iterator, config: Config, folder: Path, host, title: str = "t
                         whole = round(config.minutes * 60) if config.minutes else config.updates
                         bar = _renew(bar, tqdm(total=whole, desc=title, unit="s" if config.minutes else "update"))
                     bar.update(min(round(event.spent), bar.total) - bar.n if config.minutes else event.update - bar.n)
-                    told = {k: f"{v:.3f}" for k, v in event.losses.items()}
-                    bar.set_postfix(update=event.update, **told, acc=f"{event.health.accuracy:.2f}", refresh=False)
+                    losses = {k: f"{v:.3f}" for k, v in event.losses.items()}
+                    bar.set_postfix(update=event.update, **losses, acc=f"{event.health.accuracy:.2f}", refresh=False)
                 elif isinstance(event, Preview):
                     write_preview(host, event, folder / "previews")
                 elif isinstance(event, Selected):

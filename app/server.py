@@ -28,18 +28,18 @@ def make_app(model: Path | None, student: Path | None, folder: Path) -> fastapi.
     app = fastapi.FastAPI(title="TurboDistill", docs_url=None, redoc_url=None)  # their pages load what is not ours
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=NAMES)
     api.add_routes(app, backend, [fastapi.Depends(same_origin)])
-    told = {"ssr_mode": False, "footer_links": [], "show_api": False, "run_history": False}
+    options = {"ssr_mode": False, "footer_links": [], "show_api": False, "run_history": False}
     known = inspect.signature(gr.mount_gradio_app).parameters
-    return gr.mount_gradio_app(app, pages(backend), path="/", **{k: v for k, v in told.items() if k in known})
+    return gr.mount_gradio_app(app, pages(backend), path="/", **{k: v for k, v in options.items() if k in known})
 
 
 def pages(backend: EmbeddedBackend) -> gr.Blocks:
     """The generate page and the training tab, beside each other."""
     with gr.Blocks(analytics_enabled=False, title="TurboDistill") as blocks, gr.Tabs():
         with gr.Tab("Generate") as first:
-            listed, student = live.draw(backend.generator, backend.students, backend.example, blocks)
+            listed, student = live.add_components(backend.generator, backend.students, backend.example, blocks)
         with gr.Tab("Distil"):
-            tab.draw(backend, blocks)
+            tab.add_components(backend, blocks)
         listen(first.select, listed, [], [student])
     return blocks
 

@@ -36,7 +36,7 @@ from turbodistill.trainer.data.samples import Samples  # noqa: E402
 from turbodistill.trainer.loop.distill import distill  # noqa: E402
 from turbodistill.trainer.loop.precision import autocast  # noqa: E402
 from turbodistill.trainer.loop.state import State  # noqa: E402
-from turbodistill.trainer.run.memory import measure  # noqa: E402
+from turbodistill.trainer.run.memory import measure_memory  # noqa: E402
 
 GB = 1024**3
 CUDA = torch.cuda.is_available()
@@ -105,7 +105,7 @@ with torch.inference_mode(), trainable(model):
 
     student = Student(denoiser, rank)
     state = State.create(student, config, pairs)
-    estimate = measure(state, pairs)
+    estimate = measure_memory(state, pairs)
     restart_peak()
     steps = distill(state, pairs, uncond.to("cpu"))
     for _ in range(2):

@@ -24,7 +24,7 @@ from turbodistill.core.denoiser import Cond, Denoiser
 from turbodistill.core.schedule import DiscreteSchedule
 from turbodistill.trainer.config import Config
 from turbodistill.trainer.data.pairs import load_pairs, make_pairs
-from turbodistill.trainer.loop.batch import draw, generator
+from turbodistill.trainer.loop.batch import draw_batch, generator
 from turbodistill.trainer.run.run import split
 
 TOKENS, STATES, POOLED = 77, 2048, 1280
@@ -109,7 +109,7 @@ def main() -> None:
             train, held = pairs.select(train), pairs.select(held)
             student = type("Student", (), {"schedule": host.denoiser.schedule, "device": "cpu", "start_timestep": 999})
             for update in range(args.updates):
-                draw(config, student, train, None, generator(0, update))
+                draw_batch(config, student, train, None, generator(0, update))
             held.latents[:]
         print(f"on disk {size / 2**30:.2f} GiB")
 

@@ -144,7 +144,7 @@ def trace(gallery: Gallery, args, target: Path) -> None:
     """A line for each kept average of the narrower width; what is measured is kept beside them."""
     state, kept, _, _ = teacher.paths(args.folder)
     hours = {row["step"]: row["hours"] for row in read_progress(state)}
-    for (step, std), path in averages.kept([kept], max(hours, default=0)).items():
+    for (step, std), path in averages.saved_files([kept], max(hours, default=0)).items():
         if std != averages.TRACKED[0] or step not in hours:
             continue
         note = path.with_suffix(".json")

@@ -57,7 +57,7 @@ def in_full(copied: nn.Module) -> nn.Module:
     return copied.float()
 
 
-def thaw(network: nn.Module) -> None:
+def leave_inference_mode(network: nn.Module) -> None:
     """What was made in inference mode, which backward refuses, becomes ordinary tensors of the same bits and flags."""
     for module in network.modules():
         for name, parameter in module._parameters.items():
@@ -81,9 +81,9 @@ def cloned_inputs(network: nn.Module, names: re.Pattern[str]) -> Iterator[None]:
 
 
 @contextmanager
-def watched(network: nn.Module, look: Callable[[], None]) -> Iterator[None]:
-    """Within, every pass of the network first calls `look`, which may raise."""
-    hook = network.register_forward_pre_hook(lambda *_: look())
+def watched(network: nn.Module, check: Callable[[], None]) -> Iterator[None]:
+    """Within, every pass of the network first calls `check`, which may raise."""
+    hook = network.register_forward_pre_hook(lambda *_: check())
     try:
         yield
     finally:

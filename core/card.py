@@ -153,7 +153,7 @@ def fingerprint(backbone: nn.Module | Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def read(path: str | Path) -> tuple[dict[str, Tensor], StudentCard]:
+def read_student(path: str | Path) -> tuple[dict[str, Tensor], StudentCard]:
     """A student file's tensors and card.
 
     Raises CardError for a file that is missing, truncated, no safetensors (a pickle), or without a card.

@@ -118,8 +118,8 @@ def recognise(*hints: str) -> SamplingRecipe | None:
     for hint in hints:
         for family in FAMILIES.values():
             if re.search(family.pattern, hint, re.IGNORECASE):
-                told = STEPS.search(hint)
-                return family.for_steps(int(told[1]) if told else None)
+                match = STEPS.search(hint)
+                return family.for_steps(int(match[1]) if match else None)
     return None
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .card import CardError, StudentCard, fingerprint, read
+from .card import CardError, StudentCard, fingerprint, read_student
 from .denoiser import Cond, Denoiser
 from .lora import LoRA, check_match
 from .naming import is_diffusers, to_single_file
@@ -161,7 +161,7 @@ def load_student(path: str | Path, teacher: Denoiser) -> tuple[Student, StudentC
     The warning says that the base is not the one the student was made for. Raises CardError for a
     file that cannot be read, ValueError for one whose tensors do not fit this architecture.
     """
-    tensors, card = read(path)
+    tensors, card = read_student(path)
     if card.base_prediction != teacher.prediction:
         raise CardError(
             f"{path} was made for a model that predicts {card.base_prediction}, this one predicts "

@@ -19,7 +19,7 @@ from ..trainer.host import Host
 from ..trainer.loop.precision import autocast
 from .evaluate import (
     Arm,
-    Judge,
+    Evaluator,
     Score,
     load_reference,
     make_pictures,
@@ -48,10 +48,10 @@ class Bench:
 
     def __init__(self, host: Host, reference: str | Path, count: int | None):
         self.host = host
-        self.judge = Judge(load_reference(reference))
+        self.evaluator = Evaluator(load_reference(reference))
         known, held = (
             split.take(np.random.default_rng(0).permutation(len(split.captions)).tolist())
-            for split in (self.judge.known, self.judge.real)
+            for split in (self.evaluator.known, self.evaluator.real)
         )
         self.chosen = held.take(range(len(held.captions))[:count])
         self.shown = known.captions[: SHOWN // 2] + held.captions[: SHOWN // 2]
@@ -79,7 +79,7 @@ class Bench:
             alike = self.alike(arm, seed, name)
             if teacher is None or teacher_alike is None:
                 teacher, teacher_alike = images, alike
-            scores[name] = self.judge.score(images, self.chosen.styles, alike, teacher, teacher_alike)
+            scores[name] = self.evaluator.score(images, self.chosen.styles, alike, teacher, teacher_alike)
         return scores
 
 
@@ -106,7 +106,7 @@ def evaluate(
     timings = {name: measure_time(host, arm, prompt, context=bench.context) for name, arm in timed.items()}
     for _, student, _, _ in loaded:
         student.release()
-    floor = bench.judge.floor()
+    floor = bench.evaluator.floor()
     lines = []
     for seed, scores in enumerate(per_seed):
         lines += [f"seed {seed}, {len(bench.chosen.captions)} pictures an arm", table(scores, floor), ""]

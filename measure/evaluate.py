@@ -161,7 +161,7 @@ class Floor:
     style: float  # share of held-out pictures whose style the classifier tells right
 
 
-class Judge:
+class Evaluator:
     """Features and classifier of a reference set, made once, when first needed; scores any number of arms."""
 
     def __init__(self, reference: Reference):

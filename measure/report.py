@@ -84,11 +84,11 @@ def curves(history: Path) -> str:
         axes[0, 0].plot(updates, _smooth(values), label=name)
     axes[0, 0].set_title("losses (weighted)")
     axes[0, 0].legend(fontsize=8)
-    judged = [bool(float(r["accuracy"])) for r in rows]
+    has_discriminator = [bool(float(r["accuracy"])) for r in rows]
     for axis, name in zip(list(axes.flat)[1:], RANGES, strict=True):
         values = np.array([float(r[name]) for r in rows])
         if name in ("accuracy", "logit_gap"):
-            values = np.where(judged, values, np.nan)
+            values = np.where(has_discriminator, values, np.nan)
         low, _, high, _ = RANGES[name]
         smoothed = _smooth(values)
         axis.plot(updates, smoothed, color="#335")

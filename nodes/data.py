@@ -20,7 +20,7 @@ from ..trainer.run.events import PairsMade
 from ..trainer.run.monitor import Monitor
 from . import host, host_page
 from .graph import file_names
-from .host_training import CheckpointHost, cancellable
+from .host_training import ComfyUIHost, cancellable
 from .load import CATEGORY
 from .panel import watched
 from .schema import schema
@@ -183,7 +183,7 @@ class TeacherPairs(io.ComfyNode):
     @classmethod
     def execute(cls, model, clip, vae, prompts: Sequence[str], width, height, at_once, **settings) -> io.NodeOutput:
         config = Config(**settings, batch_size=at_once)
-        loaded = CheckpointHost(model, clip, vae, base_name(cls, model), width, height)
+        loaded = ComfyUIHost(model, clip, vae, base_name(cls, model), width, height)
         texts = generate(prompts, config.pairs, config.seed)
         folder = host_page.output_folder() / "pairs" / pairs_key(loaded, config, texts)
         monitor = Monitor("pairs", folder.name, config, lambda latents: host_page.show(loaded.decode(latents)))

@@ -9,7 +9,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..core.card import StudentCard, read, read_card
+from ..core.card import StudentCard, read_card, read_student
 from ..trainer.config import ADVANCED, OF_DISTILL, Config
 from ..trainer.data.files import DataError, write_whole
 from ..trainer.data.pairs import pairs_key
@@ -19,7 +19,7 @@ from ..trainer.run.monitor import Monitor
 from . import host, host_page, host_save
 from .data import IMAGES, PAIRS, Pairs, base_name
 from .graph import file_names
-from .host_training import CheckpointHost, cancellable, load_whole, trainable
+from .host_training import ComfyUIHost, cancellable, load_whole, trainable
 from .load import CATEGORY
 from .panel import stopped_early, watched
 from .schema import schema
@@ -111,7 +111,7 @@ class Distill(io.ComfyNode):
         folder = run_folder(name)
         with trainable(model):
             base = base_name(cls, model)
-            loaded = CheckpointHost(model, clip, vae, base, pairs.width, pairs.height, load_whole)
+            loaded = ComfyUIHost(model, clip, vae, base, pairs.width, pairs.height, load_whole)
             if pairs_key(loaded, config, pairs.prompts) != pairs.folder.name:
                 raise DataError("the pairs were made with another model or CLIP: connect the same ones to Distill")
             device = loaded.denoiser.device
@@ -125,7 +125,7 @@ class Distill(io.ComfyNode):
                     monitor.warn(f"{base} looks like {found.name}, which is one-step already: connect its base model")
                 preview, finished = cls._train(loaded, config, folder, pairs, images, panel)
             pictures = loaded.decode(preview.student.to(device)).movedim(1, -1).cpu()
-        tensors, card = read(finished.path)
+        tensors, card = read_student(finished.path)
         student, _ = host.with_student(model, tensors, card, 1.0, finished.path.name)
         return io.NodeOutput(student, Trained(finished.path, card, student), card.in_words(), pictures)
 

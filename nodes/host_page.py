@@ -20,9 +20,9 @@ from torch import Tensor
 SMALL = 128  # pixels; smaller pictures are kept without loss
 
 
-def send(event: str, told: dict[str, Any]) -> None:
+def send(event: str, message: dict[str, Any]) -> None:
     """A message to every open page."""
-    PromptServer.instance.send_sync(event, told)
+    PromptServer.instance.send_sync(event, message)
 
 
 def route(method: str, path: str, answer: Callable[..., Any]) -> None:
@@ -30,12 +30,12 @@ def route(method: str, path: str, answer: Callable[..., Any]) -> None:
 
     async def handle(request: web.Request) -> web.Response:
         try:
-            told = answer(*request.match_info.values())
+            body = answer(*request.match_info.values())
         except KeyError as error:
             return web.json_response({"error": str(error)}, status=404)
         except ValueError as error:
             return web.json_response({"error": str(error)}, status=409)
-        return web.Response(status=204) if told is None else web.json_response(told)
+        return web.Response(status=204) if body is None else web.json_response(body)
 
     PromptServer.instance.routes.route(method, path)(handle)
 

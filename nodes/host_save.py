@@ -17,6 +17,6 @@ def save_merged(path: Path, model, clip, vae, card: StudentCard) -> None:
 
     Raises OSError if it cannot be written.
     """
-    told = replace(card, kind="full", rank=0, alpha=0.0).to_metadata()
+    metadata = replace(card, kind="full", rank=0, alpha=0.0).to_metadata()
     with whole_file(path) as part, torch.inference_mode():
-        comfy.sd.save_checkpoint(str(part), model, clip, vae, metadata=told)
+        comfy.sd.save_checkpoint(str(part), model, clip, vae, metadata=metadata)

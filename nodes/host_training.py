@@ -9,7 +9,7 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
-from ..core.borrowed import thaw, watched
+from ..core.borrowed import leave_inference_mode, watched
 from ..core.denoiser import Cond
 from .host import KEY, architecture, clip_hash, load, model_hash
 from .host_denoiser import ModelDenoiser, attends_jointly, conditions, differentiable
@@ -41,7 +41,7 @@ def trainable(model) -> Iterator[None]:
 def load_whole(model) -> None:
     """All of the MODEL to where it computes, everything else away from there, and no weight in inference mode."""
     comfy.model_management.load_models_gpu([model], memory_required=1e20, force_full_load=True)
-    thaw(model.model)
+    leave_inference_mode(model.model)
     model.model.requires_grad_(False)
 
 
@@ -53,7 +53,7 @@ def cancellable(model) -> Iterator[None]:
         yield
 
 
-class CheckpointHost:
+class ComfyUIHost:
     """`trainer.host.Host` over what a checkpoint loader gives; `width` and `height` are the pictures' pixels.
 
     `load` brings the MODEL back when text encoder or VAE were used, which may have taken its place.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
-from ..core.card import read
+from ..core.card import read_student
 from ..core.families import FAMILIES
 from . import host, host_embedded
 from .graph import file_names
@@ -83,7 +83,7 @@ class LoadStudent(io.ComfyNode):
     @classmethod
     def execute(cls, model, student: str, strength: float) -> io.NodeOutput:
         path = student_path(student)
-        tensors, card = read(path)
+        tensors, card = read_student(path)
         patched, warning = host.with_student(model, tensors, card, strength, path.name)
         return io.NodeOutput(patched, "\n".join(filter(None, (warning, card.in_words()))))
 

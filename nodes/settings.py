@@ -23,19 +23,19 @@ def widget(name: str, default: Any = None):
     """A node's input for one setting, which begins with its field's default or another."""
     about = FIELDS[name].metadata
     default = FIELDS[name].default if default is None else default
-    told = {"default": default, "tooltip": about["help"]}
+    options = {"default": default, "tooltip": about["help"]}
     if about["choices"]:
-        return io.Combo.Input(name, options=list(about["choices"]), **told)
+        return io.Combo.Input(name, options=list(about["choices"]), **options)
     if isinstance(default, bool):
-        return io.Boolean.Input(name, **told)
+        return io.Boolean.Input(name, **options)
     if isinstance(default, str):
-        return io.String.Input(name, **told)
+        return io.String.Input(name, **options)
     if isinstance(default, int):
         # Else the page draws another seed after every run, and with it the next one would have other pairs.
-        told["control_after_generate"] = False
-        return io.Int.Input(name, min=about["low"] or 0, max=about["high"] or MOST, **told)
+        options["control_after_generate"] = False
+        return io.Int.Input(name, min=about["low"] or 0, max=about["high"] or MOST, **options)
     low = -10.0 if about["low"] is None else float(about["low"])
-    return io.Float.Input(name, min=low, max=float(about["high"] or 1e6), step=_step(default), **told)
+    return io.Float.Input(name, min=low, max=float(about["high"] or 1e6), step=_step(default), **options)
 
 
 def _step(default: float) -> float:

@@ -56,8 +56,8 @@ def add_routes(app: fastapi.FastAPI, backend: Backend, dependencies: Sequence[An
         begun = await run_in_threadpool(job.start, backend, asked)
         await run_in_threadpool(begun.wait, PATIENCE)
         if begun.memory is None:
-            told = begun.snapshot()
-            raise ConfigError(told["error"] or f"nothing was measured: the estimate is {told['state']}")
+            snapshot = begun.snapshot()
+            raise ConfigError(snapshot["error"] or f"nothing was measured: the estimate is {snapshot['state']}")
         memory = dataclasses.asdict(begun.memory) | {"total": begun.memory.total, "free": begun.monitor.free}
         return {"memory": memory, "words": begun.result}
 
@@ -68,10 +68,10 @@ def add_routes(app: fastapi.FastAPI, backend: Backend, dependencies: Sequence[An
             raise ConfigError(f"pictures is {pictures!r}: use one of {', '.join(PICTURES)}")
         if (now := job.current()) is None:
             raise job.NothingRuns("nothing has run since the program was started")
-        told = await run_in_threadpool(now.snapshot)
+        snapshot = await run_in_threadpool(now.snapshot)
         if pictures == "none":
-            return told | {"previews": [], "pictures": []}
-        return told | {"previews": told["previews"][-1:]} if pictures == "newest" else told
+            return snapshot | {"previews": [], "pictures": []}
+        return snapshot | {"previews": snapshot["previews"][-1:]} if pictures == "newest" else snapshot
 
     def asks(wish: Callable[[job.Job], None]) -> Callable[[fastapi.Request], Awaitable[dict[str, Any]]]:
         async def ask(_request: fastapi.Request) -> dict[str, Any]:

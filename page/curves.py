@@ -28,16 +28,16 @@ class Curve:
     few: bool = False
 
 
-def charts(told: Mapping[str, Any]) -> str:
+def charts(snapshot: Mapping[str, Any]) -> str:
     """Losses and health of a run's snapshot; "" before the first update."""
-    if not told["history"]["update"]:
+    if not snapshot["history"]["update"]:
         return ""
-    return f'<div class="turbodistill-charts">{losses(told)}{health(told)}</div>'
+    return f'<div class="turbodistill-charts">{losses(snapshot)}{health(snapshot)}</div>'
 
 
-def losses(told: Mapping[str, Any]) -> str:
+def losses(snapshot: Mapping[str, Any]) -> str:
     """The losses, and the scores by which the best student is chosen, over the updates; logarithmic."""
-    history = told["history"]
+    history = snapshot["history"]
     curves = [_curve(name, history["update"], values) for name, values in history["losses"].items()]
     scores = history["scores"]
     if scores["update"]:
@@ -51,12 +51,12 @@ def losses(told: Mapping[str, Any]) -> str:
     return _chart("Losses", curves, bend, low, high, lines)
 
 
-def health(told: Mapping[str, Any]) -> str:
+def health(snapshot: Mapping[str, Any]) -> str:
     """Each measure by its place in its healthy range, which is the band."""
-    history, curves = told["history"], []
+    history, curves = snapshot["history"], []
     for name in HEALTH:
         if values := history["health"].get(name):
-            low, high = told["ranges"][name]
+            low, high = snapshot["ranges"][name]
             curve = _curve(name, history["update"], [None if v is None else (v - low) / (high - low) for v in values])
             last = next((v for v in reversed(values) if v is not None), None)
             latest = "" if last is None else f"{_short(last)} (healthy {low:g} to {high:g})"

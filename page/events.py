@@ -23,10 +23,10 @@ def listen(
     wait for a host's other work.
     """
     known = inspect.signature(trigger).parameters
-    told: dict[str, Any] = {"show_progress": "hidden", "queue": queue}
-    told |= {"api_visibility": "private"} if "api_visibility" in known else {"api_name": False}
+    options: dict[str, Any] = {"show_progress": "hidden", "queue": queue}
+    options |= {"api_visibility": "private"} if "api_visibility" in known else {"api_name": False}
     if js:
-        told["js" if "js" in known else "_js"] = js
+        options["js" if "js" in known else "_js"] = js
     if latest:
-        told |= {k: v for k, v in {"trigger_mode": "always_last", "concurrency_limit": None}.items() if k in known}
-    return trigger(answer, inputs=list(inputs), outputs=list(outputs), **told)
+        options |= {k: v for k, v in {"trigger_mode": "always_last", "concurrency_limit": None}.items() if k in known}
+    return trigger(answer, inputs=list(inputs), outputs=list(outputs), **options)

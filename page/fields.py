@@ -19,20 +19,20 @@ def component(name: str, value: Any = None) -> Any:
     """An input for one setting, which begins with its field's default or another value."""
     field = FIELDS[name]
     about, kind = field.metadata, type(field.default)
-    told = {
+    options = {
         "value": field.default if value is None else value,
         "label": label(name),
         "info": about["help"],
         "elem_id": f"turbodistill-{name}",
     }
     if about["choices"]:
-        return gr.Dropdown(choices=list(about["choices"]), **told)
+        return gr.Dropdown(choices=list(about["choices"]), **options)
     if kind is bool:
-        return gr.Checkbox(**told)
+        return gr.Checkbox(**options)
     if kind is str:
-        return gr.Textbox(**told)
+        return gr.Textbox(**options)
     bounds = {"minimum": about["low"], "maximum": about["high"]}
-    return gr.Number(precision=0 if kind is int else None, **bounds, **told)
+    return gr.Number(precision=0 if kind is int else None, **bounds, **options)
 
 
 def components(names: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,13 +59,13 @@ def grouped(names: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]:
 
 def settings(names: Iterable[str], values: Iterable[Any]) -> dict[str, Any]:
     """What a page sent, as values of the settings; raises ConfigError for a number that was left out."""
-    told = {}
+    chosen = {}
     for name, value in zip(names, values, strict=True):
         kind = type(FIELDS[name].default)
         if value is None and kind not in EMPTY:
             raise ConfigError(f"{name} is empty: give a number")
-        told[name] = EMPTY[kind] if value is None else kind(value)
-    return told
+        chosen[name] = EMPTY[kind] if value is None else kind(value)
+    return chosen
 
 
 def label(name: str) -> str:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.checkpointing import blocks
 from ..core.families import recognise
+from ..core.gradient_checkpointing import blocks
 from ..trainer.config import ConfigError
 from ..trainer.data.files import write_whole
 from ..trainer.data.images import check_pictures, read_image_folder
@@ -130,8 +130,8 @@ class Job:
 
     def in_words(self) -> str:
         """What it is at, for whoever would start another one."""
-        told = self.monitor.snapshot()
-        far = f", {told['what']} {told['done']} of {told['total']}" if told["total"] else ""
+        snapshot = self.monitor.snapshot()
+        far = f", {snapshot['what']} {snapshot['done']} of {snapshot['total']}" if snapshot["total"] else ""
         return f"{self.request.name}{far}"
 
     def _work(self) -> None:
@@ -156,7 +156,7 @@ class Job:
             torch.cuda.empty_cache()
 
     def _record_end(self, state: str, error: str = "") -> None:
-        if self.request.kind == "distill" and (record := runs.read(self.folder)):
+        if self.request.kind == "distill" and (record := runs.read_record(self.folder)):
             try:
                 record.ended(state, error).write(self.folder)
             except OSError as trouble:
@@ -213,7 +213,7 @@ class Job:
 
     def _publish(self, finished: Finished) -> None:
         """Put the student where it is found by name; called when the model is as it was before."""
-        record = runs.read(self.folder)
+        record = runs.read_record(self.folder)
         if finished.card.kind == "lora":
             path = runs.student_path(self.backend.students_folder(), self.request.name, record)
             try:
@@ -234,7 +234,7 @@ class Job:
 def _cancellable(backbone: nn.Module, cancelled: Callable[[], bool]) -> Iterator[None]:
     """Within, every block of the network first looks whether the user has pressed Cancel."""
 
-    def look(*_: Any) -> None:  # a plain function: a full copy of the network takes it along
+    def check(*_: Any) -> None:  # a plain function: a full copy of the network takes it along
         if cancelled():
             raise Interrupted
 
@@ -242,7 +242,7 @@ def _cancellable(backbone: nn.Module, cancelled: Callable[[], bool]) -> Iterator
         found = blocks(backbone)
     except ValueError:
         found = {}
-    handles = [module.register_forward_pre_hook(look) for module in (backbone, *found.values())]
+    handles = [module.register_forward_pre_hook(check) for module in (backbone, *found.values())]
     try:
         yield
     finally:

@@ -28,7 +28,9 @@ STYLE = """<style>
 </style>"""
 
 
-def draw(generator: Generator, students: Callable[[], dict[str, Path]], example: str, blocks: gr.Blocks) -> Any:
+def add_components(
+    generator: Generator, students: Callable[[], dict[str, Path]], example: str, blocks: gr.Blocks
+) -> Any:
     """The page, in `blocks`, which is open; `students` gives the files by name.
 
     Returns what refreshes their list, and the list.
@@ -90,6 +92,6 @@ def pictures(
 
 def _pace(made: Made) -> str:
     count, ms = len(made.pictures), 1000 * made.seconds
-    told = f"<b>{ms / count:.1f} ms</b> a picture, <b>{count / made.seconds:.0f}</b> pictures a second"
+    pace = f"<b>{ms / count:.1f} ms</b> a picture, <b>{count / made.seconds:.0f}</b> pictures a second"
     whole = f"{count} picture{'s' * (count > 1)} in {ms:.0f} ms, text and autoencoder included"
-    return f'<div class="turbodistill-pace">{told} ({whole})</div>'
+    return f'<div class="turbodistill-pace">{pace} ({whole})</div>'

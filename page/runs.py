@@ -43,7 +43,7 @@ class Record:
         return replace(self, state=state, error=error, student=student or self.student, changed=time.time())
 
 
-def read(folder: Path) -> Record | None:
+def read_record(folder: Path) -> Record | None:
     """The record of a run; None where there is none that can be read."""
     try:
         values = json.loads((folder / RECORD).read_text(encoding="utf-8"))
@@ -56,13 +56,13 @@ def read(folder: Path) -> Record | None:
 
 def check_settings(folder: Path, config: Config) -> None:
     """Raise ConfigError if a training that was begun in the folder cannot go on with these settings."""
-    if (folder / STATE).exists() and (record := read(folder)):
+    if (folder / STATE).exists() and (record := read_record(folder)):
         check_resumable(record.request.config().to_dict(), config)
 
 
 def check_pairs(folder: Path, key: str) -> Record | None:
     """The record of a training that would go on; raises ConfigError if it was of another model, or other prompts."""
-    record = read(folder)
+    record = read_record(folder)
     if record and (folder / STATE).exists() and record.pairs not in ("", key):
         raise ConfigError(
             f"{record.request.name} was begun with {record.checkpoint}, or with other prompts, sizes or pairs: load "
@@ -104,8 +104,8 @@ class Run:
         return f"{self.name}: {self.state}, {far}"
 
     def to_dict(self) -> dict[str, Any]:
-        told: Mapping[str, Any] = asdict(self.record)
-        asked = {k: told[k] for k in ("request", "checkpoint", "error", "student")}
+        record: Mapping[str, Any] = asdict(self.record)
+        asked = {k: record[k] for k in ("request", "checkpoint", "error", "student")}
         return {k: getattr(self, k) for k in ("name", "state", "update", "updates", "changed")} | asked
 
 
@@ -113,7 +113,7 @@ def listed(folder: Path, running: str = "") -> list[Run]:
     """The runs that were asked for here, the newest first; `running` is the name of the one that goes on now."""
     found = []
     for place in folder.iterdir() if folder.is_dir() else ():
-        if record := read(place):
+        if record := read_record(place):
             # A program that was ended by force had no time to say so.
             state = "broken off" if record.state == "working" and place.name != running else record.state
             updates = record.request.config().updates
@@ -123,7 +123,7 @@ def listed(folder: Path, running: str = "") -> list[Run]:
 
 def asked(folder: Path, name: str) -> Request:
     """What was asked of the run of this name; raises ConfigError where there is none."""
-    record = read(folder / check_name(name))
+    record = read_record(folder / check_name(name))
     if record is None:
         raise ConfigError(f"there is no run {name!r} that could go on: choose one of the list")
     return record.request

@@ -59,11 +59,11 @@ class Form:
 def build(backend: Backend) -> gr.Blocks:
     """The tab, as Blocks of its own."""
     with gr.Blocks(analytics_enabled=False) as blocks:
-        draw(backend, blocks)
+        add_components(backend, blocks)
     return blocks
 
 
-def draw(backend: Backend, blocks: gr.Blocks) -> None:
+def add_components(backend: Backend, blocks: gr.Blocks) -> None:
     """The tab's components, and what they do, in `blocks`, which is open."""
     gr.HTML(view.STYLE)
     with gr.Row():
@@ -108,7 +108,7 @@ def draw(backend: Backend, blocks: gr.Blocks) -> None:
         return lambda: _say(lambda: what(job.must_run()))
 
     listen(blocks.load, None, js=ASK)
-    listen(ask.click, lambda before: look(backend, before), [shown], live)
+    listen(ask.click, lambda before: refresh(backend, before), [shown], live)
     for button, answer, inputs in (
         (estimate, begin("estimate"), form.inputs()),
         (pairs, begin("pairs"), form.inputs()),
@@ -186,17 +186,17 @@ def _form(backend: Backend) -> Form:
 
 def request(kind: str, values: Sequence[Any]) -> Request:
     """What the form asks for, from its inputs' values; raises ConfigError for a number that was left out."""
-    told = dict(zip(OF_RUN, values, strict=False))
-    source = told["source"] or ""
+    form = dict(zip(OF_RUN, values, strict=False))
+    source = form["source"] or ""
     return Request(
-        name=(told["name"] or "").strip(),
+        name=(form["name"] or "").strip(),
         kind=kind,
-        prompts=told["text"] or "" if source == TEXT else "",
-        prompt_file=(told["file"] or "").strip() if source == FILE else "",
+        prompts=form["text"] or "" if source == TEXT else "",
+        prompt_file=(form["file"] or "").strip() if source == FILE else "",
         built_in=source.removeprefix(BUILT_IN) if source.startswith(BUILT_IN) else "",
-        images=(told["images"] or "").strip(),
-        width=int(told["width"] or 0),
-        height=int(told["height"] or 0),
+        images=(form["images"] or "").strip(),
+        width=int(form["width"] or 0),
+        height=int(form["height"] or 0),
         settings=fields.settings(SETTINGS, values[len(OF_RUN) :]),
     )
 
@@ -215,30 +215,30 @@ def filled(backend: Backend, line: str | None) -> list[Any]:
     return ["", *(gr.update(value=value) for value in (*of_run, *(settings[name] for name in SETTINGS)))]
 
 
-def look(backend: Backend, before: dict[str, Any]) -> list[Any]:
+def refresh(backend: Backend, before: dict[str, Any]) -> list[Any]:
     """What is new to a page: of what it shows already, `before`, nothing is sent again."""
     now = job.current()
-    told = now.snapshot() if now else None
+    snapshot = now.snapshot() if now else None
     stamp = f'<i data-stamp="{time.time()}"></i>'  # tells the page that its question was answered
-    if now is None or told is None:
+    if now is None or snapshot is None:
         shown = {"runs": 0}
         parts = [view.idle(backend.checkpoint()) + stamp, *([gr.update()] * 5)]
     else:
         trains = now.working and now.monitor.running
-        newest = told["previews"][-1:] or told["pictures"]
+        newest = snapshot["previews"][-1:] or snapshot["pictures"]
         shown = {
-            "charts": (now.begun, told["history"]["update"][-1:], len(told["history"]["scores"]["score"])),
-            "pictures": (now.begun, len(told["previews"]), hash(str(newest))),
-            "buttons": (trains, now.monitor.control.stop, now.working and not told["cancelling"]),
-            "runs": (now.begun, told["state"]),
+            "charts": (now.begun, snapshot["history"]["update"][-1:], len(snapshot["history"]["scores"]["score"])),
+            "pictures": (now.begun, len(snapshot["previews"]), hash(str(newest))),
+            "buttons": (trains, now.monitor.control.stop, now.working and not snapshot["cancelling"]),
+            "runs": (now.begun, snapshot["state"]),
         }
         may_stop = trains and not now.monitor.control.stop
         drawn = {
-            "charts": lambda: [curves.charts(told)],
-            "pictures": lambda: [view.pictures(told)],
+            "charts": lambda: [curves.charts(snapshot)],
+            "pictures": lambda: [view.pictures(snapshot)],
             "buttons": lambda: [gr.update(interactive=may) for may in (may_stop, trains, shown["buttons"][2])],
         }
-        parts = [view.status(told) + stamp]
+        parts = [view.status(snapshot) + stamp]
         for name, draw_part in drawn.items():
             same = before.get(name) == shown[name]
             parts += [gr.update()] * (3 if name == "buttons" else 1) if same else draw_part()

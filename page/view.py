@@ -53,20 +53,20 @@ def box(text: str, kind: str = "") -> str:
     return f'<div class="turbodistill-box {kind}">{escape(text)}</div>' if text else ""
 
 
-def status(told: Mapping[str, Any]) -> str:
+def status(snapshot: Mapping[str, Any]) -> str:
     """Where a run is: words, bar, figures, error, warnings, memory, what came of it."""
-    state, total = told["state"], told["total"]
-    parts = [f'<div class="status">{escape(told["headline"])}</div>']
+    state, total = snapshot["state"], snapshot["total"]
+    parts = [f'<div class="status">{escape(snapshot["headline"])}</div>']
     if total:
-        parts.append(f'<div class="bar"><div style="width:{100 * told["done"] / total:.1f}%"></div></div>')
+        parts.append(f'<div class="bar"><div style="width:{100 * snapshot["done"] / total:.1f}%"></div></div>')
     elif state == "working":
         parts.append('<div class="bar unknown"><div></div></div>')
-    if told["figures"]:
-        parts.append(f"<div>{escape(told['figures'])}</div>")
-    parts.append(box(told["error"], "bad"))
-    parts.append(box(told["result"], "good"))
-    parts += [box(text, "warn") for text in told["warnings"][-WARNINGS:]]
-    parts += [f'<div class="quiet">{escape(text)}</div>' for text in (told["memory"], _on(told)) if text]
+    if snapshot["figures"]:
+        parts.append(f"<div>{escape(snapshot['figures'])}</div>")
+    parts.append(box(snapshot["error"], "bad"))
+    parts.append(box(snapshot["result"], "good"))
+    parts += [box(text, "warn") for text in snapshot["warnings"][-WARNINGS:]]
+    parts += [f'<div class="quiet">{escape(text)}</div>' for text in (snapshot["memory"], _on(snapshot)) if text]
     return f'<div class="turbodistill-run" data-state="{state}">{"".join(parts)}</div>'
 
 
@@ -79,11 +79,11 @@ def idle(checkpoint: str) -> str:
     )
 
 
-def pictures(told: Mapping[str, Any]) -> str:
+def pictures(snapshot: Mapping[str, Any]) -> str:
     """The previews, teacher beside student, the newest in front; before the first one the newest teacher pictures."""
-    previews = told["previews"]
+    previews = snapshot["previews"]
     if not previews:
-        loose = "".join(f"<figure>{_picture(url)}</figure>" for url in told["pictures"])
+        loose = "".join(f"<figure>{_picture(url)}</figure>" for url in snapshot["pictures"])
         return f'<div class="turbodistill-cards loose">{loose}</div>' if loose else ""
     last = len(previews) - 1
     grids = "".join(_cards(preview, hidden=k < last) for k, preview in enumerate(previews))
@@ -124,5 +124,5 @@ def _picture(url: str, words: str = "") -> str:
     return f'<div class="picture"><img src="{url}" alt="{words or "picture"}">{caption}</div>'
 
 
-def _on(told: Mapping[str, Any]) -> str:
-    return f"{told['checkpoint']}, {told['width']} x {told['height']} pixels"
+def _on(snapshot: Mapping[str, Any]) -> str:
+    return f"{snapshot['checkpoint']}, {snapshot['width']} x {snapshot['height']} pixels"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save, save_file
-from turbodistill.core.card import KEY, VERSION, CardError, StudentCard, fingerprint, read, read_card
+from turbodistill.core.card import KEY, VERSION, CardError, StudentCard, fingerprint, read_card, read_student
 from turbodistill.core.naming import to_single_file
 
 CARD = StudentCard(
@@ -40,7 +40,7 @@ def file_with(path, changes=None, without=(), header=None):
 def test_a_card_goes_there_and_back(tmp_path):
     path = tmp_path / "student.safetensors"
     save_file({"a": torch.arange(4.0)}, path, CARD.to_metadata())
-    tensors, card = read(path)
+    tensors, card = read_student(path)
     assert card == CARD and read_card(str(path)) == CARD
     assert tensors.keys() == {"a"} and torch.equal(tensors["a"], torch.arange(4.0))
 
@@ -88,19 +88,19 @@ def test_a_card_from_the_future_asks_for_an_update(tmp_path, version):
 @pytest.mark.parametrize("header", [{}, {"modelspec.title": "another's"}])
 def test_a_file_without_a_card_is_none_of_ours(tmp_path, header):
     with pytest.raises(CardError, match="holds no student card: it was not made by TurboDistill"):
-        read(file_with(tmp_path / "a.safetensors", header=header))
+        read_student(file_with(tmp_path / "a.safetensors", header=header))
 
 
 @pytest.mark.parametrize("text", ["{broken", "", "[]", "null", '"words"'])
 def test_a_card_that_is_no_card_is_told(tmp_path, text):
     with pytest.raises(CardError, match=r"a\.safetensors"):
-        read(file_with(tmp_path / "a.safetensors", header={KEY: text}))
+        read_student(file_with(tmp_path / "a.safetensors", header={KEY: text}))
 
 
 @pytest.mark.parametrize("field", ["kind", "base_hash", "timesteps", "resolution"])
 def test_a_missing_field_is_named(tmp_path, field):
     with pytest.raises(CardError, match=f"lacks a field .*{field}"):
-        read(file_with(tmp_path / "a.safetensors", without=[field]))
+        read_student(file_with(tmp_path / "a.safetensors", without=[field]))
 
 
 @pytest.mark.parametrize(
@@ -115,12 +115,12 @@ def test_a_missing_field_is_named(tmp_path, field):
 )
 def test_a_wrong_value_is_named(tmp_path, changes, message):
     with pytest.raises(CardError, match=message):
-        read(file_with(tmp_path / "a.safetensors", changes))
+        read_student(file_with(tmp_path / "a.safetensors", changes))
 
 
 def test_a_missing_file_is_told(tmp_path):
     with pytest.raises(CardError, match=r"gone\.safetensors does not exist: check the name"):
-        read(tmp_path / "gone.safetensors")
+        read_student(tmp_path / "gone.safetensors")
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, -4])
@@ -128,12 +128,12 @@ def test_a_truncated_file_is_told(tmp_path, kept):
     path = tmp_path / "cut.safetensors"
     path.write_bytes(save({"a": torch.arange(4.0)}, CARD.to_metadata())[:kept])
     with pytest.raises(CardError, match=r"cut.safetensors is no complete safetensors file .*get it again"):
-        read(path)
+        read_student(path)
 
 
 def test_a_folder_is_told(tmp_path):
     with pytest.raises(CardError, match="is a folder: check the name"):
-        read(tmp_path)
+        read_student(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["old.ckpt", "posing.safetensors"])
@@ -145,10 +145,10 @@ def test_a_pickle_is_never_run(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(CardError, match=r"pickle files .* are not loaded"):
-        read(path)
+        read_student(path)
     torch.save({"a": torch.ones(2)}, path)
     with pytest.raises(CardError, match=r"pickle files .* are not loaded"):
-        read(path)
+        read_student(path)
     assert not (tmp_path / "exploded").exists()
 
 
@@ -199,9 +199,9 @@ def test_on_windows_a_file_that_was_read_can_be_replaced(tmp_path, monkeypatch):
 
     if not Path("/proc/self/maps").exists():
         pytest.skip("needs /proc/self/maps, which this system lacks")
-    kept = read(path)[0]
+    kept = read_student(path)[0]
     assert mapped()
     del kept
     monkeypatch.setattr("turbodistill.core.card.COPIES", True)
-    tensors = read(path)[0]
+    tensors = read_student(path)[0]
     assert torch.equal(tensors["a"], torch.ones(64)) and not mapped()

@@ -5,7 +5,7 @@ import torch
 from torch import amp, nn
 from torch.nn import Linear
 from torch.utils.checkpoint import CheckpointError
-from turbodistill.core.checkpointing import blocks, checkpointed
+from turbodistill.core.gradient_checkpointing import blocks, checkpointed
 from turbodistill.core.lora import LoRA
 
 WIDTH = 6
@@ -189,7 +189,7 @@ def test_blocks_are_the_innermost(names, found):
 
 
 def test_an_unknown_architecture_is_refused(toys):
-    with pytest.raises(ValueError, match="no known blocks in ConvBackbone: set checkpointing to false"):
+    with pytest.raises(ValueError, match="no known blocks in ConvBackbone: set gradient_checkpointing to false"):
         blocks(toys.conv().backbone)
 
 

@@ -15,7 +15,7 @@ from turbodistill.core.student import Student
 from turbodistill.trainer.config import Config
 from turbodistill.trainer.data.samples import Samples
 from turbodistill.trainer.loop import steps
-from turbodistill.trainer.loop.batch import draw
+from turbodistill.trainer.loop.batch import draw_batch
 from turbodistill.trainer.loop.state import State
 
 # --- Adversarial ---
@@ -270,7 +270,7 @@ def toy_state(toys, teacher=None, rank=0, **settings):
 @pytest.mark.parametrize("weighting", WEIGHTS)
 def test_distillation_noises_the_student_s_output_and_not_the_real_picture(toys, weighting):
     state, pairs = toy_state(toys, distillation=weighting, distillation_weight=2.5)
-    batch = draw(state.config, state.student, pairs, None, torch.Generator().manual_seed(0))
+    batch = draw_batch(state.config, state.student, pairs, None, torch.Generator().manual_seed(0))
     output = toys.picture(4).requires_grad_()
     # Its answer depends on the condition, which is all that NFSD moves by.
     recorder = toys.Recorder(lambda x, _, cond: x / 2 + expand(cond.context.mean((1, 2)), x), state.student.schedule)
@@ -287,7 +287,7 @@ def test_distillation_noises_the_student_s_output_and_not_the_real_picture(toys,
 def test_distillation_asks_the_teacher_with_guidance(toys):
     # "Teacher without CFG" is a mistake that no loss curve shows.
     state, pairs = toy_state(toys, distillation_weight=2.5, distillation_guidance=4.0)
-    batch = draw(state.config, state.student, pairs, None, torch.Generator().manual_seed(0))
+    batch = draw_batch(state.config, state.student, pairs, None, torch.Generator().manual_seed(0))
     output, uncond = toys.picture(4), toys.cond(1, 0.0)
     teacher, sigma = state.student.teacher, batch.distill_sigma
     noisy = state.student.schedule.add_noise(output, batch.distill_noise, sigma)
@@ -304,7 +304,7 @@ def test_every_term_reaches_the_student_and_nothing_else(toys, term, rank):
     state, pairs = toy_state(toys, rank=rank, **weights)
     if rank:
         toys.nudge(state.student.lora)
-    batch = draw(state.config, state.student, pairs, None, torch.Generator().manual_seed(0))
+    batch = draw_batch(state.config, state.student, pairs, None, torch.Generator().manual_seed(0))
     with state.student.training():
         made = steps.student_losses(state, batch, toys.cond(1, 0.0), FULL)
         assert list(made.losses) == [{"feature": "features"}.get(term, term)] and made.output.requires_grad
@@ -318,7 +318,7 @@ def test_every_term_reaches_the_student_and_nothing_else(toys, term, rank):
 @pytest.mark.parametrize("name", ADVERSARIAL)
 def test_the_discriminator_s_loss_trains_it_alone(toys, name, penalty):
     state, pairs = toy_state(toys, adversarial=name, r1=penalty)
-    batch = draw(state.config, state.student, pairs, None, torch.Generator().manual_seed(0))
+    batch = draw_batch(state.config, state.student, pairs, None, torch.Generator().manual_seed(0))
     with state.student.training():
         made = steps.student_losses(state, batch, toys.cond(1, 0.0), FULL)
         parts = steps.discriminator_losses(state, made.real, made.fake, batch).losses
@@ -332,7 +332,7 @@ def test_the_discriminator_s_loss_trains_it_alone(toys, name, penalty):
 @pytest.mark.parametrize("conditional", [True, False], ids=["latents", "pictures"])
 def test_a_real_picture_with_another_s_text_counts_as_wrong(toys, conditional):
     state, pairs = toy_state(toys, mismatch_weight=0.5, adversarial="nonsaturating", r1="none")
-    batch = draw(state.config, state.student, pairs, None, torch.Generator().manual_seed(0))
+    batch = draw_batch(state.config, state.student, pairs, None, torch.Generator().manual_seed(0))
     state.features.conditional = conditional
     real, fake = seen(state, toys.picture(4), batch)
     turned = batch.positive_cond.rows(torch.tensor([3, 0, 1, 2]))
@@ -353,6 +353,6 @@ def test_a_real_picture_with_another_s_text_counts_as_wrong(toys, conditional):
 def test_a_batch_of_one_text_has_no_other(toys):
     state, _ = toy_state(toys, mismatch_weight=0.5)
     alike = Samples(toys.picture(8), toys.cond(1).repeat(8), [""] * 8, torch.arange(8))
-    batch = draw(state.config, state.student, alike, None, torch.Generator().manual_seed(0))
+    batch = draw_batch(state.config, state.student, alike, None, torch.Generator().manual_seed(0))
     parts = steps.discriminator_losses(state, *seen(state, toys.picture(4), batch), batch).losses
     assert "mismatch" not in parts

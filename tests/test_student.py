@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from turbodistill.core.card import CardError, StudentCard, fingerprint, read
+from turbodistill.core.card import CardError, StudentCard, fingerprint, read_student
 from turbodistill.core.lora import TARGETS, LoRA, check_match
 from turbodistill.core.sampling import seeded_noise
 from turbodistill.core.student import Student, load_student, student_bytes
@@ -352,7 +352,7 @@ def test_a_full_student_of_a_diffusers_unet_is_a_single_file(toys, tmp_path):
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     teacher = toys.unet()
-    tensors, _ = read(saved(tmp_path / "student.safetensors", Student(teacher, rank=0)))
+    tensors, _ = read_student(saved(tmp_path / "student.safetensors", Student(teacher, rank=0)))
     assert "model.diffusion_model.input_blocks.0.0.weight" in tensors
     back = convert_ldm_unet_checkpoint(dict(tensors), dict(teacher.backbone.config))
     teacher.backbone.load_state_dict(back)  # strict: none missing, none over

@@ -366,5 +366,7 @@ def check_resumable(saved: dict[str, Any], config: Config) -> None:
     now = config.to_dict()
     changed = {k: (saved.get(k), now[k]) for k in now if saved.get(k) != now[k] and k not in RESUMABLE}
     if changed:
-        told = ", ".join(f"{k} was {a!r} and is {b!r}" for k, (a, b) in changed.items())
-        raise ConfigError(f"this run cannot go on with other settings: {told}. Change them back, or use another folder")
+        changes = ", ".join(f"{k} was {a!r} and is {b!r}" for k, (a, b) in changed.items())
+        raise ConfigError(
+            f"this run cannot go on with other settings: {changes}. Change them back, or use another folder"
+        )

@@ -175,10 +175,10 @@ def _load_folder(path: Path, device: str) -> DiffusersHost:
         parts = {}
         for name, kind in kinds.items():
             # What a file lacks would else be random.
-            parts[name], told = kind.from_pretrained(
+            parts[name], info = kind.from_pretrained(
                 path, subfolder=name, local_files_only=True, output_loading_info=True
             )
-            if missing := sorted(told["missing_keys"]):
+            if missing := sorted(info["missing_keys"]):
                 raise ValueError(f"{len(missing)} weights of {name} are missing, such as {missing[0]}")
         pipe = library.StableDiffusionPipeline.from_pretrained(
             path, local_files_only=True, safety_checker=None, **parts

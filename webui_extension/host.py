@@ -16,8 +16,8 @@ FOLDER = "turbodistill_folder"  # our setting among the host's
 
 def output_folder() -> Path:
     """Where what we write is kept: as the settings say, else beside the host's folders of pictures."""
-    told = getattr(shared.opts, FOLDER, "").strip()
-    return Path(told).expanduser() if told else Path(paths.data_path) / "outputs" / "turbodistill"
+    folder = getattr(shared.opts, FOLDER, "").strip()
+    return Path(folder).expanduser() if folder else Path(paths.data_path) / "outputs" / "turbodistill"
 
 
 def lora_folder() -> Path:

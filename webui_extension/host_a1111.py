@@ -13,7 +13,7 @@ from modules import devices, lowvram, sd_hijack, sd_models, sd_unet, shared
 from torch import Tensor, amp
 
 from .host_denoiser import PREDICTIONS, CompvisDenoiser, frozen, in_float32
-from .host_training import BESIDE, CheckpointHost, emptied, held
+from .host_training import BESIDE, WebUIHost, emptied, held
 
 HYPERTILE = "__webui_hypertile_params"  # where its extension keeps what it does to a module
 
@@ -47,7 +47,7 @@ def check(model: Any) -> None:
 
 
 @contextmanager
-def trainable(model: Any, width: int, height: int) -> Iterator[CheckpointHost]:
+def trainable(model: Any, width: int, height: int) -> Iterator[WebUIHost]:
     """The model as the trainer's host, with gradients through its UNet; weights and flags are its own again after."""
     check(model)
     network = model.model.diffusion_model
@@ -66,7 +66,7 @@ def trainable(model: Any, width: int, height: int) -> Iterator[CheckpointHost]:
             network, model.alphas_cumprod, PREDICTIONS[model.parameterization], torch.device(devices.device)
         )
         channels = getattr(model, "latent_channels", 4)
-        yield CheckpointHost(
+        yield WebUIHost(
             model,
             denoiser,
             partial(_encode, model),

@@ -82,8 +82,8 @@ class HostBackend:
 
 def _chosen() -> Any:
     """What the host knows of the chosen checkpoint, which Forge loads when it is needed; None where there is none."""
-    told = getattr(sd_models.model_data, "forge_loading_parameters", {})
-    return told.get("checkpoint_info") or host.checkpoint_info()
+    parameters = getattr(sd_models.model_data, "forge_loading_parameters", {})
+    return parameters.get("checkpoint_info") or host.checkpoint_info()
 
 
 def _ours() -> Any:

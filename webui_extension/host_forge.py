@@ -12,9 +12,9 @@ from backend import memory_management, stream
 from modules import sd_models, shared
 from torch import Tensor
 
-from ..core.borrowed import cloned_inputs, thaw
+from ..core.borrowed import cloned_inputs, leave_inference_mode
 from .host_denoiser import ADDED_TO, ForgeDenoiser, frozen
-from .host_training import BESIDE, CheckpointHost, held
+from .host_training import BESIDE, WebUIHost, held
 
 QUANTISED = {
     "nf4": "bitsandbytes' nf4 or fp4",
@@ -44,7 +44,7 @@ def check(model: Any) -> None:
 
 
 @contextmanager
-def trainable(model: Any, width: int, height: int) -> Iterator[CheckpointHost]:
+def trainable(model: Any, width: int, height: int) -> Iterator[WebUIHost]:
     """The model as the trainer's host, with gradients through its network; all is its own again after."""
     check(model)
     with ExitStack() as stack:
@@ -64,7 +64,7 @@ def trainable(model: Any, width: int, height: int) -> Iterator[CheckpointHost]:
         denoiser = ForgeDenoiser(unet)
         channels = model.forge_objects.vae.latent_channels
         # Only UNets of the first Stable Diffusions look at the text across; the others join it to the picture.
-        yield CheckpointHost(
+        yield WebUIHost(
             model,
             denoiser,
             partial(_encode, model),
@@ -140,7 +140,7 @@ def _bring(unet: Any) -> None:
     with torch.inference_mode():  # as Forge loads
         memory_management.load_models_gpu([unet], memory_required=1e20)
         unet.refresh_loras()
-    thaw(unet.model)
+    leave_inference_mode(unet.model)
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class Panel(scripts.Script):
             for component in (choice, words):
                 component.do_not_save_to_config = True
             before = gr.State(None)
-        self.infotext_fields = [(choice, lambda told: told.get(INFOTEXT, DETECT))]
+        self.infotext_fields = [(choice, lambda infotext: infotext.get(INFOTEXT, DETECT))]
         if self.buttons is None:  # the API calls `ui` again, for the default values
             self.buttons = (choice, apply, undo, words, before)
             self._connect()

@@ -25,9 +25,9 @@ from .samplers import (
     as_it_was_put_out,
     find,
     passes,
-    read,
     remarks,
     schedule_for,
+    to_x0,
     too_many,
 )
 
@@ -190,7 +190,7 @@ def _read_space(sampling: SamplingRecipe, space):
     schedule = schedule_for("flow" if getattr(space, "prediction_type", "") == "const" else "eps")
 
     def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
-        return read(sampling.prediction, schedule, model_input, model_output, sigma, space.timestep(sigma))
+        return to_x0(sampling.prediction, schedule, model_input, model_output, sigma, space.timestep(sigma))
 
     changed: dict[str, Any] = {"timestep": lambda self, sigma: sampling.network_timestep(space.timestep(sigma))}
     if sampling.prediction != "inherit":
@@ -210,6 +210,6 @@ def _read_wrapped(sampling: SamplingRecipe, wrapped, base: str) -> None:
         if sampling.prediction == "inherit":
             return x0
         output = as_it_was_put_out(base, x, x0, sigma)
-        return read(sampling.prediction, schedule, x, output, sigma, cls.sigma_to_t(self, sigma))
+        return to_x0(sampling.prediction, schedule, x, output, sigma, cls.sigma_to_t(self, sigma))
 
     wrapped.__class__ = type(f"OneStep{cls.__name__}", (cls,), {"sigma_to_t": sigma_to_t, "forward": forward})

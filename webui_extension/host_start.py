@@ -38,14 +38,14 @@ def add_settings() -> None:
 def open_routes(_page, app: fastapi.FastAPI) -> None:
     """Our API, where the host opens its own, and under the same authentication."""
     if shared.cmd_opts.api or shared.cmd_opts.nowebui:
-        told = shared.cmd_opts.api_auth
-        guards = [fastapi.Depends(guard(told))] if told else []
+        credentials = shared.cmd_opts.api_auth
+        guards = [fastapi.Depends(guard(credentials))] if credentials else []
         api.add_routes(app, HostBackend(), dependencies=guards)
 
 
-def guard(told: str):
+def guard(credentials: str):
     """FastAPI's check of the names and passwords that `--api-auth name:password,...` gives."""
-    known = dict(pair.split(":", 1) for pair in told.split(","))
+    known = dict(pair.split(":", 1) for pair in credentials.split(","))
 
     def check(given: HTTPBasicCredentials = fastapi.Depends(HTTPBasic())) -> None:  # noqa: B008 - FastAPI's way
         password = known.get(given.username)

@@ -28,7 +28,7 @@ class Switched(ValueError):
     """The checkpoint that is trained was taken away by something that did not ask for the lock."""
 
 
-class CheckpointHost:
+class WebUIHost:
     """`trainer.host.Host` over a loaded model; `width` and `height` are the pictures' pixels.
 
     `encode` is the host's way of pictures in [-1, 1] to latents. `others` is a context in which its
@@ -129,9 +129,9 @@ ARCHITECTURES = {
 
 def architecture(model: Any) -> str:
     """What a card calls the loaded model's architecture."""
-    for mark, told in ARCHITECTURES.items():
+    for mark, name in ARCHITECTURES.items():
         if getattr(model, mark, False):
-            return told
+            return name
     if type(model).__name__ == "Flux":
         return "flux-1-dev" if model.use_distilled_cfg_scale else "flux-1-schnell"
     return type(model).__name__
@@ -143,7 +143,7 @@ def held(model: Any, network: nn.Module) -> Iterator[None]:
     file = model.sd_checkpoint_info.filename
     device = next(network.parameters()).device.type
 
-    def look() -> None:
+    def check() -> None:
         if sd_models.model_data.sd_model is not model or model.sd_checkpoint_info.filename != file:
             raise Switched(
                 f"another checkpoint was loaded in place of {Path(file).name} while it was trained; what is done is "
@@ -152,22 +152,22 @@ def held(model: Any, network: nn.Module) -> Iterator[None]:
         if not any(p.device.type == device for p in network.parameters()):
             raise Switched(f"{Path(file).name} was unloaded while it was trained; what is done is saved: resume")
 
-    with watched(network, look):
+    with watched(network, check):
         try:
             yield
         except Exception:
-            look()  # an error in the middle of a pass may come of it
+            check()  # an error in the middle of a pass may come of it
             raise
 
 
 @contextmanager
-def emptied(kept: list | None) -> Iterator[None]:
+def emptied(networks: list | None) -> Iterator[None]:
     """The host's list is empty within."""
-    before = list(kept or ())
+    before = list(networks or ())
     try:
-        if kept is not None:
-            kept.clear()
+        if networks is not None:
+            networks.clear()
         yield
     finally:
-        if kept is not None:
-            kept[:] = before
+        if networks is not None:
+            networks[:] = before

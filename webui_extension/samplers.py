@@ -78,9 +78,9 @@ def applies(weights: Sequence[str]) -> bool:
     """Whether a LoRA with what stands behind its name, `1` or `te=1`, `unet=0`, changes the UNet at all."""
     named = dict(weight.split("=", 1) for weight in weights if "=" in weight)
     plain = [weight for weight in weights if "=" not in weight]
-    told = named.get("unet") or (plain[1] if len(plain) > 1 else plain[0] if plain else "1")
+    weight = named.get("unet") or (plain[1] if len(plain) > 1 else plain[0] if plain else "1")
     try:
-        return float(told) != 0
+        return float(weight) != 0
     except ValueError:
         return True
 
@@ -90,7 +90,7 @@ def schedule_for(prediction: str) -> Schedule:
     return FlowSchedule() if prediction == "flow" else DiscreteSchedule()
 
 
-def read(prediction: str, schedule: Schedule, x: Tensor, output: Tensor, sigma: Tensor, timestep: Tensor) -> Tensor:
+def to_x0(prediction: str, schedule: Schedule, x: Tensor, output: Tensor, sigma: Tensor, timestep: Tensor) -> Tensor:
     """What the network put out (B, ...) for x (B, ...) at sigma, timestep (B,) -> x0 (B, ...)."""
     if prediction == "lcm":
         return lcm_boundary(x, schedule.to_x0("eps", x, output, sigma), timestep)

@@ -143,9 +143,9 @@ def refine_decoder(args) -> None:
             model.critic.requires_grad_(False)
             fooled = losses.relativistic_student([model.critic(output)], [model.critic(x)])
             model.critic.requires_grad_(True)
-            told = losses.relativistic_discriminator([model.critic(x)], [model.critic(output.detach())])
+            critic_loss = losses.relativistic_discriminator([model.critic(x)], [model.critic(output.detach())])
         rise = min(1.0, step / 500)  # a fresh critic's gradient is noise
-        return reconstruction_loss(output, x) + rise * ADVERSARIAL_WEIGHT * fooled + told
+        return reconstruction_loss(output, x) + rise * ADVERSARIAL_WEIGHT * fooled + critic_loss
 
     average = fitted(model, loss, args.folder / "decoder.pt", args).decoder
     report_error(average, images, latents, args)

@@ -60,7 +60,7 @@ def write(folder: Path, step: int, averages: dict[float, dict[str, Tensor]]) -> 
         part.replace(path)
 
 
-def kept(folders: Iterable[Path], until: int) -> dict[tuple[int, float], Path]:
+def saved_files(folders: Iterable[Path], until: int) -> dict[tuple[int, float], Path]:
     """The averages that were kept up to update `until`, by (update, std)."""
     found = {}
     for path in (p for folder in folders for p in folder.glob("*-*.safetensors")):

@@ -138,7 +138,7 @@ class Training:
         torch.save(state, part)
         os.replace(part, path)
 
-    def read(self, path: Path) -> None:
+    def load_file(self, path: Path) -> None:
         self.load(torch.serialization.load(path, weights_only=True))
 
 
@@ -167,10 +167,10 @@ def fit(
     training has grown by a twentieth, the averages to the folder `kept`.
     """
     if path.exists():
-        training.read(path)
+        training.load_file(path)
     progress = path.with_suffix(".jsonl")
     total, began, count = torch.zeros(()), time.monotonic(), 0
-    noted = max((step for step, _ in averages.kept([kept], training.step)), default=0) if kept else 0
+    noted = max((step for step, _ in averages.saved_files([kept], training.step)), default=0) if kept else 0
     with tqdm(total=updates, initial=training.step, desc=path.stem, unit="update") as bar:
         while updates is None or training.step < updates:
             value = loss(training.model, training.step)

@@ -265,12 +265,12 @@ def branch(args) -> None:
         for old in (kept_too, copied.with_suffix(".jsonl")):
             shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
         shutil.copyfile(state, copied)
-        training.read(copied)
+        training.load_file(copied)
         note.write_text(str(training.step))
     begun = int(note.read_text())
     last = begun + args.decay
     run(teacher, training, copied, kept_too, args, last, args.decay)
-    files = averages.kept([kept], begun) | averages.kept([kept_too], last)
+    files = averages.saved_files([kept], begun) | averages.saved_files([kept_too], last)
     candidates = {f"average .{round(100 * std):02d}": averages.average(files, last, std) for std in WIDTHS}
     candidates["last weights"] = {n: p.detach().clone() for n, p in training.trainable.items()}
     losses = {name: teacher.held_out_loss(teacher.filled(weights)) for name, weights in candidates.items()}

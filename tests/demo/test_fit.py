@@ -147,7 +147,7 @@ def test_an_average_put_together_afterwards_equals_one_that_was_tracked(std):
 def test_what_was_kept_is_put_together_from_files(tmp_path):
     for step in (100, 200, 300):
         averages.write(tmp_path, step, {std: {"w": torch.full((2,), float(step))} for std in averages.TRACKED})
-    found = averages.kept([tmp_path], 200)
+    found = averages.saved_files([tmp_path], 200)
     assert list(found) == [(100, 0.05), (100, 0.1), (200, 0.05), (200, 0.1)]
     # The weights of the sum add up to one, and the later averages count for more.
     assert 150 < averages.average(found, 200, 0.07)["w"][0] < 250

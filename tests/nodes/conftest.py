@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from turbodistill.core.card import StudentCard, fingerprint, read
+from turbodistill.core.card import StudentCard, fingerprint, read_student
 from turbodistill.core.student import Student, student_bytes
 from turbodistill.trainer.run import run
 
@@ -225,7 +225,7 @@ def folder(places, name="my-turbo"):
 
 
 def tensors(places, name="my-turbo"):
-    return read(folder(places, name) / run.BEST)[0]
+    return read_student(folder(places, name) / run.BEST)[0]
 
 
 def state(places, name="my-turbo"):

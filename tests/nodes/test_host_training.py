@@ -14,7 +14,7 @@ def host_of(nodes, comfyui, clip_of):
     """A MODEL -> the trainer's host over it."""
 
     def build(model, width=16):
-        return nodes.host_training.CheckpointHost(model, clip_of(), comfyui.Pictures(), "toy", width, 16)
+        return nodes.host_training.ComfyUIHost(model, clip_of(), comfyui.Pictures(), "toy", width, 16)
 
     return build
 
@@ -117,6 +117,6 @@ def test_the_trainer_runs_on_it_and_its_student_loads(kit, nodes, loaded, host_o
     with torch.inference_mode(), nodes.host_training.trainable(model):
         *_, finished = run.run(host_of(model), config, tmp_path, WORDS)
     assert kit.same(kit.bits(model), before)
-    tensors, card = nodes.load.read(finished.path)
+    tensors, card = nodes.load.read_student(finished.path)
     patched, warning = nodes.host.with_student(model, tensors, card, 1.0, "student.safetensors")
     assert warning == "" and len(patched.patches) == len(tensors) // 3 and card.base_model == "toy"

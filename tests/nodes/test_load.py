@@ -95,7 +95,7 @@ def test_a_student_is_loaded(nodes, teacher, model_of, lora, strength):
     patched, words = out.args
     assert patched is not model and {entries[0][0] for entries in patched.patches.values()} == {strength}
     assert nodes.host.sampling_of(patched).name == "student of toy"
-    assert words == nodes.load.read(lora)[1].in_words()
+    assert words == nodes.load.read_student(lora)[1].in_words()
 
 
 def test_a_warning_stands_before_the_card(nodes, toys, model_of, lora):
@@ -103,7 +103,7 @@ def test_a_warning_stands_before_the_card(nodes, toys, model_of, lora):
     out = nodes.load.LoadStudent.run(model=model_of(stranger), student="loras/fox.safetensors", strength=1.0)
     warning, _, card = out[1].partition("\n")
     assert warning.startswith("fox.safetensors was made for toy") and fingerprint(stranger.backbone) in warning
-    assert card == nodes.load.read(lora)[1].in_words()
+    assert card == nodes.load.read_student(lora)[1].in_words()
 
 
 def test_a_file_that_is_no_student_is_told(nodes, teacher, model_of, folders):

@@ -201,7 +201,7 @@ def test_a_student_s_picture_is_the_trainer_s(
     teacher, cond = toys.conv(prediction), toys.cond(1)
     student = student_of(teacher, rank, prediction=output)
     path = saved(student)
-    tensors, card = nodes.load.read(path)
+    tensors, card = nodes.load.read_student(path)
     expected = student.generate(draws(7, 2), cond.repeat(2), steps)
     student.release()
     model, _ = nodes.host.with_student(model_of(teacher), tensors, card, 1.0, path.name)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from turbodistill.core.card import read, read_card
+from turbodistill.core.card import read_card, read_student
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def student_with(nodes, graph, toys, student_of, saved):
     def build(rank):
         student = student_of(toys.row(), rank)
         path = saved(student)
-        tensors, card = read(path)
+        tensors, card = read_student(path)
         model, warning = nodes.host.with_student(graph.model, tensors, card, 1.0, path.name)
         assert warning == ""
         return nodes.distill.Trained(path, card, model)

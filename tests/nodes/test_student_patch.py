@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from torch.nn import Conv2d
-from turbodistill.core.card import CardError, fingerprint, read
+from turbodistill.core.card import CardError, fingerprint, read_student
 from turbodistill.core.families import of_card
 
 PREFIX = "diffusion_model."
@@ -29,7 +29,7 @@ def same(a, b, atol=1e-5):
 @pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
 def test_a_lora_patches_every_layer(nodes, teacher, model_of, student_of, saved, strength):
     student = student_of(teacher, alpha=8.0)
-    tensors, card = read(saved(student))
+    tensors, card = read_student(saved(student))
     model = model_of(teacher)
     base = weights_of(model)
     patched, warning = nodes.host.with_student(model, tensors, card, strength, "file")
@@ -41,14 +41,14 @@ def test_a_lora_patches_every_layer(nodes, teacher, model_of, student_of, saved,
 
 
 def test_a_lora_of_some_layers_patches_those(nodes, teacher, model_of, student_of, saved):
-    tensors, card = read(saved(student_of(teacher, targets="conv_in|text")))
+    tensors, card = read_student(saved(student_of(teacher, targets="conv_in|text")))
     patched, _ = nodes.host.with_student(model_of(teacher), tensors, card, 1.0, "file")
     assert patched.patches.keys() == {f"{PREFIX}conv_in.weight", f"{PREFIX}text.weight"}
 
 
 def test_a_lora_in_comfyui_s_own_names_fits_too(nodes, teacher, model_of, student_of, saved):
     student = student_of(teacher)
-    _, card = read(saved(student))
+    _, card = read_student(saved(student))
     patched, _ = nodes.host.with_student(
         model_of(teacher), student.lora.export(teacher.backbone, "comfy", torch.float32), card, 1.0, "file"
     )
@@ -58,7 +58,7 @@ def test_a_lora_in_comfyui_s_own_names_fits_too(nodes, teacher, model_of, studen
 @pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
 def test_a_full_student_replaces_every_weight(nodes, teacher, model_of, student_of, saved, strength):
     student = student_of(teacher, rank=0)
-    tensors, card = read(saved(student))
+    tensors, card = read_student(saved(student))
     model = model_of(teacher)
     base, full = weights_of(model), student.backbone.state_dict()
     patched, warning = nodes.host.with_student(model, tensors, card, strength, "file")
@@ -71,7 +71,7 @@ def test_a_full_student_replaces_every_weight(nodes, teacher, model_of, student_
 def test_it_is_sampled_as_its_card_says(nodes, toys, model_of, student_of, saved, prediction, output):
     teacher = toys.conv(prediction)
     student = student_of(teacher, prediction=output, start_timestep=899)
-    tensors, card = read(saved(student))
+    tensors, card = read_student(saved(student))
     patched, _ = nodes.host.with_student(model_of(teacher), tensors, card, 1.0, "file")
     assert nodes.host.sampling_of(patched) == of_card(card)
     assert nodes.host.sampling_of(patched).timesteps(1) == [899]
@@ -86,7 +86,7 @@ def test_it_is_sampled_as_its_card_says(nodes, toys, model_of, student_of, saved
 @pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full"])
 @pytest.mark.parametrize(("made_for", "connected"), [("v", "eps"), ("eps", "flow"), ("flow", "v")])
 def test_a_base_of_another_prediction_is_refused(nodes, toys, model_of, student_of, saved, rank, made_for, connected):
-    tensors, card = read(saved(student_of(toys.conv(made_for), rank)))
+    tensors, card = read_student(saved(student_of(toys.conv(made_for), rank)))
     with pytest.raises(CardError, match=f"file was made for .* predicts {made_for}, .* predicts {connected}: load toy"):
         nodes.host.with_student(model_of(toys.conv(connected)), tensors, card, 1.0, "file")
 
@@ -107,7 +107,7 @@ def misfit(toys, teacher, student_of, saved):
         source = toys.Toy(toys.ConvBackbone(width=12), teacher.schedule, "v") if wrong == "width" else teacher
         if wrong == "architecture":
             source = toys.Toy(Other(), teacher.schedule, "v")
-        tensors, card = read(saved(student_of(source, rank)))
+        tensors, card = read_student(saved(student_of(source, rank)))
         if wrong == "an unknown layer":
             name = "lora_unet_mystery" if rank else "model.diffusion_model.mystery"
             one = next(k for k in tensors if k.endswith("lora_up.weight")) if rank else next(iter(tensors))
@@ -140,7 +140,7 @@ def test_what_does_not_fit_is_refused_in_words(nodes, teacher, model_of, misfit,
 
 
 def test_a_full_student_with_a_missing_weight_is_refused(nodes, teacher, model_of, student_of, saved):
-    tensors, card = read(saved(student_of(teacher, rank=0)))
+    tensors, card = read_student(saved(student_of(teacher, rank=0)))
     del tensors["model.diffusion_model.time.bias"]
     with pytest.raises(CardError, match=r"1 are missing .*time\.bias"):
         nodes.host.with_student(model_of(teacher), tensors, card, 1.0, "file")
@@ -148,7 +148,7 @@ def test_a_full_student_with_a_missing_weight_is_refused(nodes, teacher, model_o
 
 @pytest.mark.parametrize("wrong", ["no layer at all", "half a layer", "a tensor of no layer"])
 def test_a_lora_is_complete_or_refused(nodes, teacher, model_of, student_of, saved, wrong):
-    tensors, card = read(saved(student_of(teacher)))
+    tensors, card = read_student(saved(student_of(teacher)))
     if wrong == "no layer at all":
         tensors = {}
     elif wrong == "half a layer":
@@ -165,7 +165,7 @@ def test_a_lora_is_complete_or_refused(nodes, teacher, model_of, student_of, sav
 @pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full"])
 def test_another_base_of_the_same_architecture_is_warned_of(nodes, toys, model_of, student_of, saved, caplog, rank):
     made_for, connected = toys.conv("v"), toys.conv("v", seed=1)
-    tensors, card = read(saved(student_of(made_for, rank)))
+    tensors, card = read_student(saved(student_of(made_for, rank)))
     with caplog.at_level(logging.WARNING, nodes.host.__name__):
         patched, warning = nodes.host.with_student(model_of(connected), tensors, card, 1.0, "file")
     assert "file was made for toy" in warning and "pictures may suffer" in warning
@@ -175,13 +175,13 @@ def test_another_base_of_the_same_architecture_is_warned_of(nodes, toys, model_o
 
 
 def test_a_base_in_half_precision_is_the_same_base(nodes, teacher, model_of, student_of, saved):
-    tensors, card = read(saved(student_of(teacher)))
+    tensors, card = read_student(saved(student_of(teacher)))
     teacher.backbone.half()
     assert nodes.host.with_student(model_of(teacher), tensors, card, 1.0, "file")[1] == ""
 
 
 def test_the_base_is_known_by_its_weights_before_any_patch(nodes, teacher, model_of, student_of, saved):
-    tensors, card = read(saved(student_of(teacher)))
+    tensors, card = read_student(saved(student_of(teacher)))
     styled = model_of(teacher).clone()
     styled.add_patches({PREFIX + k: (torch.randn_like(v),) for k, v in teacher.backbone.state_dict().items()})
     before = {k: v.clone() for k, v in teacher.backbone.state_dict().items()}

@@ -178,7 +178,7 @@ def test_core_reads_the_network_as_the_host_does(host, model):
     seen = x if prediction == "flow" else expand(schedule.alpha_sigma(sigma)[0], x) * x
     output = record.Network()(seen, told)
     if model == "lcm":
-        x0 = samplers.read("lcm", schedule, x, output, sigma, told)
+        x0 = samplers.to_x0("lcm", schedule, x, output, sigma, told)
     else:
         x0 = schedule.to_x0(prediction, x, output, sigma)
         assert torch.allclose(schedule.from_x0(prediction, x, x0, sigma), output, atol=1e-5)

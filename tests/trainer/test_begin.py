@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from turbodistill.core.card import read
+from turbodistill.core.card import read_student
 from turbodistill.trainer.config import ConfigError
 from turbodistill.trainer.run.events import Preview
 
@@ -27,7 +27,7 @@ def test_the_first_pictures_are_the_older_student_s(kit, host, tmp_path, rank):
 def test_the_card_names_the_file(kit, host, tmp_path, first):
     *_, finished = kit.go(host, kit.config(init_student=str(first)), tmp_path / "second")
     assert finished.card.training["init_student"] == "student.safetensors"
-    assert "init_student" not in read(first)[1].training
+    assert "init_student" not in read_student(first)[1].training
 
 
 def test_once_begun_it_may_be_left_out(kit, host, tmp_path, first):

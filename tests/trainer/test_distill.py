@@ -11,7 +11,7 @@ from turbodistill.core.schedule import expand
 from turbodistill.trainer.data.samples import Samples
 from turbodistill.trainer.loop import distill as loop
 from turbodistill.trainer.loop import steps
-from turbodistill.trainer.loop.batch import draw, generator
+from turbodistill.trainer.loop.batch import draw_batch, generator
 from turbodistill.trainer.loop.distill import Diverged, distill
 
 ALONE = {"adversarial_weight": 0.0, "regression_weight": 0.0}
@@ -135,7 +135,7 @@ def test_a_step_names_the_losses_that_made_it(kit, host, tmp_path, changes, name
 
 def test_the_discriminator_learns_first_on_the_pairs_own_noise(kit, host, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(loop, "draw", lambda *args: drawn.append(args[-1]) or draw(*args))
+    monkeypatch.setattr(loop, "draw_batch", lambda *args: drawn.append(args[-1]) or draw_batch(*args))
     settings = {
         "regression_updates": 3,
         "discriminator_warmup": 2,
@@ -199,7 +199,7 @@ def test_matching_rises_after_the_warm_up_as_the_adversarial_term_does(kit, host
 def test_the_distillation_term_noises_the_students_output(kit, host, tmp_path, monkeypatch):
     """ADD, section 3.3: x_hat is diffused and denoised by the teacher, not the pair's picture."""
     state, samples = start(kit, host, tmp_path, distillation_weight=1.0)
-    batch = draw(state.config, state.student, samples, None, generator(0, 0))
+    batch = draw_batch(state.config, state.student, samples, None, generator(0, 0))
     seen = {}
     inner = losses.teacher_target
 
@@ -222,7 +222,7 @@ def test_the_distillation_term_noises_the_students_output(kit, host, tmp_path, m
 def test_the_gradient_reaches_the_student_and_stops_at_teacher_and_discriminator(kit, host, tmp_path):
     state, samples = start(kit, host, tmp_path, distillation_weight=1.0, feature_weight=1.0)
     with state.student.training():
-        batch = draw(state.config, state.student, samples, None, generator(0, 0))
+        batch = draw_batch(state.config, state.student, samples, None, generator(0, 0))
         parts = steps.student_losses(state, batch, host.encode_text([""]), steps.Phase.of(state)).losses
         for name, part in parts.items():
             state.optimizer.zero_grad()
@@ -236,7 +236,7 @@ def test_the_gradient_reaches_the_student_and_stops_at_teacher_and_discriminator
 def test_pure_noise_is_the_pairs_own(kit, host, tmp_path):
     """Or the regression would ask one answer of another noise."""
     state, samples = start(kit, host, tmp_path, student_steps=2)
-    batch = draw(state.config, state.student, samples, None, generator(0, 0))
+    batch = draw_batch(state.config, state.student, samples, None, generator(0, 0))
     assert batch.first.any() and not batch.first.all()
     by_picture = {latents.numpy().tobytes(): i for i, latents in enumerate(samples.latents[:])}
     rows = torch.tensor([by_picture[t.numpy().tobytes()] for t in batch.target])
@@ -246,7 +246,7 @@ def test_pure_noise_is_the_pairs_own(kit, host, tmp_path):
 
 def test_a_share_of_pure_noise_is_fresh(kit, host, tmp_path):
     state, samples = start(kit, host, tmp_path, student_steps=2, batch_size=200)
-    batch = draw(state.config, state.student, samples, None, generator(0, 0), fresh=0.25)
+    batch = draw_batch(state.config, state.student, samples, None, generator(0, 0), fresh=0.25)
     assert not (batch.paired & ~batch.first).any()
     assert 0.6 < batch.paired.sum() / batch.first.sum() < 0.9
     noise = batch.x / expand(batch.sigma, batch.x)
@@ -270,7 +270,7 @@ def test_positives_are_mixed_by_their_share_with_their_own_text(kit, host, tmp_p
     state, samples = start(kit, host, tmp_path, positives="both", real_share=0.25, batch_size=400)
     pictures = reals(host)
     beside = loop.Reals.beside(samples, pictures)
-    batch = draw(state.config, state.student, samples, beside, generator(0, 0))
+    batch = draw_batch(state.config, state.student, samples, beside, generator(0, 0))
     of_teacher = (batch.positive == batch.target).flatten(1).all(1)
     assert 0.15 < 1 - of_teacher.float().mean() < 0.35
     assert torch.equal(batch.positive_cond.context[of_teacher], batch.cond.context[of_teacher])
@@ -282,7 +282,7 @@ def test_a_pair_is_judged_beside_the_picture_of_its_own_prompt(kit, host, tmp_pa
     pictures = reals(host)
     pictures.prompts[2], pictures.prompts[4] = samples.prompts[0], samples.prompts[7]
     beside = loop.Reals.beside(samples, pictures)
-    batch = draw(state.config, state.student, samples, beside, generator(0, 0))
+    batch = draw_batch(state.config, state.student, samples, beside, generator(0, 0))
 
     def shown(pair):
         """The rows of the pictures that were drawn beside a pair."""

@@ -13,7 +13,7 @@ from turbodistill.app.progress import interruptible
 from turbodistill.core.sampling import sample_euler, seeded_noise, trailing_sigmas
 from turbodistill.core.student import Student
 from turbodistill.measure import bench, evaluate, report
-from turbodistill.measure.evaluate import Floor, Judge, Score, Timing, load_reference
+from turbodistill.measure.evaluate import Evaluator, Floor, Score, Timing, load_reference
 from turbodistill.measure.metrics import Interval
 from turbodistill.trainer.data.files import DataError
 from turbodistill.trainer.data.images import read_image_folder
@@ -30,7 +30,7 @@ def reference(reference_zip):
 @pytest.fixture(scope="module")
 def judge(reference):
     pytest.importorskip("efficientnet_lite_pytorch", reason="the feature network is in the extra 'demo'")
-    return Judge(reference)
+    return Evaluator(reference)
 
 
 def test_a_reference_set_is_read_and_split(reference):
@@ -119,7 +119,7 @@ def test_choosing_and_scoring_see_different_pictures(host, reference, judge):
         reference.styles,
         reference.splits,
     )
-    other = Judge(swapped)
+    other = Evaluator(swapped)
     latents = host.encode_images(reference.images[:8])
     chosen = [j.kid_score(host)(latents, latents) for j in (judge, other)]
     assert chosen[1] == pytest.approx(chosen[0], rel=1e-4)

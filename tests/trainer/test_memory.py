@@ -5,7 +5,7 @@ import torch
 from turbodistill.core.schedule import expand
 from turbodistill.trainer.config import Config
 from turbodistill.trainer.run import memory
-from turbodistill.trainer.run.memory import GB, REMEDIES, Memory, measure
+from turbodistill.trainer.run.memory import GB, REMEDIES, Memory, measure_memory
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def made(kit, unet, tmp_path):
 
 def estimate(made, **changes):
     state, samples = made(**changes)
-    found = measure(state, samples)
+    found = measure_memory(state, samples)
     state.release()
     return found
 
@@ -56,7 +56,7 @@ def test_what_is_not_computed_takes_nothing(made):
 
 def test_the_student_is_counted_with_all_that_its_optimizer_keeps(made, unet):
     state, samples = made(rank=4)
-    found = measure(state, samples)
+    found = measure_memory(state, samples)
     of_weights = sum(p.numel() * 4 for p in unet.denoiser.backbone.parameters())
     assert found.weights == of_weights
     lora = sum(p.numel() * 4 for p in state.student.trained.parameters())
@@ -65,10 +65,10 @@ def test_the_student_is_counted_with_all_that_its_optimizer_keeps(made, unet):
     assert found.total == found.weights + found.trained + found.activations
     state.release()
     scored, _ = made(rank=4, distillation="matching", distillation_weight=1.0, fake_score_rank=4)
-    assert measure(scored, samples).trained == 10 * lora + 4 * heads
+    assert measure_memory(scored, samples).trained == 10 * lora + 4 * heads
     scored.release()
     full, _ = made(rank=0)
-    assert measure(full, samples).trained == 5 * of_weights + 4 * heads
+    assert measure_memory(full, samples).trained == 5 * of_weights + 4 * heads
 
 
 def kept_by_autograd(state, samples):
@@ -94,7 +94,7 @@ def kept_by_autograd(state, samples):
 
 def test_it_is_near_what_autograd_keeps(made):
     state, samples = made(batch_size=1)
-    assert measure(state, samples).activations == pytest.approx(kept_by_autograd(state, samples), rel=0.35)
+    assert measure_memory(state, samples).activations == pytest.approx(kept_by_autograd(state, samples), rel=0.35)
 
 
 def test_nothing_is_kept_or_changed(kit, made, unet):
@@ -106,7 +106,7 @@ def test_nothing_is_kept_or_changed(kit, made, unet):
     torch.manual_seed(3)
     drawn = torch.rand(2)
     torch.manual_seed(3)
-    measure(state, samples)
+    measure_memory(state, samples)
     assert torch.equal(torch.rand(2), drawn)
     assert all(kit.same(kit.weights(m), b) for m, b in zip(parts, before, strict=True))
     assert [p.requires_grad for p in backbone.parameters()] == flags
@@ -120,14 +120,14 @@ def test_an_error_in_the_pass_leaves_no_hook(kit, made, unet):
     handle = backbone.conv_out.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyError("cancelled")))
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in backbone.modules()]
     with pytest.raises(KeyError, match="cancelled"):
-        measure(state, samples)
+        measure_memory(state, samples)
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in backbone.modules()] == hooks
     handle.remove()
 
 
 def test_a_pass_that_was_only_counted_has_no_backward(unet):
     x = torch.randn(1, 4, 8, 8)
-    with memory._Kept(unet.denoiser.backbone, set()):
+    with memory._SavedTensors(unet.denoiser.backbone, set()):
         output = unet.denoiser(x, torch.tensor([1.0]), unet.encode_text(["a"]))
     with pytest.raises(RuntimeError, match="only counted"):
         output.sum().backward()
@@ -138,7 +138,7 @@ def test_a_network_without_known_blocks_is_counted_as_a_whole(kit, host, tmp_pat
     found = []
     for checkpointing in (False, True):
         state = kit.state(host, kit.config(gradient_checkpointing=checkpointing), samples)
-        found.append(measure(state, samples))
+        found.append(measure_memory(state, samples))
         state.release()
     assert found[0] == found[1] and found[0].activations > 0
 

@@ -223,7 +223,7 @@ def test_the_history_of_a_run_that_goes_on_is_taken_from_its_file(kit, host, tmp
     for event in run.run(host, settings, tmp_path, kit.WORDS):
         whole.follow(event, 1.0)
     again = watch()
-    again.recall(history.read(tmp_path / run.HISTORY, 3))
+    again.recall(history.read_rows(tmp_path / run.HISTORY, 3))
     told, before = again.snapshot()["history"], whole.snapshot()["history"]
     assert told["update"] == [1, 2, 3]
     for kind in ("losses", "health"):
@@ -245,4 +245,4 @@ def test_a_long_history_is_thinned_out_as_it_is_recalled():
 
 
 def test_no_file_is_no_history(tmp_path):
-    assert history.read(tmp_path / run.HISTORY, 100) == []
+    assert history.read_rows(tmp_path / run.HISTORY, 100) == []

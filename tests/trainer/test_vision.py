@@ -11,7 +11,7 @@ from turbodistill.core.features import VisionFeatures
 from turbodistill.trainer.config import ConfigError
 from turbodistill.trainer.loop import distill as loop
 from turbodistill.trainer.loop import start, steps
-from turbodistill.trainer.loop.batch import draw, generator
+from turbodistill.trainer.loop.batch import draw_batch, generator
 from turbodistill.trainer.loop.distill import Step
 from turbodistill.trainer.loop.feature_cache import FeatureCache
 from turbodistill.trainer.loop.pixel_backbone import load_vision
@@ -45,7 +45,7 @@ def seen(state, output, batch):
 def made(kit, host, settings, folder):
     samples = kit.pairs(host, settings, folder)
     state = kit.state(host, settings, samples)
-    return state, samples, draw(settings, state.student, samples, None, generator(0, 0))
+    return state, samples, draw_batch(settings, state.student, samples, None, generator(0, 0))
 
 
 def test_the_one_that_comes_with_the_clone():
@@ -124,7 +124,7 @@ def test_maps_are_kept_by_the_picture_that_they_are_of(kit, host, settings, tmp_
     samples = kit.pairs(host, config, tmp_path)
     state = kit.state(host, config, samples)
     reals = loop.Reals.beside(samples, replace(samples, latents=-samples.latents[:]))
-    batch = draw(config, state.student, samples, reals, generator(0, 0))
+    batch = draw_batch(config, state.student, samples, reals, generator(0, 0))
     assert batch.positive_key.min() < 0 <= batch.positive_key.max()
     for key, positive in zip(batch.positive_key.tolist(), batch.positive, strict=True):
         latents = samples.latents if key >= 0 else reals.samples.latents

@@ -150,7 +150,7 @@ def test_nothing_is_typed(made, students):
 def test_the_page_has_its_inputs(made, students):
     _, generator = made
     with gradio.Blocks(analytics_enabled=False) as blocks:
-        listed, student = live.draw(generator, lambda: students, "a fox", blocks)
+        listed, student = live.add_components(generator, lambda: students, "a fox", blocks)
     assert student.value == "first" and listed()["choices"] == ["first", "second"]
     ids = {getattr(c, "elem_id", None) for c in blocks.blocks.values()}
     assert {f"turbodistill-{name}" for name in ("prompt", "count", "steps", "seed", "student")} <= ids

@@ -248,7 +248,7 @@ def test_what_was_made_in_inference_mode_is_thawed_with_its_bits_and_flags(model
     network.conv_in.weight.requires_grad_(False)
     before = {k: v.clone() for k, v in network.state_dict().items()}
     flags = [p.requires_grad for p in network.parameters()]
-    borrowed.thaw(network)
+    borrowed.leave_inference_mode(network)
     assert not any(t.is_inference() for t in network.state_dict(keep_vars=True).values())
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
     assert [p.requires_grad for p in network.parameters()] == flags

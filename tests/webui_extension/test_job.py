@@ -334,7 +334,7 @@ def test_runs_are_listed_with_how_they_ended(toy, backend):
     assert first.in_words() == "first: done, update 4 of 4"
     assert second.in_words() == "second: failed, no update yet" and second.record.error == "no words"
     folder = backend.runs_folder() / "first"
-    runs.replace(runs.read(folder), state="working").write(folder)
+    runs.replace(runs.read_record(folder), state="working").write(folder)
     states = {r.name: r.state for r in runs.listed(backend.runs_folder())}
     assert states["first"] == "broken off"
     assert {r.name: r.state for r in runs.listed(backend.runs_folder(), "first")}["first"] == "working"
@@ -355,7 +355,7 @@ def test_a_broken_record_is_no_run(toy, backend):
     folder = backend.runs_folder() / "first"
     for text in ("{", "{}", '{"request": {"name": 3}}', '{"request": {"settings": {"lr": -1}}, "checkpoint": ""}'):
         runs.write_whole(folder / runs.RECORD, text.encode())
-        assert runs.read(folder) is None and runs.listed(backend.runs_folder()) == []
+        assert runs.read_record(folder) is None and runs.listed(backend.runs_folder()) == []
 
 
 def test_what_is_asked_is_checked():

@@ -129,7 +129,7 @@ def test_what_the_network_put_out_is_found_again(toys, base):
 def test_lcm_is_eps_between_its_boundaries(toys):
     schedule, x, output = samplers.schedule_for("eps"), toys.picture(), toys.picture()
     sigma, timestep = torch.tensor([14.6, 0.0292]), torch.tensor([999.0, 0.0])
-    found = samplers.read("lcm", schedule, x, output, sigma, timestep)
+    found = samplers.to_x0("lcm", schedule, x, output, sigma, timestep)
     assert torch.allclose(found[0], (x - 14.6 * output)[0], rtol=1e-3)
     assert torch.equal(found[1], x[1])  # at timestep 0 the picture is the input
 

@@ -108,17 +108,17 @@ def test_a_run_fills_the_form_with_what_was_asked(toy, backend):
 
 
 def test_before_the_first_run_the_checkpoint_is_named(backend):
-    shown, status, *rest = tab.look(backend, {})
+    shown, status, *rest = tab.refresh(backend, {})
     assert "Loaded: toy.safetensors" in status and "data-stamp" in status and rest[:-1] == [NOTHING] * 5
-    assert tab.look(backend, shown)[-1] == NOTHING
+    assert tab.refresh(backend, shown)[-1] == NOTHING
 
 
 def test_what_is_shown_already_is_not_sent_again(toy, backend):
     job.start(backend, tab.request("distill", form(toy))).wait(60)
-    shown, status, charts, pictures, *buttons, listed = tab.look(backend, {})
+    shown, status, charts, pictures, *buttons, listed = tab.refresh(backend, {})
     assert "my-turbo: done" in status and "<svg" in charts and "<img" in pictures
     assert [b["interactive"] for b in buttons] == [False] * 3 and listed["choices"] == ["my-turbo: done, update 4 of 4"]
-    again, status, *rest = tab.look(backend, shown)
+    again, status, *rest = tab.refresh(backend, shown)
     assert again == shown and "my-turbo: done" in status and rest == [NOTHING] * 6
     # A page keeps what it was told as gradio's state: nothing in it may refuse to be copied or compared.
     assert copy.deepcopy(shown) == shown
@@ -128,13 +128,13 @@ def test_buttons_are_there_when_they_do_something(toy, backend):
     backend.gate.clear()
     now = job.start(backend, tab.request("distill", form(toy)))
     assert backend.entered.wait(60)
-    assert [b["interactive"] for b in tab.look(backend, {})[4:7]] == [False, False, True]  # pairs are made
+    assert [b["interactive"] for b in tab.refresh(backend, {})[4:7]] == [False, False, True]  # pairs are made
     now.cancel()
-    told = tab.look(backend, {})
+    told = tab.refresh(backend, {})
     assert [b["interactive"] for b in told[4:7]] == [False] * 3 and "Cancelling" in told[1]
     backend.gate.set()
     now.wait(60)
-    assert "cancelled" in tab.look(backend, {})[1]
+    assert "cancelled" in tab.refresh(backend, {})[1]
     assert [r.state for r in runs.listed(backend.runs_folder())] == ["cancelled"]
 
 
@@ -194,4 +194,4 @@ def test_no_event_is_offered_as_an_api_of_its_own(page):
     config = page.get_config_file()
     shown = [d.get("api_name") for d in config["dependencies"] if d.get("api_visibility", "public") == "public"]
     assert set(shown) <= {False, None}
-    assert not any(inspect.isgeneratorfunction(f) for f in (tab.look, tab.filled))  # none holds a place in the queue
+    assert not any(inspect.isgeneratorfunction(f) for f in (tab.refresh, tab.filled))  # none holds a place in the queue

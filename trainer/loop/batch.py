@@ -58,7 +58,7 @@ class Reals:
         return torch.where(own >= 0, own, other)
 
 
-def draw(
+def draw_batch(
     config: Config, student: Student, pairs: Samples, reals: Reals | None, draws: torch.Generator, fresh: float = 0.0
 ) -> Batch:
     """A batch for one update, on the student's device; a share `fresh` of pure noise is no pair's."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...core.denoiser import Cond
 from ..data.samples import Samples
-from .batch import Reals, draw, generator
+from .batch import Reals, draw_batch, generator
 from .feature_cache import FeatureCache
 from .health import Health, HealthParts, health_parts
 from .precision import autocast
@@ -79,21 +79,21 @@ def _update(state: State, pairs: Samples, uncond: Cond, reals: Reals | None) -> 
             _discriminator_update(state, pairs, reals, generator(config.seed, state.update, extra), phase)
     draws, share = generator(config.seed, state.update), 1 / config.gradient_accumulation
     batches = [
-        draw(config, state.student, pairs, reals, draws, phase.fresh_noise_share)
+        draw_batch(config, state.student, pairs, reals, draws, phase.fresh_noise_share)
         for _ in range(config.gradient_accumulation)
     ]
     parts: list[dict[str, Tensor]] = []
-    judged = DiscriminatorStep({})
+    critic = DiscriminatorStep({})
     for batch in batches:
         made = student_step(state, batch, uncond, phase, share)
         parts.append(made.losses)
         if phase.discriminator:
-            judged = discriminator_step(state, batch, made, share)
-            parts.append(judged.losses)
+            critic = discriminator_step(state, batch, made, share)
+            parts.append(critic.losses)
         if phase.adversarial and state.fake_score:
             parts.append(fake_score_step(state, batch, made, share))
     relative = config.adversarial == "relativistic"
-    health = health_parts(judged.on_real, judged.on_fake, made.output, batches[-1].positive, relative)
+    health = health_parts(critic.on_real, critic.on_fake, made.output, batches[-1].positive, relative)
     losses, measured = _apply(state, phase, parts, share, health)
     update_average(state)
     seconds = time.monotonic() - began
@@ -125,7 +125,7 @@ def _apply(
     for _, optimizer in optimizers.values():
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return losses, health.read(numbers)
+    return losses, health.take(numbers)
 
 
 def _optimizers(state: State, phase: Phase) -> dict[str, tuple[nn.Module, torch.optim.Optimizer]]:
@@ -143,7 +143,7 @@ def _discriminator_update(
 ) -> None:
     """One more discriminator update, on a batch of its own."""
     fresh = state.config.fresh_noise_share if phase.adversarial else 0.0
-    batch = draw(state.config, state.student, pairs, reals, draws, fresh)
+    batch = draw_batch(state.config, state.student, pairs, reals, draws, fresh)
     state.whole = False
     with torch.no_grad(), autocast(state.config, state.student.device):
         made = StudentStep(state.student(batch.x, batch.sigma, batch.cond).float(), {})

@@ -28,7 +28,7 @@ class HealthParts:
     heads: int  # K
     relative: bool
 
-    def read(self, numbers: Iterator[float]) -> Health:
+    def take(self, numbers: Iterator[float]) -> Health:
         """The Health of the values, once they are plain numbers."""
         gaps = [next(numbers) for _ in range(self.heads)]
         rights = [next(numbers) / (1 if self.relative else 2) for _ in range(self.heads)]
@@ -70,14 +70,6 @@ def health_parts(
     saturation = output.std() / positives.std().clamp(min=1e-6)
     powers = [f(x) for f in (high_frequency_power, spread_of_batch) for x in (output, positives)]
     return HealthParts([*gaps, *rights, saturation, *powers], len(pairs), relative)
-
-
-def measure(
-    real: Sequence[Tensor], fake: Sequence[Tensor], output: Tensor, positives: Tensor, relative: bool
-) -> Health:
-    """Health at once; arguments as `health_parts`."""
-    parts = health_parts(real, fake, output, positives, relative)
-    return parts.read(iter([value.item() for value in parts.values]))
 
 
 # Range, and what to say below and above it (method: others' runs failed in these ways).

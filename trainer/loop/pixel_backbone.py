@@ -22,13 +22,13 @@ def load_vision(name: str) -> tuple[nn.Module, int]:
         from transformers import AutoModel
 
         with _without_progress():
-            network, told = AutoModel.from_pretrained(
+            network, info = AutoModel.from_pretrained(
                 str(VISION) if name == EMBEDDED else name, output_loading_info=True
             )
     except (ImportError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"pixel_backbone is {name!r}, which cannot be loaded: {error}") from None
-    if told["missing_keys"]:
-        missing = sorted(told["missing_keys"])
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
         raise ValueError(
             f"pixel_backbone is {name!r}, whose file lacks {len(missing)} weights ({missing[0]}, ...): get it anew"
         )

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from ...core.card import read
-from ...core.checkpointing import blocks
+from ...core.card import read_student
 from ...core.features import Features, TeacherFeatures, VisionFeatures
+from ...core.gradient_checkpointing import blocks
 from ...core.student import Student, load_weights
 from ..config import Config, ConfigError
 from ..data.samples import Samples
@@ -77,7 +77,7 @@ def begin(host: Host, config: Config, sample: Samples, seen: Features | None = N
 
 def _go_on_from(path: Path, host: Host, student: Student) -> None:
     """Fill a fresh student from another's file; raises ValueError if that is no student of this kind and model."""
-    tensors, card = read(path)
+    tensors, card = read_student(path)
     found = (card.base_hash, card.prediction, card.timesteps[0], card.rank)
     wanted = (host.base_hash, student.prediction, student.start_timestep, student.lora.rank if student.lora else 0)
     if found != wanted:

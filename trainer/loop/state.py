@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...core.checkpointing import checkpointed
 from ...core.discriminator import Discriminator
 from ...core.features import Features, TeacherFeatures
+from ...core.gradient_checkpointing import checkpointed
 from ...core.student import Student
 from ..config import Config, check_resumable
 from ..data.samples import Samples

@@ -13,7 +13,7 @@ from ..data.files import write_whole
 from ..loop.distill import Step
 
 
-def read(path: Path, update: int) -> list[dict[str, str]]:
+def read_rows(path: Path, update: int) -> list[dict[str, str]]:
     """The rows up to an update; a last one that was cut short is left out."""
     if not path.exists():
         return []
@@ -27,7 +27,7 @@ class History:
     def __init__(self, path: Path, update: int):
         self.path = path
         self.columns: list[str] = []
-        rows = read(path, update)
+        rows = read_rows(path, update)
         # A run killed after its last saved state repeats some updates: their rows are dropped, as is a row cut short.
         if rows:
             self.columns = list(rows[0])

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.checkpointing import blocks
 from ...core.denoiser import Cond
+from ...core.gradient_checkpointing import blocks
 from ..config import Config
 from ..data.samples import Samples
 from ..loop.precision import autocast
@@ -65,13 +65,13 @@ class Memory:
     def in_words(self, free: int | None = None) -> str:
         """One sentence; `free` bytes on the device, the weights' included, make it a comparison."""
         parts = ((self.weights, "weights"), (self.trained, "student"), (self.activations, "activations"))
-        told = f"training takes about {_size(self.total)}: " + ", ".join(f"{_size(n)} {what}" for n, what in parts)
+        words = f"training takes about {_size(self.total)}: " + ", ".join(f"{_size(n)} {what}" for n, what in parts)
         pairs = f"; the teacher pairs take {_size(self.on_disk)} on disk" if self.on_disk else ""
         if free is None:
-            return told + pairs
+            return words + pairs
         if free >= self.total:
-            return f"{told}; {_size(free)} are there{pairs}"
-        return f"{told}; only {_size(free)} are there{pairs}. It may run out of memory: {', or '.join(REMEDIES)}"
+            return f"{words}; {_size(free)} are there{pairs}"
+        return f"{words}; only {_size(free)} are there{pairs}. It may run out of memory: {', or '.join(REMEDIES)}"
 
 
 def _size(count: int) -> str:
@@ -82,7 +82,7 @@ def _bytes(tensors: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-class _Kept:
+class _SavedTensors:
     """Counts what autograd would keep of a pass, by block, and keeps nothing of it."""
 
     def __init__(self, backbone: nn.Module, parameters: set[int]):
@@ -91,7 +91,7 @@ class _Kept:
         self.inputs = 0
         self._now = ""
 
-    def __enter__(self) -> _Kept:
+    def __enter__(self) -> _SavedTensors:
         try:
             found = blocks(self.backbone)
         except ValueError:
@@ -102,8 +102,8 @@ class _Kept:
         self._hooks.__enter__()
         return self
 
-    def __exit__(self, *told) -> None:
-        self._hooks.__exit__(*told)
+    def __exit__(self, *_) -> None:
+        self._hooks.__exit__(*_)
         for handle in self._handles:
             handle.remove()
 
@@ -133,7 +133,7 @@ class _Kept:
         return self.inside[""] + self.inputs + max(n for name, n in self.inside.items() if name)
 
 
-def measure(state: State, pairs: Samples) -> Memory:
+def measure_memory(state: State, pairs: Samples) -> Memory:
     """Count on one sample what a step of the batch keeps: a forward of the student, one of the features."""
     config, student = state.config, state.student
     device = student.device
@@ -142,19 +142,21 @@ def measure(state: State, pairs: Samples) -> Memory:
     modules: list[nn.Module] = [student.teacher.backbone, student.trained, state.discriminator]
     known = {p.untyped_storage().data_ptr() for m in modules for p in m.parameters()}
     sigma = student.schedule.sigma(torch.tensor([500.0])).to(device)
-    kept = 0
+    saved = 0
     with student.training(), autocast(config, device):
-        with _Kept(student.backbone, known) as passes:
+        with _SavedTensors(student.backbone, known) as passes:
             student(x, sigma, cond)
-        kept += passes.total(config.gradient_checkpointing)
+        saved += passes.total(config.gradient_checkpointing)
         if config.adversarial_weight > 0 or config.feature_weight > 0:
-            with _Kept(student.teacher.backbone, known) as passes:
+            with _SavedTensors(student.teacher.backbone, known) as passes:
                 state.features(x.clone().requires_grad_(True), sigma, cond)
-            kept += passes.total(config.gradient_checkpointing)
+            saved += passes.total(config.gradient_checkpointing)
     trained = [
         *student.trained.parameters(),
         *(state.fake_score.denoiser.trained.parameters() if state.fake_score else ()),
     ]
     weights = _bytes(student.teacher.backbone.parameters())
     # A parameter beside its gradient, Adam's two moments and the running average.
-    return Memory(weights, 5 * _bytes(trained) + 4 * _bytes(state.discriminator.parameters()), kept * config.batch_size)
+    return Memory(
+        weights, 5 * _bytes(trained) + 4 * _bytes(state.discriminator.parameters()), saved * config.batch_size
+    )

@@ -100,16 +100,18 @@ class Monitor:
         health = [f.name for f in fields(Health)]
         with self._lock:
             for row in rows:
-                told = {k: float(v) for k, v in row.items() if v not in (None, "")}
-                update = int(told.pop("update"))
-                told.pop("seconds", None)
-                self._add(update, {k: v for k, v in told.items() if k not in health}, {k: told[k] for k in health})
+                numbers = {k: float(v) for k, v in row.items() if v not in (None, "")}
+                update = int(numbers.pop("update"))
+                numbers.pop("seconds", None)
+                self._add(
+                    update, {k: v for k, v in numbers.items() if k not in health}, {k: numbers[k] for k in health}
+                )
 
     def _shown(self, event: Preview) -> dict[str, Any]:
         self._teacher = self._teacher or self.show(event.teacher)
         student = self.show(event.student)
-        told = {"update": event.update, "prompts": event.prompts, "seeds": event.seeds}
-        return told | {"teacher": self._teacher, "student": student}
+        about = {"update": event.update, "prompts": event.prompts, "seeds": event.seeds}
+        return about | {"teacher": self._teacher, "student": student}
 
     def newest(self, latents: Tensor) -> None:
         """Show some of these pairs."""
@@ -143,7 +145,7 @@ class Monitor:
             left = None if rate is None else rate * (self._total - self._done)
             if left is not None and self.config.minutes and self._what == "training":
                 left = min(left, max(60 * self.config.minutes - self._spent, 0))
-            told = {
+            shown = {
                 "kind": self.kind,
                 "name": self.name,
                 "state": self._state,
@@ -163,7 +165,7 @@ class Monitor:
                 "pictures": list(self._pictures),
                 "ranges": {name: [low, high] for name, (low, _, high, _) in RANGES.items()},
             }
-        return told | {"mean_of": math.ceil(len(rows) / PARTS), "history": _history(rows, scores)}
+        return shown | {"mean_of": math.ceil(len(rows) / PARTS), "history": _history(rows, scores)}
 
 
 def _history(rows: Sequence[dict[str, Any]], scores: Sequence[tuple[int, float]]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...core.card import read
+from ...core.card import read_student
 from ...core.student import load_weights
 from ..config import Config, ConfigError
 from ..data.files import write_whole
@@ -33,7 +33,7 @@ from ..loop.start import begin, create, features
 from ..loop.state import State
 from .events import Begun, Control, Event, Finished, PairsMade, Preview, Selected, Warned
 from .history import History
-from .memory import Memory, OutOfMemory, advice, is_out_of_memory, measure
+from .memory import Memory, OutOfMemory, advice, is_out_of_memory, measure_memory
 from .scores import Score, latent_score
 from .student_file import write_student
 
@@ -112,7 +112,7 @@ def estimate(host: Host, config: Config, prompts: Sequence[str]) -> Memory:
     state = begin(host, config, sample)
     try:
         size = pairs_size(host.latent_shape, sample.cond, config.pairs, len(set(prompts[: config.pairs])))
-        return replace(measure(state, sample), on_disk=size)
+        return replace(measure_memory(state, sample), on_disk=size)
     finally:
         state.release()
 
@@ -208,7 +208,7 @@ def _train(
     if resume(state, folder):
         log.info("going on from update %d", state.update)
     uncond = host.encode_text([""])
-    yield Begun(state.update, measure(state, train))
+    yield Begun(state.update, measure_memory(state, train))
     history = History(folder / HISTORY, state.update)
     recent: deque[health.Health] = deque(maxlen=100)
     shown = torch.arange(min(PREVIEWS, len(held)))
@@ -270,7 +270,7 @@ def _train(
         yield last
     if not config.evaluate_every or not (folder / BEST).exists():
         write_student(host, state, folder / BEST, {})
-    tensors, card = read(folder / BEST)
+    tensors, card = read_student(folder / BEST)
     load_weights(state.student, state.average, tensors)  # the last preview is of what is kept
     yield preview()
     yield Finished(folder / BEST, card, state.extra.get("best"))

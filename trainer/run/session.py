@@ -28,7 +28,7 @@ class Session:
     def take(self, event: Event) -> None:
         """Tell the monitor of one event, and of its pictures now and then."""
         if isinstance(event, Begun) and event.update and self.folder:
-            self.monitor.recall(history.read(self.folder / HISTORY, event.update))
+            self.monitor.recall(history.read_rows(self.folder / HISTORY, event.update))
         now = time.monotonic()
         self.monitor.follow(event, now - self._last)
         if isinstance(event, PairsMade) and (now - self._pictured >= PICTURES_EVERY or event.done == event.total):

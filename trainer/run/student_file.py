@@ -57,12 +57,12 @@ def _told(config: Config) -> dict[str, Any]:
         "distillation",
         "distillation_weight",
     )
-    told = {n: getattr(config, n) for n in (*names, "regression_weight", "seed")}
+    settings = {n: getattr(config, n) for n in (*names, "regression_weight", "seed")}
     if config.pixel_backbone:  # of a folder its name alone: where it lay is nobody's business
-        told["pixel_backbone"] = (
+        settings["pixel_backbone"] = (
             Path(config.pixel_backbone).name if Path(config.pixel_backbone).is_dir() else config.pixel_backbone
         )
-    return told | ({"init_student": Path(config.init_student).name} if config.init_student else {})
+    return settings | ({"init_student": Path(config.init_student).name} if config.init_student else {})
 
 
 def write_student(host: Host, state: State, path: Path, metrics: dict[str, Any]) -> StudentCard:

@@ -39,9 +39,9 @@ spec = importlib.util.spec_from_file_location(
 )
 sys.modules["turbodistill"] = importlib.util.module_from_spec(spec)
 
-from turbodistill.core.checkpointing import blocks, checkpointed  # noqa: E402
 from turbodistill.core.denoiser import Cond  # noqa: E402
 from turbodistill.core.features import TeacherFeatures  # noqa: E402
+from turbodistill.core.gradient_checkpointing import blocks, checkpointed  # noqa: E402
 from turbodistill.core.lora import TARGETS, LoRA  # noqa: E402
 from turbodistill.core.student import Student  # noqa: E402
 from turbodistill.nodes.host_denoiser import ModelDenoiser, conditions, differentiable  # noqa: E402

@@ -244,8 +244,8 @@ def test_both_front_ends_run_one_trainer(comfyui, graph, distilling, tmp_path):
     del settings["at_once"]
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in settings.items() if not isinstance(v, bool)]
     assert cli.main(["distill", "--prompts", str(lines), "--out", str(tmp_path / "run"), *flags]) == 0
-    ours = history.read(runs(comfyui, "parity") / "history.csv", 14)
-    theirs = history.read(tmp_path / "run" / "history.csv", 14)
+    ours = history.read_rows(runs(comfyui, "parity") / "history.csv", 14)
+    theirs = history.read_rows(tmp_path / "run" / "history.csv", 14)
     assert len(ours) == len(theirs) == 14
     for name in ("regression", "adversarial", "discriminator", "sharpness", "diversity"):
         a = torch.tensor([float(row[name] or 0) for row in ours])

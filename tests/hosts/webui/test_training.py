@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from turbodistill.core.card import fingerprint, read
+from turbodistill.core.card import fingerprint, read_student
 
 pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -132,7 +132,7 @@ def test_it_ends_with_curves_and_previews(first):
 
 
 def test_the_student_is_in_the_lora_folder_and_knows_its_base(webui, trainer, first):
-    tensors, card = read(webui.data / "models" / "Lora" / "first.safetensors")
+    tensors, card = read_student(webui.data / "models" / "Lora" / "first.safetensors")
     # The same as of the file's tensors: a student moves between hosts without a warning.
     assert card.base_hash == fingerprint(checkpoint(webui)) and card.architecture == "stable-diffusion-v1"
     assert "first" in [found["name"] for found in webui.call("sdapi/v1/loras")]
@@ -142,7 +142,7 @@ def test_the_student_is_in_the_lora_folder_and_knows_its_base(webui, trainer, fi
 
 def test_its_picture_is_the_preview_s_with_all_layers_matched(webui, trainer, first, distance):
     shown = first["previews"][-1]
-    tensors, _ = read(webui.data / "models" / "Lora" / "first.safetensors")
+    tensors, _ = read_student(webui.data / "models" / "Lora" / "first.safetensors")
     for prompt, seed, student, teacher in zip(
         *(shown[k] for k in ("prompts", "seeds", "student", "teacher")), strict=True
     ):
@@ -162,7 +162,7 @@ def test_a_lora_that_was_applied_before_is_neither_trained_on_nor_lost(webui, tr
     webui.txt2img(**PLAIN | {"prompt": prompt})
     trainer.start("second", {"gradient_checkpointing": True, "precision": "auto"})
     assert trainer.ended()["state"] == "done"
-    _, card = read(webui.data / "models" / "Lora" / "second.safetensors")
+    _, card = read_student(webui.data / "models" / "Lora" / "second.safetensors")
     assert card.base_hash == fingerprint(checkpoint(webui))
     assert np.array_equal(webui.txt2img(**PLAIN | {"prompt": prompt}).picture, before)
     assert np.array_equal(webui.txt2img(**PLAIN).picture, plain)

@@ -25,7 +25,7 @@ def blocks(backbone: nn.Module) -> dict[str, nn.Module]:
     found = {n: m for n, m in backbone.named_modules() if BLOCKS.search(n) and next(m.children(), None) is not None}
     inner = {n: m for n, m in found.items() if not any(other.startswith(n + ".") for other in found)}
     if not inner:
-        raise ValueError(f"no known blocks in {type(backbone).__name__}: set checkpointing to false")
+        raise ValueError(f"no known blocks in {type(backbone).__name__}: set gradient_checkpointing to false")
     return inner
 
 
@@ -59,8 +59,10 @@ def _again(forward, loras: Sequence[LoRA]):
         # As it is now: a host writes into its options as it goes from block to block.
         args, kwargs = tuple(map(_noted, args)), {k: _noted(v) for k, v in kwargs.items()}
         switches = [lora.enabled for lora in loras]
-        told: Any = {"use_reentrant": False, "preserve_rng_state": False}
-        return checkpoint(run, *args, context_fn=lambda: (nullcontext(), _switched(loras, switches)), **told, **kwargs)
+        options: Any = {"use_reentrant": False, "preserve_rng_state": False}
+        return checkpoint(
+            run, *args, context_fn=lambda: (nullcontext(), _switched(loras, switches)), **options, **kwargs
+        )
 
     return wrapped
 
