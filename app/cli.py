@@ -137,7 +137,7 @@ def settings(args: argparse.Namespace) -> Config:
 def run_distill(args: argparse.Namespace) -> int:
     from ..trainer.data.prompts import generate, read_prompts
     from ..trainer.diffusers_host import load_model
-    from ..trainer.run import run
+    from ..trainer.run import run, training
     from ..trainer.run.events import Interrupted
     from ..trainer.run.scores import latent_score
 
@@ -153,7 +153,7 @@ def run_distill(args: argparse.Namespace) -> int:
     except Interrupted:
         print(f"saved; to go on: turbodistill {' '.join(sys.argv[1:])}")
         return 130
-    print(f"student: {finished.path}\nhistory: {args.out / run.HISTORY}\npictures: {args.out / 'previews'}")
+    print(f"student: {finished.path}\nhistory: {args.out / training.HISTORY}\npictures: {args.out / 'previews'}")
     return 0
 
 

@@ -36,7 +36,7 @@ from ..trainer.data.files import write_whole
 from ..trainer.data.pairs import make_pairs
 from ..trainer.data.prompts import read_prompts
 from ..trainer.diffusers_host import load_model
-from ..trainer.run import run
+from ..trainer.run import run, training
 from ..trainer.run.events import Interrupted
 
 STUDENT = "student, 1 step"
@@ -184,7 +184,7 @@ def demo(
     if not apart:
         train_here(host, configs, out, follow, bench.evaluator.kid_score(host))
 
-    paths = {"regression only": out / "regression" / run.BEST, STUDENT: out / "student" / run.BEST}
+    paths = {"regression only": out / "regression" / training.BEST, STUDENT: out / "student" / training.BEST}
     if SHIPPED.exists():
         paths["shipped student, 1 step"] = SHIPPED
     students = {name: load_student(path, host.denoiser)[0] for name, path in paths.items()}
@@ -208,7 +208,7 @@ def demo(
         floor,
         timings,
         read_card(paths[STUDENT]),
-        out / "student" / run.HISTORY,
+        out / "student" / training.HISTORY,
         STUDENT,
         TEACHER,
     )

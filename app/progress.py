@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..trainer.config import Config
+
+if TYPE_CHECKING:
+    from ..trainer.loop.distill import Step
+    from ..trainer.run.events import Event
 
 
 @contextmanager
@@ -30,49 +34,70 @@ def interruptible() -> Iterator[list[bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def follow(events: Iterator, config: Config, folder: Path, host, title: str = "training") -> Any:
+def follow(events: Generator[Event, None, None], config: Config, folder: Path, host, title: str = "training") -> Any:
     """Show a run's events as progress bars, write its previews; returns Finished. Raises Interrupted."""
-    from tqdm import tqdm
+    from ..trainer.run.events import Finished, Interrupted, Preview
 
-    from ..trainer.loop.distill import Step
-    from ..trainer.run.events import Finished, Interrupted, PairsMade, Preview, Selected, Warned
-
-    bar: Any = None
+    bars = Bars(config, title)
     with interruptible() as stop:
         try:
             for event in events:
-                if isinstance(event, PairsMade):
-                    if bar is None or bar.desc != event.what:
-                        bar = _renew(bar, tqdm(total=event.total, desc=event.what, unit="", initial=0))
-                    bar.update(event.done - bar.n)
-                elif isinstance(event, Step):
-                    if bar is None or bar.desc != title:
-                        whole = round(config.minutes * 60) if config.minutes else config.updates
-                        bar = _renew(bar, tqdm(total=whole, desc=title, unit="s" if config.minutes else "update"))
-                    bar.update(min(round(event.spent), bar.total) - bar.n if config.minutes else event.update - bar.n)
-                    losses = {k: f"{v:.3f}" for k, v in event.losses.items()}
-                    bar.set_postfix(update=event.update, **losses, acc=f"{event.health.accuracy:.2f}", refresh=False)
-                elif isinstance(event, Preview):
-                    write_preview(host, event, folder / "previews")
-                elif isinstance(event, Selected):
-                    tqdm.write(
-                        f"update {event.update}: score {event.score:.2f}{', the best so far' if event.best else ''}"
-                    )
-                elif isinstance(event, Warned):
-                    tqdm.write(f"update {event.update}: {event.text}")
-                elif isinstance(event, Finished):
+                if isinstance(event, Finished):
                     return event
+                if isinstance(event, Preview):
+                    write_preview(host, event, folder / "previews")
+                bars.show(event)
                 if stop:
                     raise Interrupted
         finally:
-            events.close()  # type: ignore[attr-defined]
-            _renew(bar, None)
+            events.close()
+            bars.close()
 
 
-def _renew(old, new):
-    if old is not None:
-        old.close()
-    return new
+class Bars:
+    """One progress bar at a time: pairs, then the training, which is called `title`."""
+
+    def __init__(self, config: Config, title: str):
+        self.config, self.title = config, title
+        self._bar: Any = None
+
+    def show(self, event: Event) -> None:
+        """Move the bar, or print what the event says in words."""
+        from tqdm import tqdm
+
+        from ..trainer.loop.distill import Step
+        from ..trainer.run.events import PairsMade, Selected, Warned
+
+        if isinstance(event, PairsMade):
+            self._renew(event.what, event.total, "")
+            self._bar.update(event.done - self._bar.n)
+        elif isinstance(event, Step):
+            self._step(event)
+        elif isinstance(event, Selected):
+            tqdm.write(f"update {event.update}: score {event.score:.2f}{', the best so far' if event.best else ''}")
+        elif isinstance(event, Warned):
+            tqdm.write(f"update {event.update}: {event.text}")
+
+    def _step(self, step: Step) -> None:
+        minutes = self.config.minutes
+        self._renew(self.title, round(minutes * 60) if minutes else self.config.updates, "s" if minutes else "update")
+        done = min(round(step.spent), self._bar.total) if minutes else step.update
+        self._bar.update(done - self._bar.n)
+        losses = {name: f"{value:.3f}" for name, value in step.losses.items()}
+        self._bar.set_postfix(update=step.update, **losses, acc=f"{step.health.accuracy:.2f}", refresh=False)
+
+    def _renew(self, title: str, total: int, unit: str) -> None:
+        """A bar of this title, in place of another's."""
+        from tqdm import tqdm
+
+        if self._bar is None or self._bar.desc != title:
+            self.close()
+            self._bar = tqdm(total=total, desc=title, unit=unit)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
 
 
 def write_preview(host, preview, folder: Path) -> None:

@@ -39,6 +39,15 @@ def adaptable(module: nn.Module) -> bool:
     )
 
 
+def matching_layers(backbone: nn.Module, targets: str) -> dict[str, nn.Module]:
+    """The layers by name that `targets`, a key of TARGETS or a pattern, picks; raises ValueError if there are none."""
+    pattern = re.compile(TARGETS.get(targets, targets))
+    layers = {n: m for n, m in backbone.named_modules() if adaptable(m) and pattern.search(n)}
+    if not layers:
+        raise ValueError(f"LoRA targets {targets!r} match no layer: use one of {', '.join(TARGETS)}, or a pattern")
+    return layers
+
+
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for this kind of device."""
     try:
@@ -92,10 +101,7 @@ class LoRA(nn.Module):
         self.rank, self.alpha, self.targets = rank, float(alpha if alpha is not None else rank), targets
         self.enabled = False
         self._folded = False
-        pattern = re.compile(TARGETS.get(targets, targets))
-        layers = {n: m for n, m in backbone.named_modules() if adaptable(m) and pattern.search(n)}
-        if not layers:
-            raise ValueError(f"LoRA targets {targets!r} match no layer: use one of {', '.join(TARGETS)}, or a pattern")
+        layers = matching_layers(backbone, targets)
         self.names = list(layers)
         # A layer's beginning is told by its name in a file, so that it is the same in every host's layout.
         drawn = int(torch.randint(2**31, (1,)))

@@ -35,25 +35,50 @@ STATUS: tuple[tuple[type[Exception], int], ...] = (
 
 def add_routes(app: fastapi.FastAPI, backend: Backend, dependencies: Sequence[Any] = ()) -> None:
     """Open the routes on the host's own server; `dependencies` are its authentication, as FastAPI's."""
+    routes = Routes(backend)
+    for method, path, answer in (
+        ("POST", "distill", routes.distill),
+        ("POST", "estimate", routes.estimate),
+        ("GET", "run", routes.run),
+        ("POST", "stop", routes.stop),
+        ("POST", "cancel", routes.cancel),
+        ("POST", "preview", routes.preview),
+        ("GET", "students", routes.students),
+        ("GET", "runs", routes.runs),
+        ("GET", "settings", routes.settings),
+    ):
+        app.add_api_route(f"{ROOT}/{path}", _handler(answer), methods=[method], dependencies=list(dependencies))
 
-    def route(method: str, path: str, answer: Callable[[fastapi.Request], Awaitable[dict[str, Any]]]) -> None:
-        async def handle(request: fastapi.Request) -> JSONResponse:
-            try:
-                return JSONResponse(await answer(request))
-            except tuple(kind for kind, _ in STATUS) as error:
-                status = next(status for kind, status in STATUS if isinstance(error, kind))
-                return JSONResponse({"error": str(error)}, status)
 
-        app.add_api_route(f"{ROOT}/{path}", handle, methods=[method], dependencies=list(dependencies))
+def _handler(answer: Callable[[fastapi.Request], Awaitable[dict[str, Any]]]) -> Callable[..., Awaitable[JSONResponse]]:
+    """The answer as JSON; a mistake as its words, with the status of its kind."""
 
-    async def distill(request: fastapi.Request) -> dict[str, Any]:
+    async def handle(request: fastapi.Request) -> JSONResponse:
+        try:
+            return JSONResponse(await answer(request))
+        except tuple(kind for kind, _ in STATUS) as error:
+            status = next(status for kind, status in STATUS if isinstance(error, kind))
+            return JSONResponse({"error": str(error)}, status)
+
+    return handle
+
+
+class Routes:
+    """What each route answers."""
+
+    def __init__(self, backend: Backend):
+        self.backend = backend
+
+    async def distill(self, request: fastapi.Request) -> dict[str, Any]:
+        """Begin a distillation; its first snapshot."""
         asked = Request.from_dict(await _body(request))
-        begun = await run_in_threadpool(job.start, backend, asked)
+        begun = await run_in_threadpool(job.start, self.backend, asked)
         return await run_in_threadpool(begun.snapshot)
 
-    async def estimate(request: fastapi.Request) -> dict[str, Any]:
+    async def estimate(self, request: fastapi.Request) -> dict[str, Any]:
+        """What memory a training will take."""
         asked = Request.from_dict(await _body(request) | {"kind": "estimate"})
-        begun = await run_in_threadpool(job.start, backend, asked)
+        begun = await run_in_threadpool(job.start, self.backend, asked)
         await run_in_threadpool(begun.wait, PATIENCE)
         if begun.memory is None:
             snapshot = begun.snapshot()
@@ -61,9 +86,9 @@ def add_routes(app: fastapi.FastAPI, backend: Backend, dependencies: Sequence[An
         memory = dataclasses.asdict(begun.memory) | {"total": begun.memory.total, "free": begun.monitor.free}
         return {"memory": memory, "words": begun.result}
 
-    async def watch(request: fastapi.Request) -> dict[str, Any]:
-        asked = request.query_params
-        pictures = asked.get("pictures", "newest")
+    async def run(self, request: fastapi.Request) -> dict[str, Any]:
+        """The snapshot of what runs, or of what ran last."""
+        pictures = request.query_params.get("pictures", "newest")
         if pictures not in PICTURES:
             raise ConfigError(f"pictures is {pictures!r}: use one of {', '.join(PICTURES)}")
         if (now := job.current()) is None:
@@ -73,34 +98,35 @@ def add_routes(app: fastapi.FastAPI, backend: Backend, dependencies: Sequence[An
             return snapshot | {"previews": [], "pictures": []}
         return snapshot | {"previews": snapshot["previews"][-1:]} if pictures == "newest" else snapshot
 
-    def asks(wish: Callable[[job.Job], None]) -> Callable[[fastapi.Request], Awaitable[dict[str, Any]]]:
-        async def ask(_request: fastapi.Request) -> dict[str, Any]:
-            wish(job.must_run())
-            return {}
+    async def stop(self, _request: fastapi.Request) -> dict[str, Any]:
+        """End the training after this update, and keep the best student."""
+        job.must_run().stop()
+        return {}
 
-        return ask
+    async def cancel(self, _request: fastapi.Request) -> dict[str, Any]:
+        """Break off, with everything saved."""
+        job.must_run().cancel()
+        return {}
 
-    async def students(_request: fastapi.Request) -> dict[str, Any]:
-        return {"students": await run_in_threadpool(_students, backend.students_folder())}
+    async def preview(self, _request: fastapi.Request) -> dict[str, Any]:
+        """Make a preview after this update."""
+        job.must_run().preview()
+        return {}
 
-    async def listed(_request: fastapi.Request) -> dict[str, Any]:
+    async def students(self, _request: fastapi.Request) -> dict[str, Any]:
+        """The students here, with their cards."""
+        return {"students": await run_in_threadpool(_students, self.backend.students_folder())}
+
+    async def runs(self, _request: fastapi.Request) -> dict[str, Any]:
+        """The runs that were asked for here."""
         running = job.running()
         name = running.request.name if running else ""
-        found = await run_in_threadpool(runs.listed, backend.runs_folder(), name)
+        found = await run_in_threadpool(runs.listed, self.backend.runs_folder(), name)
         return {"runs": [run.to_dict() for run in found]}
 
-    async def settings(_request: fastapi.Request) -> dict[str, Any]:
-        return {"settings": schema(backend), "prompts": list(backend.prompts())}
-
-    route("POST", "distill", distill)
-    route("POST", "estimate", estimate)
-    route("GET", "run", watch)
-    route("POST", "stop", asks(job.Job.stop))
-    route("POST", "cancel", asks(job.Job.cancel))
-    route("POST", "preview", asks(job.Job.preview))
-    route("GET", "students", students)
-    route("GET", "runs", listed)
-    route("GET", "settings", settings)
+    async def settings(self, _request: fastapi.Request) -> dict[str, Any]:
+        """Every setting, and the built-in prompts."""
+        return {"settings": schema(self.backend), "prompts": list(self.backend.prompts())}
 
 
 def schema(backend: Backend) -> list[dict[str, Any]]:

@@ -12,7 +12,8 @@ from typing import Any
 from ..core.card import CardError, read_card
 from ..trainer.config import Config, ConfigError, check_resumable
 from ..trainer.data.files import write_whole
-from ..trainer.run.run import HISTORY, STATE, check_name
+from ..trainer.run.run import check_name
+from ..trainer.run.training import HISTORY, STATE
 from .request import Request
 
 RECORD = "run.json"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from turbodistill.core.card import StudentCard, fingerprint, read_student
 from turbodistill.core.student import Student, student_bytes
-from turbodistill.trainer.run import run
+from turbodistill.trainer.run import training
 
 
 @pytest.fixture(scope="session")
@@ -225,11 +225,11 @@ def folder(places, name="my-turbo"):
 
 
 def tensors(places, name="my-turbo"):
-    return read_student(folder(places, name) / run.BEST)[0]
+    return read_student(folder(places, name) / training.BEST)[0]
 
 
 def state(places, name="my-turbo"):
-    return torch.serialization.load(folder(places, name) / run.STATE, weights_only=True)
+    return torch.serialization.load(folder(places, name) / training.STATE, weights_only=True)
 
 
 def x0(model, comfyui):

@@ -10,7 +10,7 @@ from turbodistill.trainer.config import ConfigError
 from turbodistill.trainer.data.files import DataError
 from turbodistill.trainer.data.pairs import load_pairs
 from turbodistill.trainer.data.samples import read_shard
-from turbodistill.trainer.run import run
+from turbodistill.trainer.run import run, training
 
 RUN = "/turbodistill/runs/3"
 
@@ -35,8 +35,8 @@ def test_a_graph_from_prompts_to_a_student(nodes, graph, comfyui, server, places
     assert card.training["updates"] in (2, 4)  # the best one
     assert (card.training["pairs"], card.training["batch_size"]) == (12, 4)
 
-    assert student.path == kit.folder(places) / run.BEST and student.model is model
-    assert sorted(p.name for p in kit.folder(places).iterdir()) == [run.HISTORY, run.STATE, run.BEST]
+    assert student.path == kit.folder(places) / training.BEST and student.model is model
+    assert sorted(p.name for p in kit.folder(places).iterdir()) == [training.HISTORY, training.STATE, training.BEST]
     weights = {k for k, v in graph.model.model.state_dict().items() if k.endswith("weight") and v.ndim > 1}
     assert set(model.patches) == weights
     sampling = nodes.host.sampling_of(model)

@@ -21,7 +21,7 @@ from turbodistill.trainer.data.pairs import load_pairs, make_pairs
 from turbodistill.trainer.data.samples import Samples
 from turbodistill.trainer.loop.start import features
 from turbodistill.trainer.loop.state import State
-from turbodistill.trainer.run import run
+from turbodistill.trainer.run import run, training
 
 TOKENS, STATES, SIDE = 5, 16, 8
 WORDS = ("fox", "owl", "elk", "ant", "bee", "cod", "emu", "yak", "rat", "hen", "pig", "ram")
@@ -171,13 +171,13 @@ def go(host: ToyHost, settings: Config, folder, **more) -> list:
 
 def updates(folder) -> list[int]:
     """Those in the history of a run."""
-    with (folder / run.HISTORY).open(newline="") as file:
+    with (folder / training.HISTORY).open(newline="") as file:
         return [int(row["update"]) for row in csv.DictReader(file)]
 
 
 def saved(folder) -> dict:
     """The last state of a run."""
-    return torch.serialization.load(folder / run.STATE, weights_only=True)
+    return torch.serialization.load(folder / training.STATE, weights_only=True)
 
 
 class Refused(Exception):

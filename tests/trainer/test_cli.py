@@ -17,7 +17,7 @@ from turbodistill.core.card import read_card
 from turbodistill.measure import bench
 from turbodistill.trainer.config import Config
 from turbodistill.trainer.data.pairs import load_pairs
-from turbodistill.trainer.run import run
+from turbodistill.trainer.run import training
 from turbodistill.trainer.run.events import Interrupted
 
 COMMANDS = ("demo", "distill", "sample", "evaluate", "info")
@@ -168,7 +168,7 @@ def made(pipeline_folder, prompts, tmp_path_factory):
 
 
 def test_distill_makes_a_student_a_history_and_previews(made):
-    assert (made / run.BEST).exists() and (made / run.HISTORY).exists()
+    assert (made / training.BEST).exists() and (made / training.HISTORY).exists()
     previews = sorted(p.name for p in (made / "previews").iterdir())
     assert previews == ["0000000.png", "0000002.png", "0000004.png"]
     with Image.open(made / "previews" / previews[0]) as sheet:
@@ -178,7 +178,7 @@ def test_distill_makes_a_student_a_history_and_previews(made):
 def test_a_finished_run_is_told_again_and_a_changed_one_refused(made, pipeline_folder, prompts, capsys):
     command = ["distill", "--model", pipeline_folder, "--prompts", prompts, "--out", made, *QUICK]
     assert cli.main([str(c) for c in command]) == 0
-    assert f"student: {made / run.BEST}" in capsys.readouterr().out
+    assert f"student: {made / training.BEST}" in capsys.readouterr().out
     assert cli.main([*(str(c) for c in command), "--lr", "1e-5"]) == 1
     assert "cannot go on with other settings: lr was 0.0002 and is 1e-05" in capsys.readouterr().err
 
@@ -199,14 +199,14 @@ def test_what_stops_a_run_is_told_in_one_line(tmp_path, capsys, pipeline_folder,
 
 
 def test_info_prints_the_card_in_words(made, capsys):
-    assert cli.main(["info", str(made / run.BEST)]) == 0
+    assert cli.main(["info", str(made / training.BEST)]) == 0
     told = capsys.readouterr().out
     assert "One-step student of tiny-sd, a LoRA of rank 2 (all)" in told
     assert "noise enters at timestep 999" in told and "Resolution: 16 x 16." in told and "updates" in told
 
 
 def sample(pipeline_folder, made, out, *arguments):
-    student = str(made / run.BEST)
+    student = str(made / training.BEST)
     command = ["sample", "--model", str(pipeline_folder), "--student", student, "--out", str(out), *arguments]
     assert cli.main(command) == 0
     return {p.name: Image.open(p) for p in sorted(out.iterdir())}
@@ -266,7 +266,7 @@ def test_interrupting_saves_and_says_how_to_go_on(pipeline_folder, prompts, tmp_
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    history = tmp_path / run.HISTORY
+    history = tmp_path / training.HISTORY
     until = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < until:
         if history.exists() and len(history.read_text().splitlines()) > 3:
@@ -277,7 +277,7 @@ def test_interrupting_saves_and_says_how_to_go_on(pipeline_folder, prompts, tmp_
     assert process.returncode == 130, err
     assert "stopping after this update" in err and "Traceback" not in err
     assert f"saved; to go on: turbodistill distill --model {pipeline_folder}" in out
-    done = torch.serialization.load(tmp_path / run.STATE, weights_only=True)["update"]
+    done = torch.serialization.load(tmp_path / training.STATE, weights_only=True)["update"]
     assert done == len(history.read_text().splitlines()) - 1 >= 3
     assert cli.main(["distill", *flags, "--updates", str(done + 2)]) == 0
     assert len(history.read_text().splitlines()) - 1 == done + 2
@@ -290,7 +290,7 @@ def test_evaluate_measures_a_student_against_its_teacher(
     monkeypatch.setattr(bench, "ALIKE_PROMPTS", 2)
     out = tmp_path / "figures.json"
     flags = ["--reference", str(reference_zip), "--count", "8", "--seeds", "1", "--out", str(out)]
-    command = ["evaluate", "--model", str(pipeline_folder), "--student", str(made / run.BEST), *flags]
+    command = ["evaluate", "--model", str(pipeline_folder), "--student", str(made / training.BEST), *flags]
     assert cli.main(command) == 0
     told = capsys.readouterr().out
     assert "teacher, 50 steps" in told and "x faster than teacher, 50 steps" in told
@@ -332,8 +332,8 @@ def test_trainings_apart_are_commands_that_share_their_pairs(tmp_path):
     judged = TINY.replace(positives="real")
     demo.train_apart({"student": judged, "regression": TINY.replace(adversarial_weight=0.0)}, out, [])
     assert (out / "student" / "images").exists() and not (out / "regression" / "images").exists()
-    assert read_card(out / "student" / run.BEST).training["adversarial_weight"] == 1.0
-    assert read_card(out / "regression" / run.BEST).training["adversarial_weight"] == 0.0
+    assert read_card(out / "student" / training.BEST).training["adversarial_weight"] == 1.0
+    assert read_card(out / "regression" / training.BEST).training["adversarial_weight"] == 0.0
     assert list((out / demo.PAIRS).glob("*.safetensors")) and not (out / "student" / demo.PAIRS).exists()
 
 

@@ -17,7 +17,7 @@ from turbodistill.measure.evaluate import Evaluator, Floor, Score, Timing, load_
 from turbodistill.measure.metrics import Interval
 from turbodistill.trainer.data.files import DataError
 from turbodistill.trainer.data.images import read_image_folder
-from turbodistill.trainer.run import run
+from turbodistill.trainer.run import training
 
 PROMPTS = [f"thing {i}" for i in range(40)]
 
@@ -190,7 +190,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(kit, host, tmp_path):
         FLOOR,
         {"teacher": Timing(2.0, 100), "student": Timing(0.05, 1)},
         finished.card,
-        tmp_path / run.HISTORY,
+        tmp_path / training.HISTORY,
         "student",
         "teacher",
     )

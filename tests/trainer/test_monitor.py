@@ -8,7 +8,7 @@ import torch
 from turbodistill.trainer.config import Config
 from turbodistill.trainer.loop.distill import Step
 from turbodistill.trainer.loop.health import RANGES, Health
-from turbodistill.trainer.run import history, monitor, run
+from turbodistill.trainer.run import history, monitor, run, training
 from turbodistill.trainer.run.events import Begun, Finished, PairsMade, Preview, Selected, Warned
 from turbodistill.trainer.run.memory import GB, Memory
 from turbodistill.trainer.run.monitor import Monitor
@@ -223,7 +223,7 @@ def test_the_history_of_a_run_that_goes_on_is_taken_from_its_file(kit, host, tmp
     for event in run.run(host, settings, tmp_path, kit.WORDS):
         whole.follow(event, 1.0)
     again = watch()
-    again.recall(history.read_rows(tmp_path / run.HISTORY, 3))
+    again.recall(history.read_rows(tmp_path / training.HISTORY, 3))
     told, before = again.snapshot()["history"], whole.snapshot()["history"]
     assert told["update"] == [1, 2, 3]
     for kind in ("losses", "health"):
@@ -245,4 +245,4 @@ def test_a_long_history_is_thinned_out_as_it_is_recalled():
 
 
 def test_no_file_is_no_history(tmp_path):
-    assert history.read_rows(tmp_path / run.HISTORY, 100) == []
+    assert history.read_rows(tmp_path / training.HISTORY, 100) == []

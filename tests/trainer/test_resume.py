@@ -13,7 +13,7 @@ import torch
 from turbodistill.core.card import read_card
 from turbodistill.trainer.data import pairs
 from turbodistill.trainer.loop.distill import Step
-from turbodistill.trainer.run import run
+from turbodistill.trainer.run import run, training
 from turbodistill.trainer.run.events import Begun, Control, PairsMade, Selected
 
 CONFTEST = Path(__file__).with_name("conftest.py")
@@ -66,7 +66,7 @@ def test_a_killed_run_goes_on_to_the_same_student_bit_for_bit(kit, tmp_path):
     whole = tmp_path / "whole"
     torch.rand(5)  # the caller's own draws do not matter
     kit.go(kit.conv_host(), kit.config(**settings), whole)
-    assert kit.same(kit.tensors(tmp_path / "killed" / run.BEST), kit.tensors(whole / run.BEST))
+    assert kit.same(kit.tensors(tmp_path / "killed" / training.BEST), kit.tensors(whole / training.BEST))
     ours, theirs = kit.saved(tmp_path / "killed"), kit.saved(whole)
     assert ours["extra"] == theirs["extra"] and ours["update"] == theirs["update"] == 20
     for part in ("student", "average", "discriminator"):
@@ -75,7 +75,7 @@ def test_a_killed_run_goes_on_to_the_same_student_bit_for_bit(kit, tmp_path):
 
 
 def without_time(folder):
-    with (folder / run.HISTORY).open(newline="") as file:
+    with (folder / training.HISTORY).open(newline="") as file:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
@@ -91,7 +91,7 @@ def test_a_closed_run_goes_on_to_the_same_student_bit_for_bit(kit, host, tmp_pat
     assert kit.saved(tmp_path / "closed")["update"] == event.update
     assert not any(m._forward_hooks for m in host.denoiser.backbone.modules())
     kit.go(host, settings, tmp_path / "closed")
-    assert kit.same(kit.tensors(tmp_path / "closed" / run.BEST), kit.tensors(tmp_path / "whole" / run.BEST))
+    assert kit.same(kit.tensors(tmp_path / "closed" / training.BEST), kit.tensors(tmp_path / "whole" / training.BEST))
     assert without_time(tmp_path / "closed") == without_time(tmp_path / "whole")
 
 
@@ -109,7 +109,7 @@ def test_a_finished_run_can_be_made_longer(kit, host, tmp_path):
     events = kit.go(host, kit.config(updates=6, preview_every=1), tmp_path / "short")
     assert [e.update for e in events if isinstance(e, Step)] == [5, 6]
     kit.go(host, kit.config(updates=6), tmp_path / "long")
-    assert kit.same(kit.tensors(tmp_path / "short" / run.BEST), kit.tensors(tmp_path / "long" / run.BEST))
+    assert kit.same(kit.tensors(tmp_path / "short" / training.BEST), kit.tensors(tmp_path / "long" / training.BEST))
     # And one that is complete only tells so.
     assert "Step" not in kit.names(kit.go(host, kit.config(updates=6), tmp_path / "short"))
 
@@ -117,7 +117,7 @@ def test_a_finished_run_can_be_made_longer(kit, host, tmp_path):
 def test_a_row_of_the_history_that_was_cut_short_is_made_again(kit, host, tmp_path):
     settings = kit.config(updates=3, save_every=2)
     kit.go(host, settings, tmp_path)
-    path = tmp_path / run.HISTORY
+    path = tmp_path / training.HISTORY
     with path.open("a") as file:
         file.write("2,0.1")
     kit.go(host, settings.replace(updates=4), tmp_path)
@@ -135,7 +135,7 @@ def test_a_run_can_be_ended_early_and_goes_on_to_the_same_student(kit, host, tmp
     # It ends as others do: measured, previewed, finished.
     assert kit.names(events)[-3:] == ["Selected", "Preview", "Finished"]
     assert events[-1].score == min(e.score for e in events if isinstance(e, Selected))
-    assert events[-1].card == read_card(tmp_path / "early" / run.BEST)
+    assert events[-1].card == read_card(tmp_path / "early" / training.BEST)
     assert kit.saved(tmp_path / "early")["update"] == 3
     kit.go(host, settings, tmp_path / "early")
     ours, theirs = kit.saved(tmp_path / "early"), kit.saved(tmp_path / "whole")
@@ -167,7 +167,7 @@ def test_a_run_goes_on_bit_for_bit_after_an_error_in_any_pass(kit, host, tmp_pat
     for part in ("student", "average", "discriminator"):
         assert kit.same(ours[part], theirs[part]), part
     assert without_time(tmp_path / "cut") == without_time(tmp_path / "whole")
-    assert kit.same(kit.tensors(tmp_path / "cut" / run.BEST), kit.tensors(tmp_path / "whole" / run.BEST))
+    assert kit.same(kit.tensors(tmp_path / "cut" / training.BEST), kit.tensors(tmp_path / "whole" / training.BEST))
 
 
 @pytest.mark.parametrize(
@@ -193,13 +193,13 @@ def test_a_state_in_the_middle_of_an_update_is_not_saved(kit, host, tmp_path, mo
         if isinstance(event, Step) and event.update == 2:
             break
     seen = []
-    save = run.save_state
-    monkeypatch.setattr(run, "save_state", lambda state, folder: seen.append(state.update) or save(state, folder))
+    save = training.save_state
+    monkeypatch.setattr(training, "save_state", lambda state, folder: seen.append(state.update) or save(state, folder))
     handle = kit.fail_at(host, 4)  # the discriminator's own update has three passes; this is the student's first
     with pytest.raises(kit.Refused):
         next(events)
     handle.remove()
-    assert seen == [] and not (tmp_path / run.STATE).exists()  # what it would hold no whole run ever was
+    assert seen == [] and not (tmp_path / training.STATE).exists()  # what it would hold no whole run ever was
     kit.go(host, settings, tmp_path / "whole")
     kit.go(host, settings, tmp_path)
     assert kit.same(kit.saved(tmp_path)["student"], kit.saved(tmp_path / "whole")["student"])

@@ -9,7 +9,7 @@ from turbodistill.core.card import CardError, read_card
 from turbodistill.core.student import load_student, student_bytes
 from turbodistill.trainer.data.samples import Samples
 from turbodistill.trainer.loop.distill import Step, distill
-from turbodistill.trainer.run import run, student_file
+from turbodistill.trainer.run import run, student_file, training
 from turbodistill.trainer.run.events import Control, Finished, PairsMade, Preview, Selected, Warned
 
 
@@ -56,7 +56,7 @@ def test_the_best_student_is_the_one_with_the_lowest_score(kit, host, tmp_path):
     settings = kit.config(updates=6, evaluate_every=2)
     for event in run.run(host, settings, tmp_path, kit.WORDS, score=score):
         if isinstance(event, Selected):
-            kept.append((event.update, event.best, kit.tensors(tmp_path / run.BEST)))
+            kept.append((event.update, event.best, kit.tensors(tmp_path / training.BEST)))
     assert [(u, b) for u, b, _ in kept] == [(2, True), (4, True), (6, False)]
     assert not kit.same(kept[0][2], kept[1][2]) and kit.same(kept[1][2], kept[2][2])
     assert event.score == 1.0 and event.card.training["updates"] == 4
@@ -124,7 +124,7 @@ def test_real_pictures_are_encoded_and_trained_with(kit, host, tmp_path):
 
 def test_the_history_gains_the_columns_of_losses_that_come_later(kit, host, tmp_path):
     kit.go(host, kit.config(updates=4, regression_updates=2), tmp_path)
-    with (tmp_path / run.HISTORY).open(newline="") as file:
+    with (tmp_path / training.HISTORY).open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows[0]["adversarial"] == "" and float(rows[3]["adversarial"])
     assert {"update", "seconds", "accuracy", "regression", "discriminator", "r1"} <= set(rows[0])

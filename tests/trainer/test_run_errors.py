@@ -14,7 +14,7 @@ from turbodistill.trainer.config import ConfigError
 from turbodistill.trainer.data.files import DataError
 from turbodistill.trainer.loop import start
 from turbodistill.trainer.loop.distill import Diverged
-from turbodistill.trainer.run import run
+from turbodistill.trainer.run import run, training
 from turbodistill.trainer.run.events import Finished
 from turbodistill.trainer.run.memory import OutOfMemory
 
@@ -81,7 +81,7 @@ def test_a_folder_that_cannot_be_written_is_told_at_once(kit, host, tmp_path):
 
 def test_a_broken_state_is_told_and_deleting_it_begins_anew(kit, host, tmp_path):
     kit.go(host, kit.config(), tmp_path)
-    path = tmp_path / run.STATE
+    path = tmp_path / training.STATE
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ConfigError, match=r"state.pt cannot be read .*delete it to begin anew; the teacher pairs stay"):
         kit.go(host, kit.config(), tmp_path)
@@ -105,7 +105,7 @@ def full_disk(name, room):
     return write_bytes
 
 
-@pytest.mark.parametrize("name", [run.STATE, run.BEST])
+@pytest.mark.parametrize("name", [training.STATE, training.BEST])
 def test_a_full_disk_leaves_the_earlier_state_and_the_run_goes_on(kit, host, tmp_path, monkeypatch, name):
     settings = kit.config(updates=8, save_every=2, evaluate_every=2)
     kit.go(host, settings, tmp_path / "whole", score=lambda s, t: 1.0)
@@ -114,11 +114,11 @@ def test_a_full_disk_leaves_the_earlier_state_and_the_run_goes_on(kit, host, tmp
         with pytest.raises(OSError, match=r"cannot write .*No space left on device.*: free some space"):
             kit.go(host, settings, tmp_path / "full", score=lambda s, t: 1.0)
     # Of a state that cannot be written the one before is left, of a student that cannot, all but that.
-    assert kit.saved(tmp_path / "full")["update"] == (4 if name == run.STATE else 6)
-    assert load_student(tmp_path / "full" / run.BEST, host.denoiser)[0]
+    assert kit.saved(tmp_path / "full")["update"] == (4 if name == training.STATE else 6)
+    assert load_student(tmp_path / "full" / training.BEST, host.denoiser)[0]
     assert not list((tmp_path / "full").glob("*.part"))
     kit.go(host, settings, tmp_path / "full", score=lambda s, t: 1.0)
-    assert kit.same(kit.tensors(tmp_path / "full" / run.BEST), kit.tensors(tmp_path / "whole" / run.BEST))
+    assert kit.same(kit.tensors(tmp_path / "full" / training.BEST), kit.tensors(tmp_path / "whole" / training.BEST))
     assert kit.updates(tmp_path / "full") == list(range(1, 9))
 
 
@@ -126,7 +126,7 @@ def test_a_student_that_could_not_be_written_is_not_the_best(kit, host, tmp_path
     settings = kit.config(updates=6, evaluate_every=2)
     scores = iter([3.0, 1.0])
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full_disk(run.BEST, 1))
+        patch.setattr(Path, "write_bytes", full_disk(training.BEST, 1))
         with pytest.raises(OSError, match="No space left on device"):
             kit.go(host, settings, tmp_path, score=lambda s, t: next(scores))
     *_, finished = kit.go(host, settings, tmp_path, score=lambda s, t: 2.0)
@@ -149,14 +149,14 @@ def test_a_loss_that_is_no_number_leaves_the_last_good_student_and_state(
         patch.setattr(losses, "regression", broken)
         with pytest.raises(Diverged, match=r"update 5: regression is not finite. Lower lr .*student.safetensors"):
             kit.go(host, settings, tmp_path / "nan")
-    student, card, _ = load_student(tmp_path / "nan" / run.BEST, host.denoiser)
+    student, card, _ = load_student(tmp_path / "nan" / training.BEST, host.denoiser)
     assert card.training["updates"] == 4
     assert all(p.isfinite().all() for p in student.trained.parameters())
     student.release()
     assert kit.saved(tmp_path / "nan")["update"] == 3
     # What made it diverge being gone, the run goes on from there.
     kit.go(host, settings, tmp_path / "nan")
-    assert kit.same(kit.tensors(tmp_path / "nan" / run.BEST), kit.tensors(tmp_path / "whole" / run.BEST))
+    assert kit.same(kit.tensors(tmp_path / "nan" / training.BEST), kit.tensors(tmp_path / "whole" / training.BEST))
 
 
 def test_an_error_before_the_first_update_leaves_no_hook(kit, host, tmp_path):
@@ -200,8 +200,7 @@ def test_out_of_memory_while_pairs_are_made_is_told_too(kit, host, tmp_path, num
 
 def test_what_was_trained_is_free_once_out_of_memory_is_told(kit, host, tmp_path, monkeypatch):
     made, create = [], start.create
-    for module in (start, run):
-        monkeypatch.setattr(module, "create", lambda *args: made.append(create(*args)) or made[-1])
+    monkeypatch.setattr(start, "create", lambda *args: made.append(create(*args)) or made[-1])
     handle = kit.fail_at(host, 20, torch.cuda.OutOfMemoryError)
     gc.disable()  # a front end empties the device's cache at once
     try:
@@ -209,7 +208,7 @@ def test_what_was_trained_is_free_once_out_of_memory_is_told(kit, host, tmp_path
             kit.go(host, kit.config(updates=9), tmp_path)
         alive = [weakref.ref(s) for s in made] + [weakref.ref(s.lora) for s in made]
         made.clear()
-        assert len(alive) == 4 and [ref() for ref in alive] == [None] * 4
+        assert len(alive) == 2 and [ref() for ref in alive] == [None] * 2
     finally:
         gc.enable()
         handle.remove()

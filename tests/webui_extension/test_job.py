@@ -11,7 +11,7 @@ from turbodistill.page import job, pictures, runs
 from turbodistill.page.request import Request
 from turbodistill.trainer.config import Config, ConfigError
 from turbodistill.trainer.data.files import DataError
-from turbodistill.trainer.run import run
+from turbodistill.trainer.run.training import BEST
 
 PATIENCE = 60
 
@@ -47,7 +47,7 @@ def test_a_student_lands_in_the_lora_folder(toy, backend):
     told = go(toy, backend)
     assert (told["state"], told["error"], told["done"], told["total"]) == ("done", "", 4, 4)
     path = backend.students_folder() / "my-turbo.safetensors"
-    assert path.read_bytes() == (backend.runs_folder() / "my-turbo" / run.BEST).read_bytes()
+    assert path.read_bytes() == (backend.runs_folder() / "my-turbo" / BEST).read_bytes()
     assert backend.told == [path] and "<lora:my-turbo:1>" in told["result"]
     assert read_card(path).base_hash == backend.before[0]
     assert toy.kit.same(toy.kit.weights(backend.host.denoiser.backbone), backend.before[1])
@@ -109,7 +109,7 @@ def test_choices_in_prompts_are_drawn(toy, backend, tmp_path):
 def test_a_full_copy_stays_in_its_run(toy, backend):
     told = go(toy, backend, settings={"rank": 0})
     assert told["state"] == "done" and not backend.students_folder().exists() and backend.told == []
-    assert str(backend.runs_folder() / "my-turbo" / run.BEST) in told["result"]
+    assert str(backend.runs_folder() / "my-turbo" / BEST) in told["result"]
 
 
 def test_a_lora_of_somebody_else_is_never_written_over(toy, backend):
@@ -275,7 +275,7 @@ def test_an_unwritable_folder_is_told_and_the_next_one_works(toy, backend):
 def test_a_student_that_cannot_be_put_there_is_kept(toy, backend):
     backend.students_folder().write_text("a file where the folder should be")
     told = go(toy, backend)
-    kept = backend.runs_folder() / "my-turbo" / run.BEST
+    kept = backend.runs_folder() / "my-turbo" / BEST
     assert told["state"] == "failed" and told["error"].endswith(f"the student is kept: {kept}") and kept.exists()
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import torch
 
-from ...core.card import read_student
+from ...core.card import read_card, read_student
 from ...core.features import Features, TeacherFeatures, VisionFeatures
 from ...core.gradient_checkpointing import blocks
+from ...core.lora import matching_layers
 from ...core.student import Student, load_weights
 from ..config import Config, ConfigError
 from ..data.samples import Samples
@@ -18,26 +18,44 @@ from .pixel_backbone import load_vision
 from .state import State, tap_names
 
 
-def create(host: Host, config: Config) -> Student:
-    """A fresh student, the same for the same seed; raises ConfigError for targets or blocks this model lacks."""
+def check(host: Host, config: Config) -> None:
+    """Raise ConfigError for targets, blocks or an `init_student` that do not fit this model; nothing is made for it."""
     try:
         if config.gradient_checkpointing:
             blocks(host.denoiser.backbone)
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            student = Student(
-                host.denoiser,
-                config.rank,
-                config.alpha or None,
-                config.targets,
-                config.prediction,
-                config.start_timestep,
-            )
+        if config.rank:
+            matching_layers(host.denoiser.backbone, config.targets)
     except (ValueError, re.error) as error:
         raise ConfigError(str(error)) from None
+    if not config.init_student:
+        return
+    denoiser = host.denoiser
+    prediction = denoiser.prediction if config.prediction == "inherit" else config.prediction
+    start = denoiser.schedule.timesteps - 1 if config.start_timestep is None else config.start_timestep
+    wanted = (host.base_hash, prediction, start, config.rank)
+    try:
+        card = read_card(config.init_student)
+    except ValueError as error:
+        raise ConfigError(f"init_student: {error}") from None
+    found = (card.base_hash, card.prediction, card.timesteps[0], card.rank)
+    if found != wanted:
+        raise ConfigError(
+            f"init_student: {config.init_student} has base model, prediction, start timestep and rank {found}, this "
+            f"training {wanted}: use the same settings, or start from the teacher"
+        )
+
+
+def create(host: Host, config: Config) -> Student:
+    """A fresh student, the same for the same seed; raises ConfigError as `check`, and for weights that do not fit."""
+    check(host, config)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        student = Student(
+            host.denoiser, config.rank, config.alpha or None, config.targets, config.prediction, config.start_timestep
+        )
     if config.init_student:
         try:
-            _go_on_from(Path(config.init_student), host, student)
+            load_weights(student, student.trained, read_student(config.init_student)[0])
         except ValueError as error:
             student.release()
             raise ConfigError(f"init_student: {error}") from None
@@ -73,16 +91,3 @@ def begin(host: Host, config: Config, sample: Samples, seen: Features | None = N
     except BaseException:
         student.release()
         raise
-
-
-def _go_on_from(path: Path, host: Host, student: Student) -> None:
-    """Fill a fresh student from another's file; raises ValueError if that is no student of this kind and model."""
-    tensors, card = read_student(path)
-    found = (card.base_hash, card.prediction, card.timesteps[0], card.rank)
-    wanted = (host.base_hash, student.prediction, student.start_timestep, student.lora.rank if student.lora else 0)
-    if found != wanted:
-        raise ValueError(
-            f"{path} has base model, prediction, start timestep and rank {found}, this training {wanted}: use the "
-            "same settings, or start from the teacher"
-        )
-    load_weights(student, student.trained, tensors)

@@ -1,58 +1,33 @@
-"""What every front end shares: pairs, training, checkpoints, previews, the choice of the best student.
+"""What every front end shares: a whole run, from the teacher pairs to the best student.
 
 `run(...)` yields events; the command line, the node and the tab each show them in their own way.
 """
 
 from __future__ import annotations
 
-import io
-import logging
 import random
 import re
-from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ...core.card import read_student
-from ...core.student import load_weights
 from ..config import Config, ConfigError
 from ..data.files import write_whole
 from ..data.images import cache_images, load_images, read_image_folder
 from ..data.pairs import load_pairs, make_pairs, pairs_key, pairs_size
 from ..data.samples import Samples
 from ..host import Host
-from ..loop import health
-from ..loop.distill import Diverged, distill
-from ..loop.precision import autocast
-from ..loop.start import begin, create, features
-from ..loop.state import State
-from .events import Begun, Control, Event, Finished, PairsMade, Preview, Selected, Warned
-from .history import History
+from ..loop.start import begin, check, features
+from .events import Control, Event, PairsMade
 from .memory import Memory, OutOfMemory, advice, is_out_of_memory, measure_memory
 from .scores import Score, latent_score
-from .student_file import write_student
+from .training import PREVIEWS, Training
 
-log = logging.getLogger(__name__)
-STATE, HISTORY, BEST = "state.pt", "history.csv", "student.safetensors"
 HELD_OUT = 96  # pairs, at most, that are kept from training to choose the best student by
 FEWEST = 4  # of them, with which every score works
-PREVIEWS = 8
-
-
-def student_pictures(state: State, pairs: Samples, rows: Tensor, steps: int = 1) -> Tensor:
-    """Latents (N, C, H, W), float32 on the CPU, that the averaged student makes from these pairs' noise."""
-    device = state.student.device
-    parts = []
-    with state.averaged(), state.student.merged(), autocast(state.config, device):
-        for chunk in rows.split(state.config.batch_size):
-            cond = pairs.cond.rows(chunk).to(device)
-            parts.append(state.student.generate(pairs.noise(chunk).to(device), cond, steps).float().cpu())
-    return torch.cat(parts)
 
 
 def split(pairs: Samples) -> tuple[Tensor, Tensor]:
@@ -79,31 +54,6 @@ def check_name(name: str) -> str:
     if not re.fullmatch(r"[^\s./\\<>:\"|?*][^/\\<>:\"|?*]*", name) or name.endswith((".", " ")):
         raise ConfigError(f"name is {name!r}: give one that can be a folder's, such as my-turbo")
     return name
-
-
-def save_state(state: State, folder: Path) -> None:
-    buffer = io.BytesIO()
-    torch.save(state.state_dict(), buffer)
-    write_whole(folder / STATE, buffer.getvalue())
-
-
-def resume(state: State, folder: Path) -> bool:
-    """Load the folder's last state, if it has one; raises ConfigError if it was made with other settings."""
-    path = folder / STATE
-    if not path.exists():
-        return False
-    try:
-        saved = torch.serialization.load(path, weights_only=True, map_location=state.student.device)
-    except Exception as error:
-        raise ConfigError(f"{path} cannot be read ({error}): delete it to begin anew; the teacher pairs stay") from None
-    now = state.extra.get("data")
-    state.load_state_dict(saved)
-    before = state.extra.setdefault("data", now)
-    if before != now:
-        raise ConfigError(
-            f"{folder} holds a training of another model, or with other prompts or pairs: give this one another name"
-        )
-    return True
 
 
 def estimate(host: Host, config: Config, prompts: Sequence[str]) -> Memory:
@@ -171,9 +121,8 @@ def _run(
     _writable(folder)
     pairs_folder = Path(pairs_folder or folder / "pairs")
     total = 0 if images is None else len(read_image_folder(images))
-    seen = features(host, config)  # a setting that does not fit this model is told before hours of pairs
-    if config.rank:
-        create(host, config).release()
+    seen = features(host, config)  # a setting that does not fit this model is reported before hours of pairs
+    check(host, config)
     for done, newest in make_pairs(host, config, prompts, pairs_folder):
         yield PairsMade(done, config.pairs, "teacher pairs", newest)
     pairs = load_pairs(pairs_folder, config.pairs)
@@ -189,91 +138,9 @@ def _run(
     state = begin(host, config, pairs, seen)
     state.extra["data"] = pairs_key(host, config, prompts)
     try:
-        yield from _train(host, state, folder, train, held, reals, score, control)
+        yield from Training(host, state, folder, train, held, reals, score, control).events()
     finally:
         state.release()
-
-
-def _train(
-    host: Host,
-    state: State,
-    folder: Path,
-    train: Samples,
-    held: Samples,
-    reals: Samples | None,
-    score: Score,
-    control: Control,
-) -> Iterator[Event]:
-    config = state.config
-    if resume(state, folder):
-        log.info("going on from update %d", state.update)
-    uncond = host.encode_text([""])
-    yield Begun(state.update, measure_memory(state, train))
-    history = History(folder / HISTORY, state.update)
-    recent: deque[health.Health] = deque(maxlen=100)
-    shown = torch.arange(min(PREVIEWS, len(held)))
-    saved = True
-
-    def preview() -> Preview:
-        pictures = student_pictures(state, held, shown)
-        seeds = [] if held.seeds is None else held.seeds[shown].tolist()
-        return Preview(state.update, pictures, held.latents[shown], [held.prompts[i] for i in shown], seeds)
-
-    def select() -> Selected:
-        value = score(student_pictures(state, held, torch.arange(len(held))), held.latents[:])
-        state.extra["measured"] = state.update
-        best = value <= state.extra.get("best", float("inf"))
-        if best:
-            write_student(host, state, folder / BEST, {"score on held-out prompts": round(value, 4)})
-            state.extra["best"] = value  # now that it is kept
-        return Selected(state.update, value, best)
-
-    if state.update == 0:
-        yield preview()
-    due = config.evaluate_every and state.update and state.update % config.evaluate_every == 0
-    if due and state.update < config.updates and state.extra.get("measured") != state.update:
-        yield select()  # it was broken off just before
-    try:
-        with closing(distill(state, train, uncond, reals)) as steps:
-            for step in steps:
-                saved = False
-                history.add(step)
-                if step.update > config.regression_updates:
-                    recent.append(step.health)
-                yield step
-                if config.evaluate_every and step.update % config.evaluate_every == 0:
-                    yield select()
-                if control.preview or (config.preview_every and step.update % config.preview_every == 0):
-                    control.preview = False
-                    yield preview()
-                if step.update % config.save_every == 0:
-                    save_state(state, folder)
-                    saved = True
-                if step.update % 100 == 0 and recent:
-                    for text in health.warnings(health.average(recent), config.adversarial_weight > 0):
-                        yield Warned(step.update, text)
-                if control.stop:
-                    break
-    except Diverged as error:
-        if not (folder / BEST).exists():
-            write_student(host, state, folder / BEST, {})
-        raise Diverged(f"{error}: {folder / BEST}") from None
-    except BaseException:  # closed, cancelled or failed: nothing of it is lost, unless in the middle of an update
-        if not saved and state.whole:
-            save_state(state, folder)
-        raise
-    if not saved:
-        save_state(state, folder)
-    if config.evaluate_every and state.update % config.evaluate_every:
-        last = select()
-        save_state(state, folder)  # with the best score, or a longer run would begin to choose anew
-        yield last
-    if not config.evaluate_every or not (folder / BEST).exists():
-        write_student(host, state, folder / BEST, {})
-    tensors, card = read_student(folder / BEST)
-    load_weights(state.student, state.average, tensors)  # the last preview is of what is kept
-    yield preview()
-    yield Finished(folder / BEST, card, state.extra.get("best"))
 
 
 def _writable(folder: Path) -> None:

@@ -10,7 +10,7 @@ from . import history
 from .events import Begun, Event, PairsMade
 from .memory import OutOfMemory, advice, is_out_of_memory
 from .monitor import Monitor
-from .run import HISTORY
+from .training import HISTORY
 
 PICTURES_EVERY = 5.0  # seconds between looks at the pairs that are made
 PLAIN = (ValueError, OSError, Diverged, OutOfMemory)  # their messages say what to do

@@ -30,7 +30,7 @@ def make_card(host: Host, state: State, metrics: dict[str, Any]) -> StudentCard:
         alpha=student.lora.alpha if student.lora is not None else 0.0,
         targets=config.targets,
         method=_method(config),
-        training={"updates": state.update, "minutes": round(state.spent / 60, 1), **_told(config)},
+        training={"updates": state.update, "minutes": round(state.spent / 60, 1), **_settings(config)},
         metrics=metrics,
     )
 
@@ -45,7 +45,7 @@ def _method(config: Config) -> str:
     return ", ".join(names) or "regression to the teacher's pictures"
 
 
-def _told(config: Config) -> dict[str, Any]:
+def _settings(config: Config) -> dict[str, Any]:
     """The settings that a reader of the card asks for."""
     names = (
         "pairs",

@@ -1,0 +1,186 @@
+"""The training of a run: previews, the choice of the best student, saved states, and the end."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections import deque
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...core.card import read_student
+from ...core.student import load_weights
+from ..config import ConfigError
+from ..data.files import write_whole
+from ..data.samples import Samples
+from ..host import Host
+from ..loop import health
+from ..loop.distill import Diverged, Step, distill
+from ..loop.precision import autocast
+from ..loop.state import State
+from .events import Begun, Control, Event, Finished, Preview, Selected, Warned
+from .history import History
+from .memory import measure_memory
+from .scores import Score
+from .student_file import write_student
+
+log = logging.getLogger(__name__)
+STATE, HISTORY, BEST = "state.pt", "history.csv", "student.safetensors"
+PREVIEWS = 8
+
+
+def student_pictures(state: State, pairs: Samples, rows: Tensor, steps: int = 1) -> Tensor:
+    """Latents (N, C, H, W), float32 on the CPU, that the averaged student makes from these pairs' noise."""
+    device = state.student.device
+    parts = []
+    with state.averaged(), state.student.merged(), autocast(state.config, device):
+        for chunk in rows.split(state.config.batch_size):
+            cond = pairs.cond.rows(chunk).to(device)
+            parts.append(state.student.generate(pairs.noise(chunk).to(device), cond, steps).float().cpu())
+    return torch.cat(parts)
+
+
+def save_state(state: State, folder: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save(state.state_dict(), buffer)
+    write_whole(folder / STATE, buffer.getvalue())
+
+
+def resume(state: State, folder: Path) -> bool:
+    """Load the folder's last state, if it has one; raises ConfigError if it was made with other settings."""
+    path = folder / STATE
+    if not path.exists():
+        return False
+    try:
+        saved = torch.serialization.load(path, weights_only=True, map_location=state.student.device)
+    except Exception as error:
+        raise ConfigError(f"{path} cannot be read ({error}): delete it to begin anew; the teacher pairs stay") from None
+    now = state.extra.get("data")
+    state.load_state_dict(saved)
+    before = state.extra.setdefault("data", now)
+    if before != now:
+        raise ConfigError(
+            f"{folder} holds a training of another model, or with other prompts or pairs: give this one another name"
+        )
+    return True
+
+
+@dataclass
+class Training:
+    """A state with the data that it trains on, in a run's folder; `held` chooses the best student."""
+
+    host: Host
+    state: State
+    folder: Path
+    train: Samples
+    held: Samples
+    reals: Samples | None
+    score: Score
+    control: Control
+    saved: bool = True  # whether the folder has the state as it is now
+    recent: deque[health.Health] = field(default_factory=lambda: deque(maxlen=100))
+
+    @property
+    def best(self) -> Path:
+        """The best student's file."""
+        return self.folder / BEST
+
+    def events(self) -> Iterator[Event]:
+        """Train to the end, from the folder's last state if it has one; raises as `run`."""
+        state, config = self.state, self.state.config
+        if resume(state, self.folder):
+            log.info("going on from update %d", state.update)
+        uncond = self.host.encode_text([""])
+        yield Begun(state.update, measure_memory(state, self.train))
+        history = History(self.folder / HISTORY, state.update)
+        if state.update == 0:
+            yield self.preview()
+        elif self._evaluates() and state.update < config.updates and state.extra.get("measured") != state.update:
+            yield self.select()  # it was broken off just before
+        try:
+            with closing(distill(state, self.train, uncond, self.reals)) as steps:
+                for step in steps:
+                    self.saved = False
+                    history.add(step)
+                    yield from self._after(step)
+                    if self.control.stop:
+                        break
+        except Diverged as error:
+            if not self.best.exists():
+                self.write({})
+            raise Diverged(f"{error}: {self.best}") from None
+        except BaseException:  # closed, cancelled or failed: nothing of it is lost, unless in the middle of an update
+            if not self.saved and state.whole:
+                self.save()
+            raise
+        yield from self._end()
+
+    def _after(self, step: Step) -> Iterator[Event]:
+        """What follows an update."""
+        config = self.state.config
+        if step.update > config.regression_updates:
+            self.recent.append(step.health)
+        yield step
+        if self._evaluates():
+            yield self.select()
+        if self.control.preview or (config.preview_every and step.update % config.preview_every == 0):
+            self.control.preview = False
+            yield self.preview()
+        if step.update % config.save_every == 0:
+            self.save()
+        if step.update % 100 == 0 and self.recent:
+            for text in health.warnings(health.average(self.recent), config.adversarial_weight > 0):
+                yield Warned(step.update, text)
+
+    def _end(self) -> Iterator[Event]:
+        """Save, choose the best student, and show it."""
+        state, config = self.state, self.state.config
+        if not self.saved:
+            self.save()
+        if config.evaluate_every and not self._evaluates():
+            last = self.select()
+            self.save()  # with the best score, or a longer run would begin to choose anew
+            yield last
+        if not config.evaluate_every or not self.best.exists():
+            self.write({})
+        tensors, card = read_student(self.best)
+        load_weights(state.student, state.average, tensors)  # the last preview is of what is kept
+        yield self.preview()
+        yield Finished(self.best, card, state.extra.get("best"))
+
+    def _evaluates(self) -> bool:
+        """Whether the held-out pairs are measured at this update."""
+        every = self.state.config.evaluate_every
+        return bool(every) and self.state.update % every == 0
+
+    def preview(self) -> Preview:
+        """The student's pictures of the first held-out pairs, beside the teacher's."""
+        held, rows = self.held, torch.arange(min(PREVIEWS, len(self.held)))
+        pictures = student_pictures(self.state, held, rows)
+        seeds = [] if held.seeds is None else held.seeds[rows].tolist()
+        return Preview(self.state.update, pictures, held.latents[rows], [held.prompts[i] for i in rows], seeds)
+
+    def select(self) -> Selected:
+        """Measure the student on the held-out pairs, and keep it if it is the best so far."""
+        state, held = self.state, self.held
+        value = self.score(student_pictures(state, held, torch.arange(len(held))), held.latents[:])
+        state.extra["measured"] = state.update
+        best = value <= state.extra.get("best", float("inf"))
+        if best:
+            self.write({"score on held-out prompts": round(value, 4)})
+            state.extra["best"] = value  # now that it is kept
+        return Selected(state.update, value, best)
+
+    def save(self) -> None:
+        """Save the state, from which the run goes on."""
+        save_state(self.state, self.folder)
+        self.saved = True
+
+    def write(self, metrics: dict[str, float]) -> None:
+        """Write the student as the best one."""
+        write_student(self.host, self.state, self.best, metrics)
