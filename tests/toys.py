@@ -76,6 +76,25 @@ class BlockBackbone(nn.Module):
         return x + 0.2 * self.conv_out(h)
 
 
+class PlainBackbone(nn.Module):
+    """Its input plus a small change by convolutions that gradient checkpointing does not know."""
+
+    def __init__(self, width: int = 12, text: int = TEXT):
+        super().__init__()
+        self.conv_in = Conv2d(CHANNELS, width, 3, padding=1)
+        self.blocks = nn.ModuleList(Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.text = Linear(text, width)
+        self.time = Linear(1, width)
+        self.conv_out = Conv2d(width, CHANNELS, 3, padding=1)
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        added = self.text(context.mean(1)) + self.time(time[:, None])
+        h = self.conv_in(x) + added[:, :, None, None]
+        for block in self.blocks:
+            h = h + torch.tanh(block(h))
+        return x + 0.2 * self.conv_out(h)
+
+
 def conv(prediction: str = "eps", seed: int = 0, backbone: type[nn.Module] = ConvBackbone) -> Toy:
     """A toy teacher of pictures (B, 4, 8, 8)."""
     with torch.random.fork_rng():
@@ -122,18 +141,19 @@ def nudge(lora: nn.Module, scale: float = 0.1) -> None:
             branch.up.normal_(std=scale)
 
 
-def small_unet(text: int = TEXT):
+def small_unet(text: int = TEXT, attention: bool = True):
     """A diffusers UNet of four blocks' kinds, with seeded weights."""
     from diffusers import UNet2DConditionModel
 
+    cross = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D") if attention else ("DownBlock2D", "UpBlock2D")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return UNet2DConditionModel(
             sample_size=SIZE,
             in_channels=CHANNELS,
             out_channels=CHANNELS,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            down_block_types=(cross[0], "DownBlock2D"),
+            up_block_types=("UpBlock2D", cross[1]),
             block_out_channels=(8, 16),
             layers_per_block=2,
             cross_attention_dim=text,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from turbodistill.trainer.data.files import write_whole
 from turbodistill.trainer.loop import start
-from turbodistill.trainer.run import run, student_file, training
+from turbodistill.trainer.run import student_file, training
 from turbodistill.trainer.run.memory import OutOfMemory
 
 RUN = "/turbodistill/runs/3"

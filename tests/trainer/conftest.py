@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import Conv2d, Linear
 from turbodistill.core.card import fingerprint
 from turbodistill.core.denoiser import Cond, Denoiser
-from turbodistill.core.schedule import DiscreteSchedule, expand
+from turbodistill.core.schedule import DiscreteSchedule
 from turbodistill.core.student import Student
 from turbodistill.trainer.config import Config
 from turbodistill.trainer.data.pairs import load_pairs, make_pairs
@@ -27,43 +28,9 @@ TOKENS, STATES, SIDE = 5, 16, 8
 WORDS = ("fox", "owl", "elk", "ant", "bee", "cod", "emu", "yak", "rat", "hen", "pig", "ram")
 
 
-class ConvNet(nn.Module):
-    """Its input plus a small learned change, so that as eps it is near the answer and x0 stays bounded."""
-
-    def __init__(self, width: int = 12):
-        super().__init__()
-        self.conv_in = Conv2d(4, width, 3, padding=1)
-        self.blocks = nn.ModuleList(Conv2d(width, width, 3, padding=1) for _ in range(2))
-        self.text = Linear(STATES, width)
-        self.time = Linear(1, width)
-        self.conv_out = Conv2d(width, 4, 3, padding=1)
-
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        added = self.text(context.mean(1)) + self.time(time[:, None])
-        h = self.conv_in(x) + added[:, :, None, None]
-        for block in self.blocks:
-            h = h + torch.tanh(block(h))
-        return x + 0.2 * self.conv_out(h)
-
-
-class ConvDenoiser(Denoiser):
-    prediction = "eps"
-
-    def __init__(self, backbone: nn.Module):
-        self.backbone, self.schedule = backbone, DiscreteSchedule()
-
-    def output(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        time = self.schedule.timestep(sigma) / self.schedule.timesteps
-        return self.backbone(expand(self.schedule.alpha_sigma(sigma)[0], x) * x, time, cond.context)
-
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        return self.schedule.to_x0("eps", x, self.output(x, sigma, cond), sigma)
-
-
-class UNetDenoiser(ConvDenoiser):
-    def output(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        alpha = expand(self.schedule.alpha_sigma(sigma)[0], x)
-        return self.backbone(alpha * x, self.schedule.timestep(sigma), cond.context).sample
+_spec = importlib.util.spec_from_file_location("turbodistill_trainer_toys", Path(__file__).parents[1] / "toys.py")
+toys = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(toys)
 
 
 class ToyHost:
@@ -98,30 +65,15 @@ def _seeded(seed: int) -> torch.Generator:
 def conv_host(seed: int = 0) -> ToyHost:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return ToyHost(ConvDenoiser(ConvNet().eval()))
+        return ToyHost(toys.Toy(toys.PlainBackbone(text=STATES).eval(), DiscreteSchedule(), "eps"))
 
 
-def small_unet(attention: bool = True):
-    """An untrained diffusers UNet for latents of 4 x 8 x 8."""
-    from diffusers import UNet2DConditionModel
-
-    cross = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D") if attention else ("DownBlock2D", "UpBlock2D")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return UNet2DConditionModel(
-            sample_size=SIDE,
-            down_block_types=("DownBlock2D", cross[0]),
-            up_block_types=(cross[1], "UpBlock2D"),
-            block_out_channels=(32, 32),
-            layers_per_block=1,
-            cross_attention_dim=STATES,
-            attention_head_dim=8,
-            norm_num_groups=8,
-        ).eval()
+def unet_denoiser(attention: bool = True) -> Denoiser:
+    return toys.UNetDenoiser(toys.small_unet(STATES, attention), DiscreteSchedule(), "eps")
 
 
 def unet_host() -> ToyHost:
-    return ToyHost(UNetDenoiser(small_unet()))
+    return ToyHost(unet_denoiser())
 
 
 def config(**changes) -> Config:
@@ -237,7 +189,7 @@ def pipeline_folder(tmp_path_factory):
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("models") / "tiny-sd"
     StableDiffusionPipeline(
-        vae, CLIPTextModel(text), tokenizer, small_unet(), scheduler, None, None, requires_safety_checker=False
+        vae, CLIPTextModel(text), tokenizer, toys.small_unet(STATES), scheduler, None, None, requires_safety_checker=False
     ).save_pretrained(folder)
     return folder
 

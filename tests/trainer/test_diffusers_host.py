@@ -142,7 +142,7 @@ def test_a_lora_for_attention_does_not_fit_a_unet_without(kit, tiny, tmp_path):
     from turbodistill.core.card import CardError
 
     *_, finished = kit.go(tiny, kit.config(taps="", targets="transformer"), tmp_path)
-    bare = kit.UNetDenoiser(kit.small_unet(attention=False))
+    bare = kit.unet_denoiser(attention=False)
     with pytest.raises((CardError, ValueError), match="match"):
         load_student(finished.path, bare)
     assert not any(m._forward_hooks for m in bare.backbone.modules())
