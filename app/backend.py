@@ -63,6 +63,9 @@ class EmbeddedBackend:
             sized.latent_shape = (self.host.latent_shape[0], height // factor, width // factor)
             yield sized
 
+    def readable_folders(self) -> None:
+        return None  # `turbodistill ui` listens to its own machine alone
+
     def free_memory(self) -> int | None:
         device = self.host.denoiser.device
         return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None

@@ -10,6 +10,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..core.card import StudentCard, read_card, read_student
+from ..trainer.checks import check_name
 from ..trainer.config import ADVANCED, OF_DISTILL, Config
 from ..trainer.data.files import DataError, write_whole
 from ..trainer.data.pairs import pairs_key
@@ -60,7 +61,7 @@ class AdvancedSettings(io.ComfyNode):
 
 def run_folder(name: str) -> Path:
     """Where a run of this name lies; raises ConfigError for a name that is no folder's."""
-    return host_page.output_folder() / "runs" / run.check_name(name)
+    return host_page.output_folder() / "runs" / check_name(name)
 
 
 class Distill(io.ComfyNode):

@@ -7,6 +7,7 @@ import json
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import fastapi
 from fastapi.responses import JSONResponse
@@ -21,6 +22,7 @@ from .request import Request
 
 ROOT = "/turbodistill/v1"
 PICTURES = ("newest", "all", "none")
+LONGEST = 16 << 20  # bytes of a request
 PATIENCE = 600.0  # seconds that an estimate may take
 # The status of an answer, by what went wrong.
 STATUS: tuple[tuple[type[Exception], int], ...] = (
@@ -36,6 +38,7 @@ STATUS: tuple[tuple[type[Exception], int], ...] = (
 def add_routes(app: fastapi.FastAPI, backend: Backend, dependencies: Sequence[Any] = ()) -> None:
     """Open the routes on the host's own server; `dependencies` are its authentication, as FastAPI's."""
     routes = Routes(backend)
+    guards = [fastapi.Depends(same_origin), *dependencies]
     for method, path, answer in (
         ("POST", "distill", routes.distill),
         ("POST", "estimate", routes.estimate),
@@ -47,7 +50,7 @@ def add_routes(app: fastapi.FastAPI, backend: Backend, dependencies: Sequence[An
         ("GET", "runs", routes.runs),
         ("GET", "settings", routes.settings),
     ):
-        app.add_api_route(f"{ROOT}/{path}", _handler(answer), methods=[method], dependencies=list(dependencies))
+        app.add_api_route(f"{ROOT}/{path}", _handler(answer), methods=[method], dependencies=guards)
 
 
 def _handler(answer: Callable[[fastapi.Request], Awaitable[dict[str, Any]]]) -> Callable[..., Awaitable[JSONResponse]]:
@@ -61,6 +64,16 @@ def _handler(answer: Callable[[fastapi.Request], Awaitable[dict[str, Any]]]) -> 
             return JSONResponse({"error": str(error)}, status)
 
     return handle
+
+
+def same_origin(request: fastapi.Request) -> None:
+    """Refuse what another site's page asks for in the same browser, which says where it is from."""
+    origin = request.headers.get("origin")
+    ours = (request.headers.get("host"), request.headers.get("x-forwarded-host"))  # no page can set the latter
+    if origin and urlsplit(origin).netloc not in ours:
+        raise fastapi.HTTPException(403, f"not from {origin}")
+    if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        raise fastapi.HTTPException(403, "not from another site")
 
 
 class Routes:
@@ -140,10 +153,17 @@ def schema(backend: Backend) -> list[dict[str, Any]]:
 
 async def _body(request: fastapi.Request) -> dict[str, Any]:
     """The JSON object of a request, {} for an empty one; raises ConfigError for anything else."""
-    text = await request.body()
+    text = b""
+    async for chunk in request.stream():
+        text += chunk
+        if len(text) > LONGEST:
+            raise ConfigError(f"the request is longer than {LONGEST >> 20} MB: name a file of prompts instead")
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if text and kind != "application/json":  # a form of another site can send anything else
+        raise fastapi.HTTPException(415, f"the request is {kind or 'of no type'}: send it as application/json")
     try:
         values = json.loads(text or b"{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"the request is no JSON: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError("the request is no JSON object: send {...}")

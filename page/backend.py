@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,6 +54,10 @@ class Backend(Protocol):
 
         Raises ValueError, in words, where no checkpoint is loaded or the size cannot be.
         """
+        ...
+
+    def readable_folders(self) -> Sequence[Path] | None:
+        """Below which files may be named; None, any, where nobody but the owner can reach the pages."""
         ...
 
     def free_memory(self) -> int | None:

@@ -20,6 +20,7 @@ from torch import nn
 
 from ..core.families import recognise
 from ..core.gradient_checkpointing import blocks
+from ..trainer.checks import check_inside, check_name, check_size
 from ..trainer.config import ConfigError
 from ..trainer.data.files import write_whole
 from ..trainer.data.images import check_pictures, read_image_folder
@@ -64,13 +65,16 @@ class Job:
         self.checkpoint = backend.checkpoint()
         if not self.checkpoint:
             raise ConfigError("no checkpoint is loaded: choose one first")
-        self.folder = backend.runs_folder() / run.check_name(request.name)
+        self.folder = backend.runs_folder() / check_name(request.name)
         if request.kind == "distill":
             runs.check_settings(self.folder, self.config)
-        self.prompts = generate(request.lines(backend.prompts()), self.config.pairs, self.config.seed)
-        if request.images:
-            check_pictures(read_image_folder(request.images))
         self.size = (request.width or backend.sizes[0], request.height or backend.sizes[1])
+        check_size(*self.size)
+        folders = backend.readable_folders()
+        if request.images:
+            check_pictures(read_image_folder(check_inside(request.images, folders)))
+        lines = request.lines(backend.prompts(), folders)
+        self.prompts = generate(lines, self.config.pairs, self.config.seed)
         self.begun = time.time()
         self.result = ""  # what came of it, in words
         self.memory: Memory | None = None

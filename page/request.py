@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..trainer.checks import check_inside, check_text_file, path_of
 from ..trainer.config import Config, ConfigError
 from ..trainer.data.files import DataError
 from ..trainer.data.images import read_image_folder
@@ -38,6 +39,8 @@ class Request:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f"kind is {self.kind!r}: use one of {', '.join(KINDS)}")
+        for name in ("prompt_file", "images"):
+            object.__setattr__(self, name, path_of(getattr(self, name)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Request:
@@ -55,17 +58,24 @@ class Request:
         config = Config.from_dict(dict(self.settings))
         return config.replace(positives="both") if self.images and config.positives == "teacher" else config
 
-    def lines(self, built_in: Mapping[str, Path]) -> list[str]:
-        """The prompts before any choice in them is drawn; raises DataError where there are none."""
+    def lines(self, built_in: Mapping[str, Path], folders: Sequence[Path] | None) -> list[str]:
+        """The prompts before any choice in them is drawn, from files in `folders` (None: any).
+
+        Raises DataError where there are none, or the file may not be read.
+        """
         if lines := prompt_lines(self.prompts):
             return lines
         if self.prompt_file:
-            return read_prompts(self.prompt_file)
+            return read_prompts(check_text_file(self.prompt_file, folders))
         if self.built_in:
             if self.built_in not in built_in:
                 raise DataError(f"there is no prompt list {self.built_in!r}: known are {', '.join(built_in)}")
             return read_prompts(built_in[self.built_in])
-        captions = dict.fromkeys(text for _, text in read_image_folder(self.images) if text) if self.images else ()
+        captions = (
+            dict.fromkeys(text for _, text in read_image_folder(check_inside(self.images, folders)) if text)
+            if self.images
+            else ()
+        )
         if not captions:
             raise DataError("there are no prompts: write some, one a line, or name a text file or a built-in list")
         return list(captions)

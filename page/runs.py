@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..core.card import CardError, read_card
+from ..trainer.checks import check_name
 from ..trainer.config import Config, ConfigError, check_resumable
 from ..trainer.data.files import write_whole
-from ..trainer.run.run import check_name
 from ..trainer.run.training import HISTORY, STATE
 from .request import Request
 

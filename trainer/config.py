@@ -18,6 +18,11 @@ from ..core.losses import ADVERSARIAL, WEIGHTS
 from ..core.sampling import TEACHER_SAMPLERS
 from ..core.student import PREDICTIONS
 
+MOST_PAIRS = 1_000_000
+MOST_UPDATES = 10_000_000
+MOST_MINUTES = 100_000  # two months
+LARGEST = 4096  # pixels of a side
+
 
 class ConfigError(ValueError):
     """A setting that cannot be: the message names it, its value, and what would do."""
@@ -42,7 +47,7 @@ class Config:
         high=512,
     )
     alpha: float = option(
-        0.0, "LoRA alpha. 0 takes the rank, so that the LoRA is used at strength 1.", "student", low=0
+        0.0, "LoRA alpha. 0 takes the rank, so that the LoRA is used at strength 1.", "student", low=0, high=4096
     )
     targets: str = option(
         "all",
@@ -96,6 +101,7 @@ class Config:
         "Teacher pairs (noise and picture) made from the prompts. 500 to 10000; more is better and takes longer.",
         "data",
         low=4,
+        high=MOST_PAIRS,
     )
     pair_steps: int = option(16, "Sampling steps of the teacher for each pair. 8 to 30.", "data", low=1, high=1000)
     pair_sampler: str = option("dpmpp_2m", "Sampler of the teacher for the pairs.", "data", TEACHER_SAMPLERS)
@@ -115,23 +121,38 @@ class Config:
     real_share: float = option(0.5, "Share of your own pictures when positives is 'both'.", "data", low=0, high=1)
     # Training
     updates: int = option(
-        2000, "Student updates. 500 shows whether it works; 2000 to 10000 for a student to keep.", "training", low=1
+        2000,
+        "Student updates. 500 shows whether it works; 2000 to 10000 for a student to keep.",
+        "training",
+        low=1,
+        high=MOST_UPDATES,
     )
-    minutes: float = option(0.0, "Stop after this many minutes of training. 0 sets no limit.", "training", low=0)
+    minutes: float = option(
+        0.0, "Stop after this many minutes of training. 0 sets no limit.", "training", low=0, high=MOST_MINUTES
+    )
     batch_size: int = option(
-        16, "Samples per batch. Lower it when memory runs out, and raise gradient_accumulation.", "training", low=1
+        16,
+        "Samples per batch. Lower it when memory runs out, and raise gradient_accumulation.",
+        "training",
+        low=1,
+        high=1024,
     )
     gradient_accumulation: int = option(
-        1, "Batches per update. 4 batches of 4 train like one of 16, with the memory of 4.", "training", low=1
+        1,
+        "Batches per update. 4 batches of 4 train like one of 16, with the memory of 4.",
+        "training",
+        low=1,
+        high=1024,
     )
     lr: float = option(
-        2e-4, "Learning rate of the student. 1e-5 to 5e-4; a full copy needs about 1e-5.", "training", low=0
+        2e-4, "Learning rate of the student. 1e-5 to 5e-4; a full copy needs about 1e-5.", "training", low=0, high=1
     )
     lr_discriminator: float = option(
         5e-4,
         "Learning rate of the discriminator. Lower it when the discriminator's accuracy stays above 0.95.",
         "training",
         low=0,
+        high=1,
     )
     regression_updates: int = option(
         200,
@@ -139,12 +160,14 @@ class Config:
         "discriminator starts.",
         "training",
         low=0,
+        high=MOST_UPDATES,
     )
     discriminator_warmup: int = option(
         100,
         "Train the discriminator for this many of the last regression updates before its loss reaches the student.",
         "training",
         low=0,
+        high=MOST_UPDATES,
     )
     adversarial_ramp: int = option(
         200,
@@ -152,6 +175,7 @@ class Config:
         "pictures break when the discriminator starts.",
         "training",
         low=0,
+        high=MOST_UPDATES,
     )
     lr_decay: float = option(
         0.3,
@@ -168,7 +192,7 @@ class Config:
         high=16,
     )
     max_grad_norm: float = option(
-        1.0, "Largest gradient norm; larger gradients are scaled down. 0 never clips.", "training", low=0
+        1.0, "Largest gradient norm; larger gradients are scaled down. 0 never clips.", "training", low=0, high=1e6
     )
     ema_decay: float = option(
         0.995,
@@ -186,13 +210,17 @@ class Config:
     gradient_checkpointing: bool = option(
         False, "Recompute activations instead of storing them: much less memory, about a third slower.", "training"
     )
-    seed: int = option(0, "Seed of everything random.", "training", low=0)
+    seed: int = option(0, "Seed of everything random.", "training", low=0, high=2**32 - 1)
     # Losses
     adversarial: str = option(
         "hinge", "Adversarial loss. relativistic compares real and generated pictures in pairs.", "losses", ADVERSARIAL
     )
     adversarial_weight: float = option(
-        1.0, "Weight of the adversarial loss. 0 trains without a discriminator, which blurs.", "losses", low=0
+        1.0,
+        "Weight of the adversarial loss. 0 trains without a discriminator, which blurs.",
+        "losses",
+        low=0,
+        high=1000,
     )
     mismatch_weight: float = option(
         0.0,
@@ -200,6 +228,7 @@ class Config:
         "student ignores prompts.",
         "losses",
         low=0,
+        high=1000,
     )
     distillation: str = option(
         "exponential",
@@ -209,19 +238,29 @@ class Config:
         WEIGHTS,
     )
     distillation_weight: float = option(
-        0.0, "Weight of the distillation loss. ADD's paper uses 2.5; 0 leaves it out.", "losses", low=0
+        0.0, "Weight of the distillation loss. ADD's paper uses 2.5; 0 leaves it out.", "losses", low=0, high=1000
     )
-    distillation_guidance: float = option(4.0, "CFG scale of the teacher in the distillation loss.", "losses", low=1)
+    distillation_guidance: float = option(
+        4.0, "CFG scale of the teacher in the distillation loss.", "losses", low=1, high=30
+    )
     fake_score_rank: int = option(
         32, "Rank of the LoRA that learns the fake score (the student's own) for matching.", "losses", low=1, high=512
     )
-    lr_fake_score: float = option(5e-4, "Learning rate of the fake score.", "losses", low=0)
+    lr_fake_score: float = option(5e-4, "Learning rate of the fake score.", "losses", low=0, high=1)
     teacher_steps: int = option(1, "Teacher steps in the distillation loss. 1 to 4.", "losses", low=1, high=8)
     regression_weight: float = option(
-        1.0, "Weight of the regression to the teacher's pairs. It keeps pictures stable and varied.", "losses", low=0
+        1.0,
+        "Weight of the regression to the teacher's pairs. It keeps pictures stable and varied.",
+        "losses",
+        low=0,
+        high=1000,
     )
     feature_weight: float = option(
-        0.0, "Weight of matching the discriminator's features of the teacher's picture. Try 0.1 to 1.", "losses", low=0
+        0.0,
+        "Weight of matching the discriminator's features of the teacher's picture. Try 0.1 to 1.",
+        "losses",
+        low=0,
+        high=1000,
     )
     r1: str = option(
         "approximate",
@@ -234,8 +273,9 @@ class Config:
         "Weight of the gradient penalty. Raise it when the discriminator's accuracy stays above 0.95.",
         "losses",
         low=0,
+        high=1e6,
     )
-    r1_noise: float = option(0.1, "Size of the perturbation in the approximate penalty.", "losses", low=0)
+    r1_noise: float = option(0.1, "Size of the perturbation in the approximate penalty.", "losses", low=0, high=10)
     # Discriminator
     pixel_backbone: str = option(
         "",
@@ -248,6 +288,7 @@ class Config:
         "Longer side in pixels at which the pixel backbone sees pictures. 0 keeps their size.",
         "discriminator",
         low=0,
+        high=LARGEST,
     )
     taps: str = option(
         "", "Layers whose features the discriminator sees, separated by commas. Empty chooses them.", "discriminator"
@@ -257,18 +298,26 @@ class Config:
         0.0,
         "Mean of the logit-normal noise level at which the discriminator sees latents. Lower looks at finer detail.",
         "discriminator",
+        high=10,
+        low=-10,
     )
-    renoise_std: float = option(1.0, "Spread of that noise level.", "discriminator", low=0)
+    renoise_std: float = option(1.0, "Spread of that noise level.", "discriminator", low=0, high=10)
     condition_image: bool = option(
         False,
         "Also show the discriminator the clean picture the student started from, as in ADD. Only used above one step.",
         "discriminator",
     )
     # Output
-    preview_every: int = option(100, "Updates between previews. 0 makes none.", "output", low=0)
-    save_every: int = option(100, "Updates between saved states, from which a stopped run resumes.", "output", low=1)
+    preview_every: int = option(100, "Updates between previews. 0 makes none.", "output", low=0, high=MOST_UPDATES)
+    save_every: int = option(
+        100, "Updates between saved states, from which a stopped run resumes.", "output", low=1, high=MOST_UPDATES
+    )
     evaluate_every: int = option(
-        200, "Updates between evaluations, which choose the best student. 0 keeps the last one.", "output", low=0
+        200,
+        "Updates between evaluations, which choose the best student. 0 keeps the last one.",
+        "output",
+        low=0,
+        high=MOST_UPDATES,
     )
 
     def __post_init__(self) -> None:

@@ -11,13 +11,30 @@ from modules import paths, sd_models, shared
 from modules.call_queue import queue_lock
 
 lock = queue_lock  # held by whoever makes pictures: `with lock`
-FOLDER = "turbodistill_folder"  # our setting among the host's
+FOLDER = "turbodistill_folder"  # our settings among the host's
+READABLE = "turbodistill_readable_folders"
 
 
 def output_folder() -> Path:
     """Where what we write is kept: as the settings say, else beside the host's folders of pictures."""
     folder = getattr(shared.opts, FOLDER, "").strip()
     return Path(folder).expanduser() if folder else Path(paths.data_path) / "outputs" / "turbodistill"
+
+
+def listens_to_others() -> bool:
+    """Whether other computers can reach the WebUI."""
+    given = shared.cmd_opts
+    address = getattr(given, "server_name", None) or "127.0.0.1"
+    opened = (getattr(given, name, None) for name in ("listen", "share", "ngrok"))
+    return any(opened) or address not in ("127.0.0.1", "localhost", "::1")
+
+
+def readable_folders() -> list[Path] | None:
+    """Below which files may be named: any where only the owner can, else the WebUI's own and those of our setting."""
+    if not listens_to_others():
+        return None
+    listed = getattr(shared.opts, READABLE, "").split(";")
+    return [Path(paths.data_path), *(Path(folder.strip()).expanduser() for folder in listed if folder.strip())]
 
 
 def lora_folder() -> Path:

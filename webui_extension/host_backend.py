@@ -67,6 +67,9 @@ class HostBackend:
                 gc.collect()
                 devices.torch_gc()
 
+    def readable_folders(self) -> list[Path] | None:
+        return host.readable_folders()
+
     def free_memory(self) -> int | None:
         """Bytes of the device that nothing else than the model uses."""
         device = torch.device(devices.device)

@@ -33,6 +33,10 @@ def training_tab() -> list[tuple]:
 def add_settings() -> None:
     about = shared.OptionInfo("", "Folder of distillation runs", section=("turbodistill", "TurboDistill"))
     shared.opts.add_option(host.FOLDER, about.info("empty: turbodistill, in the folder of outputs"))
+    about = shared.OptionInfo("", "Folders with prompts and pictures", section=("turbodistill", "TurboDistill"))
+    shared.opts.add_option(
+        host.READABLE, about.info("with ; between them; needed where the WebUI listens to other computers")
+    )
 
 
 def open_routes(_page, app: fastapi.FastAPI) -> None:

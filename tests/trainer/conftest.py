@@ -189,7 +189,14 @@ def pipeline_folder(tmp_path_factory):
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("models") / "tiny-sd"
     StableDiffusionPipeline(
-        vae, CLIPTextModel(text), tokenizer, toys.small_unet(STATES), scheduler, None, None, requires_safety_checker=False
+        vae,
+        CLIPTextModel(text),
+        tokenizer,
+        toys.small_unet(STATES),
+        scheduler,
+        None,
+        None,
+        requires_safety_checker=False,
     ).save_pretrained(folder)
     return folder
 

@@ -97,6 +97,85 @@ def test_bad_requests_are_told_so(client, quick, body, told):
     assert answer.status_code == 400 and told in answer.json()["error"]
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://testserver:1"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+    ],
+)
+def test_another_site_s_page_can_do_nothing(client, quick, headers):
+    for method, path in (
+        ("POST", "distill"),
+        ("POST", "estimate"),
+        ("POST", "cancel"),
+        ("GET", "run"),
+        ("GET", "runs"),
+    ):
+        assert client.request(method, f"{ROOT}/{path}", json=quick, headers=headers).status_code == 403
+    assert job.current() is None
+
+
+def test_our_own_page_can(client):
+    for headers in (
+        {"Origin": "http://testserver"},
+        {"Origin": "https://my.proxy", "X-Forwarded-Host": "my.proxy"},
+        {"Sec-Fetch-Site": "same-origin"},
+    ):
+        assert client.get(f"{ROOT}/students", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
+def test_only_json_is_taken(client, quick, kind):
+    answer = client.post(f"{ROOT}/distill", content=json.dumps(quick), headers={"Content-Type": kind})
+    assert answer.status_code == 415 and job.current() is None
+
+
+@pytest.mark.parametrize("body", [b"[" * 200_000, b'{"a":' * 100_000, b'{"prompts": "' + b"a" * (16 << 20)])
+def test_too_deep_and_too_long_requests_are_refused(client, body):
+    answer = client.post(f"{ROOT}/distill", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400 and job.current() is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"width": 10**9}, {"height": -64}, {"width": 63}, {"settings": {"pairs": 10**12}}, {"settings": {"updates": 10**30}},
+        {"settings": {"rank": 10**9}}, {"settings": {"seed": 10**30}}, {"name": "a\nb"}, {"name": "CON"}, {"name": "a" * 300},
+    ],
+)  # fmt: skip
+def test_what_is_out_of_bounds_is_refused_before_anything_starts(client, quick, changes):
+    answer = client.post(f"{ROOT}/distill", json=quick | changes)
+    assert (answer.status_code == 400 and "give" in answer.json()["error"]) or "the most is" in answer.json()["error"]
+    assert job.current() is None
+
+
+def test_files_outside_of_the_allowed_folders_are_not_read(client, quick, backend, tmp_path):
+    allowed, secret = tmp_path / "allowed", tmp_path / "secret.txt"
+    allowed.mkdir()
+    secret.write_text("password")
+    (allowed / "prompts.txt").write_text("fox\nowl")
+    (allowed / "config.json").write_text("{}")
+    backend.readable = [allowed]
+    for field, path in (
+        ("prompt_file", secret),
+        ("prompt_file", "/etc/passwd"),
+        ("prompt_file", allowed / ".." / "secret.txt"),
+        ("prompt_file", allowed / "config.json"),
+        ("images", tmp_path),
+        ("images", "/"),
+    ):
+        answer = client.post(f"{ROOT}/distill", json=quick | {"prompts": "", field: str(path)})
+        assert answer.status_code == 400 and "password" not in answer.text and job.current() is None
+    begun = client.post(
+        f"{ROOT}/distill", json=quick | {"prompts": "", "prompt_file": f' "{allowed / "prompts.txt"}" '}
+    )
+    assert begun.status_code == 200
+
+
 def test_what_is_no_json_or_no_number_is_told_so(client, monkeypatch):
     answer = client.post(f"{ROOT}/distill", content=b"{", headers={"Content-Type": "application/json"})
     assert answer.status_code == 400 and "no JSON" in answer.json()["error"]

@@ -83,7 +83,7 @@ def test_the_api_works_on_the_embedded_model(client, folder):
     answer = client.post(f"{ROOT}/estimate", json=quick)
     assert answer.status_code == 200 and answer.json()["memory"]["weights"] > 1e6
     wrong = client.post(f"{ROOT}/estimate", json=quick | {"width": 63})
-    assert wrong.status_code == 400 and "63 x 64 pixels: give multiples of" in wrong.json()["error"]
+    assert wrong.status_code == 400 and "width is 63: give a multiple of 8" in wrong.json()["error"]
 
 
 @pytest.mark.parametrize("name", ["evil.example", "evil.example:7860"])

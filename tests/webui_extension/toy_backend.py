@@ -39,6 +39,7 @@ class ToyBackend:
 
     def __init__(self, folder: Path):
         self.folder, self.title = folder, "toy.safetensors"
+        self.readable = None
         self.host = kit.conv_host()
         self.lock = threading.Lock()
         self.gate = threading.Event()
@@ -65,6 +66,9 @@ class ToyBackend:
 
     def students_folder(self) -> Path:
         return self.folder / "Lora"
+
+    def readable_folders(self) -> list[Path] | None:
+        return self.readable
 
     def prompts(self) -> dict[str, Path]:
         path = self.folder / "words.txt"

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,13 +46,6 @@ def split(pairs: Samples) -> tuple[Tensor, Tensor]:
         rows = torch.arange(len(pairs))
         return rows, rows[:PREVIEWS]
     return (~mask).nonzero().flatten(), mask.nonzero().flatten()[:HELD_OUT]
-
-
-def check_name(name: str) -> str:
-    """The name of a run, which is its folder's; raises ConfigError for one that cannot be."""
-    if not re.fullmatch(r"[^\s./\\<>:\"|?*][^/\\<>:\"|?*]*", name) or name.endswith((".", " ")):
-        raise ConfigError(f"name is {name!r}: give one that can be a folder's, such as my-turbo")
-    return name
 
 
 def estimate(host: Host, config: Config, prompts: Sequence[str]) -> Memory:

@@ -1,0 +1,64 @@
+"""What front ends check before work starts: names of runs and students, sizes, and where paths may lead."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from .config import LARGEST, ConfigError
+from .data.files import DataError
+
+SMALLEST = 16  # pixels of a side
+LONGEST = 100  # letters of a name
+# What Windows takes for a device, whatever follows the first dot.
+DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])(\.|$)", re.IGNORECASE)
+TEXTS = (".txt", ".caption", ".prompts")
+
+
+def check_name(name: str) -> str:
+    """The name of a run or a student, which is a file's on any system; raises ConfigError for one that cannot be."""
+    usable = re.fullmatch(r"[^\s./\\<>:\"|?*\x00-\x1f\x7f][^/\\<>:\"|?*\x00-\x1f\x7f]*", name)
+    if not usable or name.endswith((".", " ")) or DEVICES.match(name) or not name.isprintable():
+        raise ConfigError(f"name is {name[:LONGEST]!r}: give one that can be a folder's, such as my-turbo")
+    if len(name.encode()) > LONGEST:
+        raise ConfigError(f"name is {name[:20]!r}..., {len(name)} letters: give at most {LONGEST}")
+    return name
+
+
+def check_size(width: int, height: int) -> None:
+    """Raise ConfigError for a size in pixels that no model here can make."""
+    for name, side in (("width", width), ("height", height)):
+        if not SMALLEST <= side <= LARGEST or side % 8:
+            raise ConfigError(f"{name} is {side}: give a multiple of 8 from {SMALLEST} to {LARGEST}")
+
+
+def path_of(text: str) -> str:
+    """A path as it was pasted, without the quotes and blanks around it."""
+    text = text.strip()
+    return text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
+
+
+def check_inside(path: str | Path, folders: Sequence[Path] | None) -> Path:
+    """The path, which must lie below one of the folders; None allows any.
+
+    By its words: a link inside a folder was put there by its owner and may lead anywhere, `..` may not. Raises
+    DataError.
+    """
+    given = Path(os.path.abspath(Path(path).expanduser()))
+    if folders is None or any(given.is_relative_to(os.path.abspath(folder)) for folder in folders):
+        return given
+    listed = ", ".join(map(str, folders)) or "none"
+    raise DataError(
+        f"{path} is outside the folders that this server may read ({listed}): it can be reached from other computers. "
+        "Move the files there, or let its owner add the folder in the settings"
+    )
+
+
+def check_text_file(path: str | Path, folders: Sequence[Path] | None) -> Path:
+    """The path of a file of prompts; where others reach the server, by its ending too. Raises DataError."""
+    given = check_inside(path, folders)
+    if folders is not None and given.suffix.lower() not in TEXTS:
+        raise DataError(f"{path} is no file of prompts ({', '.join(TEXTS)}): rename it if it is one")
+    return given
