@@ -156,11 +156,18 @@ def fingerprint(backbone: nn.Module | Mapping[str, Tensor]) -> str:
 def read_student(path: str | Path) -> tuple[dict[str, Tensor], StudentCard]:
     """A student file's tensors and card.
 
-    Raises CardError for a file that is missing, truncated, no safetensors (a pickle), or without a card.
+    Raises CardError for a file that is missing, truncated, no safetensors (a pickle), without a card, or with weights
+    that are no numbers.
     """
     with _opened(path) as file:
         card = StudentCard.from_metadata(file.metadata(), path)
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not iterable in safetensors 0.4.2
+        broken = [k for k, v in tensors.items() if not v.isfinite().all()]
+        if broken:
+            raise CardError(
+                f"{path} is of no use: {len(broken)} of its {len(tensors)} weights are no numbers (NaN or infinity), "
+                f"the first is {broken[0]}. Train it again with a lower learning rate, or get the file again"
+            )
         return {k: v.clone() for k, v in tensors.items()} if COPIES else tensors, card
 
 

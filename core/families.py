@@ -8,10 +8,11 @@ arXiv 2311.17042 (Turbo), 2402.13929 (Lightning), 2404.13686 (Hyper-SD), 2405.14
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -133,6 +134,19 @@ def of_card(card: StudentCard) -> SamplingRecipe:
 
 def by_file(path: str | Path, *hints: str) -> SamplingRecipe | None:
     """How a weight file is sampled: by a student's card in it, else as the family that a hint or its title names."""
-    with suppress(CardError):
-        return of_card(read_card(path))
-    return recognise(*hints, *titles(path))
+    found = by_files([(path, *hints)])
+    return found[1] if found else None
+
+
+def by_files(files: Sequence[Sequence[Any]]) -> tuple[int, SamplingRecipe] | None:
+    """Which of the files, each with hints, says how all of them together are sampled, and how; None where none does.
+
+    A student's card counts before every name: a style's LoRA may be called after lightning.
+    """
+    for i, (path, *_) in enumerate(files):
+        with suppress(CardError, OSError):
+            return i, of_card(read_card(path))
+    for i, (path, *hints) in enumerate(files):
+        if recipe := recognise(*hints, *titles(path)):
+            return i, recipe
+    return None

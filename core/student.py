@@ -102,7 +102,7 @@ class Student(Denoiser):
             return self._network.output(x, sigma, cond)
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        """x (B, C, H, W) at sigma (B,) -> x0 (B, C, H, W)."""
+        """X (B, C, H, W) at sigma (B,) -> x0 (B, C, H, W)."""
         return self.schedule.to_x0(self.prediction, x, self.output(x, sigma, cond), sigma)
 
     def sigmas(self, steps: int) -> Tensor:
@@ -133,12 +133,21 @@ def _full_names(backbone: nn.Module) -> dict[str, str]:
 
 
 def student_bytes(student: Student, card: StudentCard, dtype: torch.dtype = torch.float16) -> bytes:
-    """A student file: kohya LoRA, or the whole backbone in single-file names, with the card in its header."""
+    """A student file: kohya LoRA, or the whole backbone in single-file names, with the card in its header.
+
+    Raises ValueError for weights that are no numbers, or too large for `dtype`.
+    """
     if student.lora is not None:
         tensors = student.lora.export(student.backbone, "kohya", dtype)
     else:
         names = _full_names(student.backbone)
         tensors = {names[k]: v.detach().to(dtype).cpu().contiguous() for k, v in student.backbone.state_dict().items()}
+    broken = [k for k, v in tensors.items() if not v.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{len(broken)} of the student's {len(tensors)} weights are no numbers in {dtype}, the first is {broken[0]}"
+            ": the training has diverged. Lower lr, and go on from an earlier student or begin anew"
+        )
     return save(tensors, card.to_metadata())
 
 

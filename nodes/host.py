@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..core.card import CardError, StudentCard, fingerprint
-from ..core.families import SamplingRecipe, by_file, lcm_boundary, of_card, recognise
+from ..core.families import SamplingRecipe, by_files, lcm_boundary, of_card, recognise
 from ..core.lora import PARTS, check_match
 from ..core.sampling import sample_euler, sample_few_step, sigmas_at
 
@@ -228,11 +228,10 @@ FOLDERS = ("loras", "checkpoints", "diffusion_models")  # of weight files
 
 def sampling_by_files(names: Sequence[str]) -> SamplingRecipe | None:
     """How the first of these files is sampled that says so: by a student's card, or as a known family."""
-    for name in names:
-        paths = filter(None, (file_path(folder, name) for folder in FOLDERS))
-        if found := next(filter(None, (by_file(path, name) for path in paths)), None) or recognise(name):
-            return found
-    return None
+    given = [(path, name) for name in names for folder in FOLDERS if (path := file_path(folder, name))]
+    known = {name for _, name in given}
+    found = by_files(given)
+    return found[1] if found else recognise(*(name for name in names if name not in known))
 
 
 # ComfyUI's names of architectures -> ModelSpec's. What is not here keeps ComfyUI's.

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..trainer.checks import check_inside, check_text_file, path_of
+from ..trainer.checks import check_inside, check_text_file
 from ..trainer.config import Config, ConfigError
-from ..trainer.data.files import DataError
+from ..trainer.data.files import DataError, path_of
 from ..trainer.data.images import read_image_folder
 from ..trainer.data.prompts import prompt_lines, read_prompts
 

@@ -205,3 +205,13 @@ def test_on_windows_a_file_that_was_read_can_be_replaced(tmp_path, monkeypatch):
     monkeypatch.setattr("turbodistill.core.card.COPIES", True)
     tensors = read_student(path)[0]
     assert torch.equal(tensors["a"], torch.ones(64)) and not mapped()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+def test_weights_that_are_no_numbers_are_told(tmp_path, value, dtype):
+    save_file(
+        {"a": torch.ones(4), "b": torch.tensor([1.0, value]).to(dtype)}, tmp_path / "x.safetensors", CARD.to_metadata()
+    )
+    with pytest.raises(CardError, match=r"1 of its 2 weights are no numbers .*, the first is b"):
+        read_student(tmp_path / "x.safetensors")

@@ -385,3 +385,14 @@ def test_another_prediction_is_refused(toys, tmp_path):
     path = saved(tmp_path / "student.safetensors", Student(toys.conv("eps"), rank=2))
     with pytest.raises(CardError, match=r"predicts eps, this one predicts v: load toy"):
         load_student(path, toys.conv("v"))
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(1e6, torch.float16), (float("nan"), torch.float32)])
+@pytest.mark.parametrize("rank", [2, 0])
+def test_weights_that_a_file_cannot_hold_are_told(toys, value, dtype, rank):
+    student = Student(toys.conv(), rank)
+    with torch.no_grad():
+        next(iter(student.trained.parameters())).fill_(value)
+    card = StudentCard("lora", "toy", "0" * 16, "sd", "eps", "eps", (999,), 1.0, (64, 64))
+    with pytest.raises(ValueError, match=r"weights are no numbers in torch.float.*: the training has diverged"):
+        student_bytes(student, card, dtype)

@@ -34,12 +34,6 @@ def check_size(width: int, height: int) -> None:
             raise ConfigError(f"{name} is {side}: give a multiple of 8 from {SMALLEST} to {LARGEST}")
 
 
-def path_of(text: str) -> str:
-    """A path as it was pasted, without the quotes and blanks around it."""
-    text = text.strip()
-    return text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
-
-
 def check_inside(path: str | Path, folders: Sequence[Path] | None) -> Path:
     """The path, which must lie below one of the folders; None allows any.
 

@@ -367,7 +367,7 @@ class Config:
         else:
             import tomli as tomllib
         try:
-            return cls.from_dict(tomllib.loads(Path(path).read_text(encoding="utf-8")))
+            return cls.from_dict(tomllib.loads(Path(path).read_text(encoding="utf-8-sig")))
         except FileNotFoundError:
             raise ConfigError(f"settings file {path} does not exist: check the name") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..core.families import FAMILIES, MOST, SamplingRecipe, by_file, lcm_boundary
+from ..core.families import FAMILIES, MOST, SamplingRecipe, by_file, by_files, lcm_boundary
 from ..core.schedule import DiscreteSchedule, FlowSchedule, Schedule
 
 # A name must not end in " Simple", " Turbo" or another scheduler's name: the host would cut that off.
@@ -61,12 +61,11 @@ def find(
             f"{choice!r} is neither a LoRA here nor a family of one-step models ({', '.join(FAMILIES)}): "
             f"choose another, or {DETECT!r}"
         )
-    for name in applied:
-        if name in files and (sampling := by_file(files[name], name)):
-            return Found(sampling, f"LoRA {name}")
-    if checkpoint and (sampling := by_file(checkpoint, checkpoint.name)):
-        return Found(sampling, f"Checkpoint {checkpoint.name}")
-    return Found(ORDINARY)
+    given = [(files[name], name, f"LoRA {name}") for name in applied if name in files]
+    if checkpoint:
+        given.append((checkpoint, checkpoint.name, f"Checkpoint {checkpoint.name}"))
+    found = by_files([(path, name) for path, name, _ in given])
+    return Found(found[1], given[found[0]][2]) if found else Found(ORDINARY)
 
 
 def applied_loras(prompt: str) -> list[str]:

@@ -90,7 +90,7 @@ def pictures(places):
     """A folder of captioned pictures in the input folder."""
     folder = places.input / "pets"
     folder.mkdir()
-    for k, text in enumerate(("a fox", "an owl", "a fox", "")):
+    for k, text in enumerate(("a fox", "an owl", "a fox", "an owl")):
         Image.new("RGB", (40, 20 + k), (80 * k, 0, 0)).save(folder / f"{k}.png")
         (folder / f"{k}.txt").write_text(text)
     return folder

@@ -1,5 +1,6 @@
 """Prompts and captioned pictures: encoded once, and refused with a reason when they cannot be used."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -56,6 +57,46 @@ def test_captions_come_from_a_table(tmp_path):
     assert read_image_folder(tmp_path) == [(tmp_path / "deep" / "a.png", "a fox")]
 
 
+def test_tables_come_as_other_programs_write_them(tmp_path):
+    """With a byte order mark, odd letters within a caption, Windows' paths, or as CSV."""
+    path = picture(tmp_path / "deep" / "a.png")
+    table = tmp_path / "metadata.jsonl"
+    table.write_bytes('\ufeff{"file_name": "deep\\\\a.png", "text": "a\u2028b\u0085cd"}\r\n'.encode())
+    assert [(p.resolve(), text) for p, text in read_image_folder(f' "{tmp_path}" ')] == [(path, "a\u2028b\u0085cd")]
+    table.unlink()
+    (tmp_path / "metadata.csv").write_bytes(b'\xef\xbb\xbffile_name,text\r\ndeep/a.png,"a fox, red"\r\n')
+    assert read_image_folder(tmp_path) == [(path, "a fox, red")]
+
+
+def test_other_endings_are_found_and_the_system_s_own_files_are_not(tmp_path):
+    for name, caption in (("a.JPG", "a.TXT"), ("b.jfif", "b.caption"), ("c.tiff", "c.txt"), ("d.gif", "d.txt")):
+        image = Image.new("RGB", (20, 20), "red")
+        image.save(tmp_path / name, {"b.jfif": "JPEG"}.get(name))
+        (tmp_path / caption).write_text(name)
+    (tmp_path / "._a.png").write_bytes(b"of macOS")
+    found = read_image_folder(tmp_path)
+    assert [(path.name, text) for path, text in found] == [(n, n) for n in ("a.JPG", "b.jfif", "c.tiff", "d.gif")]
+    assert check_pictures(found) is None
+    assert all(load_picture(path, (8, 8)).shape == (3, 8, 8) for path, _ in found)
+
+
+def test_a_picture_lies_as_its_camera_was_held(tmp_path):
+    image = Image.new("RGB", (20, 20), "red")
+    image.paste("blue", (0, 0, 20, 10))  # above
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    image.save(tmp_path / "a.png", exif=exif)
+    shown = load_picture(tmp_path / "a.png", (20, 20))
+    assert shown[0, 5, 10] == 1 and shown[2, 15, 10] == 1
+
+
+def test_a_picture_of_sixteen_bits_keeps_its_tones(tmp_path):
+    values = np.linspace(0, 65535, 20).astype(np.uint16)[None].repeat(20, 0)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    shown = load_picture(tmp_path / "a.png", (20, 20))
+    assert torch.allclose(shown[0, 0], torch.from_numpy(values[0].astype(np.float32) / 65535), atol=1 / 255)
+
+
 def no_caption(folder):
     picture(folder / "a.png")
 
@@ -78,11 +119,17 @@ def table(line):
         (lambda folder: folder.rmdir(), "does not exist"),
         (lambda folder: None, "holds no picture"),
         (no_caption, "1 pictures have no caption, the first is .*a.png: write it to a .txt"),
-        (caption_in_another_encoding, "caption .*a.txt is no UTF-8 text"),
-        (table(b'{"file_name": "a.png"}'), "every line must be JSON with file_name and text"),
-        (table(b"a.png, a fox"), "every line must be JSON"),
-        (table(b'["a.png", "a fox"]'), "every line must be JSON"),
-        (table(b'{"file_name": "a.png", "text": "caf\xe9"}'), "every line must be JSON"),
+        (caption_in_another_encoding, "a.txt is no UTF-8 text"),
+        (table(b'{"file_name": "a.png"}'), "every row must have file_name and text"),
+        (table(b"a.png, a fox"), "every row must have"),
+        (table(b'["a.png", "a fox"]'), "every row must have"),
+        (table(b'{"file_name": "a.png", "text": null}'), "every row must have .*no text"),
+        (table(b'{"file_name": "a.png", "text": " "}'), "1 pictures have an empty caption, the first is .*a.png"),
+        (table(b'{"file_name": "../a.png", "text": "a"}'), "names '../a.png', which is not in its folder"),
+        (table(b'{"file_name": "/etc/passwd", "text": "a"}'), "names '/etc/passwd', which is not in its folder"),
+        (table(b"[" * 100_000), "every row must have"),
+        (table("{}".encode("utf-16-le")), "is no UTF-8 text"),
+        (table(b'{"file_name": "a.png", "text": "caf\xe9"}'), "is no UTF-8 text"),
         (table(b"\n"), "holds no picture"),
     ],
 )

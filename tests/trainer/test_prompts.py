@@ -4,6 +4,7 @@ import random
 
 import pytest
 from turbodistill.demo.files import PROMPTS
+from turbodistill.trainer.data.files import DataError
 from turbodistill.trainer.data.prompts import ANYTHING, expand, generate, read_prompts
 
 
@@ -48,3 +49,12 @@ def test_the_built_in_prompts_are_many_and_clean(path, least):
     made = generate(read_prompts(path), 500)
     assert len(set(made)) >= least
     assert [p for p in made if set("{}|#") & set(p) or "  " in p or p != p.strip() or not p] == []
+
+
+def test_only_the_ends_of_lines_end_a_prompt(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa\u2028b\r\nc\x85d\x0ce\rf\n".encode())
+    assert read_prompts(f' "{path}" ') == ["a\u2028b", "c\x85d\x0ce", "f"]
+    path.write_bytes("a fox".encode("utf-16-le"))
+    with pytest.raises(DataError, match="is no UTF-8 text: save it as plain text in UTF-8"):
+        read_prompts(path)

@@ -143,10 +143,18 @@ def test_too_deep_and_too_long_requests_are_refused(client, body):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"width": 10**9}, {"height": -64}, {"width": 63}, {"settings": {"pairs": 10**12}}, {"settings": {"updates": 10**30}},
-        {"settings": {"rank": 10**9}}, {"settings": {"seed": 10**30}}, {"name": "a\nb"}, {"name": "CON"}, {"name": "a" * 300},
+        {"width": 10**9},
+        {"height": -64},
+        {"width": 63},
+        {"settings": {"pairs": 10**12}},
+        {"settings": {"updates": 10**30}},
+        {"settings": {"rank": 10**9}},
+        {"settings": {"seed": 10**30}},
+        {"name": "a\nb"},
+        {"name": "CON"},
+        {"name": "a" * 300},
     ],
-)  # fmt: skip
+)
 def test_what_is_out_of_bounds_is_refused_before_anything_starts(client, quick, changes):
     answer = client.post(f"{ROOT}/distill", json=quick | changes)
     assert (answer.status_code == 400 and "give" in answer.json()["error"]) or "the most is" in answer.json()["error"]

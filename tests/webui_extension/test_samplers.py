@@ -48,8 +48,19 @@ def test_passes(name, asked, made):
 def test_the_first_lora_that_says_something_counts(files):
     found = find(DETECT, 1, files, ["style", "my-turbo", "plain name"])
     assert (found.source, found.sampling.start, found.sampling.prediction) == ("LoRA my-turbo", 799, "x0")
-    assert find(DETECT, 1, files, ["plain name", "my-turbo"]).sampling.name == "LCM"
+    assert find(DETECT, 1, files, ["style", "plain name"]).sampling.name == "LCM"
     assert find(DETECT, 1, files, ["Hyper-SD15-4steps-lora"]).sampling == FAMILIES["Hyper-SD"].for_steps(4)
+
+
+def test_a_student_s_card_counts_before_every_name(files, tmp_path):
+    """A style's LoRA may be called after lightning."""
+    lightning, titled = tmp_path / "lightning_bolt_style.safetensors", tmp_path / "car.safetensors"
+    save_file({"weight": torch.zeros(1)}, lightning)
+    save_file({"weight": torch.zeros(1)}, titled, {"ss_output_name": "turbo_car_v3"})
+    files |= {"lightning_bolt_style": lightning, "car": titled}
+    for applied in (["lightning_bolt_style", "my-turbo"], ["car", "my-turbo"], ["my-turbo", "plain name"]):
+        assert find(DETECT, 1, files, applied).source == "LoRA my-turbo"
+    assert find(DETECT, 1, files, ["lightning_bolt_style"], files["my-turbo"]).sampling.start == 799
 
 
 def test_then_the_checkpoint(files, tmp_path):

@@ -46,6 +46,30 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise OSError(f"cannot write {path} ({reason}): free some space or choose another folder") from error
 
 
+def path_of(text: str) -> str:
+    """A path as it was pasted, without the quotes and blanks around it."""
+    text = text.strip()
+    return text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, with a byte order mark or without; raises DataError for anything else."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): check it") from None
+    if "\0" in text:
+        raise DataError(f"{path} is no UTF-8 text: save it as plain text in UTF-8")
+    return text
+
+
+def lines_of(text: str) -> list[str]:
+    """Lines as editors count them: letters such as U+2028 or a form feed end none."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file, whole or not at all; raises OSError, which says what to do."""
     with whole_file(path) as part:

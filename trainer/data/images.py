@@ -2,56 +2,85 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..host import Host
 from .conditioning import Conditioning
-from .files import DataError, log
+from .files import DataError, lines_of, log, path_of, read_text
 from .samples import SHARD, Samples, Shard, load_samples, read_shard, write_shard
 
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+PICTURES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+CAPTIONS = (".txt", ".caption")
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow's decoders raise
 
 
 def read_image_folder(folder: str | Path) -> list[tuple[Path, str]]:
-    """Pictures of a folder with their captions: `metadata.jsonl` ({file_name, text}) or a .txt beside each.
+    """Pictures of a folder with their captions.
 
+    These are in a table `metadata.jsonl` or `metadata.csv` (file_name, text), or in a .txt or .caption beside each.
     Raises DataError for a folder without pictures, or a picture without a caption.
     """
-    folder = Path(folder)
+    folder = Path(path_of(str(folder)))
     if not folder.is_dir():
         raise DataError(f"image folder {folder} does not exist: check the name")
-    table = folder / "metadata.jsonl"
-    if table.exists():
-        try:
-            rows = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
-            found = [(folder / r["file_name"], r["text"]) for r in rows]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{table}: every line must be JSON with file_name and text ({error})") from None
-    else:
-        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
-        missing = [p for p in paths if not p.with_suffix(".txt").exists()]
-        if missing:
-            raise DataError(f"{len(missing)} pictures have no caption, the first is {missing[0]}: write it to a .txt")
-        found = [(p, _caption(p.with_suffix(".txt"))) for p in paths]
+    table = next((path for name in ("metadata.jsonl", "metadata.csv") if (path := folder / name).exists()), None)
+    found = _of_table(folder, table) if table else _of_captions(folder)
     if not found:
         raise DataError(f"image folder {folder} holds no picture ({', '.join(sorted(PICTURES))})")
+    empty = [path for path, text in found if not text]
+    if empty:
+        raise DataError(f"{len(empty)} pictures have an empty caption, the first is {empty[0]}: write what it shows")
     return found
 
 
-def _caption(path: Path) -> str:
+def _of_captions(folder: Path) -> list[tuple[Path, str]]:
+    """Pictures with a caption's file beside each."""
+    # Names that begin with a dot are the system's: macOS leaves `._a.png` beside `a.png`.
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    captions = {p.with_suffix(""): p for p in files if p.suffix.lower() in CAPTIONS}
+    paths = [p for p in files if p.suffix.lower() in PICTURES]
+    missing = [p for p in paths if p.with_suffix("") not in captions]
+    if missing:
+        raise DataError(f"{len(missing)} pictures have no caption, the first is {missing[0]}: write it to a .txt")
+    return [(p, read_text(captions[p.with_suffix("")]).strip()) for p in paths]
+
+
+def _of_table(folder: Path, table: Path) -> list[tuple[Path, str]]:
+    """Pictures and captions of a table's rows."""
+    text = read_text(table)
     try:
-        return path.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError:
-        raise DataError(f"caption {path} is no UTF-8 text: save it as plain text") from None
+        if table.suffix == ".csv":
+            rows: list[Any] = list(csv.DictReader(io.StringIO(text, newline="")))
+        else:
+            rows = [json.loads(line) for line in lines_of(text) if line.strip()]
+        pairs = [(row["file_name"], row["text"]) for row in rows]
+        if not all(isinstance(value, str) for pair in pairs for value in pair):
+            raise ValueError("a value is no text")
+    except (ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
+        raise DataError(f"{table}: every row must have file_name and text ({error})") from None
+    return [(_below(folder, name, table), text.strip()) for name, text in pairs]
+
+
+def _below(folder: Path, name: str, table: Path) -> Path:
+    """The picture of a table's row; raises DataError for one that lies elsewhere."""
+    path = folder / name
+    if not path.exists():
+        path = folder / name.replace("\\", "/")  # as Windows writes it
+    if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder)):
+        raise DataError(f"{table} names {name!r}, which is not in its folder: move it there")
+    return path
 
 
 def check_pictures(found: Sequence[tuple[Path, str]]) -> None:
@@ -72,7 +101,7 @@ def load_picture(path: Path, size: tuple[int, int]) -> Tensor:
     width, height = size
     try:
         with Image.open(path) as file:
-            picture = file.convert("RGBA")
+            picture = _eight_bits(ImageOps.exif_transpose(file)).convert("RGBA")
     except UNREADABLE as error:
         raise DataError(f"picture {path} cannot be read ({error}): replace or remove it") from None
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
@@ -81,6 +110,14 @@ def load_picture(path: Path, size: tuple[int, int]) -> Tensor:
     left, top = (scaled.width - width) // 2, (scaled.height - height) // 2
     cropped = scaled.crop((left, top, left + width, top + height))
     return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 255
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Pillow cuts off what is above 255 in a picture of more bits, where it should scale."""
+    if not picture.mode.startswith("I"):
+        return picture
+    values = np.asarray(picture).astype(np.float32)
+    return Image.fromarray((values / (65535 if values.max() > 255 else 255) * 255).round().astype(np.uint8))
 
 
 def to_image(picture: Tensor) -> Image.Image:

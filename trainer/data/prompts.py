@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from .files import DataError
+from .files import DataError, lines_of, path_of, read_text
 
 ANYTHING = Path(__file__).with_name("anything.txt")  # prompts for any model that knows the world
 CHOICE = re.compile(r"\{([^{}]*)\}")  # the innermost, so that choices may hold choices
@@ -34,13 +34,10 @@ def read_prompts(path: str | Path) -> list[str]:
 
     Raises DataError for a missing file or one without a prompt.
     """
-    path = Path(path)
+    path = Path(path_of(str(path)))
     if not path.is_file():
         raise DataError(f"prompt file {path} does not exist: check the name")
-    try:
-        prompts = prompt_lines(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError:
-        raise DataError(f"prompt file {path} is no UTF-8 text: save it as plain text, one prompt a line") from None
+    prompts = prompt_lines(read_text(path))
     if not prompts:
         raise DataError(f"prompt file {path} holds no prompt: write one a line")
     return prompts
@@ -48,5 +45,5 @@ def read_prompts(path: str | Path) -> list[str]:
 
 def prompt_lines(text: str) -> list[str]:
     """The lines of a text that are prompts: not empty, and not begun with #."""
-    lines = [line.strip() for line in text.splitlines()]
+    lines = [line.strip() for line in lines_of(text)]
     return [line for line in lines if line and not line.startswith("#")]
