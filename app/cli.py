@@ -44,6 +44,7 @@ def _unrecognised(unknown: Sequence[str], takes_settings: bool) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """The command line: every command with its options."""
     parser = argparse.ArgumentParser(
         prog="turbodistill",
         description="Turn a diffusion checkpoint into its own one-step Turbo, and sample it in one step.",
@@ -135,6 +136,7 @@ def settings(args: argparse.Namespace) -> Config:
 
 
 def run_distill(args: argparse.Namespace) -> int:
+    """Distil a model into a one-step student; 0 when it is written, 130 when it was interrupted."""
     from ..trainer.data.prompts import generate, read_prompts
     from ..trainer.diffusers_host import load_model
     from ..trainer.run import run, training
@@ -164,6 +166,7 @@ def _judge(reference: Path | None):
 
 
 def run_demo(args: argparse.Namespace) -> int:
+    """Train the embedded model's students and report on them; 0 when the report is written."""
     from ..trainer.run.events import Interrupted
     from .demo import Failed, demo
 
@@ -180,6 +183,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 def run_sample(args: argparse.Namespace) -> int:
+    """Write pictures that a student makes in one step."""
     from PIL.PngImagePlugin import PngInfo
 
     from ..core.student import load_student
@@ -219,6 +223,7 @@ def _png_bytes(image, about) -> bytes:
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
+    """Measure students against their teacher and print the table."""
     from ..measure.bench import evaluate
     from ..trainer.diffusers_host import load_model
 
@@ -233,6 +238,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 
 def run_info(args: argparse.Namespace) -> int:
+    """Print a student's card in words."""
     from ..core.card import read_card
 
     print(read_card(args.file).in_words())

@@ -139,7 +139,7 @@ def fingerprint(backbone: nn.Module | Mapping[str, Tensor]) -> str:
     Sixteen weights, spread over the model in the order of their single-file names, as float16: a
     file in either precision, loaded in either, gives the same. A bfloat16 copy gives another.
     """
-    weights = dict(backbone.named_parameters()) if isinstance(backbone, nn.Module) else dict(backbone)
+    weights = dict(backbone) if isinstance(backbone, Mapping) else dict(backbone.named_parameters())
     if is_diffusers(weights):
         table = to_single_file(weights)
         weights = {table[k]: v for k, v in weights.items()}

@@ -11,7 +11,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
 
 def adaptable(module: nn.Module) -> bool:
     """Linear and 2-D convolution layers of any host's class, told by their weight."""
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or next(module.children(), None) is not None:
         return False
     return (weight.ndim == 2 and not isinstance(module, nn.Embedding)) or (

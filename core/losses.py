@@ -28,28 +28,34 @@ def _pairs(real: Logits, fake: Logits):
 
 # Hinge (ADD, eq. 2 and 3). The means over positions keep it alive at batch 1.
 def hinge_discriminator(real: Logits, fake: Logits) -> Tensor:
+    """The discriminator's hinge loss, (): real logits above 1, fake ones below -1."""
     return _mean([F.relu(1 - r) for r in real]) + _mean([F.relu(1 + f) for f in fake])
 
 
 def hinge_student(fake: Logits, real: Logits | None = None) -> Tensor:
+    """The student's hinge loss, (): the negative mean of its logits."""
     return -_mean(fake)
 
 
 # Non-saturating (arXiv 1406.2661), as in StyleGAN.
 def nonsaturating_discriminator(real: Logits, fake: Logits) -> Tensor:
+    """The discriminator's logistic loss, ()."""
     return _mean([F.softplus(-r) for r in real]) + _mean([F.softplus(f) for f in fake])
 
 
 def nonsaturating_student(fake: Logits, real: Logits | None = None) -> Tensor:
+    """The student's logistic loss, (), which does not saturate where the discriminator is sure."""
     return _mean([F.softplus(-f) for f in fake])
 
 
 # Relativistic pairing (R3GAN, arXiv 2501.05441, eq. 2): a fake is judged against a real of the same condition.
 def relativistic_discriminator(real: Logits, fake: Logits) -> Tensor:
+    """The discriminator's loss, (): each real logit above that of its fake."""
     return _mean([F.softplus(f - r) for r, f in _pairs(real, fake)])
 
 
 def relativistic_student(fake: Logits, real: Logits | None = None) -> Tensor:
+    """The student's loss, (): each fake logit above that of its real; raises ValueError without real logits."""
     if real is None:
         raise ValueError("the relativistic loss compares with real logits: give them")
     return _mean([F.softplus(r - f) for r, f in _pairs(real, fake)])

@@ -263,6 +263,7 @@ def table(scores: dict[str, Score], floor: Floor) -> str:
 
 
 def to_json(scores: dict[str, Score], floor: Floor, timings: dict[str, Timing]) -> str:
+    """Scores, the floor of real pictures and timings as JSON."""
     return json.dumps(
         {
             "scores": {k: asdict(v) for k, v in scores.items()},

@@ -62,6 +62,7 @@ def _wrap(text: str, width: int) -> list[str]:
 
 
 def png(image: Image.Image) -> bytes:
+    """A picture as the bytes of a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, "png")
     return buffer.getvalue()

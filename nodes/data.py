@@ -44,6 +44,8 @@ class Pairs:
 
 
 class Prompts(io.ComfyNode):
+    """Prompts from a text, a file or a built-in list."""
+
     TEXT, FILE = "the text below", "the file below"
     BUILT_IN = {"built in: anything": ANYTHING, "built in: the demo model's": files.PROMPTS}  # noqa: RUF012 - a constant
 
@@ -101,6 +103,8 @@ class Prompts(io.ComfyNode):
 
 
 class ImageFolder(io.ComfyNode):
+    """A folder of captioned pictures, and its captions as prompts."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -156,6 +160,8 @@ def base_name(cls, model) -> str:
 
 
 class TeacherPairs(io.ComfyNode):
+    """Makes the teacher's pictures that a student learns from."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

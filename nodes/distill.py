@@ -40,6 +40,8 @@ class Trained:
 
 
 class AdvancedSettings(io.ComfyNode):
+    """The settings that a first training needs not."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -65,6 +67,8 @@ def run_folder(name: str) -> Path:
 
 
 class Distill(io.ComfyNode):
+    """Trains a one-step student of the loaded model."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -135,18 +139,20 @@ class Distill(io.ComfyNode):
         """Run to the end; the last preview, and what was made."""
         control = panel.monitor.control
         events = run.run(loaded, config, folder, pairs.prompts, images, pairs_folder=pairs.folder, control=control)
-        preview = None
+        preview: Preview | None = None
         with closing(events):
             for event in events:
                 if isinstance(event, Preview):
                     preview = event
                 panel.follow(event)
-                if isinstance(event, Finished):
+                if isinstance(event, Finished) and preview:
                     return preview, event
         raise RuntimeError("the run ended without a student")
 
 
 class SaveStudent(io.ComfyNode):
+    """Puts a student into ComfyUI's model folders."""
+
     LORA, MERGED = "the student (LoRA)", "a whole checkpoint"
 
     @classmethod

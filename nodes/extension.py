@@ -12,6 +12,8 @@ from .sample import Compare, OneStepSample, OneStepSampler, OneStepScheduler
 
 
 class TurboDistillExtension(ComfyExtension):
+    """Our nodes, as ComfyUI loads them."""
+
     async def get_node_list(self):
         panel.open_routes()  # here, since not every ComfyUI calls `on_load`
         sampling = [LoadStudent, DetectOneStep, OneStepSample, OneStepScheduler, OneStepSampler, Compare, LoadDemoModel]

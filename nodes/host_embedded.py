@@ -32,6 +32,8 @@ class Ratio(float):
 
 
 class DemoLatent(comfy.latent_formats.LatentFormat):
+    """The embedded model's latents: their scale, and a rough preview in colours."""
+
     latent_channels = 4
 
     def __init__(self, scale_factor: float = 1.0, rgb: list | None = None):
@@ -52,7 +54,7 @@ class DemoConfig(comfy.supported_models_base.BASE):
 
 
 def unet_config(unet: dict[str, Any]) -> dict[str, Any]:
-    """diffusers' description of a UNet -> what ComfyUI's UNetModel is built from."""
+    """The description that diffusers has of a UNet -> what ComfyUI's UNetModel is built from."""
     widths, blocks = unet["block_out_channels"], unet["layers_per_block"]
     depth = [int(kind.startswith("CrossAttn")) for kind in unet["down_block_types"]]
     return {
@@ -77,7 +79,7 @@ def unet_config(unet: dict[str, Any]) -> dict[str, Any]:
 
 
 def vae_config(vae: dict[str, Any]) -> dict[str, Any]:
-    """diffusers' description of an autoencoder -> ComfyUI's."""
+    """The description that diffusers has of an autoencoder -> ComfyUI's."""
     widths = vae["block_out_channels"]
     return {
         "params": {
@@ -156,7 +158,8 @@ def load() -> tuple[Any, Any, Any]:
 
 def _model(about, weights):
     config = DemoConfig(unet_config(about["unet"]))
-    config.latent_format = DemoLatent(about["vae"]["scaling_factor"], about.get("latent_rgb"))
+    latent_format: Any = DemoLatent(about["vae"]["scaling_factor"], about.get("latent_rgb"))
+    config.latent_format = latent_format
     device = comfy.model_management.get_torch_device()
     dtype = comfy.model_management.unet_dtype(
         supported_dtypes=[torch.float16, torch.float32], weight_dtype=torch.float16

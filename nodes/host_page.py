@@ -75,6 +75,7 @@ def output_folder() -> Path:
 
 
 def input_folder() -> Path:
+    """ComfyUI's input folder."""
     return Path(folder_paths.get_input_directory())
 
 

@@ -48,7 +48,6 @@ def load_whole(model) -> None:
 @contextmanager
 def cancellable(model) -> Iterator[None]:
     """Within, every pass of the MODEL's network first looks whether the user has pressed Cancel."""
-
     with watched(model.model.diffusion_model, comfy.model_management.throw_exception_if_processing_interrupted):
         yield
 
@@ -99,12 +98,10 @@ class ComfyUIHost:
         text than the empty prompt's is refused with ValueError.
         """
         empty = torch.zeros(1, *self.latent_shape)
-        found = []
         with self._others():
-            for prompt in ["", *prompts]:
-                conditioning = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
-                found.append(conditions(self.model, conditioning, empty).map(torch.Tensor.cpu))
-            joint = attends_jointly(self.model, conditioning, empty)
+            encoded = [self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt)) for prompt in ["", *prompts]]
+            found = [conditions(self.model, conditioning, empty).map(torch.Tensor.cpu) for conditioning in encoded]
+            joint = attends_jointly(self.model, encoded[-1], empty)
         most = found.pop(0).context.shape[1]
         for prompt, cond in zip(prompts, found, strict=True):
             if joint and cond.context.shape[1] != most:

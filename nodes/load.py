@@ -35,6 +35,8 @@ def student_path(choice: str) -> Path:
 
 
 class LoadStudent(io.ComfyNode):
+    """Loads a student onto a model."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -89,6 +91,8 @@ class LoadStudent(io.ComfyNode):
 
 
 class DetectOneStep(io.ComfyNode):
+    """Sets a known one-step model up for its own sampling."""
+
     AUTOMATIC = "recognise by its files"
 
     @classmethod
@@ -140,6 +144,8 @@ class DetectOneStep(io.ComfyNode):
 
 
 class LoadDemoModel(io.ComfyNode):
+    """Loads the embedded model."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

@@ -15,10 +15,12 @@ from .schema import schema
 
 
 def model_input() -> io.Model.Input:
+    """The socket of a one-step model."""
     return io.Model.Input("model", tooltip="From Load Student, Detect One-Step Model, or a plain Turbo checkpoint.")
 
 
 def steps_input() -> io.Int.Input:
+    """The widget for the number of steps."""
     return io.Int.Input(
         "steps",
         default=1,
@@ -29,6 +31,7 @@ def steps_input() -> io.Int.Input:
 
 
 def denoise_input() -> io.Float.Input:
+    """The widget for how much of the picture is made anew."""
     return io.Float.Input(
         "denoise",
         default=1.0,
@@ -40,10 +43,13 @@ def denoise_input() -> io.Float.Input:
 
 
 def sigmas_of(model, steps: int, denoise: float) -> torch.Tensor:
+    """The sigmas (steps + 1,) at which the MODEL is sampled, as its student or family says."""
     return host.sigmas_for(model, host.sampling_of(model).timesteps(steps, denoise))
 
 
 class OneStepScheduler(io.ComfyNode):
+    """The sigmas of a one-step model, for SamplerCustom."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -62,6 +68,8 @@ class OneStepScheduler(io.ComfyNode):
 
 
 class OneStepSampler(io.ComfyNode):
+    """The sampler of a one-step model, for SamplerCustom."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -80,6 +88,8 @@ class OneStepSampler(io.ComfyNode):
 
 
 class OneStepSample(io.ComfyNode):
+    """Samples a one-step model."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -115,6 +125,8 @@ class OneStepSample(io.ComfyNode):
 
 
 class Compare(io.ComfyNode):
+    """Samples student and teacher from the same noise, side by side."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

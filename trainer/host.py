@@ -13,7 +13,9 @@ from ..core.denoiser import Cond, Denoiser
 class Host(Protocol):
     """A loaded checkpoint: its denoiser, and text and pictures in and out of it."""
 
-    denoiser: Denoiser
+    @property
+    def denoiser(self) -> Denoiser: ...
+
     name: str
     architecture: str  # a ModelSpec architecture: stable-diffusion-v1, ...
     base_hash: str

@@ -38,6 +38,7 @@ def readable_folders() -> list[Path] | None:
 
 
 def lora_folder() -> Path:
+    """The WebUI's folder of LoRAs."""
     return Path(shared.cmd_opts.lora_dir)
 
 
@@ -48,11 +49,13 @@ def checkpoint_info():
 
 
 def checkpoint_file() -> Path | None:
+    """The file of that checkpoint; None where there is none."""
     info = checkpoint_info()
     return Path(info.filename) if info else None
 
 
 def checkpoint_title() -> str:
+    """What the WebUI calls that checkpoint, "" where there is none."""
     info = checkpoint_info()
     return info.name_for_extra if info else ""
 

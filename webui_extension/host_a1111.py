@@ -83,7 +83,7 @@ def bare(model: Any) -> Iterator[None]:
 
     The Lora extension merges in place and keeps copies: it is made to put them back.
     """
-    networks = sys.modules.get("networks")
+    networks: Any = sys.modules.get("networks")
     with emptied(getattr(networks, "loaded_networks", None)), emptied(shared.loaded_hypernetworks), torch.no_grad():
         for module in model.modules():
             if getattr(module, "network_current_names", ()):

@@ -25,4 +25,5 @@ def is_forge() -> bool:
 
 
 def name() -> str:
+    """What the WebUI is called."""
     return "Forge" if is_forge() else "AUTOMATIC1111"

@@ -95,6 +95,7 @@ def _made(sampler: str, steps: int) -> int:
 
 
 def offered() -> list[str]:
+    """What the panel's list offers."""
     return panel.choices(panel.students(host.lora_metadata()))
 
 
@@ -104,15 +105,18 @@ def fresh() -> dict:
 
 
 def on_choice(choice: str, prompt: str) -> str:
+    """What is said of a choice, in Markdown."""
     return panel.describe(choice, prompt, host.lora_files(), host.checkpoint_file())
 
 
 def on_set(choice: str, before: dict | None, *settings) -> list:
+    """The host's settings as the choice wants them, what they were, and what is said of it."""
     now, kept, words = panel.apply(choice, panel.Settings(*settings), before, host.lora_files(), host.checkpoint_file())
     return [*astuple(now), kept, words]
 
 
 def on_undo(before: dict | None, *settings) -> list:
+    """The host's settings as they were before *Set*."""
     return [*astuple(panel.undo(panel.Settings(*settings), before)), None, panel.ABOUT]
 
 

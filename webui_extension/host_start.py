@@ -31,6 +31,7 @@ def training_tab() -> list[tuple]:
 
 
 def add_settings() -> None:
+    """Add our settings to the host's page of settings."""
     about = shared.OptionInfo("", "Folder of distillation runs", section=("turbodistill", "TurboDistill"))
     shared.opts.add_option(host.FOLDER, about.info("empty: turbodistill, in the folder of outputs"))
     about = shared.OptionInfo("", "Folders with prompts and pictures", section=("turbodistill", "TurboDistill"))

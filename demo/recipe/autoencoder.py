@@ -9,6 +9,7 @@ The second sharpens the decoder on the cached latents, which it leaves as they a
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from ...core import losses
 from . import dataset
 from .fit import Training, arguments, check_arguments, fit, low_precision
 
-CONFIG = dict(
+CONFIG: dict[str, Any] = dict(
     in_channels=3,
     out_channels=3,
     latent_channels=4,
@@ -41,13 +42,14 @@ ADVERSARIAL_WEIGHT = 0.1  # of the decoder's refinement
 
 
 def edges(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences (..., W - 1) and (..., H - 1, W) between neighbouring pixels of x (..., H, W)."""
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
-    """L1 on pixels, on their differences, on 8x8 means and on the worst 3x3: no pretrained network, so that the
-    metrics favour none.
+    """L1 on pixels, on their differences, on 8x8 means and on the worst 3x3.
 
+    No pretrained network, so that the metrics favour none.
     The differences keep edges sharp; the means see to colours, which small convolutions learn last. The worst place
     counts by itself, or the decoder puts a coloured dot there, by which it steers its group norms (as in
     arXiv 1912.04958, section 2): too small to cost anything in a mean.
@@ -61,6 +63,7 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
 
 
 def train(args) -> None:
+    """Train encoder and decoder, and write them with the pictures' latents."""
     images, records = dataset.load(args.folder)
     rows = torch.tensor([i for i, r in enumerate(records) if r["split"] == "train"])
     torch.manual_seed(0)
@@ -155,6 +158,7 @@ def refine_decoder(args) -> None:
 
 @torch.no_grad()
 def report_error(model: AutoencoderKL, images: Tensor, latents: Tensor, args) -> None:
+    """Print how far decoded pictures are from the real ones, trained and held out."""
     errors = []
     for z, chunk in zip(latents.split(64), images.split(64), strict=True):
         with low_precision(args.device):
@@ -180,7 +184,7 @@ def encode_all(model: AutoencoderKL, images: Tensor, args) -> None:
 
 
 if __name__ == "__main__":
-    parser = arguments(__doc__, updates=2000)
+    parser = arguments(__doc__ or "", updates=2000)
     parser.add_argument("--decoder-only", action="store_true", help="go on with the decoder, keep the latents")
     args = parser.parse_args()
     check_arguments(parser, args)

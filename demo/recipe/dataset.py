@@ -88,6 +88,7 @@ def keywords(root: Path) -> dict[str, list[str]]:
 
 
 def build(folder: Path = BUILD) -> Path:
+    """Render every emoji of the packages and write pictures with their records; returns the file."""
     roots = {key: fetch(package, folder / "packages") for key, package in PACKAGES.items()}
     words = keywords(roots["keywords"])
     fluent = {bare(p.stem): p for p in (roots["fluent"] / "assets").glob("*.webp")}

@@ -30,7 +30,7 @@ ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_ou
 
 
 def autoencoder_name(name: str, levels: int) -> str:
-    """diffusers' name of an autoencoder parameter -> the single-file one."""
+    """The name that diffusers gives an autoencoder parameter -> the single-file one."""
     side, _, rest = name.partition(".")
     if side not in ("encoder", "decoder"):
         return name

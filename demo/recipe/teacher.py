@@ -16,6 +16,7 @@ import random
 import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ from ..text_encoder import WIDTH, TextEncoder
 from . import averages, dataset, views
 from .fit import Training, arguments, check_arguments, fit, low_precision, read_progress
 
-CONFIG = dict(
+CONFIG: dict[str, Any] = dict(
     sample_size=16,
     in_channels=4,
     out_channels=4,
@@ -67,6 +68,7 @@ def alphas_cumprod() -> Tensor:
 
 
 def load_text_encoder(folder: Path) -> TextEncoder:
+    """The frozen text encoder of a folder."""
     with safe_open(folder / "text_encoder.safetensors", "pt") as file:
         encoder = TextEncoder(file.metadata()["tokenizer"])
     encoder.load_state_dict(load_file(folder / "text_encoder.safetensors"))
@@ -105,6 +107,7 @@ CHOICES = {
 
 
 def build() -> UNet2DConditionModel:
+    """A fresh UNet for latents of 4 x 16 x 16."""
     unet = UNet2DConditionModel(**CONFIG)
     unet.set_attn_processor(AttnProcessor())  # on a CPU the fused backward in bf16 is slower
     return unet
@@ -249,6 +252,7 @@ def run(
 
 
 def train(args) -> None:
+    """Go on with the training from its last state, or begin it."""
     teacher = Teacher(args.folder, args.recipe, args.device, args.batch_size)
     training = Training(teacher.learner, teacher.identity())
     state, kept, _, _ = paths(args.folder)
@@ -307,7 +311,8 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__, updates=None)
+    """The command line."""
+    parser = arguments(__doc__ or "", updates=None)
     parser.add_argument("--decay", type=int, help="make a model: branch off, with the rate falling over these updates")
     parser.add_argument("--status", action="store_true", help="print how far the training is")
     add_recipe(parser)

@@ -40,6 +40,7 @@ def original(folder: Path) -> Path:
 
 
 def texts_of(records: list[dict]) -> list[str]:
+    """Every caption that can be drawn of the records, once."""
     captions = {r["caption"] for r in records}
     return sorted(captions | {k for r in records for k in r["keywords"]})
 
@@ -99,6 +100,7 @@ def initialise(student: TextEncoder, bert: nn.Module, kept: list[int]) -> None:
 
 
 def train(args) -> None:
+    """Distil the text encoder from the larger one, and write it."""
     _, records = dataset.load(args.folder)
     texts = texts_of([r for r in records if r["split"] == "train"])
     folder = original(args.folder)
@@ -135,7 +137,7 @@ def train(args) -> None:
 
 
 if __name__ == "__main__":
-    parser = arguments(__doc__, updates=3000)
+    parser = arguments(__doc__ or "", updates=3000)
     args = parser.parse_args()
     check_arguments(parser, args)
     train(args)

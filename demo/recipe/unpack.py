@@ -22,6 +22,7 @@ TEXT = "cond_stage_model."
 
 
 def unpack(model: Path, folder: Path) -> None:
+    """Write the frozen autoencoder and text encoder out of the embedded model."""
     tensors = {k: v.float() for k, v in load_file(model).items()}
     with safe_open(model, "pt") as file:
         about = json.loads(file.metadata()[HEADER])

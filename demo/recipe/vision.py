@@ -84,6 +84,7 @@ def resized(positions: Tensor, side: int) -> Tensor:
 
 
 def main() -> None:
+    """The command line."""
     from transformers import Dinov2Config, Dinov2Model
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

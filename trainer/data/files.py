@@ -77,6 +77,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def checksum(tensors: dict[str, Tensor]) -> str:
+    """The SHA-256 of tensors with their names, in hexadecimal."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
@@ -87,7 +88,7 @@ def checksum(tensors: dict[str, Tensor]) -> str:
 
 def _trim() -> None:
     """Give freed memory back: in glibc before 2.38 no buffer fits into the hole that an equal one left."""
-    if hasattr(LIBC, "malloc_trim"):
+    if LIBC is not None and hasattr(LIBC, "malloc_trim"):
         LIBC.malloc_trim(0)
 
 

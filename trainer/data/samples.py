@@ -81,7 +81,7 @@ def load_samples(folder: str | Path, kind: str, limit: int | None = None) -> Sam
     paths = sorted(folder.glob(f"{kind}-*.safetensors"))
     if not paths:
         raise DataError(f"{folder} holds no {KINDS[kind]}: make them first")
-    key = read_tensors(paths[0])[1].get("key")
+    key = read_tensors(paths[0])[1].get("key", "")
     shards: list[Shard] = []
     for path in paths:
         if limit is None or sum(map(len, shards)) < limit:

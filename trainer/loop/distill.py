@@ -83,7 +83,7 @@ def _update(state: State, pairs: Samples, uncond: Cond, reals: Reals | None) -> 
         for _ in range(config.gradient_accumulation)
     ]
     parts: list[dict[str, Tensor]] = []
-    critic = DiscriminatorStep({})
+    made, critic = StudentStep(batches[0].x, {}), DiscriminatorStep({})
     for batch in batches:
         made = student_step(state, batch, uncond, phase, share)
         parts.append(made.losses)

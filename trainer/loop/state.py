@@ -133,4 +133,5 @@ class State:
 
 
 def tap_names(config: Config) -> list[str]:
+    """The names of the blocks that the discriminator sees."""
     return [name.strip() for name in config.taps.split(",") if name.strip()]

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -50,10 +50,11 @@ def split(pairs: Samples) -> tuple[Tensor, Tensor]:
 
 def estimate(host: Host, config: Config, prompts: Sequence[str]) -> Memory:
     """What a training will take; raises ConfigError for settings that do not fit this model."""
-    sample = Samples(torch.zeros(1, *host.latent_shape), host.encode_text([""]), [""])
+    cond = host.encode_text([""])
+    sample = Samples(torch.zeros(1, *host.latent_shape), cond, [""])
     state = begin(host, config, sample)
     try:
-        size = pairs_size(host.latent_shape, sample.cond, config.pairs, len(set(prompts[: config.pairs])))
+        size = pairs_size(host.latent_shape, cond, config.pairs, len(set(prompts[: config.pairs])))
         return replace(measure_memory(state, sample), on_disk=size)
     finally:
         state.release()
@@ -68,7 +69,7 @@ def run(
     score: Score = latent_score,
     pairs_folder: str | Path | None = None,
     control: Control | None = None,
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Distil `host`'s model into a one-step student, in `folder`; an earlier run there goes on.
 
     Makes what is missing of the teacher pairs (in `pairs_folder`, by default inside `folder`), then
@@ -107,7 +108,7 @@ def _run(
     pairs_folder: str | Path | None,
     control: Control,
     doing: _Doing,
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     if images is None and config.sees_pictures:
         raise ConfigError(f"positives is {config.positives!r} but there are no images: give a folder, or use 'teacher'")
     _writable(folder)

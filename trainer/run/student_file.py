@@ -15,6 +15,7 @@ from ..loop.state import State
 
 
 def make_card(host: Host, state: State, metrics: dict[str, Any]) -> StudentCard:
+    """The card of the student as it is now."""
     config, student = state.config, state.student
     return StudentCard(
         kind="lora" if student.lora is not None else "full",

@@ -46,6 +46,7 @@ def student_pictures(state: State, pairs: Samples, rows: Tensor, steps: int = 1)
 
 
 def save_state(state: State, folder: Path) -> None:
+    """Write the state into a run's folder, whole or not at all; raises OSError."""
     buffer = io.BytesIO()
     torch.save(state.state_dict(), buffer)
     write_whole(folder / STATE, buffer.getvalue())
