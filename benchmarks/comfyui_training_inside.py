@@ -29,8 +29,8 @@ sys.modules["turbodistill"] = importlib.util.module_from_spec(spec)
 
 from turbodistill.core.denoiser import guided  # noqa: E402
 from turbodistill.core.student import Student  # noqa: E402
-from turbodistill.nodes.host_denoiser import ModelDenoiser, conditions  # noqa: E402
-from turbodistill.nodes.host_training import trainable  # noqa: E402
+from turbodistill.nodes.host.denoiser import ModelDenoiser, conditions  # noqa: E402
+from turbodistill.nodes.host.training import trainable  # noqa: E402
 from turbodistill.trainer.config import Config  # noqa: E402
 from turbodistill.trainer.data.samples import Samples  # noqa: E402
 from turbodistill.trainer.loop.distill import distill  # noqa: E402

@@ -18,9 +18,9 @@ from ..trainer.data.pairs import make_pairs, pairs_key
 from ..trainer.data.prompts import ANYTHING, generate, prompt_lines, read_prompts
 from ..trainer.run.events import PairsMade
 from ..trainer.run.monitor import Monitor
-from . import host, host_page
 from .graph import file_names
-from .host_training import ComfyUIHost, cancellable
+from .host import page, patcher
+from .host.training import ComfyUIHost, cancellable
 from .load import CATEGORY
 from .panel import watched
 from .schema import schema
@@ -85,7 +85,7 @@ class Prompts(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, source: str, text: str, file: str, **_):
-        path = host_page.input_folder() / file
+        path = page.input_folder() / file
         stamp = path.stat().st_mtime_ns if source == cls.FILE and path.is_file() else 0
         return f"{source} {text} {file} {stamp}"
 
@@ -96,7 +96,7 @@ class Prompts(io.ComfyNode):
             if not lines:
                 raise DataError("there is no prompt in the text: write one a line")
         elif source == cls.FILE:
-            lines = read_prompts(host_page.input_folder() / file)
+            lines = read_prompts(page.input_folder() / file)
         else:
             lines = read_prompts(cls.BUILT_IN[source])
         return io.NodeOutput(lines, "\n".join(generate(lines, SHOWN)[:SHOWN]))
@@ -136,7 +136,7 @@ class ImageFolder(io.ComfyNode):
         if not folder.strip():
             return ""
         try:
-            found = read_image_folder(host_page.input_folder() / folder)
+            found = read_image_folder(page.input_folder() / folder)
         except DataError as error:
             return str(error)
         return "\n".join(f"{path} {path.stat().st_mtime_ns if path.exists() else 0} {text}" for path, text in found)
@@ -145,7 +145,7 @@ class ImageFolder(io.ComfyNode):
     def execute(cls, folder: str) -> io.NodeOutput:
         if not folder.strip():
             raise DataError("folder is empty: give the name of a folder in ComfyUI's input folder, or a whole path")
-        path = host_page.input_folder() / folder.strip()
+        path = page.input_folder() / folder.strip()
         found = read_image_folder(path)
         check_pictures(found)
         shown = torch.stack([load_picture(p, (256, 256)) for p, _ in found[:SHOWN]])
@@ -156,7 +156,7 @@ class ImageFolder(io.ComfyNode):
 def base_name(cls, model) -> str:
     """What the MODEL is called: its files, as the graph names them."""
     names = file_names(cls.hidden.prompt or {}, cls.hidden.unique_id)
-    return " + ".join(reversed(names)) or host.title(model)
+    return " + ".join(reversed(names)) or patcher.title(model)
 
 
 class TeacherPairs(io.ComfyNode):
@@ -191,10 +191,10 @@ class TeacherPairs(io.ComfyNode):
         config = Config(**settings, batch_size=at_once)
         loaded = ComfyUIHost(model, clip, vae, base_name(cls, model), width, height)
         texts = generate(prompts, config.pairs, config.seed)
-        folder = host_page.output_folder() / "pairs" / pairs_key(loaded, config, texts)
-        monitor = Monitor("pairs", folder.name, config, lambda latents: host_page.show(loaded.decode(latents)))
+        folder = page.output_folder() / "pairs" / pairs_key(loaded, config, texts)
+        monitor = Monitor("pairs", folder.name, config, lambda latents: page.show(loaded.decode(latents)))
         with watched(cls.hidden, monitor) as panel, cancellable(model):
-            host.load(model)
+            patcher.load(model)
             for done, newest in make_pairs(loaded, config, texts, folder):
                 panel.follow(PairsMade(done, config.pairs, "teacher pairs", newest))
             monitor.end("done")

@@ -17,10 +17,10 @@ from ..trainer.data.pairs import pairs_key
 from ..trainer.run import run
 from ..trainer.run.events import Finished, Preview
 from ..trainer.run.monitor import Monitor
-from . import host, host_page, host_save
 from .data import IMAGES, PAIRS, Pairs, base_name
 from .graph import file_names
-from .host_training import ComfyUIHost, cancellable, load_whole, trainable
+from .host import page, patcher, save
+from .host.training import ComfyUIHost, cancellable, load_whole, trainable
 from .load import CATEGORY
 from .panel import stopped_early, watched
 from .schema import schema
@@ -63,7 +63,7 @@ class AdvancedSettings(io.ComfyNode):
 
 def run_folder(name: str) -> Path:
     """Where a run of this name lies; raises ConfigError for a name that is no folder's."""
-    return host_page.output_folder() / "runs" / check_name(name)
+    return page.output_folder() / "runs" / check_name(name)
 
 
 class Distill(io.ComfyNode):
@@ -122,16 +122,16 @@ class Distill(io.ComfyNode):
             device = loaded.denoiser.device
 
             def show(latents):
-                return host_page.show(loaded.decode(latents.to(device)))
+                return page.show(loaded.decode(latents.to(device)))
 
-            monitor = Monitor("distill", name, config, show, host_page.free_memory(model))
+            monitor = Monitor("distill", name, config, show, page.free_memory(model))
             with watched(cls.hidden, monitor, folder) as panel, cancellable(model):
-                if found := host.sampling_by_files(file_names(cls.hidden.prompt or {}, cls.hidden.unique_id)):
+                if found := patcher.sampling_by_files(file_names(cls.hidden.prompt or {}, cls.hidden.unique_id)):
                     monitor.warn(f"{base} looks like {found.name}, which is one-step already: connect its base model")
                 preview, finished = cls._train(loaded, config, folder, pairs, images, panel)
             pictures = loaded.decode(preview.student.to(device)).movedim(1, -1).cpu()
         tensors, card = read_student(finished.path)
-        student, _ = host.with_student(model, tensors, card, 1.0, finished.path.name)
+        student, _ = patcher.with_student(model, tensors, card, 1.0, finished.path.name)
         return io.NodeOutput(student, Trained(finished.path, card, student), card.in_words(), pictures)
 
     @staticmethod
@@ -183,12 +183,12 @@ class SaveStudent(io.ComfyNode):
     def execute(cls, student: Trained, name: str, save_as: str, clip=None, vae=None) -> io.NodeOutput:
         if save_as == cls.LORA:
             folder = "loras" if student.card.kind == "lora" else "diffusion_models"
-            path, listed = host_page.save_path(folder, name)
+            path, listed = page.save_path(folder, name)
             write_whole(path, student.path.read_bytes())
         else:
             folder = "checkpoints"
-            path, listed = host_page.save_path(folder, name)
-            host_save.save_merged(path, student.model, clip, vae, student.card)
-        host_page.refresh(folder)
+            path, listed = page.save_path(folder, name)
+            save.save_merged(path, student.model, clip, vae, student.card)
+        page.refresh(folder)
         card = read_card(path)
         return io.NodeOutput(f"{folder}/{listed}", ui=ui.PreviewText(f"saved {path}\n{card.in_words()}"))

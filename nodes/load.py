@@ -8,8 +8,8 @@ from comfy_api.latest import io
 
 from ..core.card import read_student
 from ..core.families import FAMILIES
-from . import host, host_embedded
 from .graph import file_names
+from .host import embedded, patcher
 from .schema import schema
 
 CATEGORY = "TurboDistill"
@@ -18,15 +18,15 @@ BUILT_IN = "the demo model's student (built in)"
 
 def student_files() -> list[str]:
     """The files that may be students, as `folder/name`."""
-    return [BUILT_IN] + [f"{folder}/{name}" for folder in host.FOLDERS for name in host.files(folder)]
+    return [BUILT_IN] + [f"{folder}/{name}" for folder in patcher.FOLDERS for name in patcher.files(folder)]
 
 
 def student_path(choice: str) -> Path:
     """Raises FileNotFoundError if the file has gone since the list was made."""
     if choice == BUILT_IN:
-        return host_embedded.STUDENT
+        return embedded.STUDENT
     folder, _, name = choice.partition("/")
-    path = host.file_path(folder, name) if folder in host.FOLDERS else None
+    path = patcher.file_path(folder, name) if folder in patcher.FOLDERS else None
     if path is None:
         raise FileNotFoundError(
             f"student {choice} is not in ComfyUI's models: put it there, refresh the page (R) and choose it"
@@ -86,7 +86,7 @@ class LoadStudent(io.ComfyNode):
     def execute(cls, model, student: str, strength: float) -> io.NodeOutput:
         path = student_path(student)
         tensors, card = read_student(path)
-        patched, warning = host.with_student(model, tensors, card, strength, path.name)
+        patched, warning = patcher.with_student(model, tensors, card, strength, path.name)
         return io.NodeOutput(patched, "\n".join(filter(None, (warning, card.in_words()))))
 
 
@@ -131,7 +131,7 @@ class DetectOneStep(io.ComfyNode):
     def execute(cls, model, family: str, made_for_steps: int) -> io.NodeOutput:
         names = file_names(cls.hidden.prompt or {}, cls.hidden.unique_id)
         if family == cls.AUTOMATIC:
-            found = host.sampling_by_files(names)
+            found = patcher.sampling_by_files(names)
             if found is None:
                 raise ValueError(
                     f"no one-step family is recognised in {', '.join(names) or 'this graph'}: choose the family"
@@ -140,7 +140,7 @@ class DetectOneStep(io.ComfyNode):
                 found = FAMILIES[found.name].for_steps(made_for_steps)
         else:
             found = FAMILIES[family].for_steps(made_for_steps or None)
-        return io.NodeOutput(host.with_sampling(model, found), found.in_words())
+        return io.NodeOutput(patcher.with_sampling(model, found), found.in_words())
 
 
 class LoadDemoModel(io.ComfyNode):
@@ -166,4 +166,4 @@ class LoadDemoModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, batch_size: int) -> io.NodeOutput:
-        return io.NodeOutput(*host_embedded.load(), host_embedded.empty_latent(batch_size))
+        return io.NodeOutput(*embedded.load(), embedded.empty_latent(batch_size))

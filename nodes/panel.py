@@ -13,7 +13,7 @@ from ..trainer.run.events import Event
 from ..trainer.run.memory import OutOfMemory, is_out_of_memory
 from ..trainer.run.monitor import Monitor
 from ..trainer.run.session import Session
-from . import host_page
+from .host import page
 
 EVENT = "turbodistill.run"
 EVERY = 0.5  # seconds between messages
@@ -49,9 +49,9 @@ def ask(node: str, wish: str) -> None:
 def open_routes() -> None:
     """Let the page ask; called once, when ComfyUI loads our nodes."""
     base = "/turbodistill/runs/{node}"
-    host_page.route("GET", base, snapshot)
-    host_page.route("POST", f"{base}/stop", lambda node: ask(node, "stop"))
-    host_page.route("POST", f"{base}/preview", lambda node: ask(node, "preview"))
+    page.route("GET", base, snapshot)
+    page.route("POST", f"{base}/stop", lambda node: ask(node, "stop"))
+    page.route("POST", f"{base}/preview", lambda node: ask(node, "preview"))
 
 
 class Panel:
@@ -60,7 +60,7 @@ class Panel:
     def __init__(self, node: str, workflow: str, session: Session):
         self.node, self.workflow, self.session, self.monitor = node, workflow, session, session.monitor
         self._told = 0.0
-        self._bar = host_page.progress()
+        self._bar = page.progress()
         with _lock:
             _panels[node] = self
         self.tell()
@@ -70,7 +70,7 @@ class Panel:
         self.session.take(event)
         if time.monotonic() - self._told >= EVERY:
             self.tell()
-        host_page.check_cancel()
+        page.check_cancel()
 
     def snapshot(self) -> dict[str, Any]:
         """The monitor's, with the node, and the workflow's id: node ids are the same in other workflows."""
@@ -81,7 +81,7 @@ class Panel:
         shown = self.snapshot()
         if shown["total"]:
             self._bar(shown["done"], shown["total"])
-        host_page.send(EVENT, shown)
+        page.send(EVENT, shown)
         self._told = time.monotonic()
 
 
@@ -98,7 +98,7 @@ def watched(hidden, monitor: Monitor, folder: Path | None = None) -> Iterator[Pa
     try:
         yield panel
     except BaseException as error:
-        if host_page.is_cancel(error):
+        if page.is_cancel(error):
             monitor.end("cancelled")
         else:
             words = session.failed(error)
@@ -109,7 +109,7 @@ def watched(hidden, monitor: Monitor, folder: Path | None = None) -> Iterator[Pa
     finally:
         session.close()
     if full:  # outside of the handler: the error's frames hold on to the tensors
-        host_page.empty_cache()
+        page.empty_cache()
         raise OutOfMemory(full)
     if monitor.control.stop:
         _stopped[monitor.name] = time.time()

@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..core.families import MOST
-from . import host
+from .host import patcher
 from .load import CATEGORY
 from .picture import side_by_side
 from .schema import schema
@@ -44,7 +44,7 @@ def denoise_input() -> io.Float.Input:
 
 def sigmas_of(model, steps: int, denoise: float) -> torch.Tensor:
     """The sigmas (steps + 1,) at which the MODEL is sampled, as its student or family says."""
-    return host.sigmas_for(model, host.sampling_of(model).timesteps(steps, denoise))
+    return patcher.sigmas_for(model, patcher.sampling_of(model).timesteps(steps, denoise))
 
 
 class OneStepScheduler(io.ComfyNode):
@@ -84,7 +84,7 @@ class OneStepSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model) -> io.NodeOutput:
-        return io.NodeOutput(host.FewStep(host.sampling_of(model)))
+        return io.NodeOutput(patcher.FewStep(patcher.sampling_of(model)))
 
 
 class OneStepSample(io.ComfyNode):
@@ -118,9 +118,9 @@ class OneStepSample(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, latent_image, seed: int, steps: int, denoise: float) -> io.NodeOutput:
-        sampler = host.FewStep(host.sampling_of(model))
+        sampler = patcher.FewStep(patcher.sampling_of(model))
         return io.NodeOutput(
-            host.sample(model, positive, latent_image, seed, sigmas_of(model, steps, denoise), sampler)
+            patcher.sample(model, positive, latent_image, seed, sigmas_of(model, steps, denoise), sampler)
         )
 
 
@@ -155,23 +155,23 @@ class Compare(io.ComfyNode):
     def execute(
         cls, teacher, student, vae, positive, negative, latent_image, seed, teacher_steps, teacher_cfg, student_steps
     ) -> io.NodeOutput:
-        euler, spaced = host.euler(teacher, teacher_steps)
+        euler, spaced = patcher.euler(teacher, teacher_steps)
         runs = (
             (f"teacher, {teacher_steps} steps, cfg {teacher_cfg:g}", teacher, spaced, euler, negative, teacher_cfg),
             (
                 f"student, {student_steps} step{'s' * (student_steps > 1)}",
                 student,
                 sigmas_of(student, student_steps, 1.0),
-                host.FewStep(host.sampling_of(student)),
+                patcher.FewStep(patcher.sampling_of(student)),
                 None,
                 1.0,
             ),
         )
         columns = []
         for title, model, sigmas, sampler, against, cfg in runs:
-            host.load(model)  # a model's way to the GPU is not sampling time
+            patcher.load(model)  # a model's way to the GPU is not sampling time
             begun = time.perf_counter()
-            latent = host.sample(model, positive, latent_image, seed, sigmas, sampler, against, cfg)
+            latent = patcher.sample(model, positive, latent_image, seed, sigmas, sampler, against, cfg)
             columns.append((f"{title}: {time.perf_counter() - begun:.2f} s", vae.decode(latent["samples"])))
         image = side_by_side(columns)
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))

@@ -26,7 +26,7 @@ def comfyui():
 
 @pytest.fixture(scope="module")
 def nodes(comfyui):
-    """Our modules: nodes.host, nodes.load and so on; ComfyUI's stand-ins are importable as long as this lives."""
+    """Our modules: nodes.patcher, nodes.load and so on; ComfyUI's stand-ins are importable as long as this lives."""
     with comfyui.installed() as modules:
         yield modules
 

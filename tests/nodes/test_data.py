@@ -259,7 +259,7 @@ def test_a_model_that_cannot_be_distilled_is_told_before_pairs_are_made(nodes, g
     from turbodistill.core.families import SamplingRecipe
 
     with pytest.raises(ValueError, match="sampled as SDXL-Turbo already"):
-        graph.pairs(model=nodes.host.with_sampling(graph.model, SamplingRecipe("SDXL-Turbo")))
+        graph.pairs(model=nodes.patcher.with_sampling(graph.model, SamplingRecipe("SDXL-Turbo")))
     with pytest.raises(ValueError, match=r"latents of 16 channels, the model wants 4: connect the VAE"):
         graph.pairs(vae=comfyui.Pictures(16))
     with pytest.raises(ValueError, match="17 x 16 pixels: give multiples of 2"):

@@ -158,14 +158,14 @@ def vae_shapes(embed_dim, ddconfig):
 @pytest.fixture(scope="module")
 def about(nodes):
     """What the file says of itself."""
-    with safe_open(nodes.host_embedded.MODEL, "pt") as file:
-        return json.loads(file.metadata()[nodes.host_embedded.HEADER])
+    with safe_open(nodes.embedded.MODEL, "pt") as file:
+        return json.loads(file.metadata()[nodes.embedded.HEADER])
 
 
 @pytest.fixture(scope="module")
 def weights(nodes):
     """The file's tensors: part -> name -> tensor."""
-    with safe_open(nodes.host_embedded.MODEL, "pt") as file:
+    with safe_open(nodes.embedded.MODEL, "pt") as file:
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - no dict
     parts = {
         part: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -183,15 +183,15 @@ def shapes_of(tensors):
 
 
 def test_the_unet_s_configuration_gives_the_file_s_tensors(nodes, about, weights):
-    assert unet_shapes(**nodes.host_embedded.unet_config(about["unet"])) == shapes_of(weights["unet"])
+    assert unet_shapes(**nodes.embedded.unet_config(about["unet"])) == shapes_of(weights["unet"])
 
 
 def test_the_autoencoder_s_configuration_gives_the_file_s_tensors(nodes, about, weights):
-    assert vae_shapes(**nodes.host_embedded.vae_config(about["vae"])["params"]) == shapes_of(weights["vae"])
+    assert vae_shapes(**nodes.embedded.vae_config(about["vae"])["params"]) == shapes_of(weights["vae"])
 
 
 def test_what_tensors_do_not_show_is_the_header_s(nodes, about):
-    header, config = about["unet"], nodes.host_embedded.unet_config(about["unet"])
+    header, config = about["unet"], nodes.embedded.unet_config(about["unet"])
     widths = [factor * config["model_channels"] for factor in config["channel_mult"]]
     assert widths == header["block_out_channels"] == [64, 128, 160]
     heads = [width // config["num_head_channels"] for width in widths]
@@ -199,7 +199,7 @@ def test_what_tensors_do_not_show_is_the_header_s(nodes, about):
     assert config["image_size"] == header["sample_size"]
     assert (config["num_heads"], config["use_spatial_transformer"]) == (-1, True)
     assert config["adm_in_channels"] is None and not config["use_temporal_attention"]
-    vae = nodes.host_embedded.vae_config(about["vae"])["params"]["ddconfig"]
+    vae = nodes.embedded.vae_config(about["vae"])["params"]["ddconfig"]
     assert vae["resolution"] == about["vae"]["sample_size"] and vae["dropout"] == 0
 
 
@@ -212,7 +212,7 @@ def test_what_tensors_do_not_show_is_the_header_s(nodes, about):
 )
 def test_transformers_sit_where_the_header_says(nodes, about, kinds, blocks, down, up):
     header = about["unet"] | {"down_block_types": kinds, "layers_per_block": blocks, "block_out_channels": [64, 128]}
-    config = nodes.host_embedded.unet_config(header)
+    config = nodes.embedded.unet_config(header)
     assert (config["transformer_depth"], config["transformer_depth_output"]) == (down, up)
     assert config["num_res_blocks"] == [blocks] * 2
     unet_shapes(**config)  # every entry is used
@@ -220,7 +220,7 @@ def test_transformers_sit_where_the_header_says(nodes, about, kinds, blocks, dow
 
 @pytest.mark.parametrize(("factor", "width", "product"), [(2.5, 64, 160), (1.0, 64, 64), (100 / 96, 96, 100)])
 def test_a_ratio_times_the_width_is_whole(nodes, factor, width, product):
-    ratio = nodes.host_embedded.Ratio(factor)
+    ratio = nodes.embedded.Ratio(factor)
     for found in (ratio * width, width * ratio):
         assert found == product and type(found) is int
     assert ratio == factor and isinstance(ratio, float)
@@ -231,14 +231,14 @@ def test_comfyui_s_own_schedule_and_reading_are_the_model_s(nodes, comfyui, abou
     assert schedule == {"kind": "scaled_linear", "start": 0.00085, "end": 0.012, "steps": 1000}  # Stable Diffusion's
     table = scaled_linear(schedule["steps"], schedule["start"], schedule["end"])
     assert torch.allclose(comfyui.ModelSamplingDiscrete().sigmas, ((1 - table) / table).sqrt().float())
-    config = nodes.host_embedded.DemoConfig(nodes.host_embedded.unet_config(about["unet"]))
+    config = nodes.embedded.DemoConfig(nodes.embedded.unet_config(about["unet"]))
     assert about["prediction"] == "v" and config.model_type({}) is comfyui.ModelType.V_PREDICTION
 
 
 def test_a_class_wide_default_does_not_overwrite_the_configuration(nodes, comfyui, about):
     # ComfyUI's base class would set 64 channels a head over whatever it is given.
-    config = nodes.host_embedded.unet_config(about["unet"])
-    assert nodes.host_embedded.DemoConfig(config).unet_config == config
+    config = nodes.embedded.unet_config(about["unet"])
+    assert nodes.embedded.DemoConfig(config).unet_config == config
     assert comfyui.BASE(config).unet_config["num_head_channels"] != config["num_head_channels"]
 
 
@@ -266,19 +266,19 @@ def test_every_output_has_its_value(nodes, comfyui, loaded):
 
 def test_the_model_holds_the_file_s_weights(nodes, about, weights, loaded):
     model = loaded[0]
-    found = nodes.host.base_weights(model)
+    found = nodes.patcher.base_weights(model)
     assert found.keys() == weights["unet"].keys()
     assert all(torch.equal(found[k].half(), weights["unet"][k]) for k in found)
-    assert nodes.host.prediction_of(model) == about["prediction"]
+    assert nodes.patcher.prediction_of(model) == about["prediction"]
     assert model.get_model_object("latent_format").scale_factor == about["vae"]["scaling_factor"]
 
 
 def test_the_built_in_student_is_made_for_it(nodes, loaded):
-    card = read_card(nodes.host_embedded.STUDENT)
-    assert card.base_hash == fingerprint(nodes.host.base_weights(loaded[0]))
+    card = read_card(nodes.embedded.STUDENT)
+    assert card.base_hash == fingerprint(nodes.patcher.base_weights(loaded[0]))
     patched, words = nodes.load.LoadStudent.run(model=loaded[0], student=nodes.load.BUILT_IN, strength=1.0).args
     assert words == card.in_words()  # no warning
-    layers = [k for k, v in nodes.host.base_weights(loaded[0]).items() if k.endswith("weight") and v.ndim > 1]
+    layers = [k for k, v in nodes.patcher.base_weights(loaded[0]).items() if k.endswith("weight") and v.ndim > 1]
     assert len(patched.patches) == len(layers)
     change = next(iter(patched.patches.values()))[0][1]
     assert math.isclose(change.alpha, card.alpha)
@@ -327,4 +327,4 @@ def test_a_unet_that_the_weights_do_not_fit_is_told(nodes, comfyui, networks, mo
 
     monkeypatch.setattr(comfyui.loading, "UNetModel", other)
     with pytest.raises(RuntimeError, match=f"does not fit ComfyUI's UNet: {words}"):
-        nodes.host_embedded.load()
+        nodes.embedded.load()

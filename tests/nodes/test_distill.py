@@ -30,7 +30,7 @@ def test_a_graph_from_prompts_to_a_student(nodes, graph, comfyui, server, places
 
     card = student.card
     assert words == card.in_words() and (card.base_model, card.architecture) == ("toy.safetensors", "toy-v1")
-    assert card.base_hash == nodes.host.model_hash(graph.model) and card.resolution == (16, 16)
+    assert card.base_hash == nodes.patcher.model_hash(graph.model) and card.resolution == (16, 16)
     assert (card.kind, card.rank, card.guidance, card.timesteps) == ("lora", 2, 2.0, (999,))
     assert card.training["updates"] in (2, 4)  # the best one
     assert (card.training["pairs"], card.training["batch_size"]) == (12, 4)
@@ -39,7 +39,7 @@ def test_a_graph_from_prompts_to_a_student(nodes, graph, comfyui, server, places
     assert sorted(p.name for p in kit.folder(places).iterdir()) == [training.HISTORY, training.STATE, training.BEST]
     weights = {k for k, v in graph.model.model.state_dict().items() if k.endswith("weight") and v.ndim > 1}
     assert set(model.patches) == weights
-    sampling = nodes.host.sampling_of(model)
+    sampling = nodes.patcher.sampling_of(model)
     assert (sampling.start, sampling.prediction) == (999, "inherit")
     assert not torch.allclose(kit.x0(model, comfyui), made, atol=1e-3)
 
@@ -56,7 +56,7 @@ def test_the_previews_are_what_the_student_makes(nodes, graph, comfyui, places):
     model, *_, previews = graph.distill(pairs).args
     samples = load_pairs(pairs.folder)
     _, held = run.split(samples)
-    sigmas = nodes.host.sigmas_for(model, (999,))
+    sigmas = nodes.patcher.sigmas_for(model, (999,))
     with model.loaded() as network, torch.no_grad():
         x = samples.noise(held) * (1 + sigmas[0] ** 2).sqrt()
         latents = network.apply_model(x, sigmas[:1].expand(len(x)), samples.cond.rows(held).context)
@@ -77,7 +77,7 @@ def test_a_full_copy_is_made_where_the_rank_is_zero(nodes, graph, kit):
     before = kit.bits(graph.model)
     model, student, *_ = graph.distill(graph.pairs(), rank=0).args
     assert student.card.kind == "full"
-    assert set(model.patches) == {nodes.host.PREFIX + name for name in nodes.host.base_weights(graph.model)}
+    assert set(model.patches) == {nodes.patcher.PREFIX + name for name in nodes.patcher.base_weights(graph.model)}
     assert kit.same(kit.bits(graph.model), before)
 
 
@@ -194,20 +194,20 @@ def test_pairs_of_another_model_are_refused(graph, toys, loaded, clip_of, places
 
 def test_a_clip_with_a_lora_is_the_same_whether_it_is_loaded_or_not(nodes, graph):
     styled = graph.clip.patcher
-    plain = nodes.host.clip_hash(graph.clip)
+    plain = nodes.patcher.clip_hash(graph.clip)
     styled.add_patches({"weight": (torch.ones(64, 6),)}, 0.5)
-    asleep = nodes.host.clip_hash(graph.clip)
+    asleep = nodes.patcher.clip_hash(graph.clip)
     with styled.loaded():
-        assert nodes.host.clip_hash(graph.clip) == asleep != plain
+        assert nodes.patcher.clip_hash(graph.clip) == asleep != plain
     styled.patches.clear()
     styled.add_patches({"weight": (torch.ones(64, 6),)}, 0.7)
-    assert nodes.host.clip_hash(graph.clip) != asleep
+    assert nodes.patcher.clip_hash(graph.clip) != asleep
 
 
 def test_a_student_is_not_distilled_again(nodes, graph, places, kit):
     pairs = graph.pairs()
     model = graph.distill(pairs)[0]
-    for student in (model, nodes.host.with_sampling(graph.model, SamplingRecipe("SDXL-Turbo"))):
+    for student in (model, nodes.patcher.with_sampling(graph.model, SamplingRecipe("SDXL-Turbo"))):
         with pytest.raises(
             ValueError, match=r"this MODEL is sampled as .* already: connect the model as it was loaded"
         ):

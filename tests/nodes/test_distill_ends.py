@@ -121,7 +121,7 @@ def test_out_of_memory_says_what_to_change_and_frees(
 ):
     pairs = graph.pairs()
     before, emptied = kit.bits(graph.model), []
-    monkeypatch.setattr(graph.nodes.host_page, "empty_cache", lambda: emptied.append([s() for s in students]))
+    monkeypatch.setattr(graph.nodes.page, "empty_cache", lambda: emptied.append([s() for s in students]))
     handle = graph.at_pass(10, out_of_memory)
     words = ""
     try:
@@ -146,7 +146,7 @@ def test_out_of_memory_says_what_to_change_and_frees(
 def test_memory_is_free_when_the_cache_is_emptied(graph, students, monkeypatch):
     """Else it would be emptied of nothing: what an error's traceback holds is not free yet."""
     pairs, left = graph.pairs(), []
-    monkeypatch.setattr(graph.nodes.host_page, "empty_cache", lambda: left.append([s() for s in students]))
+    monkeypatch.setattr(graph.nodes.page, "empty_cache", lambda: left.append([s() for s in students]))
     handle = graph.at_pass(10, out_of_memory)
     gc.disable()
     try:

@@ -40,7 +40,7 @@ def test_one_step_is_the_model_s_x0(nodes, toys, model_of, toy):
     model = Wrapped(Guided(toy, toys.cond()), model_of(toy))
     x, sigmas = start(toys, toy.schedule, 1)
     for renoise in (True, False):
-        found = nodes.host.FewStep(SamplingRecipe("", renoise=renoise)).steps(model, x, sigmas)
+        found = nodes.patcher.FewStep(SamplingRecipe("", renoise=renoise)).steps(model, x, sigmas)
         assert torch.allclose(found, model.denoiser(x, sigmas[0].expand(2)), atol=1e-5)
     assert [c[1].tolist() for c in model.calls] == [[float(sigmas[0])] * 2] * 2  # one pass each
 
@@ -50,7 +50,7 @@ def test_one_step_is_the_model_s_x0(nodes, toys, model_of, toy):
 def test_it_equals_the_core_s_sampler(nodes, toys, model_of, toy, steps):
     denoiser = Guided(toy, toys.cond())
     x, sigmas = start(toys, toy.schedule, steps)
-    found = nodes.host.FewStep(SamplingRecipe("")).steps(Wrapped(denoiser, model_of(toy)), x, sigmas)
+    found = nodes.patcher.FewStep(SamplingRecipe("")).steps(Wrapped(denoiser, model_of(toy)), x, sigmas)
     assert torch.allclose(found, sample_few_step(denoiser, x, sigmas), atol=1e-5)
 
 
@@ -58,7 +58,7 @@ def test_it_equals_the_core_s_sampler(nodes, toys, model_of, toy, steps):
 def test_fresh_noise_lifts_x0_to_the_next_level(nodes, toys, model_of, toy):
     model = Wrapped(Guided(toy, toys.cond()), model_of(toy))
     x, sigmas = start(toys, toy.schedule, 3)
-    nodes.host.FewStep(SamplingRecipe("")).steps(model, x, sigmas)
+    nodes.patcher.FewStep(SamplingRecipe("")).steps(model, x, sigmas)
     fresh = row_noise(x)
     for i in (0, 1):
         x0 = model.denoiser(model.calls[i][0], sigmas[i].expand(2))
@@ -71,7 +71,7 @@ def test_fresh_noise_lifts_x0_to_the_next_level(nodes, toys, model_of, toy):
 def test_without_fresh_noise_it_is_euler_s(nodes, toys, model_of, toy, steps):
     denoiser = Guided(toy, toys.cond())
     x, sigmas = start(toys, toy.schedule, steps)
-    found = nodes.host.FewStep(SamplingRecipe("", renoise=False)).steps(Wrapped(denoiser, model_of(toy)), x, sigmas)
+    found = nodes.patcher.FewStep(SamplingRecipe("", renoise=False)).steps(Wrapped(denoiser, model_of(toy)), x, sigmas)
     assert torch.allclose(found, sample_euler(denoiser, x, sigmas), atol=1e-4)
     assert not torch.allclose(found, sample_few_step(denoiser, x, sigmas), atol=1e-2)
 
@@ -81,7 +81,7 @@ def test_without_fresh_noise_it_is_euler_s(nodes, toys, model_of, toy, steps):
 def test_item_k_of_a_batch_is_its_single_run(nodes, toys, model_of, toy, renoise):
     cond = toys.cond(3)
     x, sigmas = start(toys, toy.schedule, 4, batch=3)
-    sampler, model = nodes.host.FewStep(SamplingRecipe("", renoise=renoise)), model_of(toy)
+    sampler, model = nodes.patcher.FewStep(SamplingRecipe("", renoise=renoise)), model_of(toy)
     batch = sampler.steps(Wrapped(Guided(toy, cond), model), x, sigmas)
     for k in range(3):
         alone = sampler.steps(Wrapped(Guided(toy, cond.rows([k])), model), x[k : k + 1], sigmas)
@@ -92,7 +92,7 @@ def test_the_callback_is_told_every_step(nodes, toys, model_of):
     toy, told = toys.conv(), []
     model = Wrapped(lambda x, sigma: x * 0.5, model_of(toy))
     x, sigmas = start(toys, toy.schedule, 3)
-    nodes.host.FewStep(SamplingRecipe("")).steps(model, x, sigmas, {"seed": 3}, told.append, disable=True)
+    nodes.patcher.FewStep(SamplingRecipe("")).steps(model, x, sigmas, {"seed": 3}, told.append, disable=True)
     assert [t["i"] for t in told] == [0, 1, 2]
     for t, sigma, (seen, level, extra) in zip(told, sigmas, model.calls, strict=False):
         assert t.keys() == {"x", "i", "sigma", "sigma_hat", "denoised"}
@@ -105,7 +105,7 @@ def test_a_schedule_may_end_above_zero(nodes, toys, model_of):
     toy = toys.conv()
     model = Wrapped(lambda x, sigma: torch.zeros_like(x), model_of(toy))
     x, sigmas = start(toys, toy.schedule, 4)
-    found = nodes.host.FewStep(SamplingRecipe("")).steps(model, x, sigmas[:3])
+    found = nodes.patcher.FewStep(SamplingRecipe("")).steps(model, x, sigmas[:3])
     assert len(model.calls) == 2 and torch.allclose(found, row_noise(x)(1) * sigmas[2])
 
 
@@ -114,7 +114,7 @@ def test_sampling_keeps_no_gradient(nodes, toys, model_of):
     toy = toys.conv()
     x, sigmas = start(toys, toy.schedule, 2)
     with torch.enable_grad():
-        found = nodes.host.FewStep(SamplingRecipe("")).steps(
+        found = nodes.patcher.FewStep(SamplingRecipe("")).steps(
             Wrapped(Guided(toy, toys.cond()), model_of(toy)), x, sigmas
         )
     assert not found.requires_grad
@@ -135,7 +135,7 @@ def first_input(nodes, comfyui, model, sampler, sigmas, noise, latent):
 @pytest.mark.parametrize("exact", [True, False])
 def test_our_students_begin_at_sigma_and_others_where_comfyui_does(nodes, comfyui, toys, model_of, exact):
     toy, noise, latent = toys.conv(), toys.picture(), toys.picture()
-    model, sampler = model_of(toy), nodes.host.FewStep(SamplingRecipe("", exact=exact))
+    model, sampler = model_of(toy), nodes.patcher.FewStep(SamplingRecipe("", exact=exact))
     top = trailing_sigmas(toy.schedule, 1)
     found = first_input(nodes, comfyui, model, sampler, top, noise, latent)
     level = top[0] if exact else (1 + top[0] ** 2).sqrt()
@@ -152,7 +152,7 @@ def test_a_flow_begins_with_the_noise_itself(nodes, comfyui, toys, model_of, exa
         nodes,
         comfyui,
         model_of(toy),
-        nodes.host.FewStep(SamplingRecipe("", exact=exact)),
+        nodes.patcher.FewStep(SamplingRecipe("", exact=exact)),
         trailing_sigmas(toy.schedule, 1),
         noise,
         latent,

@@ -14,14 +14,14 @@ def host_of(nodes, comfyui, clip_of):
     """A MODEL -> the trainer's host over it."""
 
     def build(model, width=16):
-        return nodes.host_training.ComfyUIHost(model, clip_of(), comfyui.Pictures(), "toy", width, 16)
+        return nodes.training.ComfyUIHost(model, clip_of(), comfyui.Pictures(), "toy", width, 16)
 
     return build
 
 
 def learn(nodes, toys, model):
     """One backward through a student of the MODEL; whether its LoRA got gradients."""
-    denoiser = nodes.host_denoiser.ModelDenoiser(model)
+    denoiser = nodes.denoiser.ModelDenoiser(model)
     student = Student(denoiser, rank=2)
     try:
         with student.training():
@@ -43,7 +43,7 @@ def test_within_it_does_and_the_weights_stay_to_the_bit(kit, nodes, toys, loaded
     before, flags = kit.bits(model), [p.requires_grad for p in model.model.parameters()]
     assert all(flags)
     for _ in range(2):  # a second training starts clean
-        with torch.inference_mode(), nodes.host_training.trainable(model):
+        with torch.inference_mode(), nodes.training.trainable(model):
             assert not any(p.requires_grad for p in model.model.parameters())
             assert learn(nodes, toys, model)
         assert kit.same(kit.bits(model), before)
@@ -52,7 +52,7 @@ def test_within_it_does_and_the_weights_stay_to_the_bit(kit, nodes, toys, loaded
 
 def test_flags_are_restored_after_an_error(nodes, loaded):
     model = loaded()
-    with pytest.raises(MemoryError), torch.inference_mode(), nodes.host_training.trainable(model):
+    with pytest.raises(MemoryError), torch.inference_mode(), nodes.training.trainable(model):
         raise MemoryError
     assert all(p.requires_grad for p in model.model.parameters())
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
@@ -94,7 +94,7 @@ def test_a_student_is_not_distilled_again(nodes, loaded, host_of):
     from turbodistill.core.families import SamplingRecipe
 
     with pytest.raises(ValueError, match="sampled as SDXL-Turbo already"):
-        host_of(nodes.host.with_sampling(loaded(), SamplingRecipe("SDXL-Turbo")))
+        host_of(nodes.patcher.with_sampling(loaded(), SamplingRecipe("SDXL-Turbo")))
 
 
 @pytest.mark.slow
@@ -114,9 +114,9 @@ def test_the_trainer_runs_on_it_and_its_student_loads(kit, nodes, loaded, host_o
         },
         **{"taps": "conv_in,down", "precision": "float32", "evaluate_every": 2, "preview_every": 2},
     )
-    with torch.inference_mode(), nodes.host_training.trainable(model):
+    with torch.inference_mode(), nodes.training.trainable(model):
         *_, finished = run.run(host_of(model), config, tmp_path, WORDS)
     assert kit.same(kit.bits(model), before)
     tensors, card = nodes.load.read_student(finished.path)
-    patched, warning = nodes.host.with_student(model, tensors, card, 1.0, "student.safetensors")
+    patched, warning = nodes.patcher.with_student(model, tensors, card, 1.0, "student.safetensors")
     assert warning == "" and len(patched.patches) == len(tensors) // 3 and card.base_model == "toy"

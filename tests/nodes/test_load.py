@@ -57,7 +57,7 @@ def test_every_choice_has_its_file(nodes, folders):
         assert nodes.load.student_path(choice).is_file()
         assert nodes.load.LoadStudent.validate_inputs(student=choice) is True
     assert nodes.load.student_path("loras/sub/fox.safetensors") == folders["loras"] / "sub" / "fox.safetensors"
-    assert nodes.load.student_path(nodes.load.BUILT_IN) == nodes.host_embedded.STUDENT
+    assert nodes.load.student_path(nodes.load.BUILT_IN) == nodes.embedded.STUDENT
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_student_is_loaded(nodes, teacher, model_of, lora, strength):
     out = nodes.load.LoadStudent.run(model=model, student="loras/fox.safetensors", strength=strength)
     patched, words = out.args
     assert patched is not model and {entries[0][0] for entries in patched.patches.values()} == {strength}
-    assert nodes.host.sampling_of(patched).name == "student of toy"
+    assert nodes.patcher.sampling_of(patched).name == "student of toy"
     assert words == nodes.load.read_student(lora)[1].in_words()
 
 
@@ -141,7 +141,7 @@ def detected(nodes, toys, model_of):
             family=family or node.AUTOMATIC,
             made_for_steps=made_for_steps,
         )
-        return nodes.host.sampling_of(out[0]), out[1]
+        return nodes.patcher.sampling_of(out[0]), out[1]
 
     return run
 

@@ -14,7 +14,7 @@ def pair(toys, model_of, nodes):
 
     def build(prediction):
         toy = toys.conv(prediction)
-        return toy, nodes.host_denoiser.ModelDenoiser(model_of(toy))
+        return toy, nodes.denoiser.ModelDenoiser(model_of(toy))
 
     return build
 
@@ -43,7 +43,7 @@ def test_its_schedule_is_the_model_s(toys, pair, prediction):
 def test_a_flow_schedule_s_shift_is_found(nodes, comfyui, shift, entries):
     space = comfyui.model_sampling(comfyui.CONST, comfyui.ModelSamplingDiscreteFlow, shift, entries)
     model = comfyui.ModelPatcher(comfyui.BaseModel(torch.nn.Identity(), space))
-    assert nodes.host_denoiser.levels_of(model).shift == pytest.approx(shift, rel=1e-3)
+    assert nodes.denoiser.levels_of(model).shift == pytest.approx(shift, rel=1e-3)
 
 
 def by_logarithm(comfyui):
@@ -66,7 +66,7 @@ def test_a_schedule_of_another_kind_is_refused(nodes, comfyui):
     for space in spaces:
         model = comfyui.ModelPatcher(comfyui.BaseModel(torch.nn.Identity(), space))
         with pytest.raises(ValueError, match="noise levels"):
-            nodes.host_denoiser.levels_of(model)
+            nodes.denoiser.levels_of(model)
 
 
 @pytest.mark.parametrize("dimensions", [1, 3])
@@ -74,14 +74,14 @@ def test_latents_that_are_no_pictures_are_refused(nodes, toys, model_of, comfyui
     form = comfyui.LatentFormat()
     form.latent_dimensions = dimensions
     with pytest.raises(ValueError, match=f"latents have {dimensions} dimensions"):
-        nodes.host_denoiser.ModelDenoiser(model_of(toys.conv("flow"), latent_format=form))
+        nodes.denoiser.ModelDenoiser(model_of(toys.conv("flow"), latent_format=form))
 
 
 def test_a_model_that_wants_a_picture_is_refused(nodes, toys, model_of):
     model = model_of(toys.conv("eps"))
     model.model.concat_keys = ("mask", "masked_image")
     with pytest.raises(ValueError, match="takes a picture or a mask beside the latent"):
-        nodes.host_denoiser.ModelDenoiser(model)
+        nodes.denoiser.ModelDenoiser(model)
 
 
 def test_a_condition_with_a_picture_is_refused(nodes, toys, model_of, monkeypatch):
@@ -91,7 +91,7 @@ def test_a_condition_with_a_picture_is_refused(nodes, toys, model_of, monkeypatc
         model.model, "extra_conds", lambda **given: extra(**given) | {"c_concat": next(iter(extra(**given).values()))}
     )
     with pytest.raises(ValueError, match="takes a picture or a mask beside the latent"):
-        nodes.host_denoiser.conditions(model, [[states, {}]], toys.picture())
+        nodes.denoiser.conditions(model, [[states, {}]], toys.picture())
 
 
 def test_a_lora_student_learns_on_it_and_off_is_the_teacher(toys, pair):
@@ -161,7 +161,7 @@ def test_what_computes_in_float16_is_computed_in_float32(nodes, model_of, toys, 
     toy.backbone = Layer().to(weights)
     model = model_of(toy)
     model.model.manual_cast_dtype = cast
-    with pytest.raises(KeyError), nodes.host_denoiser.differentiable(model):
+    with pytest.raises(KeyError), nodes.denoiser.differentiable(model):
         assert model.model.manual_cast_dtype == within
         assert toy.backbone.comfy_cast_weights == (within == torch.float32 != cast)
         raise KeyError
@@ -194,7 +194,7 @@ def test_backward_reads_what_blocks_that_add_in_place_were_given(nodes, model_of
 
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         run()
-    with nodes.host_denoiser.differentiable(model):
+    with nodes.denoiser.differentiable(model):
         found = run()
     y = x
     for block in toy.backbone.single_blocks:
@@ -206,14 +206,14 @@ def test_backward_reads_what_blocks_that_add_in_place_were_given(nodes, model_of
 def test_latents_are_scaled_on_their_way_in_and_out(nodes, toys, model_of, comfyui):
     form = comfyui.LatentFormat()
     form.scale_factor = 0.18215
-    found = nodes.host_denoiser.ModelDenoiser(model_of(toys.conv("eps"), latent_format=form))
+    found = nodes.denoiser.ModelDenoiser(model_of(toys.conv("eps"), latent_format=form))
     x = toys.picture()
     assert torch.allclose(found.latent_in(x), x * 0.18215) and torch.allclose(found.latent_out(found.latent_in(x)), x)
 
 
 def test_conditions_are_the_rows_of_the_batch(nodes, toys, model_of):
     states = toys.cond(1).context
-    found = nodes.host_denoiser.conditions(model_of(toys.conv("eps")), [[states, {}]], toys.picture(3))
+    found = nodes.denoiser.conditions(model_of(toys.conv("eps")), [[states, {}]], toys.picture(3))
     assert len(found) == 3 and found.pooled is None and torch.equal(found.context[2:], states)
 
 
@@ -221,6 +221,6 @@ def test_conditions_are_the_rows_of_the_batch(nodes, toys, model_of):
 def test_a_condition_that_is_not_the_same_all_over_is_refused(nodes, toys, model_of, option):
     model, states = model_of(toys.conv("eps")), toys.cond(1).context
     with pytest.raises(ValueError, match=option):
-        nodes.host_denoiser.conditions(model, [[states, {option: 1}]], toys.picture())
+        nodes.denoiser.conditions(model, [[states, {option: 1}]], toys.picture())
     with pytest.raises(ValueError, match="2 parts"):
-        nodes.host_denoiser.conditions(model, [[states, {}], [states, {}]], toys.picture())
+        nodes.denoiser.conditions(model, [[states, {}], [states, {}]], toys.picture())

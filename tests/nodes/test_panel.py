@@ -202,7 +202,7 @@ def test_the_next_run_of_a_node_takes_the_place_of_the_last(nodes, server, monit
 def test_pictures_are_files_that_the_page_can_ask_for(nodes, places, size, kind):
     width, height = size
     pictures = torch.linspace(-0.5, 1.5, 3 * width).view(1, 3, 1, width).expand(2, 3, height, width)
-    found = nodes.host_page.show(pictures)
+    found = nodes.page.show(pictures)
     assert len({place["filename"] for place in found}) == 2
     for place in found:
         assert (place["subfolder"], place["type"]) == ("turbodistill", "temp")
@@ -213,6 +213,6 @@ def test_pictures_are_files_that_the_page_can_ask_for(nodes, places, size, kind)
 
 
 def test_free_memory_is_the_device_s_where_there_is_one(nodes, graph):
-    assert nodes.host_page.free_memory(graph.model) is None
+    assert nodes.page.free_memory(graph.model) is None
     graph.model.load_device = torch.device("cuda")
-    assert nodes.host_page.free_memory(graph.model) == 8 * 1024**3
+    assert nodes.page.free_memory(graph.model) == 8 * 1024**3

@@ -60,14 +60,14 @@ class Recorder:
 
 def test_an_empty_latent_takes_the_model_s_channels(nodes, comfyui, silent):
     silent.add_object_patch("latent_format", type("Wide", (comfyui.LatentFormat,), {"latent_channels": 16})())
-    assert nodes.host.check_channels(silent, torch.zeros(2, 4, 8, 8)).shape == (2, 16, 8, 8)
+    assert nodes.patcher.check_channels(silent, torch.zeros(2, 4, 8, 8)).shape == (2, 16, 8, 8)
     with pytest.raises(ValueError, match="has 4 channels, this model wants 16: encode the picture with the VAE"):
-        nodes.host.check_channels(silent, torch.ones(2, 4, 8, 8))
+        nodes.patcher.check_channels(silent, torch.ones(2, 4, 8, 8))
 
 
 def test_a_latent_with_the_model_s_channels_stays(nodes, silent):
     latent = torch.ones(2, 4, 8, 8)
-    assert nodes.host.check_channels(silent, latent) is latent
+    assert nodes.patcher.check_channels(silent, latent) is latent
 
 
 # --- host.sample ---
@@ -76,7 +76,7 @@ def test_a_latent_with_the_model_s_channels_stays(nodes, silent):
 @pytest.mark.parametrize("seed", [0, 7, 0xFFFFFFFFFFFFFFFF])
 def test_the_seed_is_the_noise(nodes, toys, silent, seed):
     recorder = Recorder()
-    out = nodes.host.sample(silent, prompt(toys), empty(2), seed, ONE_STEP, recorder)
+    out = nodes.patcher.sample(silent, prompt(toys), empty(2), seed, ONE_STEP, recorder)
     expected = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(out["samples"], expected) and recorder.seed == seed
 
@@ -84,14 +84,14 @@ def test_the_seed_is_the_noise(nodes, toys, silent, seed):
 @pytest.mark.parametrize("index", [[0, 1, 2], [2, 0], [1, 1]])
 def test_a_batch_s_items_keep_their_noise_alone(nodes, toys, silent, index):
     latent = empty(len(index), batch_index=index)
-    out = nodes.host.sample(silent, prompt(toys), latent, 7, ONE_STEP, Recorder())
+    out = nodes.patcher.sample(silent, prompt(toys), latent, 7, ONE_STEP, Recorder())
     assert torch.equal(out["samples"], draws(7, 3)[index])
 
 
 def test_what_else_the_latent_holds_goes_on(nodes, toys, silent):
     latent = empty(1, batch_index=[3], noise_mask=torch.ones(1, 64, 64), made_by="LoadLatent")
     before = latent["samples"]
-    out = nodes.host.sample(silent, prompt(toys), latent, 7, ONE_STEP, Recorder())
+    out = nodes.patcher.sample(silent, prompt(toys), latent, 7, ONE_STEP, Recorder())
     assert out | {"samples": before} == latent and out is not latent
     assert latent["samples"] is before and (before == 0).all()
 
@@ -100,7 +100,7 @@ def test_a_picture_s_latent_is_scaled_in_and_out(nodes, comfyui, toys, model_of)
     half = type("Half", (comfyui.LatentFormat,), {"scale_factor": 0.5})()
     model = model_of(toys.Toy(Silent(), SD, "eps"), latent_format=half)
     recorder, picture = Recorder(), torch.ones(1, 4, 8, 8)
-    out = nodes.host.sample(model, prompt(toys), {"samples": picture}, 7, ONE_STEP, recorder)
+    out = nodes.patcher.sample(model, prompt(toys), {"samples": picture}, 7, ONE_STEP, recorder)
     assert torch.equal(recorder.latent, picture * 0.5) and torch.equal(out["samples"], draws(7, 1) / 0.5)
 
 
@@ -108,8 +108,8 @@ def test_the_mask_reaches_the_sampler_or_none(nodes, toys, silent):
     mask = torch.zeros(1, 1, 64, 64)  # in pixels
     mask[..., 32:] = 1
     with_mask, without = Recorder(), Recorder()
-    nodes.host.sample(silent, prompt(toys), empty(noise_mask=mask), 7, ONE_STEP, with_mask)
-    nodes.host.sample(silent, prompt(toys), empty(), 7, ONE_STEP, without)
+    nodes.patcher.sample(silent, prompt(toys), empty(noise_mask=mask), 7, ONE_STEP, with_mask)
+    nodes.patcher.sample(silent, prompt(toys), empty(), 7, ONE_STEP, without)
     assert with_mask.mask.shape == (1, 4, 8, 8) and with_mask.mask.mean() == 0.5
     assert without.mask is None
 
@@ -121,7 +121,9 @@ def test_what_the_mask_protects_stays(nodes, toys, model_of, prediction):
     latent = {"samples": picture, "noise_mask": mask}
     model = model_of(toy)
     sigmas = trailing_sigmas(toy.schedule, 2)
-    out = nodes.host.sample(model, prompt(toys), latent, 7, sigmas, nodes.host.FewStep(SamplingRecipe("")))["samples"]
+    out = nodes.patcher.sample(model, prompt(toys), latent, 7, sigmas, nodes.patcher.FewStep(SamplingRecipe("")))[
+        "samples"
+    ]
     assert torch.allclose(out[..., :4], picture[..., :4], atol=1e-5)
     assert not torch.allclose(out[..., 4:], picture[..., 4:], atol=0.1)
 
@@ -131,25 +133,32 @@ def test_what_the_mask_protects_stays(nodes, toys, model_of, prediction):
 )
 def test_a_negative_is_asked_only_where_it_counts(nodes, toys, silent, negative, cfg, heard):
     against = negative and prompt(toys, negative)
-    nodes.host.sample(
-        silent, prompt(toys, 1.0), empty(), 7, ONE_STEP, nodes.host.FewStep(SamplingRecipe("")), against, cfg
+    nodes.patcher.sample(
+        silent, prompt(toys, 1.0), empty(), 7, ONE_STEP, nodes.patcher.FewStep(SamplingRecipe("")), against, cfg
     )
     assert sorted(silent.model.diffusion_model.heard) == heard
 
 
 def test_without_a_negative_there_is_none(nodes, toys, silent):
     recorder = Recorder()
-    nodes.host.sample(silent, prompt(toys), empty(), 7, ONE_STEP, recorder)
+    nodes.patcher.sample(silent, prompt(toys), empty(), 7, ONE_STEP, recorder)
     assert recorder.guider.conds.keys() == {"positive"} and recorder.guider.cfg == 1
-    nodes.host.sample(silent, prompt(toys), empty(), 7, ONE_STEP, recorder, prompt(toys), 7.5)
+    nodes.patcher.sample(silent, prompt(toys), empty(), 7, ONE_STEP, recorder, prompt(toys), 7.5)
     assert recorder.guider.conds.keys() == {"positive", "negative"} and recorder.guider.cfg == 7.5
 
 
 @torch.no_grad()
 def test_cfg_leads_away_from_the_negative(nodes, toys, model_of):
     toy, positive, negative = toys.conv(), prompt(toys), prompt(toys)
-    out = nodes.host.sample(
-        model_of(toy), positive, empty(2), 7, ONE_STEP, nodes.host.FewStep(SamplingRecipe("", exact=True)), negative, 3
+    out = nodes.patcher.sample(
+        model_of(toy),
+        positive,
+        empty(2),
+        7,
+        ONE_STEP,
+        nodes.patcher.FewStep(SamplingRecipe("", exact=True)),
+        negative,
+        3,
     )
     x = draws(7, 2) * TOP
     for_, against = (toy(x, ONE_STEP[:1].expand(2), toys.Cond(c[0][0]).repeat(2)) for c in (positive, negative))
@@ -163,16 +172,18 @@ def test_every_step_is_previewed(nodes, toys, silent, monkeypatch):
         shown.append((model, steps))
         return lambda step, x0, x, total: shown.append((step, total))
 
-    monkeypatch.setattr(nodes.host.latent_preview, "prepare_callback", prepare_callback)
-    nodes.host.sample(silent, prompt(toys), empty(), 7, trailing_sigmas(SD, 3), nodes.host.FewStep(SamplingRecipe("")))
+    monkeypatch.setattr(nodes.patcher.latent_preview, "prepare_callback", prepare_callback)
+    nodes.patcher.sample(
+        silent, prompt(toys), empty(), 7, trailing_sigmas(SD, 3), nodes.patcher.FewStep(SamplingRecipe(""))
+    )
     assert shown == [(silent, 3), (0, 3), (1, 3), (2, 3)]
 
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_the_progress_bar_is_as_the_host_wants_it(nodes, toys, silent, monkeypatch, wanted):
     recorder = Recorder()
-    monkeypatch.setattr(nodes.host.comfy.utils, "PROGRESS_BAR_ENABLED", wanted)
-    nodes.host.sample(silent, prompt(toys), empty(), 7, ONE_STEP, recorder)
+    monkeypatch.setattr(nodes.patcher.comfy.utils, "PROGRESS_BAR_ENABLED", wanted)
+    nodes.patcher.sample(silent, prompt(toys), empty(), 7, ONE_STEP, recorder)
     assert recorder.quiet is not wanted
 
 
@@ -204,14 +215,17 @@ def test_a_student_s_picture_is_the_trainer_s(
     tensors, card = nodes.load.read_student(path)
     expected = student.generate(draws(7, 2), cond.repeat(2), steps)
     student.release()
-    model, _ = nodes.host.with_student(model_of(teacher), tensors, card, 1.0, path.name)
+    model, _ = nodes.patcher.with_student(model_of(teacher), tensors, card, 1.0, path.name)
     found = sampled(model, [[cond.context, {}]], empty(2), steps=steps)
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_item_k_of_a_batch_is_that_item_alone(nodes, toys, model_of, sampled, steps):
-    model, positive = nodes.host.with_sampling(model_of(toys.conv()), SamplingRecipe("student of toy")), prompt(toys)
+    model, positive = (
+        nodes.patcher.with_sampling(model_of(toys.conv()), SamplingRecipe("student of toy")),
+        prompt(toys),
+    )
     batch = sampled(model, positive, empty(3, batch_index=[0, 1, 2]), steps=steps)
     for k in range(3):
         assert torch.allclose(sampled(model, positive, empty(1, batch_index=[k]), steps=steps)[0], batch[k], atol=1e-3)
@@ -232,12 +246,12 @@ def test_denoise_begins_nearer_to_the_picture_even_in_one_step(toys, model_of, s
 @pytest.mark.parametrize("denoise", [1.0, 0.5])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_scheduler_and_sampler_together_are_one_step_sample(nodes, toys, model_of, sampled, name, denoise):
-    model, positive = nodes.host.with_sampling(model_of(toys.conv()), FAMILIES[name].for_steps(4)), prompt(toys)
+    model, positive = nodes.patcher.with_sampling(model_of(toys.conv()), FAMILIES[name].for_steps(4)), prompt(toys)
     latent = {"samples": toys.picture(2)}
     sigmas = nodes.sample.OneStepScheduler.run(model=model, steps=4, denoise=denoise)[0]
     sampler = nodes.sample.OneStepSampler.run(model=model)[0]
-    assert isinstance(sampler, nodes.host.comfy.samplers.KSAMPLER) and len(sigmas) == 5
-    by_parts = nodes.host.sample(model, positive, latent, 7, sigmas, sampler)["samples"]
+    assert isinstance(sampler, nodes.patcher.comfy.samplers.KSAMPLER) and len(sigmas) == 5
+    by_parts = nodes.patcher.sample(model, positive, latent, 7, sigmas, sampler)["samples"]
     assert torch.equal(by_parts, sampled(model, positive, latent, steps=4, denoise=denoise))
 
 
@@ -277,17 +291,17 @@ def compared(nodes, toys, silent, model_of, monkeypatch):
     """Compare on two models: teacher, student and VAE, what was loaded and written, and the output."""
     made = type("Made", (), {"titles": [], "loaded": [], "guidance": [], "vae": Decoder()})
     made.teacher, made.student = silent, model_of(toys.Toy(Silent(), SD, "eps"))
-    draw, sample = nodes.sample.side_by_side, nodes.host.sample
+    draw, sample = nodes.sample.side_by_side, nodes.patcher.sample
 
     def noted(model, positive, latent, seed, sigmas, sampler, negative=None, cfg=1.0):
         made.guidance.append((negative is not None, cfg))
         return sample(model, positive, latent, seed, sigmas, sampler, negative, cfg)
 
-    monkeypatch.setattr(nodes.host, "sample", noted)
+    monkeypatch.setattr(nodes.patcher, "sample", noted)
     monkeypatch.setattr(
         nodes.sample, "side_by_side", lambda columns: made.titles.extend(t for t, _ in columns) or draw(columns)
     )
-    monkeypatch.setattr(nodes.host.comfy.model_management, "load_models_gpu", made.loaded.extend)
+    monkeypatch.setattr(nodes.patcher.comfy.model_management, "load_models_gpu", made.loaded.extend)
 
     def run(**changes):
         inputs = {

@@ -25,7 +25,7 @@ def space_of(model):
 )
 def test_the_output_is_read_as_told(nodes, toys, base, prediction, reading):
     toy, model = toys.conv(prediction), base(prediction)
-    patched = nodes.host.with_sampling(model, SamplingRecipe("", reading))
+    patched = nodes.patcher.with_sampling(model, SamplingRecipe("", reading))
     x, out, sigma = toys.picture(), toys.picture(), toy.schedule.sigma(torch.tensor([999.0, 300.0]))
     found = space_of(patched).calculate_denoised(sigma, out, x)
     assert torch.allclose(found, toy.schedule.to_x0(reading, x, out, sigma), atol=1e-5)
@@ -34,10 +34,10 @@ def test_the_output_is_read_as_told(nodes, toys, base, prediction, reading):
 @pytest.mark.parametrize("prediction", ["eps", "v", "flow"])
 def test_inherit_changes_nothing(nodes, base, prediction):
     model = base(prediction)
-    patched = nodes.host.with_sampling(model, SamplingRecipe("plain"))
+    patched = nodes.patcher.with_sampling(model, SamplingRecipe("plain"))
     assert patched is not model and patched.object_patches == {} and patched.patches == {}
     assert space_of(patched) is space_of(model)
-    assert nodes.host.sampling_of(patched) == SamplingRecipe("plain")
+    assert nodes.patcher.sampling_of(patched) == SamplingRecipe("plain")
 
 
 @pytest.mark.parametrize("prediction", ["eps", "flow"])
@@ -46,7 +46,7 @@ def test_the_model_it_came_from_stays_as_it_was(nodes, toys, base, prediction):
     space, kind = space_of(model), type(space_of(model))
     x, out, sigma = toys.picture(), toys.picture(), space_of(model).sigmas[[-1, 500]]
     before = space.calculate_denoised(sigma, out, x)
-    patched = nodes.host.with_sampling(model, SamplingRecipe("one", "x0"))
+    patched = nodes.patcher.with_sampling(model, SamplingRecipe("one", "x0"))
     assert model.object_patches == model.attachments == {}
     with patched.loaded():  # even while the network that they share is the clone's
         assert space_of(model) is space and type(space) is kind
@@ -60,18 +60,18 @@ def test_the_model_it_came_from_stays_as_it_was(nodes, toys, base, prediction):
 )
 def test_the_schedule_stays_the_model_s(nodes, base, prediction, sampling):
     model = base(prediction)
-    old, new = space_of(model), space_of(nodes.host.with_sampling(model, sampling))
+    old, new = space_of(model), space_of(nodes.patcher.with_sampling(model, sampling))
     assert new.sigmas is old.sigmas and new.sigma_max == old.sigma_max
     assert isinstance(new, type(old)) and new.state_dict().keys() == old.state_dict().keys()
     noise, latent, sigma = (*torch.randn(2, 1, 4, 8, 8), old.sigmas[-1:])
     assert torch.equal(new.noise_scaling(sigma, noise, latent, True), old.noise_scaling(sigma, noise, latent, True))
     assert torch.equal(new.calculate_input(sigma, noise), old.calculate_input(sigma, noise))
-    assert nodes.host.prediction_of(nodes.host.with_sampling(model, sampling)) == prediction  # the network's own
+    assert nodes.patcher.prediction_of(nodes.patcher.with_sampling(model, sampling)) == prediction  # the network's own
 
 
 def test_lcm_s_boundary_scalings(nodes, toys, base):
     # arXiv 2310.04378: f = c_skip x + c_out x0, c_skip = s^2 / (t^2 + s^2), c_out = t / sqrt(t^2 + s^2).
-    space = space_of(nodes.host.with_sampling(base("eps"), SamplingRecipe("", "lcm")))
+    space = space_of(nodes.patcher.with_sampling(base("eps"), SamplingRecipe("", "lcm")))
     t = torch.tensor([0, 1, 20, 999])
     x, out, sigma = toys.picture(4), toys.picture(4), space.sigmas[t]
     scaled, spread = expand(10.0 * t, x), 0.5
@@ -83,7 +83,7 @@ def test_lcm_s_boundary_scalings(nodes, toys, base):
 
 
 def test_lcm_s_boundary_condition_holds_for_a_flow_too(nodes, toys, base):
-    space = space_of(nodes.host.with_sampling(base("flow"), SamplingRecipe("", "lcm")))
+    space = space_of(nodes.patcher.with_sampling(base("flow"), SamplingRecipe("", "lcm")))
     x, out = toys.picture(), toys.picture()
     assert torch.equal(space.calculate_denoised(torch.zeros(2), out, x), x)
     ones = torch.ones(2)
@@ -95,7 +95,7 @@ def test_nitro_tells_the_network_another_timestep(nodes, toys, model_of, family,
     heard = []
     toy = toys.conv()
     model = model_of(toy, process_timestep=lambda t: heard.append(t.tolist()) or t / 1000)
-    patched = nodes.host.with_sampling(model, FAMILIES[family].sampling)
+    patched = nodes.patcher.with_sampling(model, FAMILIES[family].sampling)
     x, sigma, context = toys.picture(), SD.sigma(torch.tensor([999.0, 0.0])), toys.cond().context
     with patched.loaded() as network:
         x0 = network.apply_model(x, sigma, context)
@@ -107,11 +107,11 @@ def test_nitro_tells_the_network_another_timestep(nodes, toys, model_of, family,
 @pytest.mark.parametrize("second", ["eps", "v", "x0", "lcm"])
 def test_the_last_reading_counts(nodes, toys, base, second):
     model, sampling = base("v"), SamplingRecipe("second", second)
-    twice = nodes.host.with_sampling(nodes.host.with_sampling(model, SamplingRecipe("first", "x0")), sampling)
-    once = nodes.host.with_sampling(model, sampling)
+    twice = nodes.patcher.with_sampling(nodes.patcher.with_sampling(model, SamplingRecipe("first", "x0")), sampling)
+    once = nodes.patcher.with_sampling(model, sampling)
     x, out, sigma = toys.picture(), toys.picture(), SD.sigma(torch.tensor([999.0, 300.0]))
     assert torch.equal(*(space_of(m).calculate_denoised(sigma, out, x) for m in (twice, once)))
-    assert nodes.host.sampling_of(twice) == sampling
+    assert nodes.patcher.sampling_of(twice) == sampling
 
 
 @pytest.mark.parametrize(
@@ -121,8 +121,8 @@ def test_the_last_reading_counts(nodes, toys, base, second):
 )
 def test_of_two_nodes_in_a_row_the_last_counts(nodes, toys, base, first, second):
     model = base("eps")
-    twice = nodes.host.with_sampling(nodes.host.with_sampling(model, first), second)
-    once = nodes.host.with_sampling(model, second)
+    twice = nodes.patcher.with_sampling(nodes.patcher.with_sampling(model, first), second)
+    once = nodes.patcher.with_sampling(model, second)
     x, out, sigma = toys.picture(), toys.picture(), SD.sigma(torch.tensor([999.0, 300.0]))
     assert torch.equal(*(space_of(m).calculate_denoised(sigma, out, x) for m in (twice, once)))
     assert torch.equal(*(space_of(m).timestep(sigma) for m in (twice, once)))
@@ -130,27 +130,27 @@ def test_of_two_nodes_in_a_row_the_last_counts(nodes, toys, base, first, second)
 
 def test_how_it_is_sampled_survives_further_nodes(nodes, base):
     sampling = FAMILIES["LCM"].sampling
-    patched = nodes.host.with_sampling(base("eps"), sampling)
+    patched = nodes.patcher.with_sampling(base("eps"), sampling)
     later = patched.clone()
     later.add_patches({"diffusion_model.conv_in.weight": (torch.zeros(8, 4, 3, 3),)})
-    assert nodes.host.sampling_of(later) is sampling and space_of(later) is space_of(patched)
+    assert nodes.patcher.sampling_of(later) is sampling and space_of(later) is space_of(patched)
 
 
 def test_a_plain_turbo_checkpoint_needs_no_node(nodes, base):
-    assert nodes.host.sampling_of(base("eps")) == SamplingRecipe("one-step model")
+    assert nodes.patcher.sampling_of(base("eps")) == SamplingRecipe("one-step model")
 
 
 @pytest.mark.parametrize("reading", ["eps", "v", "flow", "x0"])
 def test_what_the_network_predicts_is_told_in_the_card_s_words(nodes, comfyui, reading):
     kind = {"eps": comfyui.EPS, "v": comfyui.V_PREDICTION, "flow": comfyui.CONST, "x0": comfyui.X0}[reading]
     space = comfyui.model_sampling(kind, comfyui.ModelSamplingDiscrete)
-    assert nodes.host.prediction_of(comfyui.ModelPatcher(comfyui.BaseModel(None, space))) == reading
+    assert nodes.patcher.prediction_of(comfyui.ModelPatcher(comfyui.BaseModel(None, space))) == reading
 
 
 @pytest.mark.parametrize("kind", ["one of tomorrow", "EDM"])
 def test_another_parametrisation_is_none_of_the_card_s(nodes, comfyui, kind):
     space = comfyui.model_sampling(getattr(comfyui, kind, object), comfyui.ModelSamplingDiscrete)
-    assert nodes.host.prediction_of(comfyui.ModelPatcher(comfyui.BaseModel(None, space))) == "unknown"
+    assert nodes.patcher.prediction_of(comfyui.ModelPatcher(comfyui.BaseModel(None, space))) == "unknown"
 
 
 # --- the levels ---
@@ -164,14 +164,14 @@ def levels(comfyui, name, *settings):
 
 
 def test_one_step_of_stable_diffusion(nodes, comfyui):
-    sigmas = nodes.host.sigmas_for(levels(comfyui, "Discrete"), [999])
+    sigmas = nodes.patcher.sigmas_for(levels(comfyui, "Discrete"), [999])
     assert sigmas.tolist() == pytest.approx([14.6146, 0], abs=1e-3)
     assert sigmas.dtype == torch.float32 and sigmas.device.type == "cpu"
 
 
 @pytest.mark.parametrize("timesteps", [[999], [999, 749, 499, 249], [800], [399], [7, 6, 5, 4, 3, 2, 1, 0]])
 def test_levels_of_the_table_are_the_core_s(nodes, comfyui, timesteps):
-    found = nodes.host.sigmas_for(levels(comfyui, "Discrete"), timesteps)
+    found = nodes.patcher.sigmas_for(levels(comfyui, "Discrete"), timesteps)
     assert torch.allclose(found, sigmas_of(SD, timesteps), rtol=1e-5)
 
 
@@ -180,7 +180,7 @@ def test_levels_of_the_table_are_the_core_s(nodes, comfyui, timesteps):
 @pytest.mark.parametrize("timesteps", [[999], [999, 749, 499, 249], [599, 299]])
 def test_levels_of_a_flow_are_the_core_s(nodes, comfyui, entries, shift, timesteps):
     model = levels(comfyui, "DiscreteFlow", shift, entries, 1)
-    found = nodes.host.sigmas_for(model, timesteps)
+    found = nodes.patcher.sigmas_for(model, timesteps)
     assert torch.allclose(found, sigmas_of(FlowSchedule(shift), timesteps), atol=1e-5)
     if timesteps[0] == 999:
         assert found[0] == 1  # pure noise
@@ -189,7 +189,7 @@ def test_levels_of_a_flow_are_the_core_s(nodes, comfyui, entries, shift, timeste
 def test_levels_of_a_distilled_table_are_within_half_a_row(nodes, comfyui):
     model = levels(comfyui, "DiscreteDistilled")
     timesteps = [999, 749, 499, 249, 19, 0]
-    found = nodes.host.sigmas_for(model, timesteps)
+    found = nodes.patcher.sigmas_for(model, timesteps)
     assert len(space_of(model).sigmas) == 50 and found[0] == pytest.approx(14.6146, abs=1e-3)
     for sigma, t in zip(found[:-1], timesteps, strict=True):
         assert sigma in space_of(model).sigmas
@@ -202,5 +202,5 @@ def test_levels_of_a_distilled_table_are_within_half_a_row(nodes, comfyui):
 def test_every_family_s_levels_fall_to_zero(nodes, comfyui, family, name):
     model = levels(comfyui, name)
     for steps in (1, 2, 4, 8):
-        sigmas = nodes.host.sigmas_for(model, FAMILIES[family].for_steps(steps).timesteps(steps))
+        sigmas = nodes.patcher.sigmas_for(model, FAMILIES[family].for_steps(steps).timesteps(steps))
         assert len(sigmas) == steps + 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()

@@ -16,7 +16,7 @@ def student_with(nodes, graph, toys, student_of, saved):
         student = student_of(toys.row(), rank)
         path = saved(student)
         tensors, card = read_student(path)
-        model, warning = nodes.host.with_student(graph.model, tensors, card, 1.0, path.name)
+        model, warning = nodes.patcher.with_student(graph.model, tensors, card, 1.0, path.name)
         assert warning == ""
         return nodes.distill.Trained(path, card, model)
 
@@ -67,9 +67,9 @@ def test_a_whole_checkpoint_has_it_merged_in(nodes, graph, student, places):
     assert (card.kind, card.rank, card.base_hash) == ("full", 0, student.card.base_hash)
     assert card.timesteps == student.card.timesteps and card.prediction == student.card.prediction
     # It is told how it is sampled by itself, and on its base it makes the same.
-    assert nodes.host.sampling_by_files([path.name]) == nodes.host.of_card(card)
+    assert nodes.patcher.sampling_by_files([path.name]) == nodes.patcher.of_card(card)
     for others in (["lightning_bolt_style.safetensors", path.name], [path.name, "sd_turbo.safetensors"]):
-        assert nodes.host.sampling_by_files(others) == nodes.host.of_card(card)  # a card counts before every name
+        assert nodes.patcher.sampling_by_files(others) == nodes.patcher.of_card(card)  # a card counts before every name
     again, _ = nodes.load.LoadStudent.run(model=graph.model, student=saved[0], strength=1.0).args
     assert torch.allclose(made(again), made(student.model), atol=1e-5)
     assert [p.name for p in places.checkpoints.iterdir()] == ["my-turbo.safetensors"]
@@ -122,7 +122,7 @@ def test_a_full_disk_leaves_nothing_half(nodes, graph, student, places, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full)
-        patch.setattr(nodes.host_save.comfy.sd, "save_checkpoint", full)
+        patch.setattr(nodes.save.comfy.sd, "save_checkpoint", full)
         with pytest.raises(
             OSError, match=r"cannot write .*my-turbo.safetensors .*No space left on device.*: free some"
         ):

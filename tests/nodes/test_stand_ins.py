@@ -9,8 +9,8 @@ import turbodistill
 def test_nothing_is_left_of_them(comfyui):
     before = dict(sys.modules)
     with comfyui.installed() as nodes:
-        assert sys.modules["comfy.samplers"].KSAMPLER in nodes.host.FewStep.__mro__
-        assert sys.modules["turbodistill.nodes.host"] is nodes.host
+        assert sys.modules["comfy.samplers"].KSAMPLER in nodes.patcher.FewStep.__mro__
+        assert sys.modules["turbodistill.nodes.host.patcher"] is nodes.patcher
     theirs = {"aiohttp", "comfy", "comfy_api", "folder_paths", "latent_preview", "server"}
     assert {n for n in sys.modules if n.partition(".")[0] in theirs} <= set(before)
     assert [n for n in sys.modules if n.startswith("turbodistill.nodes")] == []

@@ -32,7 +32,7 @@ def test_a_lora_patches_every_layer(nodes, teacher, model_of, student_of, saved,
     tensors, card = read_student(saved(student))
     model = model_of(teacher)
     base = weights_of(model)
-    patched, warning = nodes.host.with_student(model, tensors, card, strength, "file")
+    patched, warning = nodes.patcher.with_student(model, tensors, card, strength, "file")
     layers = {k for k in base if k.endswith("weight")}
     assert patched.patches.keys() == {PREFIX + k for k in layers} and warning == ""
     merged = base | student.lora.merged(teacher.backbone)
@@ -42,14 +42,14 @@ def test_a_lora_patches_every_layer(nodes, teacher, model_of, student_of, saved,
 
 def test_a_lora_of_some_layers_patches_those(nodes, teacher, model_of, student_of, saved):
     tensors, card = read_student(saved(student_of(teacher, targets="conv_in|text")))
-    patched, _ = nodes.host.with_student(model_of(teacher), tensors, card, 1.0, "file")
+    patched, _ = nodes.patcher.with_student(model_of(teacher), tensors, card, 1.0, "file")
     assert patched.patches.keys() == {f"{PREFIX}conv_in.weight", f"{PREFIX}text.weight"}
 
 
 def test_a_lora_in_comfyui_s_own_names_fits_too(nodes, teacher, model_of, student_of, saved):
     student = student_of(teacher)
     _, card = read_student(saved(student))
-    patched, _ = nodes.host.with_student(
+    patched, _ = nodes.patcher.with_student(
         model_of(teacher), student.lora.export(teacher.backbone, "comfy", torch.float32), card, 1.0, "file"
     )
     assert same(weights_of(patched), weights_of(model_of(teacher)) | student.lora.merged(teacher.backbone))
@@ -61,7 +61,7 @@ def test_a_full_student_replaces_every_weight(nodes, teacher, model_of, student_
     tensors, card = read_student(saved(student))
     model = model_of(teacher)
     base, full = weights_of(model), student.backbone.state_dict()
-    patched, warning = nodes.host.with_student(model, tensors, card, strength, "file")
+    patched, warning = nodes.patcher.with_student(model, tensors, card, strength, "file")
     assert patched.patches.keys() == {PREFIX + k for k in base} and warning == ""
     assert same(weights_of(patched), {k: torch.lerp(base[k], full[k], strength) for k in base})
     assert same(weights_of(model), base, 0) and model.patches == {}
@@ -72,9 +72,9 @@ def test_it_is_sampled_as_its_card_says(nodes, toys, model_of, student_of, saved
     teacher = toys.conv(prediction)
     student = student_of(teacher, prediction=output, start_timestep=899)
     tensors, card = read_student(saved(student))
-    patched, _ = nodes.host.with_student(model_of(teacher), tensors, card, 1.0, "file")
-    assert nodes.host.sampling_of(patched) == of_card(card)
-    assert nodes.host.sampling_of(patched).timesteps(1) == [899]
+    patched, _ = nodes.patcher.with_student(model_of(teacher), tensors, card, 1.0, "file")
+    assert nodes.patcher.sampling_of(patched) == of_card(card)
+    assert nodes.patcher.sampling_of(patched).timesteps(1) == [899]
     x, out, sigma = toys.picture(), toys.picture(), teacher.schedule.sigma(torch.tensor([899.0, 300.0]))
     x0 = patched.get_model_object("model_sampling").calculate_denoised(sigma, out, x)
     assert torch.allclose(x0, teacher.schedule.to_x0(student.prediction, x, out, sigma), atol=1e-5)
@@ -88,7 +88,7 @@ def test_it_is_sampled_as_its_card_says(nodes, toys, model_of, student_of, saved
 def test_a_base_of_another_prediction_is_refused(nodes, toys, model_of, student_of, saved, rank, made_for, connected):
     tensors, card = read_student(saved(student_of(toys.conv(made_for), rank)))
     with pytest.raises(CardError, match=f"file was made for .* predicts {made_for}, .* predicts {connected}: load toy"):
-        nodes.host.with_student(model_of(toys.conv(connected)), tensors, card, 1.0, "file")
+        nodes.patcher.with_student(model_of(toys.conv(connected)), tensors, card, 1.0, "file")
 
 
 class Other(torch.nn.Module):
@@ -134,7 +134,7 @@ def test_what_does_not_fit_is_refused_in_words(nodes, teacher, model_of, misfit,
     tensors, card = misfit(rank, wrong)
     model = model_of(teacher)
     with pytest.raises(CardError, match=f"^file does not fit the connected model: .*{words}") as error:
-        nodes.host.with_student(model, tensors, card, 1.0, "file")
+        nodes.patcher.with_student(model, tensors, card, 1.0, "file")
     assert str(error.value).endswith("Its base is toy.")
     assert model.patches == {}
 
@@ -143,7 +143,7 @@ def test_a_full_student_with_a_missing_weight_is_refused(nodes, teacher, model_o
     tensors, card = read_student(saved(student_of(teacher, rank=0)))
     del tensors["model.diffusion_model.time.bias"]
     with pytest.raises(CardError, match=r"1 are missing .*time\.bias"):
-        nodes.host.with_student(model_of(teacher), tensors, card, 1.0, "file")
+        nodes.patcher.with_student(model_of(teacher), tensors, card, 1.0, "file")
 
 
 @pytest.mark.parametrize("wrong", ["no layer at all", "half a layer", "a tensor of no layer"])
@@ -156,7 +156,7 @@ def test_a_lora_is_complete_or_refused(nodes, teacher, model_of, student_of, sav
     else:
         tensors["mystery"] = torch.zeros(1)
     with pytest.raises(CardError, match="does not fit"):
-        nodes.host.with_student(model_of(teacher), tensors, card, 1.0, "file")
+        nodes.patcher.with_student(model_of(teacher), tensors, card, 1.0, "file")
 
 
 # --- another base ---
@@ -166,8 +166,8 @@ def test_a_lora_is_complete_or_refused(nodes, teacher, model_of, student_of, sav
 def test_another_base_of_the_same_architecture_is_warned_of(nodes, toys, model_of, student_of, saved, caplog, rank):
     made_for, connected = toys.conv("v"), toys.conv("v", seed=1)
     tensors, card = read_student(saved(student_of(made_for, rank)))
-    with caplog.at_level(logging.WARNING, nodes.host.__name__):
-        patched, warning = nodes.host.with_student(model_of(connected), tensors, card, 1.0, "file")
+    with caplog.at_level(logging.WARNING, nodes.patcher.__name__):
+        patched, warning = nodes.patcher.with_student(model_of(connected), tensors, card, 1.0, "file")
     assert "file was made for toy" in warning and "pictures may suffer" in warning
     assert card.base_hash in warning and fingerprint(connected.backbone) in warning
     assert [r.getMessage() for r in caplog.records] == [warning]
@@ -177,7 +177,7 @@ def test_another_base_of_the_same_architecture_is_warned_of(nodes, toys, model_o
 def test_a_base_in_half_precision_is_the_same_base(nodes, teacher, model_of, student_of, saved):
     tensors, card = read_student(saved(student_of(teacher)))
     teacher.backbone.half()
-    assert nodes.host.with_student(model_of(teacher), tensors, card, 1.0, "file")[1] == ""
+    assert nodes.patcher.with_student(model_of(teacher), tensors, card, 1.0, "file")[1] == ""
 
 
 def test_the_base_is_known_by_its_weights_before_any_patch(nodes, teacher, model_of, student_of, saved):
@@ -185,16 +185,16 @@ def test_the_base_is_known_by_its_weights_before_any_patch(nodes, teacher, model
     styled = model_of(teacher).clone()
     styled.add_patches({PREFIX + k: (torch.randn_like(v),) for k, v in teacher.backbone.state_dict().items()})
     before = {k: v.clone() for k, v in teacher.backbone.state_dict().items()}
-    assert nodes.host.with_student(styled, tensors, card, 1.0, "file")[1] == ""
+    assert nodes.patcher.with_student(styled, tensors, card, 1.0, "file")[1] == ""
     with styled.loaded() as network:  # as between two runs: the patches are in the weights
         assert not same(network.diffusion_model.state_dict(), before, 0.1)
-        assert same(nodes.host.base_weights(styled), before, 0)
-        patched, warning = nodes.host.with_student(styled, tensors, card, 1.0, "file")
+        assert same(nodes.patcher.base_weights(styled), before, 0)
+        patched, warning = nodes.patcher.with_student(styled, tensors, card, 1.0, "file")
     assert warning == ""
     assert [len(v) for v in patched.patches.values()] == [2 if k.endswith("weight") else 1 for k in patched.patches]
 
 
 def test_the_base_s_weights_have_single_file_names(nodes, teacher, model_of):
-    found = nodes.host.base_weights(model_of(teacher))
+    found = nodes.patcher.base_weights(model_of(teacher))
     assert found.keys() == teacher.backbone.state_dict().keys()  # and the schedule's buffers are none of them
     assert fingerprint(found) == fingerprint(teacher.backbone)

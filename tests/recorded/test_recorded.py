@@ -214,7 +214,7 @@ def nodes():
 def comfyui_model(nodes):
     """A model's name -> the stand-in of it as ComfyUI loads it."""
     theirs = nodes_stand_ins
-    lcm = type("LCM", (theirs.EPS,), {"calculate_denoised": nodes.host.READINGS["lcm"]})  # our own reading
+    lcm = type("LCM", (theirs.EPS,), {"calculate_denoised": nodes.patcher.READINGS["lcm"]})  # our own reading
     spaces = {
         "eps": (theirs.EPS, theirs.ModelSamplingDiscrete),
         "v": (theirs.V_PREDICTION, theirs.ModelSamplingDiscrete),

@@ -44,8 +44,8 @@ from turbodistill.core.features import TeacherFeatures  # noqa: E402
 from turbodistill.core.gradient_checkpointing import blocks, checkpointed  # noqa: E402
 from turbodistill.core.lora import TARGETS, LoRA  # noqa: E402
 from turbodistill.core.student import Student  # noqa: E402
-from turbodistill.nodes.host_denoiser import ModelDenoiser, conditions, differentiable  # noqa: E402
-from turbodistill.nodes.host_training import trainable  # noqa: E402
+from turbodistill.nodes.host.denoiser import ModelDenoiser, conditions, differentiable  # noqa: E402
+from turbodistill.nodes.host.training import trainable  # noqa: E402
 
 detected = comfy.model_detection.detect_unet_config
 

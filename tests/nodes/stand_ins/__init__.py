@@ -99,7 +99,7 @@ def _ours_and_theirs() -> list[str]:
 
 @contextmanager
 def installed():
-    """Our nodes over the stand-ins, as a namespace of modules; both are gone from sys.modules at the end."""
+    """Our nodes over the stand-ins, as a namespace of their modules; both are gone from sys.modules at the end."""
     kept = {name: sys.modules.pop(name) for name in _ours_and_theirs()}
     package = turbodistill.__dict__.pop("nodes", None)
     try:
@@ -109,8 +109,9 @@ def installed():
             parent, _, child = name.rpartition(".")
             if parent:
                 setattr(sys.modules[parent], child, module)
-        files = sorted(p.stem for p in (Path(turbodistill.__file__).parent / "nodes").glob("*.py"))
-        yield SimpleNamespace(**{file: importlib.import_module(f"{OURS}.{file}") for file in files})
+        folder = Path(turbodistill.__file__).parent / "nodes"
+        files = sorted(p.relative_to(folder).with_suffix("") for p in folder.rglob("*.py") if p.stem != "__init__")
+        yield SimpleNamespace(**{f.name: importlib.import_module(".".join((OURS, *f.parts))) for f in files})
     finally:
         for name in _ours_and_theirs():
             del sys.modules[name]

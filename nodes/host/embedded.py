@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..demo.files import HEADER, MODEL, STUDENT  # noqa: F401 - the student for the nodes
-from ..demo.text_encoder import TextEncoder
+from ...demo.files import HEADER, MODEL, STUDENT  # noqa: F401 - the student for the nodes
+from ...demo.text_encoder import TextEncoder
 
 
 class Ratio(float):

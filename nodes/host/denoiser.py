@@ -13,10 +13,10 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ..core.borrowed import AppliedDenoiser, cloned_inputs
-from ..core.denoiser import Cond
-from ..core.schedule import Schedule, schedule_of
-from .host import prediction_of
+from ...core.borrowed import AppliedDenoiser, cloned_inputs
+from ...core.denoiser import Cond
+from ...core.schedule import Schedule, schedule_of
+from .patcher import prediction_of
 
 # Norms whose input is added to in place while backward still needs it, of Flux and its kin.
 ADDED_TO = re.compile(r"^(double_blocks\.\d+\.(img|txt)_norm[12]|single_blocks\.\d+\.pre_norm)$")

@@ -9,10 +9,10 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
-from ..core.borrowed import leave_inference_mode, watched
-from ..core.denoiser import Cond
-from .host import KEY, architecture, clip_hash, load, model_hash
-from .host_denoiser import ModelDenoiser, attends_jointly, conditions, differentiable
+from ...core.borrowed import leave_inference_mode, watched
+from ...core.denoiser import Cond
+from .denoiser import ModelDenoiser, attends_jointly, conditions, differentiable
+from .patcher import KEY, architecture, clip_hash, load, model_hash
 
 
 @contextmanager

@@ -19,10 +19,10 @@ import latent_preview
 import torch
 from torch import Tensor
 
-from ..core.card import CardError, StudentCard, fingerprint
-from ..core.families import SamplingRecipe, by_files, lcm_boundary, of_card, recognise
-from ..core.lora import PARTS, check_match
-from ..core.sampling import sample_euler, sample_few_step, sigmas_at
+from ...core.card import CardError, StudentCard, fingerprint
+from ...core.families import SamplingRecipe, by_files, lcm_boundary, of_card, recognise
+from ...core.lora import PARTS, check_match
+from ...core.sampling import sample_euler, sample_few_step, sigmas_at
 
 log = logging.getLogger(__name__)
 KEY = "turbodistill.sampling"  # the MODEL's attachment that says how it is sampled

@@ -8,8 +8,8 @@ from pathlib import Path
 import comfy.sd
 import torch
 
-from ..core.card import StudentCard
-from ..trainer.data.files import whole_file
+from ...core.card import StudentCard
+from ...trainer.data.files import whole_file
 
 
 def save_merged(path: Path, model, clip, vae, card: StudentCard) -> None:

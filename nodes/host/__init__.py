@@ -1,0 +1,1 @@
+"""Everything that touches ComfyUI's own objects, a file for each kind of them."""
