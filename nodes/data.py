@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..demo import files
+from ..trainer.checks import check_text_file
 from ..trainer.config import OF_PAIRS, Config
 from ..trainer.data.files import DataError
 from ..trainer.data.images import check_pictures, load_picture, read_image_folder
@@ -85,8 +87,10 @@ class Prompts(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, source: str, text: str, file: str, **_):
-        path = page.input_folder() / file
-        stamp = path.stat().st_mtime_ns if source == cls.FILE and path.is_file() else 0
+        stamp = 0.0
+        if source == cls.FILE:
+            with suppress(DataError, OSError):  # reported when it runs, not when ComfyUI asks whether to run
+                stamp = page.input_path(file).stat().st_mtime_ns
         return f"{source} {text} {file} {stamp}"
 
     @classmethod
@@ -96,7 +100,7 @@ class Prompts(io.ComfyNode):
             if not lines:
                 raise DataError("there is no prompt in the text: write one a line")
         elif source == cls.FILE:
-            lines = read_prompts(page.input_folder() / file)
+            lines = read_prompts(check_text_file(page.input_path(file), page.readable_folders()))
         else:
             lines = read_prompts(cls.BUILT_IN[source])
         return io.NodeOutput(lines, "\n".join(generate(lines, SHOWN)[:SHOWN]))
@@ -136,7 +140,7 @@ class ImageFolder(io.ComfyNode):
         if not folder.strip():
             return ""
         try:
-            found = read_image_folder(page.input_folder() / folder)
+            found = read_image_folder(page.input_path(folder))
         except DataError as error:
             return str(error)
         return "\n".join(f"{path} {path.stat().st_mtime_ns if path.exists() else 0} {text}" for path, text in found)
@@ -145,7 +149,7 @@ class ImageFolder(io.ComfyNode):
     def execute(cls, folder: str) -> io.NodeOutput:
         if not folder.strip():
             raise DataError("folder is empty: give the name of a folder in ComfyUI's input folder, or a whole path")
-        path = page.input_folder() / folder.strip()
+        path = page.input_path(folder)
         found = read_image_folder(path)
         check_pictures(found)
         shown = torch.stack([load_picture(p, (256, 256)) for p, _ in found[:SHOWN]])

@@ -8,6 +8,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+import comfy.cli_args
 import comfy.model_management
 import comfy.utils
 import folder_paths
@@ -16,6 +17,9 @@ from aiohttp import web
 from PIL import Image
 from server import PromptServer
 from torch import Tensor
+
+from ...trainer.checks import check_inside, check_name
+from ...trainer.data.files import path_of
 
 SMALL = 128  # pixels; smaller pictures are kept without loss
 
@@ -74,9 +78,17 @@ def output_folder() -> Path:
     return Path(folder_paths.get_output_directory()) / "turbodistill"
 
 
-def input_folder() -> Path:
-    """ComfyUI's input folder."""
-    return Path(folder_paths.get_input_directory())
+def readable_folders() -> list[Path] | None:
+    """Below which files may be named; None, any, where ComfyUI listens to its own machine alone."""
+    addresses = (getattr(comfy.cli_args.args, "listen", None) or "127.0.0.1").split(",")
+    if all(address.strip() in ("127.0.0.1", "::1", "localhost") for address in addresses):
+        return None
+    return [Path(folder_paths.get_input_directory()), Path(folder_paths.get_output_directory())]
+
+
+def input_path(text: str) -> Path:
+    """What a widget names: a path in ComfyUI's input folder, or a whole one; raises DataError if it may not be read."""
+    return check_inside(Path(folder_paths.get_input_directory()) / path_of(text), readable_folders())
 
 
 def save_path(folder: str, name: str) -> tuple[Path, str]:
@@ -85,9 +97,13 @@ def save_path(folder: str, name: str) -> tuple[Path, str]:
     With a number if there is such a file. Raises ValueError for a name that leads out of the folder.
     """
     base = Path(folder_paths.get_folder_paths(folder)[0]).resolve()
-    wanted = (base / f"{name.strip().removesuffix('.safetensors')}.safetensors").resolve()
-    if base not in wanted.parents or wanted.name.startswith("."):
-        raise ValueError(f"name is {name!r}: give one that stays in models/{folder}, with / for subfolders")
+    parts = name.strip().removesuffix(".safetensors").split("/")
+    try:
+        wanted = base.joinpath(*map(check_name, parts)).with_name(f"{parts[-1]}.safetensors")
+    except ValueError as error:
+        raise ValueError(
+            f"name is {name[:100]!r}: give one that stays in models/{folder}, with / for subfolders ({error})"
+        ) from None
     names = chain([wanted.stem], (f"{wanted.stem}-{k}" for k in count(2)))
     path = next(path for path in (wanted.with_name(f"{n}.safetensors") for n in names) if not path.exists())
     return path, str(path.relative_to(base))

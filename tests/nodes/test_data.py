@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 
 import pytest
 import torch
@@ -80,6 +81,26 @@ def test_a_changed_file_is_read_again(nodes, places):
     assert stamp() != before
     # A file that is not asked for is none of its business.
     assert stamp(node.TEXT) == stamp(node.TEXT) and stamp(node.TEXT, "a") != stamp(node.TEXT, "b")
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0,::", "0.0.0.0", "192.168.0.7", "127.0.0.1,192.168.0.7"])
+def test_where_others_reach_comfyui_files_are_read_from_its_own_folders_alone(
+    nodes, prompts, places, tmp_path, monkeypatch, listen
+):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("password")
+    (places.input / "mine.txt").write_text("a fox")
+    (places.input / "mine.json").write_text("a fox")
+    assert prompts(nodes.data.Prompts.FILE, file=f' "{secret}" ')[0] == ["password"]
+    monkeypatch.setattr(sys.modules["comfy.cli_args"].args, "listen", listen)
+    assert prompts(nodes.data.Prompts.FILE, file='"mine.txt"')[0] == ["a fox"]
+    for path in (secret, "/etc/passwd", "../secret.txt", "mine.json"):
+        with pytest.raises(DataError, match=r"is outside the folders that this server|is no file of prompts"):
+            prompts(nodes.data.Prompts.FILE, file=str(path))
+        assert nodes.data.Prompts.fingerprint_inputs(nodes.data.Prompts.FILE, "", str(path))
+    with pytest.raises(DataError, match="is outside the folders"):
+        nodes.data.ImageFolder.run(folder=str(tmp_path))
+    assert "is outside the folders" in nodes.data.ImageFolder.fingerprint_inputs(str(tmp_path))
 
 
 # --- Image Folder ---

@@ -1,5 +1,7 @@
 """What is registered with the host: each thing once at every load, the API under the host's own password."""
 
+import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -84,4 +86,27 @@ def test_our_setting_moves_the_runs(host):
     host.shared.OptionInfo = lambda default, label, section: Option(default=default, label=label, section=section)
     host.shared.opts.add_option = added.__setitem__
     host.get("host_start").add_settings()
-    assert list(added) == [host.get("host").FOLDER] and added["turbodistill_folder"].default == ""
+    assert list(added) == [host.get("host").FOLDER, host.get("host").READABLE]
+    assert [option.default for option in added.values()] == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("flags", "reached"),
+    [
+        ({}, False),
+        ({"server_name": "127.0.0.1"}, False),
+        ({"server_name": "localhost", "listen": False, "share": False}, False),
+        ({"listen": True}, True),
+        ({"share": True}, True),
+        ({"ngrok": "token"}, True),
+        ({"server_name": "192.168.0.7"}, True),
+        ({"server_name": "0.0.0.0"}, True),
+    ],
+)
+def test_where_others_reach_the_webui_files_are_read_below_its_own_folders_alone(host, tmp_path, flags, reached):
+    vars(host.shared.cmd_opts).update(flags)
+    ours = host.get("host")
+    assert ours.listens_to_others() is reached
+    host.shared.opts.turbodistill_readable_folders = f" {tmp_path / 'a'} ;; {tmp_path / 'b'}"
+    own = Path(sys.modules["modules.paths"].data_path)
+    assert ours.readable_folders() == ([own, tmp_path / "a", tmp_path / "b"] if reached else None)

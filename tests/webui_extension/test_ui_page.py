@@ -124,7 +124,8 @@ def begin(url, name):
     """A training that goes on for long."""
     asked = {"name": name, "built_in": "the embedded model's", "settings": {"pairs": 4, "pair_steps": 1, "rank": 4}}
     body = json.dumps(asked).encode()
-    urllib.request.urlopen(urllib.request.Request(f"{url}/turbodistill/v1/distill", body)).close()
+    headers = {"Content-Type": "application/json"}
+    urllib.request.urlopen(urllib.request.Request(f"{url}/turbodistill/v1/distill", body, headers)).close()
 
 
 def test_while_a_distillation_runs_generation_says_that_it_waits(page, served):

@@ -11,7 +11,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,15 +99,24 @@ class WebUI:
     log: Path
     process: subprocess.Popen
 
-    def call(self, path: str, told: Any = None) -> Any:
+    def call(self, path: str, told: Any = None, headers: Mapping[str, str] | None = None) -> Any:
         """GET, or POST with JSON, and the JSON of the answer; raises Refused."""
         body = None if told is None else json.dumps(told).encode()
-        request = urllib.request.Request(f"{self.url}/{path}", body, {"Content-Type": "application/json"})
+        given = {"Content-Type": "application/json"} | dict(headers or {})
+        request = urllib.request.Request(f"{self.url}/{path}", body, given)
         try:
             with urllib.request.urlopen(request, timeout=ANSWER) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             raise Refused(error.code, error.read().decode()) from None
+
+    def status(self, path: str, told: Any, headers: Mapping[str, str]) -> int:
+        """The status of the answer to a POST."""
+        try:
+            self.call(path, told, headers)
+        except Refused as refused:
+            return refused.args[0]
+        return 200
 
     def txt2img(self, **given: Any) -> Made:
         return self._make("txt2img", given)

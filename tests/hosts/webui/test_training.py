@@ -125,6 +125,17 @@ def checkpoint(webui):
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
+def test_another_site_s_page_can_start_nothing(webui, trainer):
+    for headers, status in (
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Content-Type": "text/plain"}, 415),
+    ):
+        asked = {"name": "evil", "prompts": "a fox"}
+        assert webui.status("turbodistill/v1/distill", asked, headers) == status
+    assert "evil" not in [run["name"] for run in webui.call("turbodistill/v1/runs")["runs"]]
+
+
 def test_it_ends_with_curves_and_previews(first):
     assert first["done"] == 4 and first["history"]["update"] == [1, 2, 3, 4]
     assert first["best"] and first["previews"] and not first["warnings"]

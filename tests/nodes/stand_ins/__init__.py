@@ -67,6 +67,7 @@ def modules() -> dict[str, dict[str, object]]:
             "interrupt_current_processing",
             "throw_exception_if_processing_interrupted",
         ),
+        "comfy.cli_args": {"args": SimpleNamespace(listen="127.0.0.1")},
         "comfy.model_patcher": found(models, "ModelPatcher"),
         "comfy.model_sampling": found(models, "EPS", "V_PREDICTION", "EDM", "CONST", "X0"),
         "comfy.sample": found(sampling, "prepare_noise", "fix_empty_latent_channels"),
