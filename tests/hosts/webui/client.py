@@ -115,7 +115,7 @@ class WebUI:
         try:
             self.call(path, told, headers)
         except Refused as refused:
-            return refused.args[0]
+            return refused.status
         return 200
 
     def txt2img(self, **given: Any) -> Made:
