@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.metadata
 import re
 import sys
 from collections.abc import Sequence
@@ -26,12 +27,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ..trainer.data.files import DataError
     from ..trainer.diffusers_host import ModelError
     from ..trainer.loop.distill import Diverged
+    from ..trainer.run.memory import OutOfMemory, advice, is_out_of_memory
 
     try:
         return args.command(args)
-    except (ConfigError, CardError, DataError, Diverged, ModelError, OSError, ImportError) as error:
+    except (ConfigError, CardError, DataError, Diverged, ModelError, OutOfMemory, OSError, ImportError) as error:
         print(f"turbodistill: {error}", file=sys.stderr)
-        return 1
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"turbodistill: {advice('showing pictures')}", file=sys.stderr)
+    return 1
 
 
 def _unrecognised(unknown: Sequence[str], takes_settings: bool) -> str:
@@ -43,12 +49,23 @@ def _unrecognised(unknown: Sequence[str], takes_settings: bool) -> str:
     return f"{words}; the setting nearest to {flag} is --{nearest(flag[2:].replace('-', '_')).replace('_', '-')}"
 
 
+def version() -> str:
+    """The installed version; that of the clone's own pyproject.toml where it runs without being installed."""
+    try:
+        return importlib.metadata.version("turbodistill")
+    except importlib.metadata.PackageNotFoundError:
+        text = Path(__file__).parents[1].joinpath("pyproject.toml").read_text(encoding="utf-8")
+        found = re.search(r'^version = "(.+)"', text, re.MULTILINE)
+        return found[1] if found else "unknown"
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line: every command with its options."""
     parser = argparse.ArgumentParser(
         prog="turbodistill",
         description="Turn a diffusion checkpoint into its own one-step Turbo, and sample it in one step.",
     )
+    parser.add_argument("--version", action="version", version=f"turbodistill {version()}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     demo = commands.add_parser("demo", help="distil the small embedded model and report on it, start to end")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,13 @@ COPIES = os.name == "nt"
 KEY = "turbodistill.card"
 VERSION = 1
 KINDS = ("lora", "full")
+FIELDS = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "tuple[int, ...]": (list, tuple),
+    "tuple[int, int]": (list, tuple),
+}
 READINGS = ("eps", "v", "x0", "flow")
 TITLES = ("modelspec.title", "ss_output_name", "title")  # metadata that names a weight file
 # What AUTOMATIC1111 tells the models by that a LoRA is for, besides those of Stable Diffusion 1.
@@ -65,6 +73,16 @@ class StudentCard:
     version: int = VERSION
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            value, wanted = getattr(self, f.name), FIELDS.get(str(f.type), (dict,))
+            if not isinstance(value, wanted) or isinstance(value, bool):
+                raise CardError(f"card: {f.name} is {value!r:.80}, it must be {'a ' + wanted[-1].__name__}")
+        if len(self.resolution) != 2 or not all(type(n) is int and n > 0 for n in self.resolution):
+            raise CardError(f"card: resolution is {self.resolution!r:.80}, it must be width and height in pixels")
+        if not all(type(t) is int for t in self.timesteps):
+            raise CardError(f"card: timesteps are {self.timesteps!r:.80}, they must be whole numbers")
+        if not (math.isfinite(self.guidance) and math.isfinite(self.alpha) and 0 <= self.rank <= 4096):
+            raise CardError(f"card: guidance {self.guidance}, rank {self.rank} or alpha {self.alpha} cannot be")
         if self.kind not in KINDS:
             raise CardError(f"card: kind is {self.kind!r}, known are {', '.join(KINDS)}")
         for value in (self.prediction, self.base_prediction):
@@ -94,18 +112,22 @@ class StudentCard:
             raise CardError(f"{path} holds no student card: it was not made by TurboDistill")
         try:
             values = dict(json.loads(metadata[KEY]))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise CardError(
                 f"{path}: the student card cannot be read ({error}): make or download the file again"
             ) from None
         version = values.get("version")
-        if not isinstance(version, int) or version > VERSION:
+        if type(version) is not int or version < 1:
+            raise CardError(f"{path}: the student card has no version, so it is none: make or download the file again")
+        if version > VERSION:
             raise CardError(f"{path}: card version {version}, this TurboDistill knows up to {VERSION}: update it")
         known = {f.name for f in fields(cls)}
         try:
             values["timesteps"] = tuple(values["timesteps"])
             values["resolution"] = tuple(values["resolution"])
             return cls(**{k: v for k, v in values.items() if k in known})
+        except CardError as error:
+            raise CardError(f"{path}: {error}") from None
         except (KeyError, TypeError) as error:
             raise CardError(f"{path}: the student card lacks a field ({error}): make the file again") from None
 

@@ -23,6 +23,9 @@ def expand(value: Tensor, like: Tensor) -> Tensor:
     return value.reshape(-1, *(1,) * (like.ndim - 1))
 
 
+TERMINAL = 4.8973451890853435e-08  # what the hosts put in place of a last alphas_cumprod of 0
+
+
 def scaled_linear(steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> Tensor:
     """alphas_cumprod (steps,) of Stable Diffusion 1, 2 and XL: sqrt(beta) is linear in t."""
     betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
@@ -37,7 +40,7 @@ def zero_terminal(alphas_cumprod: Tensor) -> Tensor:
     root = alphas_cumprod.sqrt()
     first, last = root[0].clone(), root[-1].clone()
     rescaled = ((root - last) * first / (first - last)) ** 2
-    rescaled[-1] = 4.8973451890853435e-08
+    rescaled[-1] = TERMINAL
     return rescaled
 
 
@@ -99,7 +102,14 @@ class DiscreteSchedule(Schedule):
     """A trained table of alphas_cumprod (T,), as in DDPM and Stable Diffusion."""
 
     def __init__(self, alphas_cumprod: Tensor | None = None):
-        table = scaled_linear() if alphas_cumprod is None else alphas_cumprod.double().cpu()
+        table = scaled_linear() if alphas_cumprod is None else alphas_cumprod.detach().double().cpu().clone()
+        if len(table) > 1 and table[-1] == 0:  # a zero-terminal table as diffusers makes it
+            table[-1] = TERMINAL
+        if not ((table > 0) & (table <= 1)).all() or not (table.diff() < 0).all():
+            raise ValueError(
+                f"the model's noise schedule is unusable: alphas_cumprod must fall from 1 towards 0, this goes from "
+                f"{float(table[0]):g} to {float(table[-1]):g}"
+            )
         self.alphas_cumprod = table
         self.sigmas = ((1 - table) / table).sqrt()
         self.log_sigmas = self.sigmas.log()

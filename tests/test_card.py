@@ -78,7 +78,7 @@ def test_unknown_fields_of_the_same_version_are_ignored(tmp_path):
     assert read_card(file_with(tmp_path / "a.safetensors", {"mood": "good"})) == CARD
 
 
-@pytest.mark.parametrize("version", [VERSION + 1, "2", None])
+@pytest.mark.parametrize("version", [VERSION + 1, VERSION + 100])
 def test_a_card_from_the_future_asks_for_an_update(tmp_path, version):
     path = file_with(tmp_path / "a.safetensors", {"version": version, "kind": "hologram"})
     with pytest.raises(CardError, match=f"card version {version}, this TurboDistill knows up to {VERSION}: update it"):
@@ -215,3 +215,37 @@ def test_weights_that_are_no_numbers_are_told(tmp_path, value, dtype):
     )
     with pytest.raises(CardError, match=r"1 of its 2 weights are no numbers .*, the first is b"):
         read_student(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"rank": "4"}, "rank is '4', it must be a int"),
+        ({"rank": True}, "rank is True"),
+        ({"rank": -1}, "rank -1"),
+        ({"guidance": "high"}, "guidance is 'high'"),
+        ({"guidance": float("nan")}, "guidance nan"),
+        ({"resolution": [64]}, "resolution is"),
+        ({"resolution": [64, 64, 64]}, "resolution is"),
+        ({"resolution": ["a", "b"]}, "resolution is"),
+        ({"resolution": [0, -8]}, "resolution is"),
+        ({"timesteps": ["a"]}, "timesteps are"),
+        ({"timesteps": [1.5]}, "timesteps are"),
+        ({"timesteps": 3}, "lacks a field"),
+        ({"training": ["x"]}, "training is"),
+        ({"base_model": None}, "base_model is None"),
+        ({"version": None}, "has no version"),
+        ({"version": "1"}, "has no version"),
+        ({"version": True}, "has no version"),
+        ({"version": 0}, "has no version"),
+    ],
+)
+def test_a_value_of_another_kind_is_named(tmp_path, changes, told):
+    with pytest.raises(CardError, match=told):
+        read_card(file_with(tmp_path / "x.safetensors", changes))
+
+
+def test_a_card_nested_too_deep_is_told(tmp_path):
+    path = file_with(tmp_path / "x.safetensors", header={KEY: "[" * 100_000})
+    with pytest.raises(CardError, match="cannot be read"):
+        read_card(path)

@@ -185,3 +185,20 @@ def test_a_flow_schedule_is_known_by_its_levels(shift, entries):
 @pytest.mark.parametrize("levels", [torch.linspace(0.001, 1, 1000) ** 2, DiscreteSchedule().sigmas])
 def test_levels_of_another_kind_are_no_flow(levels):
     assert flow_of(levels) is None
+
+
+def test_a_zero_terminal_table_has_finite_sigmas_as_in_the_hosts():
+    table = zero_terminal(scaled_linear())
+    as_diffusers = table.clone()
+    as_diffusers[-1] = 0
+    assert torch.equal(DiscreteSchedule(as_diffusers).sigmas, DiscreteSchedule(table).sigmas)
+    assert DiscreteSchedule(as_diffusers).sigma_max == pytest.approx(4518.7, abs=1)
+    assert as_diffusers[-1] == 0  # the model's own table stays
+
+
+@pytest.mark.parametrize(
+    "values", [[0.9, float("nan"), 0.1], [0.9, 0.0, 0.0], [0.1, 0.5, 0.9], [1.1, 0.5], [0.9, -0.1]]
+)
+def test_a_table_that_is_no_schedule_is_told(values):
+    with pytest.raises(ValueError, match="noise schedule is unusable: alphas_cumprod must fall"):
+        DiscreteSchedule(torch.tensor(values))

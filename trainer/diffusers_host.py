@@ -187,7 +187,7 @@ def _load_folder(path: Path, device: str) -> DiffusersHost:
         raise ModelError(f"{path} is no Stable Diffusion folder that diffusers can load: {error}") from None
     pipe.to(device)
     for module in (pipe.unet, pipe.vae, pipe.text_encoder):
-        module.eval().requires_grad_(False)
+        module.float().eval().requires_grad_(False)  # files in float16 come as that
 
     def encode_text(prompts: list[str]) -> Cond:
         tokens = pipe.tokenizer(
@@ -213,6 +213,6 @@ def _load_folder(path: Path, device: str) -> DiffusersHost:
         DiscreteSchedule(pipe.scheduler.alphas_cumprod),
         kind,
         path.name,
-        "stable-diffusion-v1" if kind == "eps" else "stable-diffusion-v2",
+        "stable-diffusion-v2" if pipe.unet.config.cross_attention_dim == 1024 else "stable-diffusion-v1",
         (side, side),
     )

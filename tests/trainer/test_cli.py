@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from turbodistill.trainer.config import Config
 from turbodistill.trainer.data.pairs import load_pairs
 from turbodistill.trainer.run import training
 from turbodistill.trainer.run.events import Interrupted
+from turbodistill.trainer.run.memory import OutOfMemory
 
 COMMANDS = ("demo", "distill", "sample", "evaluate", "info")
 QUICK = [
@@ -418,3 +420,20 @@ def _when(true, stop, seconds=120):
     while not true() and time.monotonic() < until:
         time.sleep(0.05)
     stop.append(True)
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0 and re.fullmatch(r"turbodistill \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("error", [OutOfMemory("lower batch_size"), torch.OutOfMemoryError("CUDA out of memory.")])
+def test_out_of_memory_ends_with_a_line(monkeypatch, capsys, error):
+    def fail(_args):
+        raise error
+
+    monkeypatch.setattr(cli, "run_info", fail)
+    assert cli.main(["info", "x"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("turbodistill: ") and told.count("\n") == 1 and "Traceback" not in told

@@ -246,3 +246,11 @@ def test_a_long_history_is_thinned_out_as_it_is_recalled():
 
 def test_no_file_is_no_history(tmp_path):
     assert history.read_rows(tmp_path / training.HISTORY, 100) == []
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"a,b\n1,2\n", b"update\nx\n", b"\xff\xfe\x00", b"update,loss\n1,many\n", b"{}"]
+)
+def test_a_file_of_other_content_is_no_history(tmp_path, content):
+    (tmp_path / "history.csv").write_bytes(content)
+    assert history.read_rows(tmp_path / "history.csv", 100) == []

@@ -225,3 +225,20 @@ def test_pairs_that_do_not_fit_on_the_disk_are_not_begun(kit, host, tmp_path, mo
     kit.pairs(host, kit.config(), tmp_path / "new" / "pairs")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=5000))
     assert len(kit.pairs(host, kit.config(pairs=13), tmp_path / "new" / "pairs")) == 13  # what is there is counted
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_picture_that_is_none_stops_at_once_and_is_named(kit, host, tmp_path, value):
+    passes = iter(range(1, 100))
+
+    def spoil(_module, _args, output):
+        if next(passes) == 4:  # of two for every batch of four: the second batch
+            output = output.clone()
+            output[2, 0, 0, 0] = value
+        return output
+
+    handle = host.denoiser.backbone.register_forward_hook(spoil)
+    with pytest.raises(DataError, match=r"picture of pair 6 \('emu'\) is no picture: .* NaN or infinity.*float32"):
+        kit.pairs(host, kit.config(guidance=1.0), tmp_path)
+    handle.remove()
+    assert len(load_pairs(tmp_path)) == 4  # what was made before

@@ -86,7 +86,9 @@ def make_pairs(host: Host, config: Config, prompts: Sequence[str], folder: str |
                 x = schedule.add_noise(torch.zeros_like(noise), noise, sigmas[:1].to(device))
                 model = Guided(host.denoiser, cond.rows(rows).to(device), uncond, config.guidance)
                 with autocast(config, device):
-                    parts.append(sample(model, x, sigmas.to(device)).float().cpu())
+                    latents = sample(model, x, sigmas.to(device)).float().cpu()
+                _check_finite(latents, {first + row: texts[row] for row in rows.tolist()})
+                parts.append(latents)
                 made += len(rows)
                 if made < count:
                     yield first + made, parts[-1]
@@ -94,6 +96,17 @@ def make_pairs(host: Host, config: Config, prompts: Sequence[str], folder: str |
             if made > begun:
                 write_shard(path, Shard(torch.cat(parts), texts[:made], seeds[:made]), key)
         yield first + count, parts[-1]
+
+
+def _check_finite(latents: Tensor, prompts: dict[int, str]) -> None:
+    """Raise DataError if one of the latents (B, C, H, W) of pairs, by number, is no picture."""
+    for number, x0 in zip(prompts, latents, strict=True):
+        if not x0.isfinite().all():
+            raise DataError(
+                f"the teacher's picture of pair {number} ({prompts[number][:80]!r}) is no picture: its numbers are NaN or "
+                "infinity. Set precision to float32, lower guidance, or use another checkpoint or VAE; the pairs before "
+                "it are kept"
+            )
 
 
 def _begun(path: Path, key: str) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,13 +13,22 @@ from typing import Any
 from ..data.files import write_whole
 from ..loop.distill import Step
 
+log = logging.getLogger(__name__)
+
 
 def read_rows(path: Path, update: int) -> list[dict[str, str]]:
-    """The rows up to an update; a last one that was cut short is left out."""
+    """The rows up to an update; a last one that was cut short is left out, as is a file of other content."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        return [r for r in csv.DictReader(file) if None not in r.values() and int(r["update"]) <= update]
+    try:
+        with path.open(newline="") as file:
+            rows = [r for r in csv.DictReader(file) if None not in r.values() and int(r["update"]) <= update]
+        for row in rows:
+            [float(value) for value in row.values() if value]
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        log.warning("%s is no history (%s): it begins anew", path, error)
+        return []
+    return rows
 
 
 class History:

@@ -58,7 +58,8 @@ def installation(kind: Kind) -> tuple[Path, Path]:
     folder = Path(os.environ.get(f"{kind.variable}_PATH", Path.home() / kind.folder)).expanduser()
     if not (folder / "launch.py").is_file():
         raise FileNotFoundError(f"no WebUI in {folder}: set {kind.variable}_PATH to its folder")
-    python = Path(os.environ.get(f"{kind.variable}_PYTHON", folder / "venv" / "bin" / "python")).expanduser()
+    own = next((p for name in ("venv", ".venv") if (p := folder / name / "bin" / "python").exists()), folder / "venv")
+    python = Path(os.environ.get(f"{kind.variable}_PYTHON", own)).expanduser()
     if not python.is_file():
         raise FileNotFoundError(f"{python} is missing: set {kind.variable}_PYTHON to the WebUI's Python")
     return folder, python
