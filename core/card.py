@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,13 +25,8 @@ COPIES = os.name == "nt"
 KEY = "turbodistill.card"
 VERSION = 1
 KINDS = ("lora", "full")
-FIELDS = {
-    "str": (str,),
-    "int": (int,),
-    "float": (int, float),
-    "tuple[int, ...]": (list, tuple),
-    "tuple[int, int]": (list, tuple),
-}
+FIELDS = {"str": (str,), "int": (int,), "float": (int, float)}
+FIELDS |= dict.fromkeys(("tuple[int, ...]", "tuple[int, int]"), (list, tuple))
 READINGS = ("eps", "v", "x0", "flow")
 TITLES = ("modelspec.title", "ss_output_name", "title")  # metadata that names a weight file
 # What AUTOMATIC1111 tells the models by that a LoRA is for, besides those of Stable Diffusion 1.
@@ -81,15 +75,17 @@ class StudentCard:
             raise CardError(f"card: resolution is {self.resolution!r:.80}, it must be width and height in pixels")
         if not all(type(t) is int for t in self.timesteps):
             raise CardError(f"card: timesteps are {self.timesteps!r:.80}, they must be whole numbers")
-        if not (math.isfinite(self.guidance) and math.isfinite(self.alpha) and 0 <= self.rank <= 4096):
-            raise CardError(f"card: guidance {self.guidance}, rank {self.rank} or alpha {self.alpha} cannot be")
+        if not (abs(self.guidance) < 1e6 and abs(self.alpha) < 1e6 and 0 <= self.rank <= 4096):
+            raise CardError(
+                f"card: guidance {self.guidance!s:.20}, rank {self.rank!s:.20} or alpha {self.alpha!s:.20} cannot be"
+            )
         if self.kind not in KINDS:
-            raise CardError(f"card: kind is {self.kind!r}, known are {', '.join(KINDS)}")
+            raise CardError(f"card: kind is {self.kind!r:.80}, known are {', '.join(KINDS)}")
         for value in (self.prediction, self.base_prediction):
             if value not in READINGS:
-                raise CardError(f"card: prediction is {value!r}, known are {', '.join(READINGS)}")
+                raise CardError(f"card: prediction is {value!r:.80}, known are {', '.join(READINGS)}")
         if not self.timesteps or any(not 0 <= t < 1000 for t in self.timesteps):
-            raise CardError(f"card: timesteps are {self.timesteps}, they must lie between 0 and 999")
+            raise CardError(f"card: timesteps are {self.timesteps!r:.80}, they must lie between 0 and 999")
 
     def to_metadata(self) -> dict[str, str]:
         """The card as strings for a safetensors header, beside fields of ModelSpec and kohya that other tools read."""
@@ -114,13 +110,13 @@ class StudentCard:
             values = dict(json.loads(metadata[KEY]))
         except (ValueError, TypeError, RecursionError) as error:
             raise CardError(
-                f"{path}: the student card cannot be read ({error}): make or download the file again"
+                f"{path}: the student card cannot be read ({error!s:.200}): make or download the file again"
             ) from None
         version = values.get("version")
         if type(version) is not int or version < 1:
             raise CardError(f"{path}: the student card has no version, so it is none: make or download the file again")
         if version > VERSION:
-            raise CardError(f"{path}: card version {version}, this TurboDistill knows up to {VERSION}: update it")
+            raise CardError(f"{path}: card version {version!s:.20}, this TurboDistill knows up to {VERSION}: update it")
         known = {f.name for f in fields(cls)}
         try:
             values["timesteps"] = tuple(values["timesteps"])
@@ -129,7 +125,7 @@ class StudentCard:
         except CardError as error:
             raise CardError(f"{path}: {error}") from None
         except (KeyError, TypeError) as error:
-            raise CardError(f"{path}: the student card lacks a field ({error}): make the file again") from None
+            raise CardError(f"{path}: the student card lacks a field ({error!s:.100}): make the file again") from None
 
     def _steps(self) -> str:
         return "1 step" if len(self.timesteps) == 1 else f"1 to {len(self.timesteps)} steps"

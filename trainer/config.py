@@ -325,19 +325,19 @@ class Config:
             value = getattr(self, f.name)
             wanted = type(f.default)
             if wanted is float and type(value) is int:
-                object.__setattr__(self, f.name, float(value))
-                value = float(value)
+                value = float(value) if abs(value) < 2**1000 else math.inf
+                object.__setattr__(self, f.name, value)
             if type(value) is not wanted:
-                raise ConfigError(f"{f.name} is {value!r}: give a value of type {wanted.__name__}")
+                raise ConfigError(f"{f.name} is {value!r:.100}: give a value of type {wanted.__name__}")
             about = f.metadata
             if wanted is float and not math.isfinite(value):
                 raise ConfigError(f"{f.name} is {value}: give a finite number")
             if about["choices"] and value not in about["choices"]:
-                raise ConfigError(f"{f.name} is {value!r}: use one of {', '.join(about['choices'])}")
+                raise ConfigError(f"{f.name} is {value!r:.100}: use one of {', '.join(about['choices'])}")
             if about["low"] is not None and value < about["low"]:
-                raise ConfigError(f"{f.name} is {value}: the least is {about['low']}")
+                raise ConfigError(f"{f.name} is {value!s:.100}: the least is {about['low']}")
             if about["high"] is not None and value > about["high"]:
-                raise ConfigError(f"{f.name} is {value}: the most is {about['high']}")
+                raise ConfigError(f"{f.name} is {value!s:.100}: the most is {about['high']}")
         if self.student_steps > self.start_timestep + 1:
             raise ConfigError(
                 f"student_steps is {self.student_steps}: start_timestep {self.start_timestep} allows at most "
@@ -356,7 +356,7 @@ class Config:
     def from_dict(cls, values: dict[str, Any]) -> Config:
         """Raises ConfigError for a name that is no setting, with the nearest one that is."""
         for name in sorted(set(values) - {f.name for f in dataclasses.fields(cls)}):
-            raise ConfigError(f"there is no setting {name!r}: the nearest is {nearest(name)!r}")
+            raise ConfigError(f"there is no setting {name!r:.100}: the nearest is {nearest(name)!r}")
         return cls(**values)
 
     @classmethod
@@ -370,7 +370,7 @@ class Config:
             return cls.from_dict(tomllib.loads(Path(path).read_text(encoding="utf-8-sig")))
         except FileNotFoundError:
             raise ConfigError(f"settings file {path} does not exist: check the name") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"settings file {path} is no TOML: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:

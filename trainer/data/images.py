@@ -69,17 +69,21 @@ def _of_table(folder: Path, table: Path) -> list[tuple[Path, str]]:
         if not all(isinstance(value, str) for pair in pairs for value in pair):
             raise ValueError("a value is no text")
     except (ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
-        raise DataError(f"{table}: every row must have file_name and text ({error})") from None
+        raise DataError(f"{table}: every row must have file_name and text ({error!s:.200})") from None
     return [(_below(folder, name, table), text.strip()) for name, text in pairs]
 
 
 def _below(folder: Path, name: str, table: Path) -> Path:
     """The picture of a table's row; raises DataError for one that lies elsewhere."""
     path = folder / name
-    if not path.exists():
-        path = folder / name.replace("\\", "/")  # as Windows writes it
+    try:
+        if not path.exists():
+            path = folder / name.replace("\\", "/")  # as Windows writes it
+            path.exists()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{table} names {name[:80]!r}, which no file can be called ({error.args[-1]:.80})") from None
     if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder)):
-        raise DataError(f"{table} names {name!r}, which is not in its folder: move it there")
+        raise DataError(f"{table} names {name[:200]!r}, which is not in its folder: move it there")
     return path
 
 

@@ -103,9 +103,9 @@ def _check_finite(latents: Tensor, prompts: dict[int, str]) -> None:
     for number, x0 in zip(prompts, latents, strict=True):
         if not x0.isfinite().all():
             raise DataError(
-                f"the teacher's picture of pair {number} ({prompts[number][:80]!r}) is no picture: its numbers are NaN or "
-                "infinity. Set precision to float32, lower guidance, or use another checkpoint or VAE; the pairs before "
-                "it are kept"
+                f"the teacher's picture of pair {number} ({prompts[number][:80]!r}) is no picture: its numbers are NaN "
+                "or infinity. Set precision to float32, lower guidance, or use another checkpoint or VAE; the pairs "
+                "before it are kept"
             )
 
 
