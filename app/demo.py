@@ -37,7 +37,7 @@ from ..trainer.data.prompts import read_prompts
 from ..trainer.diffusers_host import load_model
 from ..trainer.run import run, training
 from ..trainer.run.events import Interrupted
-from ..trainer.run.scores import Score as Choice
+from ..trainer.run.scores import Score as SelectionScore
 
 STUDENT = "student, 1 step"
 LONGEST, SHORTEST = 8.0, 3.0  # minutes of training that a demonstration gives each student
@@ -60,7 +60,9 @@ def settings_of(out: Path, name: str) -> Path:
     return out / f"{name}.toml"
 
 
-def train_here(host, configs: Mapping[str, Config], out: Path, follow: Callable[..., Any], score: Choice) -> None:
+def train_here(
+    host, configs: Mapping[str, Config], out: Path, follow: Callable[..., Any], score: SelectionScore
+) -> None:
     """Train one student after the other, in `out/<name>`; `follow(events, config, folder, host)` shows a run."""
     prompts = read_prompts(PROMPTS)
     for name, config in configs.items():

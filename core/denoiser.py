@@ -82,7 +82,7 @@ class Denoiser(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        """X (B, C, H, W), sigma (B,), cond of B rows -> x0 (B, C, H, W)."""
+        """Noisy x (B, C, H, W) at sigma (B,), with cond of B rows -> x0 (B, C, H, W)."""
 
     def output(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         """The backbone's own output (B, C, H, W): eps, v or flow, as `prediction` says."""

@@ -118,7 +118,7 @@ class TeacherFeatures:
         self.modules = tapped(teacher.backbone, self.taps)
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> list[Tensor]:
-        """X (B, C, H, W), already noised to sigma (B,) -> K feature maps, float32.
+        """Latents x (B, C, H, W), already noised to sigma (B,) -> K feature maps, float32.
 
         Raises RuntimeError if a tap never fires.
         """

@@ -102,7 +102,7 @@ class Student(Denoiser):
             return self._network.output(x, sigma, cond)
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        """X (B, C, H, W) at sigma (B,) -> x0 (B, C, H, W)."""
+        """Noisy x (B, C, H, W) at sigma (B,) -> x0 (B, C, H, W)."""
         return self.schedule.to_x0(self.prediction, x, self.output(x, sigma, cond), sigma)
 
     def sigmas(self, steps: int) -> Tensor:

@@ -40,7 +40,7 @@ def original(folder: Path) -> Path:
 
 
 def texts_of(records: list[dict]) -> list[str]:
-    """Every caption that can be drawn of the records, once."""
+    """All captions and keywords of the records, each once, sorted."""
     captions = {r["caption"] for r in records}
     return sorted(captions | {k for r in records for k in r["keywords"]})
 

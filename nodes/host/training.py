@@ -99,9 +99,12 @@ class ComfyUIHost:
         """
         empty = torch.zeros(1, *self.latent_shape)
         with self._others():
-            encoded = [self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt)) for prompt in ["", *prompts]]
-            found = [conditions(self.model, conditioning, empty).map(torch.Tensor.cpu) for conditioning in encoded]
-            joint = attends_jointly(self.model, encoded[-1], empty)
+            conditioning = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(""))
+            joint = attends_jointly(self.model, conditioning, empty)
+            found = [conditions(self.model, conditioning, empty).map(torch.Tensor.cpu)]
+            for prompt in prompts:  # none is kept on the device longer than it takes
+                conditioning = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
+                found.append(conditions(self.model, conditioning, empty).map(torch.Tensor.cpu))
         most = found.pop(0).context.shape[1]
         for prompt, cond in zip(prompts, found, strict=True):
             if joint and cond.context.shape[1] != most:

@@ -42,7 +42,7 @@ def load_vision(name: str) -> tuple[nn.Module, int]:
 
 @contextmanager
 def _without_progress() -> Iterator[None]:
-    """Transformers draws no bar of its own within: a front end has one."""
+    """Within, transformers draws no bar of its own: a front end has one."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
