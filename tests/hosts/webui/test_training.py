@@ -229,7 +229,7 @@ def test_a_failure_is_told_and_leaves_the_model_as_it_was(webui, trainer, first)
     ("asked", "words"),
     [
         ({"prompts": "a fox <lora:first:1>"}, "names lora"),
-        ({"width": 60}, "give multiples of 8"),
+        ({"width": 60}, "give a multiple of 8"),
         ({"settings": SETTINGS | {"targets": "nothing like it"}}, "match no layer"),
     ],
 )
