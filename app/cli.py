@@ -6,8 +6,10 @@ import argparse
 import dataclasses
 import importlib.metadata
 import re
+import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return args.command(args)
     except (ConfigError, CardError, DataError, Diverged, ModelError, OutOfMemory, OSError, ImportError) as error:
         print(f"turbodistill: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("turbodistill: interrupted", file=sys.stderr)
+        return 130
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -47,6 +52,9 @@ def _unrecognised(unknown: Sequence[str], takes_settings: bool) -> str:
     if flag is None or not takes_settings:
         return words
     return f"{words}; the setting nearest to {flag} is --{nearest(flag[2:].replace('-', '_')).replace('_', '-')}"
+
+
+LARGEST_SEED = 2**63
 
 
 def version() -> str:
@@ -66,7 +74,9 @@ def make_parser() -> argparse.ArgumentParser:
         description="Turn a diffusion checkpoint into its own one-step Turbo, and sample it in one step.",
     )
     parser.add_argument("--version", action="version", version=f"turbodistill {version()}")
-    commands = parser.add_subparsers(required=True, metavar="command")
+    # A part of a flag would be taken for another one silently: --prompt for --prompts.
+    whole = partial(argparse.ArgumentParser, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="command", parser_class=whole)
 
     demo = commands.add_parser("demo", help="distil the small embedded model and report on it, start to end")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything (default: runs/demo)")
@@ -170,7 +180,7 @@ def run_distill(args: argparse.Namespace) -> int:
     try:
         finished = follow(events, config, args.out, host, args.title)
     except Interrupted:
-        print(f"saved; to go on: turbodistill {' '.join(sys.argv[1:])}")
+        print(f"saved; to go on: turbodistill {shlex.join(sys.argv[1:])}")
         return 130
     print(f"student: {finished.path}\nhistory: {args.out / training.HISTORY}\npictures: {args.out / 'previews'}")
     return 0
@@ -190,7 +200,7 @@ def run_demo(args: argparse.Namespace) -> int:
     try:
         page = demo(args.out, args.minutes, args.count, args.seed, follow, interruptible)
     except Interrupted:
-        print(f"saved; to go on: turbodistill {' '.join(sys.argv[1:])}")
+        print(f"saved; to go on: turbodistill {shlex.join(sys.argv[1:])}")
         return 130
     except Failed as error:
         print(f"turbodistill: {error}", file=sys.stderr)
@@ -211,6 +221,8 @@ def run_sample(args: argparse.Namespace) -> int:
 
     if args.count < 1:
         raise ConfigError(f"--count is {args.count}: give at least 1")
+    if not 0 <= args.seed < LARGEST_SEED:
+        raise ConfigError(f"--seed is {args.seed}: give 0 to {LARGEST_SEED - 1}")
     host = load_model(args.model)
     student, card, warning = load_student(args.student, host.denoiser)
     if warning:

@@ -30,8 +30,11 @@ def sample(
     """Pictures (3, height, width) in [0, 1] on the CPU, one a prompt in their order; prompt k has seed `seed + k`.
 
     A picture depends on its prompt and seed alone, not on the batch. The LoRA is merged while a batch is made and
-    the model is as before between two pictures. Raises ValueError for steps or a batch size below 1.
+    the model is as before between two pictures. Raises ValueError for steps or a batch size below 1, and for a text in
+    place of a list.
     """
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts is {prompts[:80]!r}: give a list of prompts")
     if steps < 1 or batch_size < 1:
         raise ValueError(f"steps is {steps} and batch_size {batch_size}: give at least 1")
     for first in range(0, len(prompts), batch_size):

@@ -308,7 +308,9 @@ class Config:
         "discriminator",
     )
     # Output
-    preview_every: int = option(100, "Updates between previews. 0 makes none.", "output", low=0, high=MOST_UPDATES)
+    preview_every: int = option(
+        100, "Updates between previews. 0 makes only the first and the last.", "output", low=0, high=MOST_UPDATES
+    )
     save_every: int = option(
         100, "Updates between saved states, from which a stopped run resumes.", "output", low=1, high=MOST_UPDATES
     )
@@ -388,11 +390,13 @@ class Config:
 def nearest(name: str) -> str:
     """The setting that an unknown name most likely means: by its words, those in a setting's help, its spelling."""
 
-    def likeness(field: dataclasses.Field) -> tuple[int, int, float]:
+    def likeness(field: dataclasses.Field) -> tuple[int, int, int, float]:
         words = set(name.split("_"))
         spelling = difflib.SequenceMatcher(None, name, field.name).ratio()
         explained = sum(word in field.metadata["help"].lower() for word in words)
-        return len(words & set(field.name.split("_"))), explained, spelling
+        # Of several that a help explains alike, the plainest: `lr` for learning_rate.
+        plain = -len(field.name) if explained == len(words) else -100
+        return len(words & set(field.name.split("_"))), explained, plain, spelling
 
     return max(dataclasses.fields(Config), key=likeness).name
 

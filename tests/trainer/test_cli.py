@@ -437,3 +437,24 @@ def test_out_of_memory_ends_with_a_line(monkeypatch, capsys, error):
     assert cli.main(["info", "x"]) == 1
     told = capsys.readouterr().err
     assert told.startswith("turbodistill: ") and told.count("\n") == 1 and "Traceback" not in told
+
+
+def test_a_part_of_a_flag_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["distill", "--prompt", "p.txt"])
+    assert "unrecognized arguments: --prompt" in capsys.readouterr().err
+
+
+def test_an_interruption_ends_with_a_line(monkeypatch, capsys):
+    def interrupted(_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run_info", interrupted)
+    assert cli.main(["info", "x"]) == 130
+    assert capsys.readouterr().err == "turbodistill: interrupted\n"
+
+
+@pytest.mark.parametrize("seed", ["-1", "99999999999999999999"])
+def test_a_seed_that_no_generator_takes_is_told(capsys, seed):
+    assert cli.main(["sample", "a fox", "--seed", seed]) == 1
+    assert f"--seed is {seed}: give 0 to" in capsys.readouterr().err

@@ -67,7 +67,7 @@ def test_a_whole_number_is_taken_for_a_float():
         ("fresh_share", "fresh_noise_share"),
         ("batchsize", "batch_size"),
         ("clip", "max_grad_norm"),
-        ("learning_rate", "lr_discriminator"),
+        ("learning_rate", "lr"),
     ],
 )
 def test_an_unknown_setting_is_refused_with_the_nearest(name, nearest):

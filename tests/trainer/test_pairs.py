@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from turbodistill.core.denoiser import Guided
 from turbodistill.core.sampling import sample_euler, seeded_noise, trailing_sigmas
+from turbodistill.generate.sample import sample
 from turbodistill.trainer.data import conditioning, pairs
 from turbodistill.trainer.data.files import DataError
 from turbodistill.trainer.data.pairs import load_pairs, make_pairs, pairs_key, pairs_size
@@ -242,3 +243,10 @@ def test_a_picture_that_is_none_stops_at_once_and_is_named(kit, host, tmp_path, 
         kit.pairs(host, kit.config(guidance=1.0), tmp_path)
     handle.remove()
     assert len(load_pairs(tmp_path)) == 4  # what was made before
+
+
+def test_a_text_in_place_of_a_list_of_prompts_is_refused(kit, host, tmp_path):
+    with pytest.raises(DataError, match="prompts is 'a fox': give a list of prompts"):
+        kit.pairs(host, kit.config(), tmp_path, "a fox")
+    with pytest.raises(ValueError, match="prompts is 'a fox': give a list of prompts"):
+        next(sample(host, None, "a fox"))

@@ -56,6 +56,8 @@ def make_pairs(host: Host, config: Config, prompts: Sequence[str], folder: str |
     error, keeps what is made, and the next call goes on. Pair k has noise seed
     `config.seed * 1_000_000 + k` and prompt k, the prompts repeating. A broken shard is made again.
     """
+    if isinstance(prompts, str):
+        raise DataError(f"prompts is {prompts[:80]!r}: give a list of prompts")
     if not prompts:
         raise DataError("no prompts to make teacher pairs from: give at least one")
     folder = Path(folder)
