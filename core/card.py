@@ -70,7 +70,7 @@ class StudentCard:
         for f in fields(self):
             value, wanted = getattr(self, f.name), FIELDS.get(str(f.type), (dict,))
             if not isinstance(value, wanted) or isinstance(value, bool):
-                raise CardError(f"card: {f.name} is {value!r:.80}, it must be {'a ' + wanted[-1].__name__}")
+                raise CardError(f"card: {f.name} is {value!r:.80}, it must be of type {wanted[-1].__name__}")
         if len(self.resolution) != 2 or not all(type(n) is int and n > 0 for n in self.resolution):
             raise CardError(f"card: resolution is {self.resolution!r:.80}, it must be width and height in pixels")
         if not all(type(t) is int for t in self.timesteps):
@@ -180,7 +180,7 @@ def read_student(path: str | Path) -> tuple[dict[str, Tensor], StudentCard]:
     with _opened(path) as file:
         card = StudentCard.from_metadata(file.metadata(), path)
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not iterable in safetensors 0.4.2
-        broken = [k for k, v in tensors.items() if not v.isfinite().all()]
+        broken = [k for k, v in tensors.items() if not (v if v.element_size() > 1 else v.float()).isfinite().all()]
         if broken:
             raise CardError(
                 f"{path} is of no use: {len(broken)} of its {len(tensors)} weights are no numbers (NaN or infinity), "

@@ -105,7 +105,7 @@ class DiscreteSchedule(Schedule):
         table = scaled_linear() if alphas_cumprod is None else alphas_cumprod.detach().double().cpu().clone()
         if len(table) > 1 and table[-1] == 0:  # a zero-terminal table as diffusers makes it
             table[-1] = TERMINAL
-        if not ((table > 0) & (table <= 1)).all() or not (table.diff() < 0).all():
+        if not ((table > 0) & (table <= 1)).all() or not (table.diff() <= 0).all():
             raise ValueError(
                 f"the model's noise schedule is unusable: alphas_cumprod must fall from 1 towards 0, this goes from "
                 f"{float(table[0]):g} to {float(table[-1]):g}"

@@ -220,7 +220,7 @@ def test_weights_that_are_no_numbers_are_told(tmp_path, value, dtype):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"rank": "4"}, "rank is '4', it must be a int"),
+        ({"rank": "4"}, "rank is '4', it must be of type int"),
         ({"rank": True}, "rank is True"),
         ({"rank": -1}, "rank -1"),
         ({"guidance": "high"}, "guidance is 'high'"),

@@ -46,7 +46,7 @@ def check_inside(path: str | Path, folders: Sequence[Path] | None) -> Path:
     listed = ", ".join(map(str, folders)) or "none"
     raise DataError(
         f"{path} is outside the folders that this server may read ({listed}): it can be reached from other computers. "
-        "Move the files there, or let its owner add the folder in the settings"
+        "Move the files there (AUTOMATIC1111 and Forge have a setting of TurboDistill that allows more folders)"
     )
 
 

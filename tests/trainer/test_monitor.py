@@ -254,3 +254,8 @@ def test_no_file_is_no_history(tmp_path):
 def test_a_file_of_other_content_is_no_history(tmp_path, content):
     (tmp_path / "history.csv").write_bytes(content)
     assert history.read_rows(tmp_path / "history.csv", 100) == []
+
+
+def test_one_row_that_is_no_number_costs_no_other(tmp_path):
+    (tmp_path / "history.csv").write_text("update,loss\n1,0.5\n2,many\n3,0.25\n")
+    assert [row["update"] for row in history.read_rows(tmp_path / "history.csv", 100)] == ["1", "3"]

@@ -121,7 +121,9 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     if not picture.mode.startswith("I"):
         return picture
     values = np.asarray(picture).astype(np.float32)
-    return Image.fromarray((values / (65535 if values.max() > 255 else 255) * 255).round().astype(np.uint8))
+    return Image.fromarray(
+        (values / (65535 if picture.mode != "I" or values.max() > 255 else 255) * 255).round().astype(np.uint8)
+    )
 
 
 def to_image(picture: Tensor) -> Image.Image:

@@ -31,8 +31,7 @@ def check(host: Host, config: Config) -> None:
         return
     denoiser = host.denoiser
     prediction = denoiser.prediction if config.prediction == "inherit" else config.prediction
-    start = denoiser.schedule.timesteps - 1 if config.start_timestep is None else config.start_timestep
-    wanted = (host.base_hash, prediction, start, config.rank)
+    wanted = (host.base_hash, prediction, config.start_timestep, config.rank)
     try:
         card = read_card(config.init_student)
     except ValueError as error:

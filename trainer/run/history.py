@@ -17,18 +17,25 @@ log = logging.getLogger(__name__)
 
 
 def read_rows(path: Path, update: int) -> list[dict[str, str]]:
-    """The rows up to an update; a last one that was cut short is left out, as is a file of other content."""
+    """The rows up to an update; what is cut short or no number is left out, and the rest stays."""
     if not path.exists():
         return []
+    rows: list[dict[str, str]] = []
     try:
         with path.open(newline="") as file:
-            rows = [r for r in csv.DictReader(file) if None not in r.values() and int(r["update"]) <= update]
-        for row in rows:
-            [float(value) for value in row.values() if value]
-    except (ValueError, KeyError, TypeError, csv.Error) as error:
-        log.warning("%s is no history (%s): it begins anew", path, error)
-        return []
+            rows += [row for row in csv.DictReader(file) if _is_whole(row) and int(row["update"]) <= update]
+    except (ValueError, csv.Error) as error:
+        log.warning("%s cannot be read to its end (%s)", path, error)
     return rows
+
+
+def _is_whole(row: dict[str, str]) -> bool:
+    """Whether a row has an update and nothing but numbers."""
+    try:
+        int(row["update"])
+        return None not in row.values() and all(value == "" or float(value) is not None for value in row.values())
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 class History:
