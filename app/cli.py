@@ -164,7 +164,7 @@ def settings(args: argparse.Namespace) -> Config:
 
 def run_distill(args: argparse.Namespace) -> int:
     """Distil a model into a one-step student; 0 when it is written, 130 when it was interrupted."""
-    from ..trainer.data.prompts import generate, read_prompts
+    from ..trainer.data.prompts import read_prompts
     from ..trainer.diffusers_host import load_model
     from ..trainer.run import run, training
     from ..trainer.run.events import Interrupted
@@ -174,7 +174,7 @@ def run_distill(args: argparse.Namespace) -> int:
     host = load_model(args.model)
     if args.prompts is None and args.model is not None:
         raise ConfigError("--model needs --prompts: a text file with one prompt a line, of what the model is good at")
-    prompts = generate(read_prompts(args.prompts or files.PROMPTS), config.pairs, config.seed)
+    prompts = read_prompts(args.prompts or files.PROMPTS)
     score = latent_score if args.model else _judge(None).kid_score(host)
     events = run.run(host, config, args.out, prompts, args.images, score, args.pairs_folder)
     try:

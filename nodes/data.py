@@ -17,7 +17,7 @@ from ..trainer.config import OF_PAIRS, Config
 from ..trainer.data.files import DataError
 from ..trainer.data.images import check_pictures, load_picture, read_image_folder
 from ..trainer.data.pairs import make_pairs, pairs_key
-from ..trainer.data.prompts import ANYTHING, generate, prompt_lines, read_prompts
+from ..trainer.data.prompts import ANYTHING, draw_prompts, prompt_lines, read_prompts
 from ..trainer.run.events import PairsMade
 from ..trainer.run.monitor import Monitor
 from .graph import file_names
@@ -103,7 +103,7 @@ class Prompts(io.ComfyNode):
             lines = read_prompts(check_text_file(page.input_path(file), page.readable_folders()))
         else:
             lines = read_prompts(cls.BUILT_IN[source])
-        return io.NodeOutput(lines, "\n".join(generate(lines, SHOWN)[:SHOWN]))
+        return io.NodeOutput(lines, "\n".join(dict.fromkeys(draw_prompts(lines, SHOWN))))
 
 
 class ImageFolder(io.ComfyNode):
@@ -194,12 +194,11 @@ class TeacherPairs(io.ComfyNode):
     def execute(cls, model, clip, vae, prompts: Sequence[str], width, height, at_once, **settings) -> io.NodeOutput:
         config = Config(**settings, batch_size=at_once)
         loaded = ComfyUIHost(model, clip, vae, base_name(cls, model), width, height)
-        texts = generate(prompts, config.pairs, config.seed)
-        folder = page.output_folder() / "pairs" / pairs_key(loaded, config, texts)
+        folder = page.output_folder() / "pairs" / pairs_key(loaded, config, prompts)
         monitor = Monitor("pairs", folder.name, config, lambda latents: page.show(loaded.decode(latents)))
         with watched(cls.hidden, monitor) as panel, cancellable(model):
             patcher.load(model)
-            for done, newest in make_pairs(loaded, config, texts, folder):
+            for done, newest in make_pairs(loaded, config, prompts, folder):
                 panel.follow(PairsMade(done, config.pairs, "teacher pairs", newest))
             monitor.end("done")
-        return io.NodeOutput(Pairs(folder, texts, settings, width, height))
+        return io.NodeOutput(Pairs(folder, list(prompts), settings, width, height))

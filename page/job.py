@@ -25,7 +25,6 @@ from ..trainer.config import ConfigError
 from ..trainer.data.files import write_whole
 from ..trainer.data.images import check_pictures, read_image_folder
 from ..trainer.data.pairs import make_pairs, pairs_key
-from ..trainer.data.prompts import generate
 from ..trainer.host import Host
 from ..trainer.run import run
 from ..trainer.run.events import Event, Finished, Interrupted, PairsMade
@@ -73,8 +72,7 @@ class Job:
         folders = backend.readable_folders()
         if request.images:
             check_pictures(read_image_folder(check_inside(request.images, folders)))
-        lines = request.lines(backend.prompts(), folders)
-        self.prompts = generate(lines, self.config.pairs, self.config.seed)
+        self.prompts = request.lines(backend.prompts(), folders)
         self.begun = time.time()
         self.result = ""  # what came of it, in words
         self.memory: Memory | None = None

@@ -87,20 +87,28 @@ def test_a_corrupt_shard_is_told_and_made_again(kit, host, tmp_path, small_shard
     whole = kit.pairs(host, config, tmp_path)
     latents = whole.latents[:]
     damage(tmp_path / "pairs-0000004.safetensors")
-    with pytest.raises(DataError, match=rf"pairs-0000004.*{told}.*only its samples are made anew"):
+    with pytest.raises(DataError, match=rf"pairs-0000004.*{told}.*every run makes such a file again"):
         load_pairs(tmp_path)
     with caplog.at_level(logging.WARNING):
         again = kit.pairs(host, config, tmp_path)
-    assert "pairs-0000004" in caplog.text and "making it again" in caplog.text
+    assert "pairs-0000004" in caplog.text and "makes such a file again" in caplog.text
     assert torch.equal(again.latents[:], latents) and torch.equal(again.seeds, whole.seeds)
 
 
-@pytest.mark.parametrize("changes", [{"guidance": 3.0}, {"pair_steps": 3}, {"seed": 1}, {"pair_sampler": "dpmpp_2m"}])
-def test_pairs_made_with_other_settings_are_refused_and_kept(kit, host, tmp_path, changes):
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"guidance": 3.0}, "guidance was 2.0 and is 3.0"),
+        ({"pair_steps": 3}, "steps was 2 and is 3"),
+        ({"seed": 1}, "seed was 0 and is 1"),
+        ({"pair_sampler": "dpmpp_2m"}, "sampler was euler and is dpmpp_2m"),
+    ],
+)
+def test_pairs_made_with_other_settings_are_refused_and_kept(kit, host, tmp_path, changes, told):
     config = kit.config()
     kit.pairs(host, config, tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(DataError, match="made with other settings or another model: use another folder"):
+    with pytest.raises(DataError, match=rf"are others \({told}\): change that back, or use another name or folder"):
         kit.pairs(host, config.replace(**changes), tmp_path)
     assert contents(tmp_path) == before
 
@@ -110,8 +118,19 @@ def test_pairs_of_another_model_or_other_prompts_are_refused(kit, host, tmp_path
     kit.pairs(host, config, tmp_path)
     with pytest.raises(DataError, match="another model"):
         kit.pairs(kit.conv_host(seed=1), config, tmp_path)
-    with pytest.raises(DataError, match="another model"):
+    with pytest.raises(DataError, match=r"are others \(other prompts\)"):
         kit.pairs(host, config, tmp_path, ["other", "words"])
+    with pytest.raises(DataError, match=r"guidance was 2.0 and is 3.0 and other prompts"):
+        kit.pairs(host, config.replace(guidance=3.0), tmp_path, ["other", "words"])
+
+
+def test_more_pairs_of_prompts_with_choices_go_on_with_those_that_are_there(kit, host, tmp_path, small_shards):
+    lines = ["a {red|blue|green} fox", "{one|two} owls"]
+    few = kit.pairs(host, kit.config(pairs=6), tmp_path, lines)
+    begun, latents = few.prompts, few.latents[:]
+    many = kit.pairs(host, kit.config(pairs=14), tmp_path, lines)
+    assert many.prompts[:6] == begun and len(set(many.prompts)) > 2 and not {"{", "|"} & set("".join(many.prompts))
+    assert torch.equal(many.latents[:6], latents) and len(many) == 14
 
 
 def test_no_pairs_and_no_prompts_are_told(kit, host, tmp_path):

@@ -5,28 +5,34 @@ import random
 import pytest
 from turbodistill.demo.files import PROMPTS
 from turbodistill.trainer.data.files import DataError
-from turbodistill.trainer.data.prompts import ANYTHING, expand, generate, read_prompts
+from turbodistill.trainer.data.prompts import ANYTHING, draw_prompts, expand, prompt_lines, read_prompts
 
 
 def test_every_alternative_comes_and_nothing_else_changes():
-    made = generate(["a {red|blue} fox, {photo|oil painting}"], 40, seed=3)
+    made = draw_prompts(["a {red|blue} fox, {photo|oil painting}"], 40, seed=3)
     assert len(made) == 40
     assert set(made) == {f"a {c} fox, {k}" for c in ("red", "blue") for k in ("photo", "oil painting")}
 
 
 def test_the_same_seed_draws_the_same():
     lines = ["{a|b|c|d} {e|f|g|h}"]
-    assert generate(lines, 20, seed=1) == generate(lines, 20, seed=1) != generate(lines, 20, seed=2)
-    assert generate(lines, 20, seed=1)[:5] == generate(lines, 5, seed=1)
+    assert draw_prompts(lines, 20, seed=1) == draw_prompts(lines, 20, seed=1) != draw_prompts(lines, 20, seed=2)
+    assert draw_prompts(lines, 20, seed=1)[:5] == draw_prompts(lines, 5, seed=1)
 
 
 def test_lines_come_in_turn():
-    assert generate(["{one|one}", "two"], 4) == ["one", "two", "one", "two"]
+    assert draw_prompts(["{one|one}", "two"], 4) == ["one", "two", "one", "two"]
 
 
 def test_lines_without_choices_stay_as_they_are():
     lines = ["a fox", "an owl (2 of them)"]
-    assert generate(lines, 100) == lines
+    assert draw_prompts(lines, 3) == [*lines, lines[0]]
+
+
+@pytest.mark.parametrize("line", ["a {red|blue fox", "a red|blue} fox", "a {red|{dark|light} blue fox"])
+def test_half_a_choice_is_told(line):
+    with pytest.raises(DataError, match=r"has a brace without its other one: write choices as \{red\|blue\}"):
+        prompt_lines(f"an owl\n{line}")
 
 
 @pytest.mark.parametrize(
@@ -46,7 +52,7 @@ def test_nested_empty_and_broken_choices(line, allowed):
 
 @pytest.mark.parametrize(("path", "least"), [(ANYTHING, 300), (PROMPTS, 20)], ids=["anything", "demo"])
 def test_the_built_in_prompts_are_many_and_clean(path, least):
-    made = generate(read_prompts(path), 500)
+    made = draw_prompts(read_prompts(path), 500)
     assert len(set(made)) >= least
     assert [p for p in made if set("{}|#") & set(p) or "  " in p or p != p.strip() or not p] == []
 

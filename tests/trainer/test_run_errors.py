@@ -15,7 +15,7 @@ from turbodistill.trainer.data.files import DataError
 from turbodistill.trainer.loop import start
 from turbodistill.trainer.loop.distill import Diverged
 from turbodistill.trainer.run import run, training
-from turbodistill.trainer.run.events import Finished
+from turbodistill.trainer.run.events import Finished, Warned
 from turbodistill.trainer.run.memory import OutOfMemory
 
 
@@ -30,8 +30,28 @@ def test_other_settings_are_refused_with_the_reason_and_nothing_is_lost(kit, hos
 
 def test_pairs_of_another_model_are_refused_before_training(kit, host, tmp_path):
     kit.go(host, kit.config(), tmp_path)
+    (tmp_path / training.STATE).unlink()
     with pytest.raises(DataError, match="another model"):
         kit.go(kit.conv_host(seed=1), kit.config(), tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"rank": 3}, {"guidance": 3.0}])
+def test_a_run_that_cannot_go_on_is_told_before_more_pairs_are_made(kit, host, tmp_path, changes):
+    kit.go(host, kit.config(), tmp_path)
+    making = run.run(host, kit.config(pairs=99, **changes), tmp_path, kit.WORDS)
+    with pytest.raises(ConfigError, match=next(iter(changes))):
+        next(making)
+
+
+def test_a_finished_run_says_so(kit, host, tmp_path):
+    kit.go(host, kit.config(updates=3), tmp_path)
+    warned = [e.text for e in kit.go(host, kit.config(updates=3), tmp_path) if isinstance(e, Warned)]
+    assert warned == ["this training is finished, at update 3: raise updates or minutes to go on"]
+
+
+def test_pictures_that_no_setting_uses_are_told(kit, host, tmp_path):
+    with pytest.raises(ConfigError, match=r"positives is 'teacher', which takes no images: .*set positives to 'both'"):
+        kit.go(host, kit.config(), tmp_path / "out", images=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +65,7 @@ def test_a_run_is_not_gone_on_with_by_another_model_or_other_prompts(kit, host, 
     events = run.run(
         kit.conv_host(seed), other, tmp_path / "run", prompts or kit.WORDS, pairs_folder=tmp_path / "other pairs"
     )
-    told = "guidance was 2.0 and is 3.0" if changes else "a training of another model, or with other prompts or pairs"
+    told = "guidance was 2.0 and is 3.0" if changes else "another model" if seed else "with other pairs .other prompts"
     with pytest.raises(ConfigError, match=told):
         list(events)
     assert {p: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
@@ -69,7 +89,7 @@ def test_what_does_not_fit_is_told_before_pairs_are_made(kit, host, tmp_path, ch
 def test_an_empty_image_folder_is_told_before_pairs_are_made(kit, host, tmp_path):
     (tmp_path / "images").mkdir()
     with pytest.raises(DataError, match="holds no picture"):
-        kit.go(host, kit.config(), tmp_path / "out", images=tmp_path / "images")
+        kit.go(host, kit.config(positives="both"), tmp_path / "out", images=tmp_path / "images")
     assert not (tmp_path / "out" / "pairs").exists()
 
 

@@ -76,7 +76,7 @@ def test_conditioning_too_large_for_half_precision_keeps_its_own(tmp_path):
 def test_broken_conditioning_is_told_and_made_again(kit, host, tmp_path, caplog, damage):
     whole = kit.pairs(host, kit.config(), tmp_path).cond.rows(slice(12))
     damage(tmp_path / "prompts-0000000.safetensors")
-    with pytest.raises(DataError, match=r"prompts-0000000.*only its samples are made anew"):
+    with pytest.raises(DataError, match=r"prompts-0000000.*every run makes such a file again"):
         load_pairs(tmp_path)
     with caplog.at_level(logging.WARNING):
         again = kit.pairs(host, kit.config(), tmp_path)

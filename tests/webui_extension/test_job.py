@@ -11,6 +11,7 @@ from turbodistill.page import job, pictures, runs
 from turbodistill.page.request import Request
 from turbodistill.trainer.config import Config, ConfigError
 from turbodistill.trainer.data.files import DataError
+from turbodistill.trainer.data.pairs import load_pairs
 from turbodistill.trainer.run.training import BEST
 
 PATIENCE = 60
@@ -98,12 +99,10 @@ def test_captions_are_the_prompts_where_none_are_given(toy, backend, tmp_path):
 
 
 def test_choices_in_prompts_are_drawn(toy, backend, tmp_path):
-    backend.gate.clear()
-    begun = job.start(backend, ask(toy, prompts="a {red|blue} fox"))
-    begun.cancel()
-    backend.gate.set()
-    finish(begun)
-    assert len(begun.prompts) == 8 and set(begun.prompts) == {"a red fox", "a blue fox"}
+    go(toy, backend, kind="pairs", prompts="a {red|blue} fox")
+    (folder,) = (backend.runs_folder().parent / "pairs").iterdir()
+    made = load_pairs(folder).prompts
+    assert len(made) == 8 and set(made) == {"a red fox", "a blue fox"}
 
 
 def test_a_full_copy_stays_in_its_run(toy, backend):

@@ -63,7 +63,7 @@ class Conditioning:
         except DataError as error:
             if isinstance(error, OtherRun) and not self._replace:
                 raise
-            log.warning("%s; making it again", error)
+            log.warning("%s", error)
             return None, []
 
 

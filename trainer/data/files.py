@@ -104,7 +104,7 @@ def read_tensors(path: Path, key: str | None = None) -> tuple[dict[str, Tensor],
 
     Raises DataError if it is broken, and OtherRun if it was made in another way than `key`.
     """
-    again = "delete it and run again, only its samples are made anew"
+    again = "every run makes such a file again, and only that"
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}

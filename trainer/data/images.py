@@ -151,7 +151,7 @@ def cache_images(host: Host, folder: str | Path, cache: str | Path) -> Iterator[
         try:
             latents = read_shard(path, key).latents if path.exists() else None
         except DataError as error:
-            log.warning("%s; making it again", error)
+            log.warning("%s", error)
             latents = None
         if latents is None:
             pictures = torch.stack([load_picture(p, host.resolution) for p, _ in part])

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,14 +18,31 @@ from ..config import Config
 from ..host import Host
 from ..loop.precision import autocast
 from .conditioning import Conditioning
-from .files import DataError, OtherRun, log
+from .files import DataError, OtherRun, log, read_tensors
+from .prompts import draw_prompts
 from .samples import SHARD, Samples, Shard, load_samples, read_shard, write_shard
 
 
+def pairs_recipe(host: Host, config: Config, prompts: Sequence[str]) -> dict[str, str]:
+    """What decides pairs, by the words in which a user knows it; `prompts` with their choices not yet drawn."""
+    _, height, width = host.latent_shape
+    return {
+        "model": _digest(host.base_hash + host.text_hash),
+        "sampler": config.pair_sampler,
+        "steps": str(config.pair_steps),
+        "guidance": str(config.guidance),
+        "seed": str(config.seed),
+        "size": f"{width} x {height} (of latents)",
+        "prompts": _digest(json.dumps(list(prompts))),
+    }
+
+
 def pairs_key(host: Host, config: Config, prompts: Sequence[str]) -> str:
-    """What decides a pair: model, sampler, guidance, size, prompts and seed."""
-    made = (config.pair_sampler, config.pair_steps, config.guidance, config.seed, host.latent_shape)
-    text = json.dumps([host.base_hash + host.text_hash, *made, *prompts])
+    """The recipe of pairs as one short name."""
+    return _digest(json.dumps(pairs_recipe(host, config, prompts)))
+
+
+def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -54,30 +71,27 @@ def make_pairs(host: Host, config: Config, prompts: Sequence[str], folder: str |
 
     Yields (number made so far, the newest latents (n, C, H, W)) after each batch; closing the generator, or an
     error, keeps what is made, and the next call goes on. Pair k has noise seed
-    `config.seed * 1_000_000 + k` and prompt k, the prompts repeating. A broken shard is made again.
+    `config.seed * 1_000_000 + k` and prompt k, the prompts repeating, of {red|blue} in them one drawn. A broken
+    shard is made again. Raises DataError for prompts that are none, and OtherRun for pairs of another recipe.
     """
-    if isinstance(prompts, str):
-        raise DataError(f"prompts is {prompts[:80]!r}: give a list of prompts")
-    if not prompts:
-        raise DataError("no prompts to make teacher pairs from: give at least one")
+    texts = draw_prompts(prompts, config.pairs, config.seed)
     folder = Path(folder)
-    key = pairs_key(host, config, prompts)
+    recipe, key = pairs_recipe(host, config, prompts), pairs_key(host, config, prompts)
     sample = TEACHER_SAMPLERS[config.pair_sampler]
     schedule = host.denoiser.schedule
     sigmas = trailing_sigmas(schedule, config.pair_steps)
     device = host.denoiser.device
     uncond = host.encode_text([""]).to(device)
-    used = prompts[: config.pairs]
-    _check_space(folder, pairs_size(host.latent_shape, uncond, config.pairs, len(set(used))))
-    conditioning = Conditioning(host, used, folder, key)
+    _check_space(folder, pairs_size(host.latent_shape, uncond, config.pairs, len(set(texts))))
+    conditioning = Conditioning(host, texts, folder, key)
     for first in range(0, config.pairs, SHARD):
         path = folder / f"pairs-{first:07d}.safetensors"
         count = min(SHARD, config.pairs - first)
-        parts = _begun(path, key)
+        parts = _begun(path, key, recipe)
         begun = made = sum(map(len, parts))
         numbers = range(first, first + count)
-        texts = [prompts[i % len(prompts)] for i in numbers]
-        cond = conditioning.of(texts)
+        of_shard = texts[first : first + count]
+        cond = conditioning.of(of_shard)
         if made >= count:
             yield first + count, parts[0][:count]
             continue
@@ -89,14 +103,14 @@ def make_pairs(host: Host, config: Config, prompts: Sequence[str], folder: str |
                 model = Guided(host.denoiser, cond.rows(rows).to(device), uncond, config.guidance)
                 with autocast(config, device):
                     latents = sample(model, x, sigmas.to(device)).float().cpu()
-                _check_finite(latents, {first + row: texts[row] for row in rows.tolist()})
+                _check_finite(latents, {first + row: of_shard[row] for row in rows.tolist()})
                 parts.append(latents)
                 made += len(rows)
                 if made < count:
                     yield first + made, parts[-1]
         finally:  # a cancelled shard keeps what is made
             if made > begun:
-                write_shard(path, Shard(torch.cat(parts), texts[:made], seeds[:made]), key)
+                write_shard(path, Shard(torch.cat(parts), of_shard[:made], seeds[:made]), key, recipe)
         yield first + count, parts[-1]
 
 
@@ -111,17 +125,30 @@ def _check_finite(latents: Tensor, prompts: dict[int, str]) -> None:
             )
 
 
-def _begun(path: Path, key: str) -> list[Tensor]:
+def _begun(path: Path, key: str, recipe: Mapping[str, str]) -> list[Tensor]:
     """The latents that a shard holds already, if any, copied so that its file can be replaced; raises OtherRun."""
     if not path.exists():
         return []
     try:
         return [read_shard(path, key).latents.float()]
     except OtherRun:
-        raise
+        changed = changes(read_tensors(path)[1], recipe)
+        raise OtherRun(
+            f"the pairs in {path.parent} are others ({changed}): change that back, or use another name or folder"
+        ) from None
     except DataError as error:
-        log.warning("%s; making it again", error)
+        log.warning("%s", error)
         return []
+
+
+def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """What differs between two recipes of pairs, in words; empty if nothing does."""
+    digests = {"model": "another model", "prompts": "other prompts"}
+    return " and ".join(
+        digests.get(name, f"{name} was {before.get(name)} and is {now[name]}")
+        for name in now
+        if before.get(name) != now[name]
+    )
 
 
 def load_pairs(folder: str | Path, limit: int | None = None) -> Samples:

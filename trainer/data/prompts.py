@@ -21,10 +21,15 @@ def expand(line: str, draws: random.Random) -> str:
     return re.sub(r" +(,|$)", r"\1", re.sub(r" {2,}", " ", line)).strip()
 
 
-def generate(lines: Sequence[str], count: int, seed: int = 0) -> list[str]:
-    """`lines` as they are if none has a choice; else `count` prompts, the lines in turn, the same for the same seed."""
-    if not any(CHOICE.search(line) for line in lines):
-        return list(lines)
+def draw_prompts(lines: Sequence[str], count: int, seed: int = 0) -> list[str]:
+    """`count` prompts, the lines in turn, with their choices drawn; more of the same seed begin with the same ones.
+
+    Raises DataError for a text in place of a list, and for no line.
+    """
+    if isinstance(lines, str):
+        raise DataError(f"prompts is {lines[:80]!r}: give a list of prompts")
+    if not lines:
+        raise DataError("no prompts to make teacher pairs from: give at least one")
     draws = random.Random(seed)
     return [expand(lines[k % len(lines)], draws) for k in range(count)]
 
@@ -32,7 +37,7 @@ def generate(lines: Sequence[str], count: int, seed: int = 0) -> list[str]:
 def read_prompts(path: str | Path) -> list[str]:
     """Lines of a text file, empty ones and those that begin with # left out.
 
-    Raises DataError for a missing file or one without a prompt.
+    Raises DataError for a missing file, one without a prompt, or one of choices that do not end.
     """
     path = Path(path_of(str(path)))
     if not path.is_file():
@@ -44,6 +49,12 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def prompt_lines(text: str) -> list[str]:
-    """The lines of a text that are prompts: not empty, and not begun with #."""
-    lines = [line.strip() for line in lines_of(text)]
-    return [line for line in lines if line and not line.startswith("#")]
+    """The lines of a text that are prompts: not empty, and not begun with #; raises DataError for half a choice."""
+    prompts = [line for raw in lines_of(text) if (line := raw.strip()) and not line.startswith("#")]
+    for prompt in prompts:
+        rest = prompt
+        while CHOICE.search(rest):
+            rest = CHOICE.sub("", rest)
+        if "{" in rest or "}" in rest:
+            raise DataError(f"prompt {prompt[:80]!r} has a brace without its other one: write choices as {{red|blue}}")
+    return prompts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,17 +60,17 @@ class Shard:
         return len(self.latents)
 
 
-def write_shard(path: Path, shard: Shard, key: str) -> None:
-    """Write samples in half precision, whole or not at all. `key` says how they were made."""
+def write_shard(path: Path, shard: Shard, key: str, recipe: Mapping[str, str] | None = None) -> None:
+    """Write samples in half precision, whole or not at all. `key` says how they were made, `recipe` in words."""
     seeds = {} if shard.seeds is None else {"seeds": shard.seeds}
-    about = {"key": key, "prompts": json.dumps(shard.prompts)}
+    about = {"key": key, "texts": json.dumps(shard.prompts)} | dict(recipe or {})
     write_tensors(path, {"latents": shard.latents.half()} | seeds, about)
 
 
 def read_shard(path: Path, key: str | None = None) -> Shard:
     """The samples of one file, mapped; raises as `read_tensors`."""
     tensors, about = read_tensors(path, key)
-    return Shard(tensors["latents"], json.loads(about["prompts"]), tensors.get("seeds"))
+    return Shard(tensors["latents"], json.loads(about["texts"]), tensors.get("seeds"))
 
 
 def load_samples(folder: str | Path, kind: str, limit: int | None = None) -> Samples:

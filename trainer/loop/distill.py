@@ -51,12 +51,12 @@ def distill(state: State, pairs: Samples, uncond: Cond, pictures: Samples | None
     are restored then. Raises Diverged when a loss or gradient is not finite, before it is applied.
     """
     scoring = state.fake_score.denoiser.training() if state.fake_score else nullcontext()
-    config, student = state.config, state.student
+    student = state.student
     uncond = uncond.to(student.device)
     state.feature_cache = FeatureCache()  # keys tell pictures of this call apart
     reals = None if pictures is None else Reals.beside(pairs, pictures)
     with student.training(), scoring, state.checkpointed():
-        while state.update < config.updates and not (config.minutes and state.spent >= config.minutes * 60):
+        while not state.finished:
             # Spectral norms advance with every pass of the heads: an update that is broken off must not leave its own.
             norms = [buffer.clone() for buffer in state.discriminator.buffers()]
             try:

@@ -75,6 +75,12 @@ class State:
             else None,
         )
 
+    @property
+    def finished(self) -> bool:
+        """Whether the updates, or the minutes, of the settings are all done."""
+        minutes = self.config.minutes
+        return self.update >= self.config.updates or bool(minutes and self.spent >= minutes * 60)
+
     def release(self) -> None:
         """Take every LoRA's hooks out of the shared backbone."""
         self.student.release()

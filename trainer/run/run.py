@@ -16,14 +16,15 @@ from torch import Tensor
 from ..config import Config, ConfigError
 from ..data.files import write_whole
 from ..data.images import cache_images, load_images, read_image_folder
-from ..data.pairs import load_pairs, make_pairs, pairs_key, pairs_size
+from ..data.pairs import load_pairs, make_pairs, pairs_recipe, pairs_size
+from ..data.prompts import draw_prompts
 from ..data.samples import Samples
 from ..host import Host
 from ..loop.start import begin, check, features
 from .events import Control, Event, PairsMade
 from .memory import Memory, OutOfMemory, advice, is_out_of_memory, measure_memory
 from .scores import Score, latent_score
-from .training import PREVIEWS, Training
+from .training import PREVIEWS, Training, check_saved
 
 HELD_OUT = 96  # pairs, at most, that are kept from training to choose the best student by
 FEWEST = 4  # of them, with which every score works
@@ -54,7 +55,8 @@ def estimate(host: Host, config: Config, prompts: Sequence[str]) -> Memory:
     sample = Samples(torch.zeros(1, *host.latent_shape), cond, [""])
     state = begin(host, config, sample)
     try:
-        size = pairs_size(host.latent_shape, cond, config.pairs, len(set(prompts[: config.pairs])))
+        texts = draw_prompts(prompts, config.pairs, config.seed)
+        size = pairs_size(host.latent_shape, cond, config.pairs, len(set(texts)))
         return replace(measure_memory(state, sample), on_disk=size)
     finally:
         state.release()
@@ -111,11 +113,15 @@ def _run(
 ) -> Generator[Event, None, None]:
     if images is None and config.sees_pictures:
         raise ConfigError(f"positives is {config.positives!r} but there are no images: give a folder, or use 'teacher'")
+    if images is not None and not config.sees_pictures:
+        raise ConfigError("positives is 'teacher', which takes no images: leave them out, or set positives to 'both'")
     _writable(folder)
     pairs_folder = Path(pairs_folder or folder / "pairs")
     total = 0 if images is None else len(read_image_folder(images))
     seen = features(host, config)  # a setting that does not fit this model is reported before hours of pairs
     check(host, config)
+    recipe = pairs_recipe(host, config, prompts)
+    check_saved(folder, config, recipe)
     for done, newest in make_pairs(host, config, prompts, pairs_folder):
         yield PairsMade(done, config.pairs, "teacher pairs", newest)
     pairs = load_pairs(pairs_folder, config.pairs)
@@ -129,7 +135,7 @@ def _run(
     train, held = pairs.select(train_rows), pairs.select(held_rows)
     doing.what = "training"
     state = begin(host, config, pairs, seen)
-    state.extra["data"] = pairs_key(host, config, prompts)
+    state.extra["pairs"] = recipe
     try:
         yield from Training(host, state, folder, train, held, reals, score, control).events()
     finally:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import io
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...core.card import read_student
 from ...core.student import load_weights
-from ..config import ConfigError
+from ..config import Config, ConfigError, check_resumable
 from ..data.files import write_whole
+from ..data.pairs import changes
 from ..data.samples import Samples
 from ..host import Host
 from ..loop import health
@@ -52,22 +54,35 @@ def save_state(state: State, folder: Path) -> None:
     write_whole(folder / STATE, buffer.getvalue())
 
 
-def resume(state: State, folder: Path) -> bool:
-    """Load the folder's last state, if it has one; raises ConfigError if it was made with other settings."""
+def read_state(folder: Path, device: torch.device | str = "cpu", mmap: bool = False) -> dict[str, Any] | None:
+    """A folder's last state, if it has one, mapped into memory or read; raises ConfigError for a broken file."""
     path = folder / STATE
     if not path.exists():
-        return False
+        return None
     try:
-        saved = torch.serialization.load(path, weights_only=True, map_location=state.student.device)
+        return torch.serialization.load(path, weights_only=True, map_location=device, mmap=mmap)
     except Exception as error:
         raise ConfigError(f"{path} cannot be read ({error}): delete it to begin anew; the teacher pairs stay") from None
-    now = state.extra.get("data")
-    state.load_state_dict(saved)
-    before = state.extra.setdefault("data", now)
-    if before != now:
+
+
+def check_saved(folder: Path, config: Config, recipe: Mapping[str, str]) -> None:
+    """Raise ConfigError if the training in a folder cannot go on with these settings and pairs of this recipe."""
+    saved = read_state(folder, mmap=True)
+    if saved is None:
+        return
+    check_resumable(saved["config"], config)
+    if changed := changes(saved["extra"]["pairs"], recipe):
         raise ConfigError(
-            f"{folder} holds a training of another model, or with other prompts or pairs: give this one another name"
+            f"{folder} holds a training with other pairs ({changed}): change that back, or use another name or folder"
         )
+
+
+def resume(state: State, folder: Path) -> bool:
+    """Load the folder's last state, if it has one, which `check_saved` has looked at."""
+    saved = read_state(folder, state.student.device)
+    if saved is None:
+        return False
+    state.load_state_dict(saved)
     return True
 
 
@@ -93,15 +108,17 @@ class Training:
 
     def events(self) -> Iterator[Event]:
         """Train to the end, from the folder's last state if it has one; raises as `run`."""
-        state, config = self.state, self.state.config
+        state = self.state
         if resume(state, self.folder):
             log.info("going on from update %d", state.update)
         uncond = self.host.encode_text([""])
         yield Begun(state.update, measure_memory(state, self.train))
+        if state.finished:
+            yield Warned(0, f"this training is finished, at update {state.update}: raise updates or minutes to go on")
         history = History(self.folder / HISTORY, state.update)
         if state.update == 0:
             yield self.preview()
-        elif self._evaluates() and state.update < config.updates and state.extra.get("measured") != state.update:
+        elif self._evaluates() and not state.finished and state.extra.get("measured") != state.update:
             yield self.select()  # it was broken off just before
         try:
             with closing(distill(state, self.train, uncond, self.reals)) as steps:
