@@ -1,8 +1,8 @@
 """TurboDistill: turn the diffusion checkpoint you have loaded into its own one-step Turbo.
 
 The public API is what `dir(turbodistill)` lists: `Config`, `load_model`, `make_pairs`, `distill`, `Step`,
-`load_student`, `sample`, `to_image`, `evaluate`. Each is imported when it is first asked for, so that importing this
-file does no work: ComfyUI finds its door here, and pytest imports it too.
+`load_student`, `sample`, `to_image`, `evaluate`, `__version__`. Each is imported when it is first asked for, so that
+importing this file does no work: ComfyUI finds its door here, and pytest imports it too.
 """
 
 WEB_DIRECTORY = "./web"  # ComfyUI's front-end extension and help pages
@@ -18,7 +18,9 @@ PUBLIC = {
     "sample": ("generate.sample", "sample"),
     "to_image": ("trainer.data.images", "to_image"),
     "evaluate": ("measure.bench", "evaluate"),
+    "__version__": ("core.version", "VERSION"),
 }
+__all__ = list(PUBLIC)
 
 
 def __getattr__(name: str):

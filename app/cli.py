@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import re
 import shlex
 import sys
@@ -13,9 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..core.version import VERSION
 from ..demo import files
 from ..trainer.config import Config, ConfigError, nearest
 from . import ui
+from .arguments import MOST_STEPS, SEEDS, between, folder
 from .progress import follow, interruptible
 
 
@@ -54,40 +55,30 @@ def _unrecognised(unknown: Sequence[str], takes_settings: bool) -> str:
     return f"{words}; the setting nearest to {flag} is --{nearest(flag[2:].replace('-', '_')).replace('_', '-')}"
 
 
-LARGEST_SEED = 2**63
-
-
-def version() -> str:
-    """The installed version; that of the clone's own pyproject.toml where it runs without being installed."""
-    try:
-        return importlib.metadata.version("turbodistill")
-    except importlib.metadata.PackageNotFoundError:
-        text = Path(__file__).parents[1].joinpath("pyproject.toml").read_text(encoding="utf-8")
-        found = re.search(r'^version = "(.+)"', text, re.MULTILINE)
-        return found[1] if found else "unknown"
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The command line: every command with its options."""
     parser = argparse.ArgumentParser(
         prog="turbodistill",
         description="Turn a diffusion checkpoint into its own one-step Turbo, and sample it in one step.",
     )
-    parser.add_argument("--version", action="version", version=f"turbodistill {version()}")
+    parser.add_argument("--version", action="version", version=f"turbodistill {VERSION}")
     # A part of a flag would be taken for another one silently: --prompt for --prompts.
-    whole = partial(argparse.ArgumentParser, allow_abbrev=False)
+    whole: Any = partial(argparse.ArgumentParser, allow_abbrev=False)
+    pictures = between(8, 100_000)  # fewer leave some measures undefined
     commands = parser.add_subparsers(required=True, metavar="command", parser_class=whole)
 
     demo = commands.add_parser("demo", help="distil the small embedded model and report on it, start to end")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything (default: runs/demo)")
+    demo.add_argument(
+        "--out", type=folder, default=Path("runs/demo"), help="folder for everything (default: runs/demo)"
+    )
     demo.add_argument(
         "--minutes",
-        type=float,
+        type=between(0.1, 10_000, float),
         help="training time of each of the two students (default: 8, or less where the machine is slow, so that the "
         "whole takes a quarter of an hour)",
     )
-    demo.add_argument("--count", type=int, default=128, help="pictures per arm that are measured (default: 128)")
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--count", type=pictures, default=128, help="pictures per arm that are measured (default: 128)")
+    demo.add_argument("--seed", type=between(0, 1_000_000), default=0, help="of pairs and training (default: 0)")
     demo.set_defaults(command=run_demo)
 
     distill = commands.add_parser("distill", help="distil a checkpoint with prompts alone, or with your pictures")
@@ -99,10 +90,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     distill.add_argument("--images", type=Path, help="folder of captioned pictures for the discriminator")
     distill.add_argument(
-        "--out", type=Path, default=Path("runs/distill"), help="folder for everything; a run there goes on"
+        "--out", type=folder, default=Path("runs/distill"), help="folder for everything; a run there goes on"
     )
     distill.add_argument(
-        "--pairs-folder", type=Path, help="folder of the teacher pairs, if other runs share them (default: in --out)"
+        "--pairs-folder", type=folder, help="folder of the teacher pairs, if other runs share them (default: in --out)"
     )
     distill.add_argument("--title", default="training", help="what its progress bar is called (default: training)")
     distill.add_argument("--config", type=Path, help="TOML file of settings; the flags below go before it")
@@ -115,10 +106,12 @@ def make_parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--student", type=Path, default=files.STUDENT, help="student file (default: the embedded model's)"
     )
-    sample.add_argument("--steps", type=int, default=1, choices=range(1, 5), help="1 to 4 (default: 1)")
-    sample.add_argument("--seed", type=int, default=0, help="seed of the first picture; the next ones count on")
-    sample.add_argument("--count", type=int, default=1, help="pictures per prompt (default: 1)")
-    sample.add_argument("--out", type=Path, default=Path("."), help="folder for the PNG files (default: here)")
+    sample.add_argument("--steps", type=between(1, MOST_STEPS), default=1, help=f"1 to {MOST_STEPS} (default: 1)")
+    sample.add_argument(
+        "--seed", type=between(*SEEDS), default=0, help="seed of the first picture; the next ones count on"
+    )
+    sample.add_argument("--count", type=between(1, 10_000), default=1, help="pictures per prompt (default: 1)")
+    sample.add_argument("--out", type=folder, default=Path("."), help="folder for the PNG files (default: here)")
     sample.set_defaults(command=run_sample)
 
     evaluate = commands.add_parser("evaluate", help="measure students against their teacher")
@@ -126,9 +119,13 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--student", type=Path, action="append", help="student file, repeatable (default: the shipped one)"
     )
-    evaluate.add_argument("--reference", type=Path, help="zip of real pictures (default: the embedded model's)")
-    evaluate.add_argument("--count", type=int, help="pictures per arm and seed (default: one of every held-out prompt)")
-    evaluate.add_argument("--seeds", type=int, default=3, help="noise seeds (default: 3)")
+    evaluate.add_argument(
+        "--reference", type=Path, help="zip of real pictures (default: the embedded model's, of emoji)"
+    )
+    evaluate.add_argument(
+        "--count", type=pictures, help="pictures per arm and seed (default: one of every held-out prompt)"
+    )
+    evaluate.add_argument("--seeds", type=between(1, 100), default=3, help="noise seeds (default: 3)")
     evaluate.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     evaluate.set_defaults(command=run_evaluate)
 
@@ -219,28 +216,29 @@ def run_sample(args: argparse.Namespace) -> int:
     from ..trainer.data.images import to_image
     from ..trainer.diffusers_host import load_model
 
-    if args.count < 1:
-        raise ConfigError(f"--count is {args.count}: give at least 1")
-    if not 0 <= args.seed < LARGEST_SEED:
-        raise ConfigError(f"--seed is {args.seed}: give 0 to {LARGEST_SEED - 1}")
     host = load_model(args.model)
     student, card, warning = load_student(args.student, host.denoiser)
     if warning:
         print(f"turbodistill: {warning}", file=sys.stderr)
     prompts = [p for p in args.prompt for _ in range(args.count)]
+    first = 1 + max((int(path.name[:5]) for path in args.out.glob("[0-9]" * 5 + "-*.png")), default=0)
     sampler = f"ADD {'1-step' if args.steps == 1 else 'few-step'}"
     size = f"Size: {host.resolution[0]}x{host.resolution[1]}"
-    for seed, (prompt, picture) in enumerate(
-        zip(prompts, sample(host, student, prompts, args.seed, args.steps), strict=True), args.seed
-    ):
+    pictures = sample(host, student, prompts, args.seed, args.steps)
+    for k, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
+        seed, number = args.seed + k, first + k
         about = PngInfo()
         settings = f"Steps: {args.steps}, Sampler: {sampler}, CFG scale: 1, Seed: {seed}, {size}"
         about.add_text("parameters", f"{prompt}\n{settings}, Model: {card.base_model}, Student: {args.student.name}")
-        name = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:50]
-        path = args.out / f"{name}-{seed}.png"
+        path = args.out / f"{number:05d}-{_slug(prompt)}-{seed}.png"
         write_whole(path, _png_bytes(to_image(picture), about))
         print(path)
     return 0
+
+
+def _slug(prompt: str) -> str:
+    """The beginning of a prompt as a part of a file's name."""
+    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:50].strip("-") or "picture"
 
 
 def _png_bytes(image, about) -> bytes:
@@ -256,6 +254,11 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from ..measure.bench import evaluate
     from ..trainer.diffusers_host import load_model
 
+    if args.model and not args.reference:
+        raise ConfigError(
+            "--model needs --reference: a zip of pictures such as the model should make, with a metadata.jsonl of rows "
+            "{file_name, text, style, split}, where split is train or heldout"
+        )
     students, reference = args.student or [files.STUDENT], args.reference or files.REFERENCE
     text, figures = evaluate(load_model(args.model), students, reference, args.count, args.seeds)
     print(text)

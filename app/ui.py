@@ -9,6 +9,8 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from .arguments import between, folder
+
 ADDRESS = "127.0.0.1"
 
 
@@ -17,11 +19,11 @@ def command(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "ui", help="pages in the browser: pictures as you type, distil"
     )
-    parser.add_argument("--port", type=int, default=7860, help=f"port on {ADDRESS} (default: 7860)")
+    parser.add_argument("--port", type=between(1, 65535), default=7860, help=f"port on {ADDRESS} (default: 7860)")
     parser.add_argument("--model", type=Path, help="checkpoint or diffusers folder (default: the embedded model)")
     parser.add_argument("--student", type=Path, help="student file (default: the embedded model's)")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/ui"), help="folder for runs, pairs and students (default: runs/ui)"
+        "--out", type=folder, default=Path("runs/ui"), help="folder for runs, pairs and students (default: runs/ui)"
     )
     parser.set_defaults(command=run)
 

@@ -19,7 +19,18 @@ def test_importing_costs_no_torch():
     assert not {"torch", "numpy", "diffusers", "turbodistill.trainer.config"} & set(loaded)
 
 
-@pytest.mark.parametrize("name", turbodistill.PUBLIC)
+def test_a_star_brings_what_is_public():
+    names: dict = {}
+    exec("from turbodistill import *", names)
+    assert names["__version__"].count(".") == 2 and set(turbodistill.PUBLIC) <= set(names)
+
+
+def test_a_device_that_is_not_there_is_told():
+    with pytest.raises(ValueError, match=r"device 'bogus' cannot be used \(.*\): leave it out"):
+        turbodistill.load_model(device="bogus")
+
+
+@pytest.mark.parametrize("name", sorted(set(turbodistill.PUBLIC) - {"__version__"}))
 def test_every_public_name_is_there_and_documented(name):
     found = getattr(turbodistill, name)
     assert found.__doc__ and found.__name__ in (name, turbodistill.PUBLIC[name][1])

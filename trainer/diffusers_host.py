@@ -79,9 +79,16 @@ class DiffusersHost:
 def load_model(path: str | Path | None = None, device: str | None = None) -> DiffusersHost:
     """The embedded model, another single file with its architecture in the header, or a diffusers folder.
 
-    Raises ModelError for anything else, with the reason.
+    Raises ModelError for anything else, and for a device that is not there, with the reason.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # by how torch was built
+        reason = str(error).partition("\n")[0]
+        raise ModelError(
+            f"device {device!r} cannot be used ({reason}): leave it out, or install a torch for it"
+        ) from None
     path = MODEL if path is None else Path(path)
     if not path.exists():
         raise ModelError(f"model {path} does not exist: check the name")

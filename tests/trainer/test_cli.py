@@ -7,19 +7,16 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
 import torch
 from PIL import Image
-from turbodistill.app import cli, demo
-from turbodistill.core.card import read_card
+from turbodistill.app import cli
 from turbodistill.measure import bench
 from turbodistill.trainer.config import Config
 from turbodistill.trainer.data.pairs import load_pairs
 from turbodistill.trainer.run import training
-from turbodistill.trainer.run.events import Interrupted
 from turbodistill.trainer.run.memory import OutOfMemory
 
 COMMANDS = ("demo", "distill", "sample", "evaluate", "info")
@@ -220,8 +217,9 @@ def pixels(picture):
 
 def test_a_picture_says_how_it_was_made(pipeline_folder, made, tmp_path, capsys):
     pictures = sample(pipeline_folder, made, tmp_path, "A red fox!", "--seed", "7")
-    assert list(pictures) == ["a-red-fox-7.png"] and capsys.readouterr().out.strip().endswith("a-red-fox-7.png")
-    picture = pictures["a-red-fox-7.png"]
+    name = "00001-a-red-fox-7.png"
+    assert list(pictures) == [name] and capsys.readouterr().out.strip().endswith(name)
+    picture = pictures[name]
     first, second = picture.text["parameters"].splitlines()
     assert first == "A red fox!" and picture.size == (16, 16)
     assert second.startswith("Steps: 1, Sampler: ADD 1-step, CFG scale: 1, Seed: 7, Size: 16x16, ")
@@ -231,19 +229,52 @@ def test_a_picture_says_how_it_was_made(pipeline_folder, made, tmp_path, capsys)
 @pytest.mark.parametrize("steps", ["1", "3"])
 def test_the_same_seed_gives_the_same_file_and_a_batch_its_singles(pipeline_folder, made, tmp_path, steps):
     both = sample(pipeline_folder, made, tmp_path / "a", "a fox", "an owl", "--count", "2", "--steps", steps)
-    assert list(both) == ["a-fox-0.png", "a-fox-1.png", "an-owl-2.png", "an-owl-3.png"]
+    assert list(both) == ["00001-a-fox-0.png", "00002-a-fox-1.png", "00003-an-owl-2.png", "00004-an-owl-3.png"]
     again = sample(pipeline_folder, made, tmp_path / "b", "a fox", "an owl", "--count", "2", "--steps", steps)
     for name in both:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
         assert again[name].text == both[name].text
     alone = sample(pipeline_folder, made, tmp_path / "c", "an owl", "--seed", "2", "--steps", steps)
     # Another batch size rounds otherwise: a level of 255 at most.
-    assert (pixels(alone["an-owl-2.png"]) - pixels(both["an-owl-2.png"])).abs().max() <= 1
-    assert (pixels(both["a-fox-0.png"]) != pixels(both["a-fox-1.png"])).any()
+    assert (pixels(alone["00001-an-owl-2.png"]) - pixels(both["00003-an-owl-2.png"])).abs().max() <= 1
+    assert (pixels(both["00001-a-fox-0.png"]) != pixels(both["00002-a-fox-1.png"])).any()
 
 
-def test_sample_needs_a_picture_to_make(capsys, pipeline_folder):
-    fails(capsys, ["sample", "a fox", "--count", "0", "--model", pipeline_folder], "--count is 0")
+def test_a_picture_is_never_written_over(pipeline_folder, made, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "00007-mine.png")
+    sample(pipeline_folder, made, tmp_path, "a fox", "???")
+    sample(pipeline_folder, made, tmp_path, "a fox")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["00007-mine.png", "00008-a-fox-0.png", "00009-picture-1.png", "00010-a-fox-0.png"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["sample", "a fox", "--count", "0"], "--count: is '0': give 1 to 10000"),
+        (["sample", "a fox", "--steps", "9"], "--steps: is '9': give 1 to 8"),
+        (["sample", "a fox", "--seed", "-1"], "--seed: is '-1': give 0 to 9223372036854775807"),
+        (["sample", "a fox", "--seed", "99999999999999999999"], "--seed: is '99999999999999999999': give 0 to"),
+        (["sample", "a fox", "--seed", "one"], "--seed: is 'one': give 0 to"),
+        (["evaluate", "--count", "7"], "--count: is '7': give 8 to 100000"),
+        (["evaluate", "--seeds", "0"], "--seeds: is '0': give 1 to 100"),
+        (["demo", "--minutes", "nan"], "--minutes: is 'nan': give 0.1 to 10000"),
+        (["demo", "--count", "-3"], "--count: is '-3': give 8 to 100000"),
+        (["ui", "--port", "0"], "--port: is '0': give 1 to 65535"),
+        (["sample", "a fox", "--out", __file__], "a file: give a folder"),
+        (["distill", "--out", __file__], "a file: give a folder"),
+        (["demo", "--out", __file__], "a file: give a folder"),
+        (["ui", "--out", __file__], "a file: give a folder"),
+    ],
+)
+def test_what_cannot_be_is_told_before_a_model_is_loaded(capsys, flags, told):
+    with pytest.raises(SystemExit):
+        cli.main(flags)
+    assert told in capsys.readouterr().err
+
+
+def test_a_model_of_ones_own_is_not_measured_against_emoji(capsys, pipeline_folder):
+    fails(capsys, ["evaluate", "--model", pipeline_folder], "--model needs --reference: a zip of pictures")
 
 
 def test_sampling_with_a_student_that_is_none_is_told(tmp_path, capsys, pipeline_folder):
@@ -311,117 +342,6 @@ def test_of_choices_in_prompts_one_is_drawn_for_each_pair(pipeline_folder, tmp_p
     assert set(load_pairs(tmp_path / "out" / "pairs").prompts) == {"a red fox", "a blue fox"}
 
 
-TINY = Config(
-    rank=2,
-    pairs=16,
-    pair_steps=1,
-    batch_size=4,
-    regression_updates=1,
-    head_channels=8,
-    updates=2,
-    evaluate_every=0,
-    preview_every=0,
-)
-
-
-@pytest.mark.slow
-def test_trainings_apart_are_commands_that_share_their_pairs(tmp_path):
-    out = tmp_path / "runs with a space"
-    pictures = out / demo.PICTURES
-    pictures.mkdir(parents=True)
-    Image.new("RGB", (64, 64), "red").save(pictures / "red.png")
-    (pictures / "red.txt").write_text("red")
-    judged = TINY.replace(positives="real")
-    demo.train_apart({"student": judged, "regression": TINY.replace(adversarial_weight=0.0)}, out, [])
-    assert (out / "student" / "images").exists() and not (out / "regression" / "images").exists()
-    assert read_card(out / "student" / training.BEST).training["adversarial_weight"] == 1.0
-    assert read_card(out / "regression" / training.BEST).training["adversarial_weight"] == 0.0
-    assert list((out / demo.PAIRS).glob("*.safetensors")) and not (out / "student" / demo.PAIRS).exists()
-
-
-@pytest.fixture
-def stood_in(monkeypatch):
-    """Names of trainings apart -> scripts that run in their place, with arguments."""
-    popen = subprocess.Popen
-
-    def stand_in(**scripts):
-        def start(command, **how):
-            script, *arguments = scripts[command[command.index("--title") + 1]]
-            return popen([sys.executable, "-c", script, *map(str, arguments)], **how)
-
-        monkeypatch.setattr(demo.subprocess, "Popen", start)
-
-    return stand_in
-
-
-FAILS = """
-import pathlib, sys, time
-while not pathlib.Path(sys.argv[1]).exists():
-    time.sleep(0.05)
-sys.exit(1)
-"""
-# It saves when it is told to end, as `turbodistill distill` does: test_interrupting_saves_and_says_how_to_go_on.
-WORKS = """
-import pathlib, signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would not hear it
-try:
-    pathlib.Path(sys.argv[1]).touch()
-    time.sleep(60)
-except KeyboardInterrupt:
-    pathlib.Path(sys.argv[2]).touch()
-    sys.exit(130)
-"""
-
-
-def test_if_a_training_apart_fails_the_other_is_ended_and_it_is_told(tmp_path, stood_in):
-    ready, saved = tmp_path / "ready", tmp_path / "saved"
-    stood_in(student=(FAILS, ready), regression=(WORKS, ready, saved))
-    with pytest.raises(demo.Failed, match="status 1"):
-        demo.train_apart({"student": TINY, "regression": TINY}, tmp_path, [])
-    assert saved.exists()
-
-
-def test_trainings_apart_end_and_save_as_soon_as_they_are_told_to(tmp_path, stood_in):
-    ready, saved, stop = tmp_path / "ready", tmp_path / "saved", []
-    stood_in(student=(WORKS, ready, saved))
-    threading.Timer(0.0, lambda: _when(ready.exists, stop)).start()
-    with pytest.raises(Interrupted):
-        demo.train_apart({"student": TINY}, tmp_path, stop)
-    assert saved.exists()
-
-
-# A training that does not hear the first of its signals.
-DEAF = """
-import pathlib, signal, sys, time
-heard = []
-def hear(*_):
-    heard.append(1)
-    if len(heard) > 1:
-        sys.exit(130)
-signal.signal(signal.SIGINT, hear)
-pathlib.Path(sys.argv[1]).touch()
-time.sleep(60)
-"""
-
-
-def test_a_training_that_did_not_hear_is_told_again(tmp_path, monkeypatch, stood_in):
-    ready, stop = tmp_path / "ready", []
-    stood_in(student=(DEAF, ready))
-    monkeypatch.setattr(demo, "PATIENCE", 0.5)
-    threading.Timer(0.0, lambda: _when(ready.exists, stop)).start()
-    begun = time.monotonic()
-    with pytest.raises(Interrupted):
-        demo.train_apart({"student": TINY}, tmp_path, stop)
-    assert time.monotonic() - begun < 50
-
-
-def _when(true, stop, seconds=120):
-    until = time.monotonic() + seconds
-    while not true() and time.monotonic() < until:
-        time.sleep(0.05)
-    stop.append(True)
-
-
 def test_the_version_is_told(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["--version"])
@@ -452,9 +372,3 @@ def test_an_interruption_ends_with_a_line(monkeypatch, capsys):
     monkeypatch.setattr(cli, "run_info", interrupted)
     assert cli.main(["info", "x"]) == 130
     assert capsys.readouterr().err == "turbodistill: interrupted\n"
-
-
-@pytest.mark.parametrize("seed", ["-1", "99999999999999999999"])
-def test_a_seed_that_no_generator_takes_is_told(capsys, seed):
-    assert cli.main(["sample", "a fox", "--seed", seed]) == 1
-    assert f"--seed is {seed}: give 0 to" in capsys.readouterr().err

@@ -51,8 +51,6 @@ def test_a_port_that_is_taken_is_told(capsys):
         port = taken.getsockname()[1]
         assert cli.main(["ui", "--port", str(port)]) == 1
     assert f"port {port} cannot be had" in capsys.readouterr().err
-    assert cli.main(["ui", "--port", "99999"]) == 1
-    assert "port 99999 cannot be had" in capsys.readouterr().err
     ui.check_port(port)
 
 
