@@ -210,6 +210,7 @@ def run_sample(args: argparse.Namespace) -> int:
     """Write pictures that a student makes in one step."""
     from PIL.PngImagePlugin import PngInfo
 
+    from ..core.fit import Base, check_fit
     from ..core.student import load_student
     from ..generate.sample import sample
     from ..trainer.data.files import write_whole
@@ -218,8 +219,8 @@ def run_sample(args: argparse.Namespace) -> int:
 
     host = load_model(args.model)
     student, card, warning = load_student(args.student, host.denoiser)
-    if warning:
-        print(f"turbodistill: {warning}", file=sys.stderr)
+    for remark in filter(None, (warning, *check_fit(card, Base(), args.student.name, steps=args.steps))):
+        print(f"turbodistill: {remark}", file=sys.stderr)
     prompts = [p for p in args.prompt for _ in range(args.count)]
     first = 1 + max((int(path.name[:5]) for path in args.out.glob("[0-9]" * 5 + "-*.png")), default=0)
     sampler = f"ADD {'1-step' if args.steps == 1 else 'few-step'}"

@@ -54,6 +54,16 @@ class SamplingRecipe:
             raise ValueError(f"denoise is {denoise:g}: give more than 0, and at most 1")
         return trailing_timesteps(steps, max(round((self.start + 1) * denoise), steps) - 1)
 
+    def remarks(self, steps: int, cfg: float = 1.0) -> list[str]:
+        """What of these settings it was not made for, in words."""
+        said = []
+        if steps > self.steps:
+            made_for = f"{self.steps} step{'s' * (self.steps > 1)}"
+            said.append(f"steps is {steps}: {self.name} was made for {made_for}, more make the picture no better.")
+        if cfg > 1:
+            said.append(f"cfg is {cfg:g}: {self.name} was made for 1, more burns the picture.")
+        return said
+
     def network_timestep(self, timestep: Tensor) -> Tensor:
         """What the network is given for a timestep (B,): NitroFusion's is shifted, and whole (arXiv 2412.02030)."""
         return timestep if self.shift == 1000 else (timestep * self.shift / 1000).long()

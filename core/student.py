@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .card import CardError, StudentCard, fingerprint, read_student
+from .architecture import architecture_of
+from .card import CardError, StudentCard, fingerprint, read_card, read_student
 from .denoiser import Cond, Denoiser
+from .fit import Base, check_fit
 from .lora import LoRA, check_match
 from .naming import is_diffusers, to_single_file
 from .sampling import sample_few_step, sigmas_of
@@ -168,14 +170,12 @@ def load_student(path: str | Path, teacher: Denoiser) -> tuple[Student, StudentC
     """A student file over its loaded base model: the student, its card, and a warning in words or "".
 
     The warning says that the base is not the one the student was made for. Raises CardError for a
-    file that cannot be read, ValueError for one whose tensors do not fit this architecture.
+    file that cannot be read, and for one that does not fit this architecture or prediction.
     """
+    shapes = {name: parameter.shape for name, parameter in teacher.backbone.named_parameters()}
+    base = Base(architecture_of(shapes), teacher.prediction, (fingerprint(teacher.backbone),))
+    warning = "\n".join(check_fit(read_card(path), base, path))
     tensors, card = read_student(path)
-    if card.base_prediction != teacher.prediction:
-        raise CardError(
-            f"{path} was made for a model that predicts {card.base_prediction}, this one predicts "
-            f"{teacher.prediction}: load {card.base_model}, its base"
-        )
     prediction = "inherit" if card.prediction == card.base_prediction else "x0"
     try:
         student = Student(teacher, card.rank, card.alpha, card.targets, prediction, card.timesteps[0])
@@ -186,11 +186,4 @@ def load_student(path: str | Path, teacher: Denoiser) -> tuple[Student, StudentC
     except (ValueError, RuntimeError, KeyError) as error:
         student.release()
         raise CardError(f"{path} does not fit this model: {error}") from None
-    found = fingerprint(teacher.backbone)
-    warning = ""
-    if found != card.base_hash:
-        warning = (
-            f"{path} was made for {card.base_model} ({card.base_hash}), the loaded model is another ({found}): "
-            "pictures may suffer"
-        )
     return student, card, warning

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...core.card import CardError, StudentCard, fingerprint
 from ...core.families import SamplingRecipe, by_files, lcm_boundary, of_card, recognise
+from ...core.fit import Base, check_fit
 from ...core.lora import PARTS, check_match
 from ...core.sampling import sample_euler, sample_few_step, sigmas_at
 
@@ -113,23 +114,14 @@ def with_student(model, tensors: Mapping[str, Tensor], card: StudentCard, streng
 
     Raises CardError for a student of another architecture or prediction type.
     """
-    predicts = prediction_of(model)
-    if predicts != card.base_prediction:
-        raise CardError(
-            f"{path} was made for a model that predicts {card.base_prediction}, the one connected predicts {predicts}: "
-            f"load {card.base_model}, its base"
-        )
+    # Made with what is patched onto it, or without.
+    base = Base(architecture(model), prediction_of(model), (model_hash(model), fingerprint(base_weights(model))))
+    warning = "\n".join(check_fit(card, base, path, weight=strength))
     try:
         patched = _with_lora(model, tensors, strength) if card.kind == "lora" else _with_full(model, tensors, strength)
     except ValueError as error:
         raise CardError(f"{path} does not fit the connected model: {error} Its base is {card.base_model}.") from None
-    found = model_hash(model)
-    warning = ""
-    if card.base_hash not in (found, fingerprint(base_weights(model))):  # made with what is patched onto it, or without
-        warning = (
-            f"{path} was made for {card.base_model} ({card.base_hash}); the connected model is another ({found}): "
-            "pictures may suffer."
-        )
+    if warning:
         log.warning(warning)
     return with_sampling(patched, of_card(card)), warning
 

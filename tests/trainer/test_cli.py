@@ -277,6 +277,13 @@ def test_a_model_of_ones_own_is_not_measured_against_emoji(capsys, pipeline_fold
     fails(capsys, ["evaluate", "--model", pipeline_folder], "--model needs --reference: a zip of pictures")
 
 
+@pytest.mark.parametrize(("steps", "said"), [("1", ""), ("4", "steps is 4: student.safetensors was made for 1 step, ")])
+def test_more_steps_than_the_student_learnt_are_told(pipeline_folder, made, tmp_path, capsys, steps, said):
+    sample(pipeline_folder, made, tmp_path, "a fox", "--steps", steps)
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("turbodistill: ")]
+    assert len(told) == bool(said) and all(said in line for line in told)
+
+
 def test_sampling_with_a_student_that_is_none_is_told(tmp_path, capsys, pipeline_folder):
     prompt = ["sample", "a fox", "--model", pipeline_folder, "--student"]
     unet = pipeline_folder / "unet" / "diffusion_pytorch_model.safetensors"

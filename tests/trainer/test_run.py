@@ -165,7 +165,7 @@ def test_a_student_of_another_architecture_is_refused_and_leaves_no_hook(kit, ho
         load_student(finished.path, unet)
     assert not any(m._forward_hooks for m in unet.backbone.modules())
     unet.prediction = "v"
-    with pytest.raises(CardError, match="predicts eps, this one predicts v: load toy, its base"):
+    with pytest.raises(CardError, match="predicts eps, the loaded one predicts v: load toy, its base"):
         load_student(finished.path, unet)
 
 

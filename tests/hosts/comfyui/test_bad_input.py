@@ -62,7 +62,7 @@ def test_the_built_in_student_on_another_model(graph, synthetic, refused):
 
 def test_a_student_of_another_prediction(graph, synthetic, student, refused):
     made = with_student(graph, synthetic("sdxl"), student("sdxl_v"))
-    refused(made, LOAD, "a model that predicts v, the one connected predicts eps: load sdxl_v, its base")
+    refused(made, LOAD, "a model that predicts v, the loaded one predicts eps: load sdxl_v, its base")
 
 
 def test_a_card_from_the_future(comfyui, graph, synthetic, student, checkpoints, refused):

@@ -1,0 +1,56 @@
+"""Which architecture a network has, told by its weights' names and shapes, in ModelSpec's words.
+
+Neither the prediction type nor a host's class says it: Stable Diffusion 2's 512-pixel model predicts eps, and there are
+v-predicting models of Stable Diffusion 1 and XL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+SD1, SD2, SDXL = "stable-diffusion-v1", "stable-diffusion-v2", "stable-diffusion-xl-v1-base"
+SDXL_REFINER = "stable-diffusion-xl-v1-refiner"
+SD3, SD35_MEDIUM, SD35_LARGE = (
+    "stable-diffusion-v3-medium",
+    "stable-diffusion-v3.5-medium",
+    "stable-diffusion-v3.5-large",
+)
+FLUX_DEV, FLUX_SCHNELL, FLUX2 = "flux-1-dev", "flux-1-schnell", "flux-2"
+CHROMA, Z_IMAGE, QWEN_IMAGE, WAN = "chroma", "z-image", "qwen-image", "wan"
+
+# Width of the text that a Stable Diffusion UNet attends to -> what it is.
+UNETS = {768: SD1, 1024: SD2, 2048: SDXL, 1280: SDXL_REFINER}
+KNOWN = {
+    *UNETS.values(),
+    *(SD3, SD35_MEDIUM, SD35_LARGE),
+    *(FLUX_DEV, FLUX_SCHNELL, FLUX2),
+    *(CHROMA, Z_IMAGE, QWEN_IMAGE, WAN),
+}
+
+
+def architecture_of(shapes: Mapping[str, Sequence[int]]) -> str:
+    """Names and true shapes of a network's weights, in single-file or diffusers layout -> its architecture.
+
+    "" where it is none of those that are known.
+    """
+    if any(n.startswith(("input_blocks.", "down_blocks.")) for n in shapes):
+        if any("time_stack" in n or "temporal" in n for n in shapes):
+            return ""  # a video model
+        return UNETS.get(next((s[1] for n, s in shapes.items() if n.endswith("attn2.to_k.weight")), 0), "")
+    if "joint_blocks.0.context_block.attn.qkv.weight" in shapes:
+        if any(".attn2." in n for n in shapes):
+            return SD35_MEDIUM
+        return SD35_LARGE if "joint_blocks.37.x_block.attn.qkv.weight" in shapes else SD3
+    if "double_blocks.0.img_attn.qkv.weight" in shapes:
+        if "double_stream_modulation_img.lin.weight" in shapes:
+            return FLUX2
+        if any(n.startswith("distilled_guidance_layer.") for n in shapes):
+            return CHROMA
+        if "img_in.weight" not in shapes or "vector_in.in_layer.weight" not in shapes:
+            return ""  # video models, and others of the same blocks
+        return FLUX_DEV if any(n.startswith("guidance_in.") for n in shapes) else FLUX_SCHNELL
+    if shapes.get("cap_embedder.1.weight", (0,))[0] == 3840:  # Lumina 2, of the same blocks, has 2304
+        return Z_IMAGE
+    if shapes.get("txt_norm.weight", (0,))[0] == 3584:
+        return QWEN_IMAGE
+    return WAN if "head.modulation" in shapes else ""

@@ -1,0 +1,69 @@
+"""What does not fit between a student, the loaded model, and the settings: one answer for every front end."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .architecture import KNOWN
+from .card import CardError, StudentCard
+from .families import of_card
+
+
+@dataclass(frozen=True)
+class Base:
+    """What is known of the loaded model: empty where it is not.
+
+    `architecture` and `prediction` are in a card's words. `hashes` are its fingerprints, with and without what is
+    patched onto it: any counts. `name` is its file's, and counts only where there is no hash.
+    """
+
+    architecture: str = ""
+    prediction: str = ""
+    hashes: tuple[str, ...] = ()
+    name: str = ""
+
+
+def check_fit(
+    card: StudentCard,
+    base: Base,
+    student: str | Path = "the student",
+    *,
+    steps: int = 1,
+    weight: float = 1.0,
+    cfg: float = 1.0,
+) -> list[str]:
+    """What does not fit, as warnings in words; an empty list where all does.
+
+    `student` is what the words call it. Raises CardError where no picture could come of it: on a base of another
+    architecture, or of another prediction type.
+    """
+    same = card.base_hash in base.hashes
+    pair = {card.architecture, base.architecture}
+    if len(pair) == 2 and pair <= KNOWN and not same:
+        raise CardError(
+            f"{student} was made for a model of architecture {card.architecture}, the loaded one is "
+            f"{base.architecture}: load {card.base_model}, its base"
+        )
+    if base.prediction and base.prediction != card.base_prediction:
+        raise CardError(
+            f"{student} was made for a model that predicts {card.base_prediction}, the loaded one predicts "
+            f"{base.prediction}: load {card.base_model}, its base"
+        )
+    said = []
+    if base.hashes and not same:
+        said.append(
+            f"{student} was made for {card.base_model} ({card.base_hash}), the loaded model is another "
+            f"({base.hashes[0]}): pictures may suffer."
+        )
+    elif not base.hashes and base.name and _stem(base.name) != _stem(card.base_model):
+        said.append(f"{student} was made for {card.base_model}, the loaded model is {base.name}: pictures may suffer.")
+    if weight != 1:
+        said.append(f"the weight of {student} is {weight:g}: it was trained at 1, another blurs or burns the picture.")
+    return said + replace(of_card(card), name=str(student)).remarks(steps, cfg)
+
+
+def _stem(name: str) -> str:
+    """A model file's name without folder and ending."""
+    return re.sub(r"\.(safetensors|ckpt)$", "", name.replace("\\", "/").rpartition("/")[2].lower())
