@@ -6,6 +6,7 @@ v-predicting models of Stable Diffusion 1 and XL.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 SD1, SD2, SDXL = "stable-diffusion-v1", "stable-diffusion-v2", "stable-diffusion-xl-v1-base"
@@ -54,3 +55,16 @@ def architecture_of(shapes: Mapping[str, Sequence[int]]) -> str:
     if shapes.get("txt_norm.weight", (0,))[0] == 3584:
         return QWEN_IMAGE
     return WAN if "head.modulation" in shapes else ""
+
+
+WHOLE = "model.diffusion_model."  # before a network's names in the file of a whole checkpoint
+# The first half of a LoRA on a UNet's keys of text, as kohya, ComfyUI, diffusers and peft write it: (rank, width).
+LORA = re.compile(r"attn2[._](?:processor\.)?to_k\S*(?:down|lora_A)\S*weight$")
+
+
+def architecture_of_file(shapes: Mapping[str, Sequence[int]]) -> str:
+    """Names and shapes in a weight file -> the architecture of the network in it, or that its LoRA is for; or ""."""
+    network = {n.removeprefix(WHOLE): s for n, s in shapes.items() if n.startswith(WHOLE)}
+    if found := architecture_of(network or shapes):
+        return found
+    return next((UNETS.get(s[1], "") for n, s in shapes.items() if LORA.search(n) and len(s) > 1), "")

@@ -195,13 +195,22 @@ def read_card(path: str | Path) -> StudentCard:
         return StudentCard.from_metadata(file.metadata(), path)
 
 
-def titles(path: str | Path) -> list[str]:
-    """What a weight file's own metadata calls it; nothing where it is no safetensors file, or has none."""
+def header(path: str | Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """A weight file's metadata, and the shapes of its tensors by name; none where it is no safetensors file.
+
+    The tensors are not read.
+    """
     try:
         with _opened(path) as file:
-            metadata = file.metadata() or {}
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dict
+            return file.metadata() or {}, shapes
     except (CardError, OSError):
-        return []
+        return {}, {}
+
+
+def titles(path: str | Path) -> list[str]:
+    """What a weight file's own metadata calls it; nothing where it is no safetensors file, or has none."""
+    metadata = header(path)[0]
     return [metadata[key] for key in TITLES if metadata.get(key)]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..core.card import StudentCard, read_card, read_student
+from ..core.families import suspect
 from ..trainer.checks import check_name
 from ..trainer.config import ADVANCED, OF_DISTILL, Config
 from ..trainer.data.files import DataError, write_whole
@@ -126,8 +127,11 @@ class Distill(io.ComfyNode):
 
             monitor = Monitor("distill", name, config, show, page.free_memory(model))
             with watched(cls.hidden, monitor, folder) as panel, cancellable(model):
-                if found := patcher.sampling_by_files(file_names(cls.hidden.prompt or {}, cls.hidden.unique_id)):
+                names = file_names(cls.hidden.prompt or {}, cls.hidden.unique_id)
+                if found := patcher.sampling_by_files(names, model):
                     monitor.warn(f"{base} looks like {found.name}, which is one-step already: connect its base model")
+                elif word := suspect(base):
+                    monitor.warn(f"{base} has {word!r} in its name: if it is a few-step model, connect its base model")
                 preview, finished = cls._train(loaded, config, folder, pairs, images, panel)
             pictures = loaded.decode(preview.student.to(device)).movedim(1, -1).cpu()
         tensors, card = read_student(finished.path)

@@ -7,7 +7,7 @@ from pathlib import Path
 from comfy_api.latest import io
 
 from ..core.card import read_student
-from ..core.families import FAMILIES
+from ..core.families import FAMILIES, suspect
 from .graph import file_names
 from .host import embedded, patcher
 from .schema import schema
@@ -102,9 +102,9 @@ class DetectOneStep(io.ComfyNode):
             node_id="TurboDistillDetectOneStep",
             display_name="Detect One-Step Model",
             category=CATEGORY,
-            description="For one-step and few-step models made elsewhere (Turbo, Lightning, Hyper-SD, DMD2, "
-            "NitroFusion, LCM): finds out the family from the names and metadata of the model's files, and sets "
-            "prediction type and timesteps accordingly.",
+            description="For one-step and few-step models made elsewhere (Turbo, Lightning, Hyper-SD, DMD2, LCM, "
+            "TCD, PCM, NitroFusion, schnell, klein and others): finds out the family from the model's architecture and "
+            "the names and metadata of its files, and sets prediction type and timesteps accordingly.",
             inputs=[
                 io.Model.Input("model", tooltip="A distilled checkpoint, or a model with a distillation LoRA."),
                 io.Combo.Input(
@@ -131,10 +131,12 @@ class DetectOneStep(io.ComfyNode):
     def execute(cls, model, family: str, made_for_steps: int) -> io.NodeOutput:
         names = file_names(cls.hidden.prompt or {}, cls.hidden.unique_id)
         if family == cls.AUTOMATIC:
-            found = patcher.sampling_by_files(names)
+            found = patcher.sampling_by_files(names, model)
             if found is None:
+                merge = next(filter(suspect, names), "")
                 raise ValueError(
                     f"no one-step family is recognised in {', '.join(names) or 'this graph'}: choose the family"
+                    + f", or sample as the page of {merge} says, which may be a merge" * bool(merge)
                 )
             if made_for_steps and found.name in FAMILIES:
                 found = FAMILIES[found.name].for_steps(made_for_steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 import torch
@@ -12,6 +13,8 @@ from .host import patcher
 from .load import CATEGORY
 from .picture import side_by_side
 from .schema import schema
+
+log = logging.getLogger(__name__)
 
 
 def model_input() -> io.Model.Input:
@@ -44,7 +47,10 @@ def denoise_input() -> io.Float.Input:
 
 def sigmas_of(model, steps: int, denoise: float) -> torch.Tensor:
     """The sigmas (steps + 1,) at which the MODEL is sampled, as its student or family says."""
-    return patcher.sigmas_for(model, patcher.sampling_of(model).timesteps(steps, denoise))
+    sampling = patcher.sampling_of(model)
+    for remark in sampling.remarks(steps):
+        log.warning(remark)
+    return patcher.sigmas_for(model, sampling.timesteps(steps, denoise))
 
 
 class OneStepScheduler(io.ComfyNode):

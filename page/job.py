@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.families import recognise
+from ..core.families import recognise, suspect
 from ..core.gradient_checkpointing import blocks
 from ..trainer.checks import check_inside, check_name, check_size
 from ..trainer.config import ConfigError
@@ -198,6 +198,8 @@ class Job:
         Record(asked, self.checkpoint, key, student=before.student if before else "").write(folder)
         if found := recognise(self.checkpoint):
             self.monitor.warn(f"{self.checkpoint} looks like {found.name}, which is one-step already: load its base")
+        elif word := suspect(self.checkpoint):
+            self.monitor.warn(f"{self.checkpoint} has {word!r} in its name: if it is a few-step model, load its base")
         place, control = self._pairs_folder(key), self.monitor.control
         finished = None
         events: Any = run.run(

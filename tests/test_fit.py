@@ -63,7 +63,7 @@ def test_another_base_of_its_kind_is_warned_of(base, words):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"steps": 4}, "steps is 4: s was made for 1 step, more make the picture no better."),
+        ({"steps": 4}, "steps is 4: s was made for 1 step."),
         ({"weight": 0.7}, "the weight of s is 0.7: it was trained at 1, another blurs or burns the picture."),
         ({"weight": -1.0}, "the weight of s is -1: it was trained at 1, another blurs or burns the picture."),
         ({"cfg": 7.0}, "cfg is 7: s was made for 1, more burns the picture."),

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..core.architecture import architecture_of
 from ..core.card import fingerprint
 from ..core.denoiser import Cond, Denoiser
 from ..core.lora import check_match
@@ -220,6 +221,6 @@ def _load_folder(path: Path, device: str) -> DiffusersHost:
         DiscreteSchedule(pipe.scheduler.alphas_cumprod),
         kind,
         path.name,
-        "stable-diffusion-v2" if pipe.unet.config.cross_attention_dim == 1024 else "stable-diffusion-v1",
+        architecture_of({name: parameter.shape for name, parameter in pipe.unet.named_parameters()}) or "unknown",
         (side, side),
     )

@@ -15,7 +15,7 @@ from modules.sd_samplers_kdiffusion import KDiffusionSampler
 from torch import Tensor
 
 from ..core.families import SamplingRecipe
-from ..core.sampling import sample_euler, sample_few_step, sigmas_at
+from ..core.sampling import sample_euler, sample_few_step
 from . import host
 from .samplers import (
     DETECT,
@@ -140,7 +140,7 @@ class OneStepSampler(KDiffusionSampler):
         self.model_wrap_cfg.model_wrap = None
         self.model_wrap = self.model_wrap_cfg.inner_model
         timesteps = self.found.sampling.timesteps(count, strength)
-        self.levels = sigmas_at(self.model_wrap.sigmas, timesteps)
+        self.levels = self.found.sampling.sigmas(self.model_wrap.sigmas, timesteps)
         write_down(p, self.found, timesteps)
         for remark in too_many(self.name, steps) + remarks(self.found, p.cfg_scale, choice, loras):
             p.comment(remark)

@@ -12,6 +12,7 @@ import torch
 from modules import devices, extra_networks, processing, prompt_parser, sd_models, shared
 from torch import Tensor, nn
 
+from ..core.architecture import architecture_of
 from ..core.borrowed import watched
 from ..core.card import fingerprint
 from ..core.denoiser import Cond, Denoiser
@@ -57,7 +58,8 @@ class WebUIHost:
         self.model, self.denoiser, self.joint = model, denoiser, joint
         self._encode, self._others = encode, others
         self.name = Path(model.sd_checkpoint_info.filename).name
-        self.architecture = architecture(model)
+        shapes = {name: parameter.shape for name, parameter in denoiser.backbone.named_parameters()}
+        self.architecture = architecture_of(shapes) or architecture(model)
         self.base_hash = fingerprint(denoiser.backbone)
         settings = {name: getattr(shared.opts, name, None) for name in TEXT_SETTINGS}
         self.text_hash = fingerprint(text_encoder) + hashlib.sha256(str(settings).encode()).hexdigest()[:8]
@@ -118,7 +120,7 @@ def conditions(found: Tensor | dict[str, Tensor]) -> Cond:
     return Cond(rows.pop("crossattn"), rows.pop("vector", None), rows)
 
 
-# What the hosts say of a model -> ModelSpec's architecture.
+# What the hosts say of a model that its weights do not tell -> ModelSpec's architecture.
 ARCHITECTURES = {
     "is_sd3": "stable-diffusion-v3-medium",
     "is_sdxl": "stable-diffusion-xl-v1-base",

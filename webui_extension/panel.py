@@ -74,7 +74,11 @@ def apply(
         return now, None, str(error)
     if not found.source:
         return now, None, NOTHING
-    tag = f"<lora:{choice}:1>" if choice in files and choice not in applied_loras(now.prompt) else ""
+    tag = (
+        f"<lora:{choice}:{found.sampling.strength:g}>"
+        if choice in files and choice not in applied_loras(now.prompt)
+        else ""
+    )
     kept = {**(before or {"sampler": now.sampler, "steps": now.steps, "cfg": now.cfg}), "tag": tag}
     return wanted(found.sampling, now, tag), kept, describe(choice, now.prompt, files, checkpoint)
 
@@ -82,7 +86,7 @@ def apply(
 def wanted(sampling: SamplingRecipe, now: Settings, tag: str = "") -> Settings:
     """The settings with which a model is sampled as it was made for."""
     sampler = ONE_STEP if sampling.steps == 1 else FEW_STEP
-    return Settings(" ".join(filter(None, (now.prompt.rstrip(), tag))), sampler, sampling.steps, 1.0)
+    return Settings(" ".join(filter(None, (now.prompt.rstrip(), tag))), sampler, sampling.steps, sampling.cfg)
 
 
 def undo(now: Settings, before: dict | None) -> Settings:

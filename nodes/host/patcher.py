@@ -19,11 +19,12 @@ import latent_preview
 import torch
 from torch import Tensor
 
+from ...core.architecture import architecture_of
 from ...core.card import CardError, StudentCard, fingerprint
 from ...core.families import SamplingRecipe, by_files, lcm_boundary, of_card, recognise
 from ...core.fit import Base, check_fit
 from ...core.lora import PARTS, check_match
-from ...core.sampling import sample_euler, sample_few_step, sigmas_at
+from ...core.sampling import sample_euler, sample_few_step
 
 log = logging.getLogger(__name__)
 KEY = "turbodistill.sampling"  # the MODEL's attachment that says how it is sampled
@@ -160,8 +161,8 @@ def _with_full(model, tensors: Mapping[str, Tensor], strength: float):
 
 
 def sigmas_for(model, timesteps: Sequence[int]) -> Tensor:
-    """Sigmas (n + 1,) of the MODEL's own schedule at timesteps of 1000, with the final 0."""
-    return sigmas_at(model.get_model_object("model_sampling").sigmas, timesteps)
+    """Sigmas (n + 1,) of the MODEL's own schedule at timesteps of 1000, with the final 0; a flow by its recipe."""
+    return sampling_of(model).sigmas(model.get_model_object("model_sampling").sigmas, timesteps)
 
 
 class Space:
@@ -218,30 +219,21 @@ def file_path(folder: str, name: str) -> str | None:
 FOLDERS = ("loras", "checkpoints", "diffusion_models")  # of weight files
 
 
-def sampling_by_files(names: Sequence[str]) -> SamplingRecipe | None:
-    """How the first of these files is sampled that says so: by a student's card, or as a known family."""
+def sampling_by_files(names: Sequence[str], model) -> SamplingRecipe | None:
+    """How the first of these files of the MODEL is sampled that says so: by a student's card, or as a known family."""
     given = [(path, name) for name in names for folder in FOLDERS if (path := file_path(folder, name))]
     known = {name for _, name in given}
-    found = by_files(given)
-    return found[1] if found else recognise(*(name for name in names if name not in known))
-
-
-# ComfyUI's names of architectures -> ModelSpec's. What is not here keeps ComfyUI's.
-ARCHITECTURES = {
-    "SD15": "stable-diffusion-v1",
-    "SD20": "stable-diffusion-v2",
-    "SDXL": "stable-diffusion-xl-v1-base",
-    "SD3": "stable-diffusion-v3-medium",
-    "Flux": "flux-1-dev",
-    "FluxSchnell": "flux-1-schnell",
-}
+    made_of, predicts = architecture(model), prediction_of(model)
+    if found := by_files(given, made_of, predicts):
+        return found[1]
+    return recognise(*(n for n in names if n not in known), architectures=[made_of], prediction=predicts)
 
 
 def architecture(model) -> str:
-    """What a card calls the MODEL's architecture."""
+    """What a card calls the MODEL's architecture: by its weights, else as ComfyUI does."""
     config = model.model.model_config
-    kind = type(config).__name__
-    return getattr(config, "architecture", ARCHITECTURES.get(kind, kind))
+    shapes = {name: parameter.shape for name, parameter in model.model.diffusion_model.named_parameters()}
+    return getattr(config, "architecture", architecture_of(shapes) or type(config).__name__)
 
 
 def title(model) -> str:

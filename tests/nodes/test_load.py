@@ -218,6 +218,20 @@ def test_what_is_not_recognised_is_told_with_the_files(detected, steps):
         detected("a.safetensors", "b.ckpt", made_for_steps=steps)
 
 
+def test_a_merge_is_not_guessed_at(detected):
+    name = "juggernautXL_v9Rdphoto2Lightning.safetensors"
+    with pytest.raises(
+        ValueError, match=f"choose the family, or sample as the page of {name} says, which may be a mer"
+    ):
+        detected("style.safetensors", name)
+
+
+def test_a_family_of_another_kind_of_model_is_none(detected):
+    """The toy predicts eps."""
+    with pytest.raises(ValueError, match="no one-step family is recognised in z_image_turbo_bf16"):
+        detected("z_image_turbo_bf16.safetensors")
+
+
 @pytest.mark.parametrize("prompt", [None, {}, graph()])
 def test_without_files_the_graph_is_blamed(nodes, toys, model_of, prompt):
     node = nodes.load.DetectOneStep

@@ -67,9 +67,11 @@ def test_a_whole_checkpoint_has_it_merged_in(nodes, graph, student, places):
     assert (card.kind, card.rank, card.base_hash) == ("full", 0, student.card.base_hash)
     assert card.timesteps == student.card.timesteps and card.prediction == student.card.prediction
     # It is told how it is sampled by itself, and on its base it makes the same.
-    assert nodes.patcher.sampling_by_files([path.name]) == nodes.patcher.of_card(card)
+    assert nodes.patcher.sampling_by_files([path.name], graph.model) == nodes.patcher.of_card(card)
     for others in (["lightning_bolt_style.safetensors", path.name], [path.name, "sd_turbo.safetensors"]):
-        assert nodes.patcher.sampling_by_files(others) == nodes.patcher.of_card(card)  # a card counts before every name
+        assert nodes.patcher.sampling_by_files(others, graph.model) == nodes.patcher.of_card(
+            card
+        )  # a card counts before every name
     again, _ = nodes.load.LoadStudent.run(model=graph.model, student=saved[0], strength=1.0).args
     assert torch.allclose(made(again), made(student.model), atol=1e-5)
     assert [p.name for p in places.checkpoints.iterdir()] == ["my-turbo.safetensors"]

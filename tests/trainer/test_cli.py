@@ -277,7 +277,7 @@ def test_a_model_of_ones_own_is_not_measured_against_emoji(capsys, pipeline_fold
     fails(capsys, ["evaluate", "--model", pipeline_folder], "--model needs --reference: a zip of pictures")
 
 
-@pytest.mark.parametrize(("steps", "said"), [("1", ""), ("4", "steps is 4: student.safetensors was made for 1 step, ")])
+@pytest.mark.parametrize(("steps", "said"), [("1", ""), ("4", "steps is 4: student.safetensors was made for 1 step.")])
 def test_more_steps_than_the_student_learnt_are_told(pipeline_folder, made, tmp_path, capsys, steps, said):
     sample(pipeline_folder, made, tmp_path, "a fox", "--steps", steps)
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("turbodistill: ")]

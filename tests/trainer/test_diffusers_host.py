@@ -32,9 +32,33 @@ def embedded():
 
 def test_a_folder_is_loaded_frozen_with_its_sizes(tiny):
     assert (tiny.latent_shape, tiny.resolution, tiny.name) == ((4, 8, 8), (16, 16), "tiny-sd")
-    assert tiny.denoiser.prediction == "eps" and tiny.architecture == "stable-diffusion-v1"
+    assert tiny.denoiser.prediction == "eps" and tiny.architecture == "unknown"
     assert not any(p.requires_grad for m in (tiny.denoiser.backbone, tiny.vae) for p in m.parameters())
     assert not tiny.denoiser.backbone.training
+
+
+@pytest.mark.parametrize(
+    ("width", "predicts", "expected"),
+    [
+        (1024, "epsilon", ("eps", "stable-diffusion-v2")),  # Stable Diffusion 2 base
+        (768, "v_prediction", ("v", "stable-diffusion-v1")),
+    ],
+)
+def test_the_architecture_is_not_guessed_from_the_prediction_type(
+    pipeline_folder, toys, tmp_path, width, predicts, expected
+):
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    pipe = StableDiffusionPipeline.from_pretrained(pipeline_folder, safety_checker=None)
+    small = pipe.text_encoder.config.to_dict() | {"hidden_size": width, "num_attention_heads": 2}
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=predicts)
+    parts = {"text_encoder": CLIPTextModel(CLIPTextConfig(**small)), "unet": toys.small_unet(width)}
+    StableDiffusionPipeline.from_pretrained(
+        pipeline_folder, safety_checker=None, scheduler=scheduler, **parts
+    ).save_pretrained(tmp_path / "model")
+    host = load_model(tmp_path / "model", "cpu")
+    assert (host.denoiser.prediction, host.architecture) == expected
 
 
 def test_text_and_pictures_go_in_and_out(tiny):

@@ -77,9 +77,17 @@ def test_where_nothing_is_found_nothing_is_set(files):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_sets_its_own_steps(files, family):
     now, before, words = panel.apply(family, PLAIN, None, files, None)
-    assert (now.prompt, now.steps, now.cfg) == ("a fox", FAMILIES[family].sampling.steps, 1.0)
+    recipe = FAMILIES[family].sampling
+    assert (now.prompt, now.steps, now.cfg) == ("a fox", recipe.steps, recipe.cfg)
     assert words.startswith(f"As chosen: {family}: made for")
     assert panel.undo(now, before) == PLAIN
+
+
+def test_a_lora_comes_with_the_weight_that_it_was_made_for(files, tmp_path):
+    name = "Hyper-SD3-8steps-CFG-lora"
+    save_file({"weight": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
+    now, *_ = panel.apply(name, PLAIN, None, files | {name: tmp_path / f"{name}.safetensors"}, None)
+    assert (now.prompt, now.sampler, now.steps, now.cfg) == (f"a fox <lora:{name}:0.125>", FEW_STEP, 8, 5.0)
 
 
 def test_words_for_a_choice(files):

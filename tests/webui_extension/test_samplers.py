@@ -90,7 +90,9 @@ def test_a_chosen_family_is_its_version_for_so_many_steps(files, steps, start):
 
 
 def test_a_wrong_choice_is_told(files):
-    with pytest.raises(ValueError, match="'nonsense' is neither a LoRA here nor a family of one-step models \\(Nitro"):
+    with pytest.raises(
+        ValueError, match="'nonsense' is neither a LoRA here nor a family of one-step models \\(SD-Turbo"
+    ):
         find("nonsense", 1, files, [])
     with pytest.raises(ValueError, match="the LoRA 'style' is no student"):
         find("style", 1, files, [])

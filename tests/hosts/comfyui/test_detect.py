@@ -8,15 +8,13 @@ from safetensors.torch import load_file, save_file
 from turbodistill.core.families import FAMILIES, recognise
 
 pytestmark = pytest.mark.host
-FILES = {
-    "SD-Turbo, SDXL-Turbo": "sd_turbo.safetensors",
-    "SDXL-Lightning": "sdxl_lightning_1step_x0.safetensors",
-    "Hyper-SD": "Hyper-SDXL-1step-Unet-Comfyui.fp16.safetensors",
-    "DMD2": "dmd2_sdxl_1step_unet_fp16.safetensors",
-    "NitroFusion Realism": "nitrosd-realism_comfyui.safetensors",
-    "NitroFusion Vibrant": "nitrosd-vibrant_comfyui.safetensors",
+FILES = {  # those that Stable Diffusion 1 comes in; the others are made by hand of their family's name
+    "Hyper-SD": "Hyper-SD15-1step-Unet.safetensors",
+    "Hyper-SD unified LoRA": "Hyper-SD15-1step-lora.safetensors",
+    "SDXS": "sdxs-512-dreamshaper.safetensors",
     "LCM": "LCM_Dreamshaper_v7_4k.safetensors",
 }
+BY_HAND = ("SD-Turbo, SDXL-Turbo", "SDXL-Lightning", "DMD2", "NitroFusion Realism", "NitroFusion Vibrant")
 # What each family's own recipe says: where noise enters, and the timestep that the network is told.
 RECIPES = {
     "Hyper-SD": (800, 800),
@@ -63,24 +61,27 @@ def renamed(comfyui, checkpoints):
         path.unlink()
 
 
-def test_every_family_has_a_name():
-    assert set(FILES) == set(FAMILIES)
-
-
-@pytest.mark.parametrize("family", FILES)
-def test_a_family_is_known_by_its_file(comfyui, graph, synthetic, renamed, checkpoints, condition, noise, gap, family):
-    base, positive, latent = synthetic("sd15", renamed(FILES[family]))
-    found = detect(graph, base)
+@pytest.mark.parametrize("family", [*FILES, *BY_HAND])
+def test_a_family_is_sampled_in_its_own_way(
+    comfyui, graph, synthetic, renamed, checkpoints, condition, noise, gap, family
+):
+    if family in FILES:
+        base, positive, latent = synthetic("sd15", renamed(FILES[family]))
+        found = detect(graph, base)
+    else:
+        base, positive, latent = synthetic("sd15")
+        found = detect(graph, base, family, 1)
     (latents,) = comfyui.latents(graph, graph.sample(found, positive, latent, seed=5))
     drawn = noise(5, *latents.shape)
     expected = one_step(checkpoints["sd15"].denoiser, family, drawn, condition("sd15").context)
     assert gap(latents * checkpoints["sd15"].scale, expected) < 1e-4
+    recipe = recognise(FILES[family]) if family in FILES else FAMILIES[family].for_steps(1)
     words = comfyui.text(graph, found[1])
-    assert words == recognise(FILES[family]).in_words() and words.startswith(family)
+    assert words == recipe.in_words() and words.startswith(family)
 
 
 def test_a_lora_s_name_goes_before_the_checkpoint_s(comfyui, graph, synthetic, renamed, checkpoints, trained, saved):
-    base, _, _ = synthetic("sd15", renamed("dreamshaper_turbo.safetensors"))
+    base, _, _ = synthetic("sd15", renamed("LCM_Dreamshaper_v7_4k.safetensors"))
     saved("sd15", trained(checkpoints["sd15"].denoiser), "Hyper-SD15-8steps-lora.safetensors")
     path = comfyui.base / "models" / "loras" / "Hyper-SD15-8steps-lora.safetensors"
     save_file(load_file(path), path)  # as others' files are: without our card
@@ -88,7 +89,7 @@ def test_a_lora_s_name_goes_before_the_checkpoint_s(comfyui, graph, synthetic, r
         "LoraLoaderModelOnly", model=base, lora_name="Hyper-SD15-8steps-lora.safetensors", strength_model=1.0
     )
     assert comfyui.text(graph, detect(graph, lora)[1]).startswith("Hyper-SD: made for 8 steps")
-    assert comfyui.text(graph, detect(graph, base)[1]).startswith("SD-Turbo")
+    assert comfyui.text(graph, detect(graph, base)[1]).startswith("LCM")
 
 
 def test_a_student_says_of_itself_what_it_is(comfyui, graph, synthetic, checkpoints, trained, saved):
@@ -99,10 +100,25 @@ def test_a_student_says_of_itself_what_it_is(comfyui, graph, synthetic, checkpoi
 
 
 def test_the_user_s_word_counts_more_than_the_name(comfyui, graph, synthetic, renamed):
-    base, _, _ = synthetic("sd15", renamed("sdxl_lightning_4step.safetensors"))
-    assert comfyui.text(graph, detect(graph, base)[1]).startswith("SDXL-Lightning: made for 4 steps")
-    assert "read as x0" in comfyui.text(graph, detect(graph, base, made_for_steps=1)[1])
+    base, _, _ = synthetic("sd15", renamed("Hyper-SD15-4steps.safetensors"))
+    assert comfyui.text(graph, detect(graph, base)[1]).startswith("Hyper-SD: made for 4 steps")
+    assert "timestep 800" in comfyui.text(graph, detect(graph, base, made_for_steps=1)[1])
     assert comfyui.text(graph, detect(graph, base, "DMD2", 1)[1]).startswith("DMD2: made for 1 step, noise enters at")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sdxl_lightning_4step.safetensors",  # which Stable Diffusion 1 is none of
+        "dreamshaper_8LCM.safetensors",
+    ],
+)
+def test_another_architecture_s_name_and_a_merge_s_ask_for_the_family(
+    comfyui, graph, synthetic, renamed, node_error, name
+):
+    base, _, _ = synthetic("sd15", renamed(name))
+    with pytest.raises(node_error, match=f"recognised in {name}: choose the family"):
+        comfyui.text(graph, detect(graph, base)[1])
 
 
 def test_an_unknown_name_asks_for_the_family(comfyui, graph, synthetic, node_error):
