@@ -9,6 +9,7 @@ from turbodistill.core.card import CardError, read_card
 from turbodistill.core.student import load_student, student_bytes
 from turbodistill.trainer.data.samples import Samples
 from turbodistill.trainer.loop.distill import Step, distill
+from turbodistill.trainer.loop.start import begin
 from turbodistill.trainer.run import run, student_file, training
 from turbodistill.trainer.run.events import Control, Finished, PairsMade, Preview, Selected, Warned
 
@@ -182,6 +183,45 @@ def test_a_student_of_another_architecture_is_refused_and_leaves_no_hook(kit, ho
 def test_the_card_says_by_what_it_was_made(kit, host, tmp_path, changes, method):
     *_, finished = kit.go(host, kit.config(updates=1, **changes), tmp_path)
     assert finished.card.method == method
+
+
+def test_the_card_names_no_loss_that_was_not_used(kit, host, tmp_path):
+    unused = {"adversarial_weight": 0.0, "distillation_weight": 0.0}
+    *_, plain = kit.go(host, kit.config(updates=1, **unused), tmp_path / "plain")
+    assert plain.card.training["distillation_weight"] == plain.card.training["adversarial_weight"] == 0
+    assert not {"distillation", "adversarial", "positives"} & set(plain.card.training)
+    assert "exponential" not in plain.card.in_words() and "hinge" not in plain.card.in_words()
+    *_, used = kit.go(host, kit.config(updates=1, distillation_weight=2.5), tmp_path / "used")
+    assert {"distillation": "exponential", "adversarial": "hinge"}.items() <= used.card.training.items()
+
+
+@pytest.mark.parametrize(("prediction", "told"), [("inherit", "eps"), ("x0", "x0")])
+def test_the_card_s_prediction_is_the_student_s_own(kit, host, tmp_path, prediction, told):
+    *_, finished = kit.go(host, kit.config(updates=1, prediction=prediction), tmp_path)
+    student, card, _ = load_student(finished.path, host.denoiser)
+    student.release()
+    assert student.prediction == card.prediction == told and card.base_prediction == "eps"
+
+
+def test_the_card_counts_the_updates_and_minutes_of_every_stage(kit, host, tmp_path):
+    def train(name, updates, spent, **changes):
+        settings = kit.config(updates=updates, **changes)
+        samples = kit.pairs(host, settings, tmp_path / name)
+        state = begin(host, settings, samples)
+        state.update, state.spent = updates, spent
+        path = tmp_path / f"{name}.safetensors"
+        student_file.write_student(host, state, path, {})
+        saved = state.state_dict()
+        state.release()
+        return path, saved
+
+    first, _ = train("first", 100, 600.0)
+    second, saved = train("second", 20, 90.0, init_student=str(first))
+    third, _ = train("third", 3, 30.0, init_student=str(second))
+    told = [read_card(path).training for path in (first, second, third)]
+    assert [(t["updates"], t["minutes"]) for t in told] == [(100, 10.0), (120, 11.5), (123, 12.0)]
+    # A run that goes on knows it from its state: the first stage's file may have gone.
+    assert saved["extra"]["earlier"] == {"updates": 100, "minutes": 10.0}
 
 
 def test_a_preview_can_be_asked_for(kit, host, tmp_path):

@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from ...core.card import read_card, read_student
+from ...core.card import StudentCard, read_card, read_student
 from ...core.features import Features, TeacherFeatures, VisionFeatures
 from ...core.gradient_checkpointing import blocks
 from ...core.lora import matching_layers
@@ -86,7 +86,16 @@ def begin(host: Host, config: Config, sample: Samples, seen: Features | None = N
     seen = seen or features(host, config)
     student = create(host, config)
     try:
-        return State.create(student, config, sample, seen)
+        state = State.create(student, config, sample, seen)
+        if config.init_student:
+            state.extra["earlier"] = trained_before(read_card(config.init_student))
+        return state
     except BaseException:
         student.release()
         raise
+
+
+def trained_before(card: StudentCard) -> dict[str, float]:
+    """The updates and minutes of a student that is gone on from, which its own earlier ones are in."""
+    told = {name: card.training.get(name) for name in ("updates", "minutes")}
+    return {name: value for name, value in told.items() if type(value) in (int, float) and 0 <= value < 1e12}

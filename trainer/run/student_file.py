@@ -15,8 +15,9 @@ from ..loop.state import State
 
 
 def make_card(host: Host, state: State, metrics: dict[str, Any]) -> StudentCard:
-    """The card of the student as it is now."""
+    """The card of the student as it is now; its updates and minutes are those of every stage (`init_student`)."""
     config, student = state.config, state.student
+    earlier = state.extra.get("earlier", {})
     return StudentCard(
         kind="lora" if student.lora is not None else "full",
         base_model=host.name,
@@ -31,7 +32,11 @@ def make_card(host: Host, state: State, metrics: dict[str, Any]) -> StudentCard:
         alpha=student.lora.alpha if student.lora is not None else 0.0,
         targets=config.targets,
         method=_method(config),
-        training={"updates": state.update, "minutes": round(state.spent / 60, 1), **_settings(config)},
+        training={
+            "updates": state.update + earlier.get("updates", 0),
+            "minutes": round(state.spent / 60 + earlier.get("minutes", 0), 1),
+            **_settings(config),
+        },
         metrics=metrics,
     )
 
@@ -47,18 +52,12 @@ def _method(config: Config) -> str:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """The settings that a reader of the card asks for."""
-    names = (
-        "pairs",
-        "batch_size",
-        "student_steps",
-        "positives",
-        "adversarial",
-        "adversarial_weight",
-        "distillation",
-        "distillation_weight",
-    )
-    settings = {n: getattr(config, n) for n in (*names, "regression_weight", "seed")}
+    """The settings that a reader of the card asks for; of a loss that was not used, its weight 0 alone."""
+    adversarial = ("positives", "adversarial") if config.adversarial_weight > 0 else ()
+    distillation = ("distillation",) if config.distillation_weight > 0 else ()
+    weights = ("adversarial_weight", "distillation_weight", "regression_weight")
+    names = ("pairs", "batch_size", "student_steps", *adversarial, *distillation, *weights, "seed")
+    settings = {n: getattr(config, n) for n in names}
     if config.pixel_backbone:  # of a folder its name alone: where it lay is nobody's business
         settings["pixel_backbone"] = (
             Path(config.pixel_backbone).name if Path(config.pixel_backbone).is_dir() else config.pixel_backbone
