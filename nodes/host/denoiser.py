@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import comfy.conds
+import comfy.model_management
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
@@ -62,19 +63,25 @@ def differentiable(model) -> Iterator[None]:
     """Within, the gradients of the MODEL's network are right; everything is put back at the end.
 
     Flux's blocks add in place to what their norms keep for backward: the norms get copies. Float16 has no room
-    for small gradients: what ComfyUI computes in it is computed in float32, or as autocast says.
+    for small gradients: what ComfyUI computes in it is computed in float32, or as autocast says. Newer cores fuse
+    the rotary embedding into an operation without a gradient, unless they are told of a training.
     """
-    base, network = model.model, model.model.diffusion_model
+    base, network, management = model.model, model.model.diffusion_model, comfy.model_management
     cast = getattr(base, "manual_cast_dtype", None)
     narrow = (cast or next(network.parameters()).dtype) == torch.float16
     layers = [m for m in network.modules() if narrow and getattr(m, "comfy_cast_weights", None) is False]
+    told = getattr(management, "in_training", None)  # older cores have no such word
     try:
+        if told is not None:
+            management.in_training = True
         base.manual_cast_dtype = torch.float32 if narrow else cast
         for layer in layers:
             layer.comfy_cast_weights = True  # to what comes in
         with cloned_inputs(network, ADDED_TO):
             yield
     finally:
+        if told is not None:
+            management.in_training = told
         base.manual_cast_dtype = cast
         for layer in layers:
             layer.comfy_cast_weights = False

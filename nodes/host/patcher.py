@@ -231,14 +231,14 @@ def sampling_by_files(names: Sequence[str], model) -> SamplingRecipe | None:
 
 def architecture(model) -> str:
     """What a card calls the MODEL's architecture: by its weights, else as ComfyUI does."""
-    config = model.model.model_config
+    kind = type(model.model.model_config)  # of the class: an instance has None for whatever it is asked
     shapes = {name: parameter.shape for name, parameter in model.model.diffusion_model.named_parameters()}
-    return getattr(config, "architecture", architecture_of(shapes) or type(config).__name__)
+    return getattr(kind, "architecture", architecture_of(shapes) or kind.__name__)
 
 
 def title(model) -> str:
     """What a MODEL is called that no file of the graph gave."""
-    return getattr(model.model.model_config, "title", type(model.model).__name__)
+    return getattr(type(model.model.model_config), "title", type(model.model).__name__)
 
 
 def check_channels(model, latent: Tensor) -> Tensor:

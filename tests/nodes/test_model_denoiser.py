@@ -168,6 +168,20 @@ def test_what_computes_in_float16_is_computed_in_float32(nodes, model_of, toys, 
     assert model.model.manual_cast_dtype == cast and not toy.backbone.comfy_cast_weights
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_a_core_that_knows_of_training_is_told(nodes, model_of, toys, monkeypatch, before):
+    """Flux's fused rotary embedding has no gradient otherwise."""
+    management = nodes.denoiser.comfy.model_management
+    monkeypatch.setattr(management, "in_training", before)
+    with pytest.raises(KeyError), nodes.denoiser.differentiable(model_of(toys.conv("flow"))):
+        assert management.in_training is True
+        raise KeyError
+    assert management.in_training is before
+    monkeypatch.delattr(management, "in_training")  # as in older cores
+    with nodes.denoiser.differentiable(model_of(toys.conv("flow"))):
+        assert not hasattr(management, "in_training")
+
+
 class SingleBlock(torch.nn.Module):
     """As Flux's: it adds in place to what its norm keeps for backward."""
 

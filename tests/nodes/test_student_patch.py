@@ -206,3 +206,13 @@ def test_the_base_s_weights_have_single_file_names(nodes, teacher, model_of):
     found = nodes.patcher.base_weights(model_of(teacher))
     assert found.keys() == teacher.backbone.state_dict().keys()  # and the schedule's buffers are none of them
     assert fingerprint(found) == fingerprint(teacher.backbone)
+
+
+@pytest.mark.parametrize(("kind", "called"), [("SDXL", "stable-diffusion-xl-v1-base"), ("Lumina2", "Lumina2")])
+def test_a_model_is_called_by_its_kind_where_it_says_no_more(nodes, comfyui, toys, model_of, kind, called):
+    """ComfyUI's descriptions of models answer None to whatever they are asked."""
+    model = model_of(toys.conv("eps"))
+    plain = type(kind, (), {"__getattr__": lambda self, name: None})
+    model.model.model_config = plain()
+    assert nodes.patcher.architecture(model) == called
+    assert nodes.patcher.title(model) == "BaseModel"

@@ -11,6 +11,7 @@ computed in, too, as an accelerator does, "look": a key of LOOKS}}, and for each
 import importlib.util
 import json
 import re
+import runpy
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,7 +25,6 @@ import comfy.cli_args  # noqa: E402
 comfy.cli_args.args.cpu = True
 
 import comfy.lora  # noqa: E402
-import comfy.model_detection  # noqa: E402
 import comfy.model_management  # noqa: E402
 import comfy.ops  # noqa: E402
 import comfy.sampler_helpers  # noqa: E402
@@ -39,6 +39,9 @@ spec = importlib.util.spec_from_file_location(
 )
 sys.modules["turbodistill"] = importlib.util.module_from_spec(spec)
 
+# Beside this file, and for its effect: ComfyUI then takes a narrow Flux.
+runpy.run_path(str(Path(__file__).with_name("narrow.py")))
+
 from turbodistill.core.denoiser import Cond  # noqa: E402
 from turbodistill.core.features import TeacherFeatures  # noqa: E402
 from turbodistill.core.gradient_checkpointing import blocks, checkpointed  # noqa: E402
@@ -46,20 +49,6 @@ from turbodistill.core.lora import TARGETS, LoRA  # noqa: E402
 from turbodistill.core.student import Student  # noqa: E402
 from turbodistill.nodes.host.denoiser import ModelDenoiser, conditions, differentiable  # noqa: E402
 from turbodistill.nodes.host.training import trainable  # noqa: E402
-
-detected = comfy.model_detection.detect_unet_config
-
-
-def narrow(weights, prefix, *told, **more):
-    """ComfyUI's own detection, but Flux's widths are the file's, not those of the one Flux there is."""
-    config = detected(weights, prefix, *told, **more)
-    if config and config.get("image_model") == "flux":
-        hidden, width = weights[f"{prefix}txt_in.weight"].shape
-        config |= {"hidden_size": hidden, "context_in_dim": width, "num_heads": 2, "axes_dim": [8, 12, 12]}
-    return config
-
-
-comfy.model_detection.detect_unet_config = narrow
 
 
 def load(checkpoint, dtype, native, **_):

@@ -128,7 +128,7 @@ def sd3_weights(depth: int = SD3_DEPTH) -> dict[str, Tensor]:
 def flux_weights(guidance: bool, double: int = 2, single: int = 2) -> dict[str, Tensor]:
     """The transformer of Flux, narrow: dev takes a guidance strength, schnell does not.
 
-    ComfyUI reads the numbers of blocks from a file, but takes the widths for granted: see adapter.py.
+    ComfyUI reads the numbers of blocks from a file, but takes the widths for granted: see narrow.py.
     """
     width = FLUX_WIDTH
     layers = {"img_in": (width, 64), "txt_in": (width, FLUX_TEXT)}
@@ -200,7 +200,7 @@ def vae_weights() -> dict[str, Tensor]:
 
 
 def write(models: Path) -> dict[str, Checkpoint]:
-    """The checkpoints and a ControlNet in ComfyUI's model folders, by short names; Flux is for adapter.py alone."""
+    """The checkpoints and a ControlNet in ComfyUI's model folders, by short names; Flux needs narrow.py."""
     sd15, sdxl = unet_denoiser(SD15, 1, "eps"), unet_denoiser(SDXL, 2, "eps")
     sd2 = unet_denoiser(SD2, 9, "v")
     sdxl_v = DiffusersDenoiser(sdxl.backbone, sdxl.schedule, "v")

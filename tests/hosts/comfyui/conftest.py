@@ -41,7 +41,7 @@ def comfyui(installation, tmp_path_factory):
     base = tmp_path_factory.mktemp("comfyui")
     (base / "custom_nodes").mkdir()
     (base / "custom_nodes" / "turbodistill").symlink_to(CLONE, target_is_directory=True)
-    for name in ("random_conditioning.py", "faults.py"):
+    for name in ("random_conditioning.py", "faults.py", "narrow.py"):
         (base / "custom_nodes" / name).symlink_to(HERE / name)
     for folder in ("input", "output", "user", "models/checkpoints", "models/loras"):
         (base / folder).mkdir(parents=True)

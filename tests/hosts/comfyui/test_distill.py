@@ -131,6 +131,25 @@ def test_it_ends_with_a_student_that_the_host_loads_whole(comfyui, graph, distil
     assert after[0] == before[0] and torch.equal(after[1], before[1])
 
 
+def test_a_flux_is_distilled(comfyui, graph, checkpoints):
+    """Newer cores fuse its rotary embedding into an operation without a gradient, unless told of a training."""
+    flux = checkpoints["flux"]
+    parts = graph.add("TestsTextAndPictures", width=flux.width, pooled=flux.pooled)
+    shared = {"model": graph.add("CheckpointLoaderSimple", ckpt_name=flux.file), "clip": parts, "vae": parts[1]}
+    prompts = graph.add("TurboDistillPrompts", source="the text below", text="a {red|blue|green} {fox|owl}", file="")
+    pairs = graph.add("TurboDistillTeacherPairs", **shared, prompts=prompts, width=64, height=64, **SMALL)
+    settings = graph.add("TurboDistillAdvancedSettings", **all_settings(ADVERSARIAL))
+    node = graph.add("TurboDistillDistill", **shared, pairs=pairs, name="flux", settings=settings, **SHORT)
+    graph.add("PreviewAny", source=node[2])
+    comfyui.run(graph)
+    told = snapshot(comfyui, node)
+    assert told["state"] == "done" and told["history"]["update"] == list(range(1, 9))
+    student = load_file(runs(comfyui, "flux") / "student.safetensors")
+    learnt = {k: v for k, v in student.items() if k.endswith("lora_up.weight")}
+    assert any("double_blocks" in k for k in learnt) and any("single_blocks" in k for k in learnt)
+    assert all(v.isfinite().all() and v.any() for v in learnt.values())
+
+
 def test_the_page_asks_for_a_preview_and_for_the_end(comfyui, graph, distilling):
     nodes = distilling("early", updates=400, advanced={"preview_every": 0, "evaluate_every": 0})
     queued = comfyui.queue(graph)

@@ -51,6 +51,7 @@ def modules() -> dict[str, dict[str, object]]:
         "comfy.lora": found(models, "model_lora_keys_unet", "load_lora"),
         "comfy.model_base": found(models, "ModelType", "BaseModel"),
         "comfy.model_management": {
+            "in_training": False,
             "get_torch_device": lambda: models.CPU,
             "get_total_memory": lambda device: 8 * 1024**3,
             "intermediate_device": lambda: models.CPU,

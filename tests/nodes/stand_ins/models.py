@@ -155,6 +155,9 @@ class ToyConfig:
 
     architecture, title = "toy-v1", "toy"
 
+    def __getattr__(self, name):  # ComfyUI warns, and goes on
+        return None
+
 
 class BaseModel(nn.Module):
     model_config = ToyConfig()
