@@ -59,13 +59,13 @@ def autocasts(device: torch.device) -> bool:
 class Branch(nn.Module):
     """up(down(x)) alpha / rank beside one layer; down is (r, in, ...), up (out, r, ...)."""
 
-    def __init__(self, layer: nn.Module, rank: int, alpha: float, seed: int):
+    def __init__(self, layer: nn.Module, rank: int, alpha: float, seed: int, device: torch.device | None = None):
         super().__init__()
         weight = cast(Tensor, layer.weight)
         rank = min(rank, weight.shape[0], math.prod(weight.shape[1:]))
         self.scale = alpha / rank
         spatial = weight.shape[2:]
-        device = weight.device
+        device = weight.device if device is None else device
         down = torch.empty(rank, *weight.shape[1:], dtype=torch.float32)
         bound = math.prod(weight.shape[1:]) ** -0.5  # Kaiming's for a linear layer, as torch begins one
         down.uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
@@ -90,11 +90,19 @@ class Branch(nn.Module):
 class LoRA(nn.Module):
     """Branches on the chosen layers of a backbone; `enabled` switches all of them.
 
-    `targets` is a key of TARGETS or a regular expression on module names. Call `remove` to take
-    the hooks out of the backbone again.
+    `targets` is a key of TARGETS or a regular expression on module names. The branches lie on `device`,
+    where the backbone computes: with little memory its weights lie elsewhere. Call `remove` to take the hooks
+    out of the backbone again.
     """
 
-    def __init__(self, backbone: nn.Module, rank: int = 16, alpha: float | None = None, targets: str = "all"):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        rank: int = 16,
+        alpha: float | None = None,
+        targets: str = "all",
+        device: torch.device | None = None,
+    ):
         super().__init__()
         if rank < 1:
             raise ValueError(f"LoRA rank is {rank}: give at least 1")
@@ -107,7 +115,7 @@ class LoRA(nn.Module):
         drawn = int(torch.randint(2**31, (1,)))
         seeds = [drawn + zlib.crc32(name.encode()) for name in self.file_names(backbone)]
         self.branches = nn.ModuleList(
-            Branch(m, rank, self.alpha, seed) for m, seed in zip(layers.values(), seeds, strict=True)
+            Branch(m, rank, self.alpha, seed, device) for m, seed in zip(layers.values(), seeds, strict=True)
         )
         self._hooks = [
             m.register_forward_hook(self._hook(b)) for m, b in zip(layers.values(), self.each(), strict=True)
@@ -179,7 +187,8 @@ class LoRA(nn.Module):
         merged = {}
         for name, branch in zip(self.names, self.each(), strict=True):
             weight = weights[f"{name}.weight"]
-            merged[f"{name}.weight"] = (weight.detach().float() + branch.delta().detach()).to(weight.dtype)
+            delta = branch.delta().detach().to(weight.device)
+            merged[f"{name}.weight"] = (weight.detach().float() + delta).to(weight.dtype)
         return merged
 
     @contextmanager

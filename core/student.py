@@ -51,11 +51,15 @@ class Student(Denoiser):
         self.lora: LoRA | None = None
         if rank > 0:
             self.backbone = teacher.backbone
-            self.lora = LoRA(teacher.backbone, rank, alpha, targets)
+            self.lora = LoRA(teacher.backbone, rank, alpha, targets, teacher.device)
             self._network = teacher
         else:
             self.backbone = copy.deepcopy(teacher.backbone)
             self._network = teacher.with_backbone(self.backbone)
+
+    @property
+    def device(self) -> torch.device:
+        return self._network.device
 
     @property
     def trained(self) -> nn.Module:

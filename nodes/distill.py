@@ -21,7 +21,7 @@ from ..trainer.run.monitor import Monitor
 from .data import IMAGES, PAIRS, Pairs, base_name
 from .graph import file_names
 from .host import page, patcher, save
-from .host.training import ComfyUIHost, cancellable, load_whole, trainable
+from .host.training import ComfyUIHost, cancellable, trainable
 from .load import CATEGORY
 from .panel import stopped_early, watched
 from .schema import schema
@@ -115,9 +115,9 @@ class Distill(io.ComfyNode):
         if images is not None and config.positives == "teacher":
             config = config.replace(positives="both")
         folder = run_folder(name)
-        with trainable(model):
+        with trainable(model) as trained:
             base = base_name(cls, model)
-            loaded = ComfyUIHost(model, clip, vae, base, pairs.width, pairs.height, load_whole)
+            loaded = ComfyUIHost(model, clip, vae, base, pairs.width, pairs.height, trained)
             if pairs_key(loaded, config, pairs.prompts) != pairs.folder.name:
                 raise DataError("the pairs were made with another model or CLIP: connect the same ones to Distill")
             device = loaded.denoiser.device
@@ -126,7 +126,7 @@ class Distill(io.ComfyNode):
                 return page.show(loaded.decode(latents.to(device)))
 
             monitor = Monitor("distill", name, config, show, page.free_memory(model))
-            with watched(cls.hidden, monitor, folder) as panel, cancellable(model):
+            with watched(cls.hidden, monitor, folder) as panel, cancellable(trained):
                 names = file_names(cls.hidden.prompt or {}, cls.hidden.unique_id)
                 if found := patcher.sampling_by_files(names, model):
                     monitor.warn(f"{base} looks like {found.name}, which is one-step already: connect its base model")

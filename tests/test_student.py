@@ -229,6 +229,19 @@ def test_a_lora_that_does_not_fit_is_refused(toys, spoil, message):
         lora.load(backbone, spoil(lora.export(backbone)))
 
 
+def test_branches_lie_where_the_model_computes_wherever_its_weights_do(toys):
+    """A host with little memory keeps weights on the CPU; the device is one that computes nothing."""
+
+    class Elsewhere(type(toys.conv())):
+        device = torch.device("meta")
+
+    teacher = toys.conv()
+    teacher.__class__ = Elsewhere
+    student = Student(teacher, rank=2)
+    assert {p.device.type for p in student.lora.parameters()} == {"meta"} and student.device.type == "meta"
+    assert {p.device.type for p in teacher.backbone.parameters()} == {"cpu"}
+
+
 def test_check_match_passes_equal_names_alone():
     check_match("thing", ["a", "b"], ["b", "a"])
     with pytest.raises(ValueError, match="thing: 1 of 2 names match"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import comfy.model_management
 import torch
@@ -16,13 +17,15 @@ from .patcher import KEY, architecture, clip_hash, load, model_hash
 
 
 @contextmanager
-def trainable(model) -> Iterator[None]:
-    """Within, gradients flow through the MODEL's network: it is loaded whole, and its weights are frozen.
+def trainable(model) -> Iterator[Any]:
+    """Within, gradients flow through the network of the MODEL that is given: loaded whole, its weights frozen.
 
+    That is the MODEL itself, or one of the same weights where they cannot stay on the device (`resident`).
     ComfyUI loads in inference mode, and backward refuses what was made there. Such weights are
     replaced one by one by ordinary tensors of the same bits, which stay; every flag is restored.
     """
-    with torch.inference_mode(False), torch.enable_grad(), differentiable(model):
+    with torch.inference_mode(False), torch.enable_grad():
+        model = resident(model)
         flags = [
             (module, name, p.requires_grad)
             for module in model.model.modules()
@@ -30,19 +33,45 @@ def trainable(model) -> Iterator[None]:
             if p is not None
         ]
         try:
-            load_whole(model)
-            yield
+            with differentiable(model):
+                load_whole(model)
+                yield model
         finally:
             for module, name, flag in flags:
                 if (parameter := module._parameters.get(name)) is not None:
                     parameter.requires_grad_(flag)
 
 
+def resident(model):
+    """The MODEL, or one of the same file and patches whose weights can stay on the device.
+
+    Dynamic VRAM streams weights there for every pass: what autograd keeps of them would not last, and the MODEL that
+    others sample with is left alone. Raises ValueError where its loader did not say how the file is read again.
+    """
+    if not getattr(model, "is_dynamic", lambda: False)():
+        return model
+    if model.cached_patcher_init is None:
+        raise ValueError(
+            "this MODEL's weights are streamed to the GPU (ComfyUI's dynamic VRAM), and its loader cannot load them "
+            "another time: use ComfyUI's own loader, or start ComfyUI with --disable-dynamic-vram"
+        )
+    return model.clone(disable_dynamic=True)
+
+
 def load_whole(model) -> None:
-    """All of the MODEL to where it computes, everything else away from there, and no weight in inference mode."""
+    """All of the MODEL to where it computes, everything else away from there, and no weight in inference mode.
+
+    Raises ValueError if weights stay elsewhere: gradients would be wrong, as ComfyUI casts each into one buffer.
+    """
     comfy.model_management.load_models_gpu([model], memory_required=1e20, force_full_load=True)
     leave_inference_mode(model.model)
     model.model.requires_grad_(False)
+    away = [p for p in model.model.diffusion_model.parameters() if p.device.type != model.load_device.type]
+    if away:
+        raise ValueError(
+            f"{len(away)} of the model's weights stay on the {away[0].device.type}, a training needs all of them on "
+            f"the {model.load_device.type}: start ComfyUI without --novram"
+        )
 
 
 @contextmanager
@@ -55,20 +84,21 @@ def cancellable(model) -> Iterator[None]:
 class ComfyUIHost:
     """`trainer.host.Host` over what a checkpoint loader gives; `width` and `height` are the pictures' pixels.
 
-    `load` brings the MODEL back when text encoder or VAE were used, which may have taken its place.
+    It trains on the MODEL `trained`, as `trainable` gives it, or only samples; either comes back when text encoder or
+    VAE were used, which may have taken its place.
     Raises ValueError for a MODEL that is a student already, a VAE of another kind, or sizes that it cannot make.
     """
 
     decoder = None  # the VAE is off the GPU while the model trains
 
-    def __init__(self, model, clip, vae, name: str, width: int, height: int, load=load):
+    def __init__(self, model, clip, vae, name: str, width: int, height: int, trained=None):
         if KEY in model.attachments:
             raise ValueError(
                 f"this MODEL is sampled as {model.attachments[KEY].name} already: connect the model as it was loaded"
             )
-        self.model, self.clip, self.vae, self.name = model, clip, vae, name
-        self._load = load
-        self.denoiser = ModelDenoiser(model)
+        self.model, self.clip, self.vae, self.name = trained or model, clip, vae, name
+        self._load = load_whole if trained else load
+        self.denoiser = ModelDenoiser(self.model)
         self.architecture = architecture(model)
         self.base_hash = model_hash(model)
         self.text_hash = clip_hash(clip)

@@ -97,6 +97,70 @@ def test_a_student_is_not_distilled_again(nodes, loaded, host_of):
         host_of(nodes.patcher.with_sampling(loaded(), SamplingRecipe("SDXL-Turbo")))
 
 
+# --- weights that do not stay on the device ---
+
+
+@pytest.fixture
+def dynamic(comfyui, loaded, toys):
+    """The MODEL of a checkpoint as ComfyUI 0.33 loads it on a GPU: its weights are streamed there for every pass."""
+
+    def build():
+        def read(path, disable_dynamic=False):
+            assert path == "toy.safetensors"
+            model = loaded(make=toys.row)
+            return (model if disable_dynamic else comfyui.ModelPatcherDynamic(model.model), None)
+
+        model, _ = read("toy.safetensors")
+        model.cached_patcher_init = (read, ("toy.safetensors",), 0)
+        return model
+
+    return build
+
+
+@pytest.mark.parametrize("rank", [2, 0])
+def test_streamed_weights_are_left_alone_and_others_of_the_same_file_trained(nodes, graph, dynamic, kit, places, rank):
+    pairs = graph.pairs()
+    graph.distill(pairs, "ordinary", rank=rank)
+    graph.model = dynamic()
+    tensors = {name: value.data_ptr() for name, value in graph.model.model.state_dict().items()}
+    assert graph.pairs().folder == pairs.folder
+    model, student, *_ = graph.distill(pairs, "streamed", rank=rank)
+    assert kit.same(kit.tensors(places, "streamed"), kit.tensors(places, "ordinary"))
+    assert {name: value.data_ptr() for name, value in graph.model.model.state_dict().items()} == tensors
+    assert all(p.requires_grad and p.is_inference() for p in graph.model.model.parameters())
+    assert kit.hooks(graph.model) == 0
+    assert model.is_dynamic() and model.model is graph.model.model  # what is put out holds no second copy
+    assert student.model is model
+
+
+def test_what_is_patched_onto_streamed_weights_is_trained_with(nodes, dynamic, comfyui):
+    model = dynamic()
+    change = {"diffusion_model.conv_in.weight": (torch.ones(1),)}
+    model.add_patches(change)
+    with torch.inference_mode(), nodes.training.trainable(model) as trained:
+        assert type(trained) is comfyui.ModelPatcher and trained.model is not model.model
+        assert trained.patches == model.patches
+
+
+def test_streamed_weights_that_cannot_be_read_again_are_refused(nodes, dynamic):
+    model = dynamic()
+    model.cached_patcher_init = None
+    refused = pytest.raises(ValueError, match=r"its loader cannot load them .* --disable-dynamic-vram")
+    with refused, torch.inference_mode(), nodes.training.trainable(model):
+        pass
+
+
+def test_weights_that_stay_off_the_device_are_refused(nodes, loaded):
+    """As with --novram; the device is one that computes nothing."""
+    model = loaded()
+    model.load_device = torch.device("meta")
+    flags = [p.requires_grad for p in model.model.parameters()]
+    refused = pytest.raises(ValueError, match=r"10 of the model's weights stay on the cpu.* start ComfyUI without")
+    with refused, torch.inference_mode(), nodes.training.trainable(model):
+        pass
+    assert [p.requires_grad for p in model.model.parameters()] == flags
+
+
 @pytest.mark.slow
 def test_the_trainer_runs_on_it_and_its_student_loads(kit, nodes, loaded, host_of, tmp_path):
     model = loaded()

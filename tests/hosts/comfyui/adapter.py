@@ -316,7 +316,7 @@ LOOKS = {"whole": whole, "shallow": shallow, "low": low, "gradient": gradient}
 told = {}
 for name, job in json.loads(Path(folder, "jobs.json").read_text()).items():
     model = load(**job)
-    before = bits(model)
+    before, flags = bits(model), [p.requires_grad for p in model.model.diffusion_model.parameters()]
     frozen = all(p.is_inference() for p in model.model.diffusion_model.parameters())
     given, tensors = load_file(f"{folder}/{name}.safetensors"), {}
     try:
@@ -324,7 +324,7 @@ for name, job in json.loads(Path(folder, "jobs.json").read_text()).items():
             found, tensors = LOOKS[job["look"]](model, given)
     except ValueError as error:
         found = {"refused": str(error)}
-    found["flags"] = all(p.requires_grad for p in model.model.diffusion_model.parameters())
+    found["flags"] = [p.requires_grad for p in model.model.diffusion_model.parameters()] == flags
     if job["look"] == "whole":
         found["export"] = look_at_export(model, given)
     told[name] = found | {"frozen": frozen, "same": same(before, model)}

@@ -195,7 +195,10 @@ class ModelPatcher:
         self.backup, self.object_patches_backup = {}, {}
 
     def clone(self):
-        new = type(self)(self.model, self.load_device, self.offload_device)
+        return self._like(type(self), self.model)
+
+    def _like(self, kind, model):
+        new = kind(model, self.load_device, self.offload_device)
         new.patches = {key: list(entries) for key, entries in self.patches.items()}
         new.object_patches, new.attachments = dict(self.object_patches), dict(self.attachments)
         new.backup, new.object_patches_backup = self.backup, self.object_patches_backup
@@ -245,6 +248,44 @@ class ModelPatcher:
                 setattr(self.model, name, kept)
             self.backup.clear()
             self.object_patches_backup.clear()
+
+
+class ModelVBAR:
+    """Memory that weights are streamed through. It frees itself when it goes: a copy would free it twice."""
+
+    def __deepcopy__(self, memo):
+        raise AssertionError("a ModelVBAR was copied")
+
+
+class ModelPatcherDynamic(ModelPatcher):
+    """With dynamic VRAM (ComfyUI 0.33): weights stay where they were read, and every layer has a place to stream to.
+
+    `cached_patcher_init` is what reads the file again: a function, its arguments, and which of its results it is.
+    """
+
+    cached_patcher_init = None
+
+    def is_dynamic(self):
+        return True
+
+    def clone(self, disable_dynamic=False):
+        if not disable_dynamic:
+            new = super().clone()
+        elif self.cached_patcher_init is None:
+            raise RuntimeError("Cannot create non-dynamic delegate: cached_patcher_init is not initialized.")
+        else:
+            read, arguments, which = self.cached_patcher_init
+            new = self._like(ModelPatcher, read(*arguments, disable_dynamic=True)[which].model)
+            new.backup, new.object_patches_backup = {}, {}
+        new.cached_patcher_init = self.cached_patcher_init
+        return new
+
+
+def load_models_gpu(models, memory_required=0, force_full_load=False):
+    for patcher in models:
+        if isinstance(patcher, ModelPatcherDynamic):
+            for layer in patcher.model.modules():
+                layer._v = (ModelVBAR(), 0, 0)
 
 
 # --- comfy.lora ---
