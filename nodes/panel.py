@@ -60,7 +60,7 @@ class Panel:
     def __init__(self, node: str, workflow: str, session: Session):
         self.node, self.workflow, self.session, self.monitor = node, workflow, session, session.monitor
         self._told = 0.0
-        self._bar = page.progress()
+        self._progress = page.Progress()
         with _lock:
             _panels[node] = self
         self.tell()
@@ -80,7 +80,7 @@ class Panel:
         """Send all that the pages show."""
         shown = self.snapshot()
         if shown["total"]:
-            self._bar(shown["done"], shown["total"])
+            self._progress.show(shown["what"], shown["done"], shown["total"])
         page.send(EVENT, shown)
         self._told = time.monotonic()
 

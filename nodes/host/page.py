@@ -62,10 +62,21 @@ def free_memory(model) -> int | None:
     return comfy.model_management.get_total_memory(device)
 
 
-def progress() -> Callable[[int, int], None]:
-    """ComfyUI's own progress bar of the running node, as a function of done and total."""
-    bar = comfy.utils.ProgressBar(1)
-    return lambda done, total: bar.update_absolute(done, total)
+class Progress:
+    """ComfyUI's own progress bar of the running node.
+
+    Newer cores send a bar's value only once it passes what they sent last: every phase has a bar of its own.
+    """
+
+    def __init__(self):
+        self._phase = ""
+        self._bar: Any = None
+
+    def show(self, phase: str, done: int, total: int) -> None:
+        """So much of a phase is done."""
+        if phase != self._phase:
+            self._phase, self._bar = phase, comfy.utils.ProgressBar(total)
+        self._bar.update_absolute(done, total)
 
 
 def empty_cache() -> None:

@@ -126,12 +126,18 @@ def test_messages_come_at_the_beginning_now_and_then_and_at_the_end(nodes, serve
     assert server.sent[-1][1]["history"]["update"] == list(range(1, 101))
 
 
-def test_comfyui_s_own_bar_goes_along(nodes, server, comfyui, monitor, clock):
+def test_comfyui_s_own_bar_goes_along_in_every_phase(nodes, server, comfyui, monitor, clock):
+    """One bar for all would stay where the pairs ended: a newer core shows no step back."""
+    comfyui.server.ProgressBar.sent.clear()
+    pairs, pictures = ("teacher pairs", (4, 8, 12)), ("pictures", (2, 4))
+    updates = (1, 300, 5000, 10_000)
     with nodes.panel.watched(HIDDEN, monitor) as panel:
-        clock.now += 1
-        panel.follow(step(300))
-    bar = comfyui.server.ProgressBar.shown[-1]
-    assert (bar.current, bar.total) == (300, 10_000)
+        events = [PairsMade(done, dones[-1], what, NEWEST) for what, dones in (pairs, pictures) for done in dones]
+        for event in events + [step(update) for update in updates]:
+            clock.now += 1
+            panel.follow(event)
+    expected = [(4, 12), (8, 12), (12, 12), (2, 4), (4, 4), *((update, 10_000) for update in updates)]
+    assert list(dict.fromkeys(comfyui.server.ProgressBar.sent)) == expected
 
 
 def test_a_history_of_before_is_told_with_the_first_message(nodes, server, monitor, tmp_path):

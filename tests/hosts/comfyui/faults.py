@@ -1,9 +1,31 @@
-"""ComfyUI nodes for the tests: a MODEL's bits as a hash, and a MODEL whose pass once runs out of memory."""
+"""ComfyUI nodes for the tests: a MODEL's bits as a hash, and a MODEL whose pass once runs out of memory.
+
+And a route, that of what its progress bars have told the pages: [node, value, total] of each message.
+"""
 
 import hashlib
 
 import comfy.model_management
 import torch
+from aiohttp import web
+from server import PromptServer
+
+told, send = [], PromptServer.instance.send_sync
+
+
+def noting(event, data, sid=None):
+    """The server's own sending, with a note of the progress."""
+    if event == "progress":
+        told.append([data["node"], data["value"], data["max"]])
+    send(event, data, sid)
+
+
+PromptServer.instance.send_sync = noting
+
+
+@PromptServer.instance.routes.get("/tests/progress")
+async def progress(request):
+    return web.json_response(told)
 
 
 class Hash:

@@ -144,6 +144,8 @@ def test_a_flux_is_distilled(comfyui, graph, checkpoints):
     comfyui.run(graph)
     told = snapshot(comfyui, node)
     assert told["state"] == "done" and told["history"]["update"] == list(range(1, 9))
+    bars = [done for name, done, total in json.loads(comfyui.get("tests/progress")) if (name, total) == (node.name, 8)]
+    assert min(bars) < max(bars) == 8  # ComfyUI's own bar goes along, after the pairs' 24 of 24
     student = load_file(runs(comfyui, "flux") / "student.safetensors")
     learnt = {k: v for k, v in student.items() if k.endswith("lora_up.weight")}
     assert any("double_blocks" in k for k in learnt) and any("single_blocks" in k for k in learnt)

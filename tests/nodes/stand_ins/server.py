@@ -88,17 +88,22 @@ def throw_exception_if_processing_interrupted():
 
 
 class ProgressBar:
-    """Every bar's last state, the newest bar last."""
+    """The newest bars leave out what is not half a percent more than they sent last, but for their first and their end.
 
-    shown: list[ProgressBar] = []  # noqa: RUF012 - of all
+    `sent` is what pages were told, of all bars: (value, total).
+    """
+
+    sent: list[tuple[int, int]] = []  # noqa: RUF012 - of all
 
     def __init__(self, total, node_id=None):
-        self.current, self.total = 0, total
-        self.shown.append(self)
+        self.total, self.last = total, -1
 
     def update_absolute(self, value, total=None, preview=None):
         self.total = self.total if total is None else total
-        self.current = min(value, self.total)
+        value = min(value, self.total)
+        if self.last < 0 or value >= self.total or value - self.last >= self.total / 200:
+            self.last = value
+            self.sent.append((value, self.total))
 
 
 # --- folder_paths ---
