@@ -32,12 +32,13 @@ class Ratio(float):
 
 
 class DemoLatent(comfy.latent_formats.LatentFormat):
-    """The embedded model's latents: their scale, and a rough preview in colours."""
+    """The embedded model's latents: their scale, pixels for each, and a rough preview in colours."""
 
     latent_channels = 4
 
-    def __init__(self, scale_factor: float = 1.0, rgb: list | None = None):
+    def __init__(self, scale_factor: float = 1.0, ratio: int = 8, rgb: list | None = None):
         self.scale_factor = scale_factor
+        self.spacial_downscale_ratio = ratio
         self.latent_rgb_factors = rgb
 
 
@@ -142,6 +143,11 @@ def description() -> dict[str, Any]:
         return json.loads(file.metadata()[HEADER])
 
 
+def factor(about: dict[str, Any]) -> int:
+    """Pixels for each of the latents, in either direction."""
+    return 2 ** (len(about["vae"]["block_out_channels"]) - 1)
+
+
 def load() -> tuple[Any, Any, Any]:
     """MODEL, CLIP and VAE of the embedded model."""
     about, tensors = description(), load_file(MODEL)
@@ -158,7 +164,7 @@ def load() -> tuple[Any, Any, Any]:
 
 def _model(about, weights):
     config = DemoConfig(unet_config(about["unet"]))
-    latent_format: Any = DemoLatent(about["vae"]["scaling_factor"], about.get("latent_rgb"))
+    latent_format: Any = DemoLatent(about["vae"]["scaling_factor"], factor(about), about.get("latent_rgb"))
     config.latent_format = latent_format
     device = comfy.model_management.get_torch_device()
     dtype = comfy.model_management.unet_dtype(
@@ -185,13 +191,13 @@ def _clip(about, weights):
 
 def _vae(about, weights):
     vae = comfy.sd.VAE(sd=weights, config=vae_config(about["vae"]))
-    vae.downscale_ratio = vae.upscale_ratio = 2 ** (len(about["vae"]["block_out_channels"]) - 1)
+    vae.downscale_ratio = vae.upscale_ratio = factor(about)
     return vae
 
 
-def empty_latent(batch_size: int) -> dict[str, Tensor]:
+def empty_latent(batch_size: int) -> dict[str, Any]:
     """ComfyUI's empty latent (batch_size, C, H, W) of the size that the model was made for."""
     about = description()
-    factor = 2 ** (len(about["vae"]["block_out_channels"]) - 1)
-    width, height = about["resolution"]
-    return {"samples": torch.zeros(batch_size, about["vae"]["latent_channels"], height // factor, width // factor)}
+    (width, height), ratio = about["resolution"], factor(about)
+    samples = torch.zeros(batch_size, about["vae"]["latent_channels"], height // ratio, width // ratio)
+    return {"samples": samples, "downscale_ratio_spacial": ratio}

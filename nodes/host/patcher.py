@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -241,21 +242,30 @@ def title(model) -> str:
     return getattr(type(model.model.model_config), "title", type(model.model).__name__)
 
 
-def check_channels(model, latent: Tensor) -> Tensor:
-    """The latent with the MODEL's number of channels; raises ValueError if a picture's latent has another."""
-    latent = comfy.sample.fix_empty_latent_channels(model, latent)
+# For what factors between pixels and latent an empty latent was made: it then fits a model of another (Flux.2).
+RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
+
+
+def fitting(model, latent: dict) -> Tensor:
+    """The latent's samples (B, C, H, W), an empty one's with the MODEL's number of channels and factor.
+
+    Raises ValueError if a picture's latent has another number of channels.
+    """
+    taken = inspect.signature(comfy.sample.fix_empty_latent_channels).parameters  # older cores have no ratios
+    ratios = {name: latent[name] for name in RATIOS if name in latent and name in taken}
+    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], **ratios)
     wanted = model.get_model_object("latent_format").latent_channels
-    if latent.shape[1] != wanted:
+    if samples.shape[1] != wanted:
         raise ValueError(
-            f"the latent has {latent.shape[1]} channels, this model wants {wanted}: encode the picture with the VAE "
+            f"the latent has {samples.shape[1]} channels, this model wants {wanted}: encode the picture with the VAE "
             "that belongs to the model"
         )
-    return latent
+    return samples
 
 
 def sample(model, positive, latent: dict, seed: int, sigmas: Tensor, sampler, negative=None, cfg: float = 1.0) -> dict:
     """Run ComfyUI's own sampling, with its previews and progress; the latent dict with new samples."""
-    samples = check_channels(model, latent["samples"])
+    samples = fitting(model, latent)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": positive} | ({"negative": negative} if negative is not None else {}))
@@ -270,4 +280,5 @@ def sample(model, positive, latent: dict, seed: int, sigmas: Tensor, sampler, ne
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
-    return latent | {"samples": out.to(comfy.model_management.intermediate_device())}
+    rest = {name: value for name, value in latent.items() if name not in RATIOS}
+    return rest | {"samples": out.to(comfy.model_management.intermediate_device())}

@@ -284,9 +284,13 @@ def test_the_built_in_student_is_made_for_it(nodes, loaded):
     assert math.isclose(change.alpha, card.alpha)
 
 
-def test_the_empty_latent_is_of_the_model_s_size(about, loaded):
+def test_the_empty_latent_is_of_the_model_s_size(nodes, about, loaded):
     latent, side = loaded[3]["samples"], about["unet"]["sample_size"]
     assert latent.shape == (3, about["unet"]["in_channels"], side, side) and (latent == 0).all()
+    # And an empty latent of the same pixels, made for the factor 8 of other models, takes it.
+    other = {"samples": torch.zeros(1, 4, 8, 8), "downscale_ratio_spacial": 8}
+    assert nodes.patcher.fitting(loaded[0], other).shape[2:] == (side, side) == (16, 16)
+    assert loaded[3]["downscale_ratio_spacial"] == 4 and nodes.patcher.fitting(loaded[0], loaded[3]) is latent
 
 
 def test_the_autoencoder_knows_its_own_ratio(about, loaded):

@@ -55,19 +55,47 @@ class Recorder:
         return noise
 
 
-# --- host.check_channels ---
+# --- host.fitting ---
+
+
+def wide(comfyui, channels, ratio=8):
+    """Another model's kind of latents."""
+    form = {"latent_channels": channels, "spacial_downscale_ratio": ratio}
+    return type("Wide", (comfyui.LatentFormat,), form)()
 
 
 def test_an_empty_latent_takes_the_model_s_channels(nodes, comfyui, silent):
-    silent.add_object_patch("latent_format", type("Wide", (comfyui.LatentFormat,), {"latent_channels": 16})())
-    assert nodes.patcher.check_channels(silent, torch.zeros(2, 4, 8, 8)).shape == (2, 16, 8, 8)
+    silent.add_object_patch("latent_format", wide(comfyui, 16))
+    assert nodes.patcher.fitting(silent, empty(2)).shape == (2, 16, 8, 8)
     with pytest.raises(ValueError, match="has 4 channels, this model wants 16: encode the picture with the VAE"):
-        nodes.patcher.check_channels(silent, torch.ones(2, 4, 8, 8))
+        nodes.patcher.fitting(silent, {"samples": torch.ones(2, 4, 8, 8)})
+
+
+def test_an_empty_latent_takes_the_model_s_factor(nodes, comfyui, silent):
+    """Flux.2 has 16 pixels for each: 64 pixels of an empty latent's 8 are 4 of its own."""
+    silent.add_object_patch("latent_format", wide(comfyui, 128, 16))
+    latent = empty(2, downscale_ratio_spacial=8)
+    assert nodes.patcher.fitting(silent, latent).shape == (2, 128, 4, 4)
+    assert nodes.patcher.fitting(silent, empty(2)).shape == (2, 128, 8, 8)  # of whose factor nothing is said
+
+
+def test_older_cores_take_no_factor(nodes, comfyui, silent, monkeypatch):
+    monkeypatch.setattr(
+        nodes.patcher.comfy.sample, "fix_empty_latent_channels", lambda model, latent_image: latent_image
+    )
+    assert nodes.patcher.fitting(silent, empty(2, downscale_ratio_spacial=16)).shape == (2, 4, 8, 8)
 
 
 def test_a_latent_with_the_model_s_channels_stays(nodes, silent):
     latent = torch.ones(2, 4, 8, 8)
-    assert nodes.patcher.check_channels(silent, latent) is latent
+    assert nodes.patcher.fitting(silent, {"samples": latent, "downscale_ratio_spacial": 16}) is latent
+
+
+def test_what_was_sampled_is_no_empty_latent_any_more(nodes, toys, silent):
+    made = nodes.patcher.sample(
+        silent, prompt(toys), empty(downscale_ratio_spacial=8, batch_index=[0]), 0, ONE_STEP, Recorder()
+    )
+    assert made.keys() == {"samples", "batch_index"}
 
 
 # --- host.sample ---

@@ -124,6 +124,7 @@ class LatentFormat:
     scale_factor = 1.0
     latent_channels = 4
     latent_dimensions = 2
+    spacial_downscale_ratio = 8
     latent_rgb_factors = None
 
     def process_in(self, latent):

@@ -113,8 +113,10 @@ def prepare_noise(latent_image, seed, noise_inds=None):
     return torch.stack([rows[i] for i in noise_inds])
 
 
-def fix_empty_latent_channels(model, latent_image):
-    wanted = model.get_model_object("latent_format").latent_channels
-    if latent_image.shape[1] == wanted or latent_image.count_nonzero() > 0:
+def fix_empty_latent_channels(model, latent_image, downscale_ratio_spacial=None, downscale_ratio_temporal=None):
+    if latent_image.count_nonzero() > 0:
         return latent_image
-    return latent_image.new_zeros(len(latent_image), wanted, *latent_image.shape[2:])
+    wanted = model.get_model_object("latent_format")
+    ratio = (downscale_ratio_spacial or wanted.spacial_downscale_ratio) / wanted.spacial_downscale_ratio
+    shape = (len(latent_image), wanted.latent_channels, *(round(size * ratio) for size in latent_image.shape[2:]))
+    return latent_image if latent_image.shape == shape else latent_image.new_zeros(shape)
