@@ -196,14 +196,18 @@ class ComfyUI:
         return self.run(whole).outputs[shown.name]["text"][0]
 
 
-def installation() -> tuple[Path, str]:
-    """ComfyUI's folder and its Python; raises FileNotFoundError, which says where it was looked for."""
-    folder = Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI"))
+def installation(newest: bool = False) -> tuple[Path, str]:
+    """ComfyUI's folder and its Python, or those of a newer one beside it.
+
+    Raises FileNotFoundError, which says where it was looked for.
+    """
+    variable, name = ("COMFYUI_NEW_PATH", "ComfyUI-new") if newest else ("COMFYUI_PATH", "ComfyUI")
+    folder = Path(os.environ.get(variable, Path.home() / "comfy" / name))
     if not (folder / "main.py").is_file():
-        raise FileNotFoundError(f"needs a ComfyUI: there is none in {folder}; say in COMFYUI_PATH where it is")
+        raise FileNotFoundError(f"needs a ComfyUI: there is none in {folder}; say in {variable} where it is")
     places = (folder / ".venv", folder / "venv", folder.parent / "venv")
     found = next((p / "bin" / "python" for p in places if (p / "bin" / "python").exists()), sys.executable)
-    return folder, os.environ.get("COMFYUI_PYTHON", str(found))
+    return folder, str(found if newest else os.environ.get("COMFYUI_PYTHON", found))
 
 
 @contextmanager

@@ -26,11 +26,29 @@ def module(name):
     return sys.modules[full]
 
 
+def pytest_generate_tests(metafunc):
+    """A test with the mark `newest` runs in a newer ComfyUI as well, if another one is there."""
+    if "installation" not in metafunc.fixturenames:
+        return
+    kinds = ["ComfyUI"]
+    if metafunc.definition.get_closest_marker("newest") and another():
+        kinds.append("newest")
+    metafunc.parametrize("installation", kinds, indirect=True, scope="session")
+
+
+def another():
+    """Whether there are two ComfyUIs."""
+    try:
+        return len({module("client").installation(newest)[0].resolve() for newest in (False, True)}) == 2
+    except FileNotFoundError:
+        return False
+
+
 @pytest.fixture(scope="session")
-def installation():
+def installation(request):
     """ComfyUI's folder and its Python."""
     try:
-        return module("client").installation()
+        return module("client").installation(request.param == "newest")
     except FileNotFoundError as error:
         pytest.skip(str(error))
 

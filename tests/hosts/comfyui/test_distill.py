@@ -131,6 +131,7 @@ def test_it_ends_with_a_student_that_the_host_loads_whole(comfyui, graph, distil
     assert after[0] == before[0] and torch.equal(after[1], before[1])
 
 
+@pytest.mark.newest
 def test_a_flux_is_distilled(comfyui, graph, checkpoints):
     """Newer cores fuse its rotary embedding into an operation without a gradient, unless told of a training."""
     flux = checkpoints["flux"]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.newest]
 NODES = {
     "TurboDistillLoadStudent",
     "TurboDistillDetectOneStep",

@@ -120,3 +120,16 @@ def test_a_whole_checkpoint_makes_a_picture(comfyui, graph, checkpoints, whole):
     pictures = comfyui.pictures(comfyui.run(graph), shown)
     assert pictures.shape == (2, 64, 128, 3)
     assert (pictures[0] != pictures[1]).any() and pictures.std() > 0.01
+
+
+@pytest.mark.newest
+def test_an_empty_latent_is_as_large_as_for_comfyui_s_own_sampler(installation, comfyui, graph, demo):
+    """Newer cores say for what factor it was made (8), and the demo model's is 4, as Flux.2's is 16."""
+    empty = graph.add("EmptyLatentImage", width=64, height=96, batch_size=1)
+    settings = {"steps": 1, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0, "seed": 0}
+    inputs = {"model": demo.base, "positive": demo.positive, "negative": demo.positive, "latent_image": empty}
+    own = graph.add("KSampler", **inputs, **settings)
+    ours, theirs, given = comfyui.latents(graph, graph.sample(demo.model, demo.positive, empty), own, demo.latent)
+    assert ours.shape == theirs.shape
+    if "downscale_ratio_spacial" in (installation[0] / "nodes.py").read_text():
+        assert ours.shape[2:] == (24, 16) and given.shape[2:] == (16, 16)
