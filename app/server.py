@@ -7,15 +7,35 @@ from pathlib import Path
 
 import fastapi
 import gradio as gr
+from starlette.datastructures import Headers
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..demo.files import STUDENT
 from ..page import api, live, tab
 from ..page.events import listen
+from ..trainer.checks import foreign
 from ..trainer.diffusers_host import load_model
 from .backend import EmbeddedBackend
 
 NAMES = ["127.0.0.1", "localhost"]  # by which a browser calls it; any page could by a name of its own
+
+
+class OwnPages:
+    """Refuses what another site's page asks for, gradio's own routes included; a link from there may open ours."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = self.app
+        if scope["type"] != "lifespan":
+            headers = Headers(scope=scope)
+            linked = scope.get("method") == "GET" and headers.get("sec-fetch-dest") == "document"  # in no frame
+            if not linked and (words := foreign(headers)):
+                answer = PlainTextResponse(words, 403)
+        await answer(scope, receive, send)
 
 
 def make_app(model: Path | None, student: Path | None, folder: Path) -> fastapi.FastAPI:
@@ -25,6 +45,7 @@ def make_app(model: Path | None, student: Path | None, folder: Path) -> fastapi.
     for path in shipped.values():
         backend.generator.make(path, "", [0], 1)  # what does not fit is told now
     app = fastapi.FastAPI(title="TurboDistill", docs_url=None, redoc_url=None)  # their pages load what is not ours
+    app.add_middleware(OwnPages)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=NAMES)
     api.add_routes(app, backend)
     options = {"ssr_mode": False, "footer_links": [], "show_api": False, "run_history": False}

@@ -7,13 +7,12 @@ import json
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import fastapi
-from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
 from ..core.card import CardError, read_card
+from ..trainer.checks import foreign
 from ..trainer.config import Config, ConfigError
 from ..trainer.data.files import DataError
 from . import job, runs
@@ -53,27 +52,30 @@ def add_routes(app: fastapi.FastAPI, backend: Backend, dependencies: Sequence[An
         app.add_api_route(f"{ROOT}/{path}", _handler(answer), methods=[method], dependencies=guards)
 
 
-def _handler(answer: Callable[[fastapi.Request], Awaitable[dict[str, Any]]]) -> Callable[..., Awaitable[JSONResponse]]:
+def _handler(
+    answer: Callable[[fastapi.Request], Awaitable[dict[str, Any]]],
+) -> Callable[..., Awaitable[fastapi.Response]]:
     """The answer as JSON; a mistake as its words, with the status of its kind."""
 
-    async def handle(request: fastapi.Request) -> JSONResponse:
+    async def handle(request: fastapi.Request) -> fastapi.Response:
         try:
-            return JSONResponse(await answer(request))
+            return _json(await answer(request))
         except tuple(kind for kind, _ in STATUS) as error:
             status = next(status for kind, status in STATUS if isinstance(error, kind))
-            return JSONResponse({"error": str(error)}, status)
+            return _json({"error": str(error)}, status)
 
     return handle
 
 
+def _json(values: dict[str, Any], status: int = 200) -> fastapi.Response:
+    """An answer in ASCII: names of files need not be UTF-8."""
+    return fastapi.Response(json.dumps(values, allow_nan=False), status, media_type="application/json")
+
+
 def same_origin(request: fastapi.Request) -> None:
     """Refuse what another site's page asks for in the same browser, which says where it is from."""
-    origin = request.headers.get("origin")
-    ours = (request.headers.get("host"), request.headers.get("x-forwarded-host"))  # no page can set the latter
-    if origin and urlsplit(origin).netloc not in ours:
-        raise fastapi.HTTPException(403, f"not from {origin}")
-    if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-        raise fastapi.HTTPException(403, "not from another site")
+    if words := foreign(request.headers):
+        raise fastapi.HTTPException(403, words)
 
 
 class Routes:

@@ -6,6 +6,10 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import gradio as gr
+
+from ..trainer.checks import foreign
+
 
 def listen(
     trigger: Callable[..., Any],
@@ -20,7 +24,7 @@ def listen(
 
     It shows no progress, and is not offered as an API of its own. `latest`: of the events that come
     while one is answered the last alone is kept, where gradio knows how. Without `queue` it does not
-    wait for a host's other work.
+    wait for a host's other work. Other sites' pages are refused: gradio takes their requests, too.
     """
     known = inspect.signature(trigger).parameters
     options: dict[str, Any] = {"show_progress": "hidden", "queue": queue}
@@ -29,4 +33,17 @@ def listen(
         options["js" if "js" in known else "_js"] = js
     if latest:
         options |= {k: v for k, v in {"trigger_mode": "always_last", "concurrency_limit": None}.items() if k in known}
-    return trigger(answer, inputs=list(inputs), outputs=list(outputs), **options)
+    return trigger(answer and from_own_pages(answer), inputs=list(inputs), outputs=list(outputs), **options)
+
+
+def from_own_pages(answer: Callable[..., Any]) -> Callable[..., Any]:
+    """The answer to an event; raises gr.Error for one that another site's page has sent."""
+
+    def guarded(asked: gr.Request, *values: Any) -> Any:  # gradio fills in what is annotated so
+        request: Any = asked.request
+        # Gradio 3 believes a body that says what request it is in: no page of ours does.
+        if words := "not by a body's own words" if request is None else foreign(request.headers):
+            raise gr.Error(words)
+        return answer(*values)
+
+    return guarded

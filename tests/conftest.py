@@ -48,13 +48,30 @@ def pytest_collection_modifyitems(items):
     items.sort(key=later)
 
 
-@pytest.fixture(scope="session")
-def toys():
-    """The module `toys.py`, by its path: tests are no package, and nothing is put on sys.path."""
-    spec = importlib.util.spec_from_file_location("turbodistill_toys", Path(__file__).with_name("toys.py"))
+def beside(name):
+    """A module of this folder, by its path: tests are no package, and nothing is put on sys.path."""
+    spec = importlib.util.spec_from_file_location(f"turbodistill_{name}", HERE / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def toys():
+    """The module `toys.py`."""
+    return beside("toys")
+
+
+@pytest.fixture(scope="session")
+def foreign():
+    """The module `foreign.py`: another site's page."""
+    return beside("foreign")
+
+
+@pytest.fixture(scope="session")
+def fuzz():
+    """The module `fuzz.py`: odd input."""
+    return beside("fuzz")
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,10 @@
-"""What front ends check before work starts: names of runs and students, sizes, and where paths may lead."""
+"""What front ends check before work starts: names, sizes, where paths may lead, and which page a request is from."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .config import LARGEST, ConfigError
@@ -40,13 +40,14 @@ def check_inside(path: str | Path, folders: Sequence[Path] | None) -> Path:
     By its words: a link inside a folder was put there by its owner and may lead anywhere, `..` may not. Raises
     DataError.
     """
-    given = Path(os.path.abspath(Path(path).expanduser()))
+    given = Path(os.path.abspath(os.path.expanduser(path)))
     if folders is None or any(given.is_relative_to(os.path.abspath(folder)) for folder in folders):
         return given
     listed = ", ".join(map(str, folders)) or "none"
     raise DataError(
-        f"{path} is outside the folders that this server may read ({listed}): it can be reached from other computers. "
-        "Move the files there (AUTOMATIC1111 and Forge have a setting of TurboDistill that allows more folders)"
+        f"{path!s:.300} is outside the folders that this server may read ({listed}): it can be reached from other "
+        "computers. Move the files there (AUTOMATIC1111 and Forge have a setting of TurboDistill that allows more "
+        "folders)"
     )
 
 
@@ -54,5 +55,23 @@ def check_text_file(path: str | Path, folders: Sequence[Path] | None) -> Path:
     """The path of a file of prompts; where others reach the server, by its ending too. Raises DataError."""
     given = check_inside(path, folders)
     if folders is not None and given.suffix.lower() not in TEXTS:
-        raise DataError(f"{path} is no file of prompts ({', '.join(TEXTS)}): rename it if it is one")
+        raise DataError(f"{path!s:.300} is no file of prompts ({', '.join(TEXTS)}): rename it if it is one")
     return given
+
+
+def foreign(headers: Mapping[str, str]) -> str:
+    """Why a request with these headers is refused: another site's page made it in the same browser; "" for all others.
+
+    Browsers say where a request is from, and let no page change that: `Sec-Fetch-Site` on this machine and over TLS,
+    whatever stands between, `Origin` with all that could change something. Programs send neither.
+    """
+    if site := headers.get("sec-fetch-site"):
+        return "" if site in ("none", "same-origin") else f"not from another site's page ({site})"
+    origin = headers.get("origin")
+    place = (origin or "").partition("://")[2]
+    if origin is None or (place and place in (headers.get("host"), headers.get("x-forwarded-host"))):
+        return ""
+    return (
+        f"not from {origin:.100}: open the pages at this server's own address (a proxy must pass Host, or send "
+        "X-Forwarded-Host)"
+    )

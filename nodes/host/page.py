@@ -18,7 +18,7 @@ from PIL import Image
 from server import PromptServer
 from torch import Tensor
 
-from ...trainer.checks import check_inside, check_name
+from ...trainer.checks import check_inside, check_name, foreign
 from ...trainer.data.files import path_of
 
 SMALL = 128  # pixels; smaller pictures are kept without loss
@@ -30,9 +30,14 @@ def send(event: str, message: dict[str, Any]) -> None:
 
 
 def route(method: str, path: str, answer: Callable[..., Any]) -> None:
-    """`answer(*path parts)` gives JSON values, or None for an empty answer; KeyError is 404, ValueError 409."""
+    """`answer(*path parts)` gives JSON values, or None for an empty answer; KeyError is 404, ValueError 409.
+
+    Other sites' pages are refused, of which ComfyUI lets some through: sandboxed ones, and all with `--listen`.
+    """
 
     async def handle(request: web.Request) -> web.Response:
+        if words := foreign(request.headers):
+            return web.json_response({"error": words}, status=403)
         try:
             body = answer(*request.match_info.values())
         except KeyError as error:

@@ -66,6 +66,16 @@ def test_a_node_that_has_not_run_has_nothing_to_tell_and_cannot_be_asked(server)
     assert server.routes.ask("POST", f"{RUN}/burn") == (404, None)
 
 
+@pytest.mark.parametrize("headers", [{"origin": "null"}, {"origin": "http://evil.example"}])
+def test_another_site_s_page_can_ask_for_nothing(nodes, server, monitor, headers):
+    with nodes.panel.watched(HIDDEN, monitor) as panel:
+        panel.follow(step(1))
+        for method, path in (("GET", RUN), ("POST", f"{RUN}/stop"), ("POST", f"{RUN}/preview")):
+            status, told = server.routes.ask(method, path, host="127.0.0.1:8188", **headers)
+            assert status == 403 and "not from" in told["error"]
+        assert not monitor.control.stop and not monitor.control.preview
+
+
 def test_a_run_says_of_which_workflow_it_is(nodes, server, monitor):
     """Node ids are the same in other workflows."""
     with nodes.panel.watched(HIDDEN, monitor):

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 import pytest
-from turbodistill.trainer.checks import check_inside, check_name, check_size, check_text_file
+from turbodistill.trainer.checks import check_inside, check_name, check_size, check_text_file, foreign
 from turbodistill.trainer.config import Config, ConfigError
 from turbodistill.trainer.data.files import DataError, path_of
 
@@ -74,3 +74,40 @@ def test_only_files_of_prompts_are_read_for_others(tmp_path):
     assert check_text_file(tmp_path / "config.json", None)
     with pytest.raises(DataError, match=r"config.json is no file of prompts"):
         check_text_file(tmp_path / "config.json", [tmp_path])
+
+
+OWN = {"host": "127.0.0.1:7860"}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},  # a program
+        {"origin": "http://127.0.0.1:7860"},
+        {"sec-fetch-site": "same-origin", "origin": "http://127.0.0.1:7860"},
+        {"sec-fetch-site": "none"},  # typed into the address bar
+        {"sec-fetch-site": "same-origin", "origin": "https://my.tunnel"},  # which does not pass Host
+        {"origin": "https://my.proxy", "x-forwarded-host": "my.proxy"},
+    ],
+)
+def test_programs_and_our_own_pages_may_ask(headers):
+    assert foreign(OWN | headers) == ""
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"origin": "http://evil.example"},
+        {"origin": "http://127.0.0.1:7861"},
+        {"origin": "http://127.0.0.1:7860.evil.example"},
+        {"origin": "null"},
+        {"origin": "null", "host": ""},
+        {"origin": ""},
+        {"origin": "http://["},  # no address at all
+        {"sec-fetch-site": "cross-site"},
+        {"sec-fetch-site": "same-site", "origin": "http://127.0.0.1:7860"},
+        {"sec-fetch-site": "odd"},
+    ],
+)
+def test_other_sites_pages_may_not(headers):
+    assert foreign(OWN | headers).startswith("not from")

@@ -4,6 +4,11 @@ import base64
 import io
 import os
 import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -95,9 +100,30 @@ def browser(chromium):
         opened.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def port():
     """A number that nobody listens at."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def served(chromium, port, tmp_path_factory):
+    """`turbodistill ui`, running: where it is, its folder, its process."""
+    folder = tmp_path_factory.mktemp("ui")
+    command = [sys.executable, "-m", "turbodistill.app.cli", "ui", "--port", str(port), "--out", str(folder)]
+    log = (folder / "log.txt").open("w+")
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+    url, begun = f"http://127.0.0.1:{port}", time.monotonic()
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=1).close()
+            break
+        except (urllib.error.URLError, TimeoutError):
+            assert process.poll() is None and time.monotonic() - begun < 90, (folder / "log.txt").read_text()
+            time.sleep(0.2)
+    yield url, folder, process
+    process.terminate()
+    process.wait(30)
+    log.close()

@@ -4,7 +4,9 @@ import copy
 import dataclasses
 import inspect
 
+import fastapi
 import pytest
+from fastapi.testclient import TestClient
 from turbodistill.page import fields, job, runs, tab
 from turbodistill.trainer.config import OF_PIXELS, Config, ConfigError
 
@@ -195,3 +197,28 @@ def test_no_event_is_offered_as_an_api_of_its_own(page):
     shown = [d.get("api_name") for d in config["dependencies"] if d.get("api_visibility", "public") == "public"]
     assert set(shown) <= {False, None}
     assert not any(inspect.isgeneratorfunction(f) for f in (tab.refresh, tab.filled))  # none holds a place in the queue
+
+
+@pytest.mark.parametrize(
+    ("headers", "more", "answered"),
+    [
+        ({}, {}, True),
+        ({"Origin": "http://testserver"}, {}, True),
+        ({"Origin": "http://evil.example"}, {}, False),
+        ({"Origin": "null"}, {}, False),
+        ({"Sec-Fetch-Site": "same-site", "Origin": "http://127.0.0.1:1"}, {}, False),
+        # To gradio 3 a body can say what request it is in.
+        ({"Origin": "http://evil.example"}, {"request": {"headers": {}, "client": {"host": "127.0.0.1"}}}, False),
+    ],
+)
+def test_no_other_site_s_page_can_press_a_button(backend, foreign, monkeypatch, headers, more, answered):
+    """Older FastAPIs take a body without a type for JSON, for which no browser asks whether it may send it."""
+    begun = []
+    monkeypatch.setattr(job, "start", lambda backend, asked: begun.append(asked.name))
+    app = gradio.mount_gradio_app(fastapi.FastAPI(), tab.build(backend), "/")
+    client = TestClient(app)
+    config = client.get("/config").json()
+    prefix = config.get("api_prefix", "")
+    (path, body), *_ = foreign.event(config, "turbodistill-distil", {"turbodistill-name": "theirs"}, prefix)
+    client.post(path, json=body | more, headers=headers)
+    assert begun == ["theirs"] * answered

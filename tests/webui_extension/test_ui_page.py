@@ -2,10 +2,7 @@
 
 import json
 import re
-import subprocess
-import sys
 import time
-import urllib.error
 import urllib.request
 
 import pytest
@@ -16,27 +13,6 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 PATIENCE = 60_000  # milliseconds
 SHORT = {"pairs": 8, "pair_steps": 2, "rank": 4, "updates": 4, "batch_size": 2}
-
-
-@pytest.fixture(scope="module")
-def served(chromium, port, tmp_path_factory):
-    """The command, running; where it is and its folder."""
-    folder = tmp_path_factory.mktemp("ui")
-    command = [sys.executable, "-m", "turbodistill.app.cli", "ui", "--port", str(port), "--out", str(folder)]
-    log = (folder / "log.txt").open("w+")
-    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
-    url, begun = f"http://127.0.0.1:{port}", time.monotonic()
-    while True:
-        try:
-            urllib.request.urlopen(url, timeout=1).close()
-            break
-        except (urllib.error.URLError, TimeoutError):
-            assert process.poll() is None and time.monotonic() - begun < 90, (folder / "log.txt").read_text()
-            time.sleep(0.2)
-    yield url, folder, process
-    process.terminate()
-    process.wait(30)
-    log.close()
 
 
 @pytest.fixture

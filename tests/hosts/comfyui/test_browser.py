@@ -313,3 +313,11 @@ def test_the_page_speaks_the_locale(browser, comfyui):
     for words, (title, description, *inputs) in zip(map(marked, written.values()), shown, strict=True):
         assert (title, description) == (read(words["display_name"]), read(words["description"]))
         assert set(inputs) == {read(word["name"]) for word in words["inputs"].values()}
+
+
+def test_another_site_s_page_can_trigger_no_route_of_ours(comfyui, browser, foreign):
+    runs = "/turbodistill/runs/1"
+    answers = foreign.attack(browser, comfyui.url, [(runs, {}), (f"{runs}/stop", {}), (f"{runs}/preview", {})])
+    sent = [answer for answer in answers if answer.method == "POST"]
+    assert len(sent) > 30 and {answer.status for answer in sent} == {403}
+    assert comfyui.post("turbodistill/runs/1/stop") == 404  # as a program is answered: no training is there

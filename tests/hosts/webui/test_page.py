@@ -181,6 +181,24 @@ def test_a_distillation_is_begun_watched_and_stopped_in_the_tab(page, webui, not
     assert webui.txt2img(prompt="a fox <lora:from-the-tab:1>").comments == ""
 
 
+ROUTES = ("distill", "estimate", "run", "stop", "cancel", "preview", "students", "runs", "settings")
+
+
+def test_another_site_s_page_can_trigger_nothing(webui, chromium, foreign, refused, nothing_runs_after):
+    """Neither a route of ours nor, by the host's own ones, a button of our tab."""
+    root, name = "/turbodistill/v1", "turbodistill-name"
+    click = foreign.event(webui.call("config"), "turbodistill-distil", {name: "theirs"}, "")
+    asked = [(f"{root}/{route}", {"name": "theirs", "prompts": "a fox"}) for route in ROUTES]
+    answers = foreign.attack(chromium, webui.url, [*asked, *click])
+    sent = [a for a in answers if a.method == "POST" and a.path.startswith(root)]
+    assert len(sent) > 100 and {answer.status for answer in sent} <= {403, 405}
+    assert {answer.path for answer in sent if answer.status == 403} >= {f"{root}/{route}" for route in ROUTES[:2]}
+    assert "theirs" not in [run["name"] for run in webui.call("turbodistill/v1/runs")["runs"]]
+    # What it sent was right: our own page is answered.
+    (path, body), *_ = foreign.event(webui.call("config"), "turbodistill-distil", {name: "a/b"}, "")
+    assert "name is" in str(webui.call(path[1:], body, {"Origin": webui.url, "Sec-Fetch-Site": "same-origin"}))
+
+
 def test_reload_ui_twice_leaves_one_of_each(page, webui):
     for _ in range(2):
         begun, written = (webui.log.read_text().count(words) for words in ("Restarting UI", "Startup time"))

@@ -43,11 +43,11 @@ class Routes:
 
         return keep
 
-    def ask(self, method, path):
+    def ask(self, method, path, **headers):
         """Status and JSON of the answer."""
         for (known, pattern), handler in self.known.items():
             if known == method and (found := pattern.fullmatch(path)):
-                answer = asyncio.run(handler(SimpleNamespace(match_info=found.groupdict())))
+                answer = asyncio.run(handler(SimpleNamespace(match_info=found.groupdict(), headers=headers)))
                 return answer.status, json.loads(answer.text) if answer.text else None
         return 404, None
 
