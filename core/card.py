@@ -81,6 +81,10 @@ class StudentCard:
             )
         if self.kind not in KINDS:
             raise CardError(f"card: kind is {self.kind!r:.80}, known are {', '.join(KINDS)}")
+        try:  # others read cards, too, and JSON has no NaN
+            json.dumps([self.training, self.metrics], allow_nan=False)
+        except ValueError as error:
+            raise CardError(f"card: training or metrics hold what is no number ({error})") from None
         for value in (self.prediction, self.base_prediction):
             if value not in READINGS:
                 raise CardError(f"card: prediction is {value!r:.80}, known are {', '.join(READINGS)}")
@@ -218,8 +222,8 @@ def titles(path: str | Path) -> list[str]:
 def _opened(path: str | Path) -> Iterator[Any]:
     """A safetensors file; raises CardError for a file that is missing, truncated, or another kind."""
     path = Path(path)
-    if not path.is_file():
-        raise CardError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}: check the name")
+    if not os.path.isfile(path):  # unlike Path's, false for what no file can be called
+        raise CardError(f"{path!s:.300} {'is a folder' if os.path.isdir(path) else 'does not exist'}: check the name")
     try:
         with safe_open(path, "pt") as file:
             yield file

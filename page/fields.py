@@ -64,8 +64,16 @@ def settings(names: Iterable[str], values: Iterable[Any]) -> dict[str, Any]:
         kind = type(FIELDS[name].default)
         if value is None and kind not in EMPTY:
             raise ConfigError(f"{name} is empty: give a number")
-        chosen[name] = EMPTY[kind] if value is None else kind(value)
+        chosen[name] = EMPTY[kind] if value is None else number(name, value, kind)
     return chosen
+
+
+def number(name: str, value: Any, kind: type = int) -> Any:
+    """A value that a page sent as a number of this kind (or a text, or yes or no); raises ConfigError."""
+    try:
+        return kind(value)
+    except (ValueError, TypeError, OverflowError):
+        raise ConfigError(f"{name} is {value!r:.100}: give a number") from None
 
 
 def label(name: str) -> str:

@@ -12,7 +12,7 @@ import gradio as gr
 from ..core.card import CardError
 from ..generate.generator import Generator, Made
 from ..trainer.config import ConfigError
-from . import job, view
+from . import fields, job, view
 from .events import listen
 from .pictures import data_urls
 
@@ -78,16 +78,26 @@ def pictures(
     if job.running():
         return [view.box("A distillation runs: generation waits until it has ended.", "warn"), gr.update()]
     try:
-        if student not in students:
+        if not isinstance(student, str) or student not in students:
             raise ConfigError("no student is chosen: choose one, or distil one in the other tab")
-        first = int(seed or 0)
-        made = generator.make(students[student], prompt or "", range(first, first + int(count)), int(steps))
+        first = _whole("seed", seed or 0, 0, 2**63 - MOST)
+        seeds = range(first, first + _whole("pictures", count, 1, MOST))
+        prompt = str(prompt or "")
+        made = generator.make(students[student], prompt, seeds, _whole("steps", steps, 1, STEPS))
     except (CardError, ValueError, OSError) as error:
         return [view.box(str(error), "bad"), gr.update()]
     if made is None:
         return [gr.update(), gr.update()]
-    shown = "".join(f'<img src="{url}" alt="{escape(prompt or "")}">' for url in data_urls(made.pictures))
+    shown = "".join(f'<img src="{url}" alt="{escape(prompt)}">' for url in data_urls(made.pictures))
     return [_pace(made), f'<div class="turbodistill-made">{shown}</div>']
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> int:
+    """A number that the page sent; raises ConfigError for one out of bounds."""
+    number = fields.number(name, value)
+    if not low <= number <= high:
+        raise ConfigError(f"{name} is {value!s:.100}: give {low} to {high}")
+    return number
 
 
 def _pace(made: Made) -> str:

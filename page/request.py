@@ -38,7 +38,7 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ConfigError(f"kind is {self.kind!r}: use one of {', '.join(KINDS)}")
+            raise ConfigError(f"kind is {self.kind!r:.100}: use one of {', '.join(KINDS)}")
         for name in ("prompt_file", "images"):
             object.__setattr__(self, name, path_of(getattr(self, name)))
 
@@ -48,9 +48,9 @@ class Request:
         known = {f.name: type(f.default) for f in dataclasses.fields(cls)} | {"settings": dict}
         for name, value in values.items():
             if name not in known:
-                raise ConfigError(f"unknown field {name!r}: known are {', '.join(known)}")
+                raise ConfigError(f"unknown field {name!r:.100}: known are {', '.join(known)}")
             if type(value) is not known[name]:
-                raise ConfigError(f"{name} is {value!r}: give a value of type {known[name].__name__}")
+                raise ConfigError(f"{name} is {value!r:.100}: give a value of type {known[name].__name__}")
         return cls(**values)
 
     def config(self) -> Config:
@@ -69,7 +69,7 @@ class Request:
             return read_prompts(check_text_file(self.prompt_file, folders))
         if self.built_in:
             if self.built_in not in built_in:
-                raise DataError(f"there is no prompt list {self.built_in!r}: known are {', '.join(built_in)}")
+                raise DataError(f"there is no prompt list {self.built_in!r:.100}: known are {', '.join(built_in)}")
             return read_prompts(built_in[self.built_in])
         captions = (
             dict.fromkeys(text for _, text in read_image_folder(check_inside(self.images, folders)) if text)

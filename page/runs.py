@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -48,10 +49,11 @@ def read_record(folder: Path) -> Record | None:
     """The record of a run; None where there is none that can be read."""
     try:
         values = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        record = Record(**values | {"request": Request.from_dict(values["request"])})
+        record = Record(**values | {"request": Request.from_dict(dict(values["request"]))})
         record.request.config()
-        return record
-    except (OSError, ValueError, KeyError, TypeError):
+        texts = (record.checkpoint, record.pairs, record.state, record.error, record.student)
+        return record if all(isinstance(text, str) for text in texts) and math.isfinite(record.changed) else None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 
@@ -138,4 +140,4 @@ def _last_update(history: Path) -> int:
             rows = file.read().decode(errors="replace").splitlines()[1:]
     except OSError:
         return 0
-    return next((int(first) for row in reversed(rows) if (first := row.partition(",")[0]).isdecimal()), 0)
+    return next((int(first[:20]) for row in reversed(rows) if (first := row.partition(",")[0])[:20].isdecimal()), 0)

@@ -185,18 +185,18 @@ def _form(backend: Backend) -> Form:
 
 
 def request(kind: str, values: Sequence[Any]) -> Request:
-    """What the form asks for, from its inputs' values; raises ConfigError for a number that was left out."""
+    """What the form asks for, from its inputs' values; raises ConfigError for a number that is none."""
     form = dict(zip(OF_RUN, values, strict=False))
-    source = form["source"] or ""
+    name, source, text, file, images = (str(form[each] or "") for each in OF_RUN[:5])
     return Request(
-        name=(form["name"] or "").strip(),
+        name=name.strip(),
         kind=kind,
-        prompts=form["text"] or "" if source == TEXT else "",
-        prompt_file=(form["file"] or "").strip() if source == FILE else "",
+        prompts=text if source == TEXT else "",
+        prompt_file=file if source == FILE else "",
         built_in=source.removeprefix(BUILT_IN) if source.startswith(BUILT_IN) else "",
-        images=(form["images"] or "").strip(),
-        width=int(form["width"] or 0),
-        height=int(form["height"] or 0),
+        images=images,
+        width=fields.number("width", form["width"] or 0),
+        height=fields.number("height", form["height"] or 0),
         settings=fields.settings(SETTINGS, values[len(OF_RUN) :]),
     )
 
@@ -262,7 +262,7 @@ def _lines(backend: Backend) -> list[str]:
 
 
 def _name(line: str | None) -> str:
-    if not line:
+    if not isinstance(line, str) or not line:
         raise ConfigError("no run is chosen: choose one of the earlier runs")
     return line.partition(":")[0]
 

@@ -50,7 +50,8 @@ STYLE = """<style>
 
 def box(text: str, kind: str = "") -> str:
     """Words in a frame: `bad`, `warn`, `good` or neither; "" stays empty."""
-    return f'<div class="turbodistill-box {kind}">{escape(text)}</div>' if text else ""
+    words = escape(text.encode("utf-8", "replace").decode())  # names of files need not be UTF-8
+    return f'<div class="turbodistill-box {kind}">{words}</div>' if text else ""
 
 
 def status(snapshot: Mapping[str, Any]) -> str:

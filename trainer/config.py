@@ -369,11 +369,12 @@ class Config:
         else:
             import tomli as tomllib
         try:
-            return cls.from_dict(tomllib.loads(Path(path).read_text(encoding="utf-8-sig")))
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             raise ConfigError(f"settings file {path} does not exist: check the name") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"settings file {path} is no TOML: {error}") from None
+        return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,8 @@ def load_model(path: str | Path | None = None, device: str | None = None) -> Dif
             f"device {device!r} cannot be used ({reason}): leave it out, or install a torch for it"
         ) from None
     path = MODEL if path is None else Path(path)
-    if not path.exists():
-        raise ModelError(f"model {path} does not exist: check the name")
+    if not os.path.exists(path):  # unlike Path's, false for what no file can be called
+        raise ModelError(f"model {path!s:.300} does not exist: check the name")
     if path.is_dir():
         return _load_folder(path, device)
     return _load_single_file(path, device)

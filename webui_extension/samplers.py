@@ -58,7 +58,7 @@ def find(
         return Found(FAMILIES[choice].for_steps(steps), "As chosen")
     if choice not in (DETECT, ""):
         raise ValueError(
-            f"{choice!r} is neither a LoRA here nor a family of one-step models ({', '.join(FAMILIES)}): "
+            f"{choice!r:.100} is neither a LoRA here nor a family of one-step models ({', '.join(FAMILIES)}): "
             f"choose another, or {DETECT!r}"
         )
     given = [(files[name], name, f"LoRA {name}") for name in applied if name in files]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...core.denoiser import Cond
 from ..host import Host
-from .files import DataError, OtherRun, log, read_tensors, write_tensors
+from .files import DataError, OtherRun, check_rows, log, read_tensors, said_of, texts_of, write_tensors
 from .stored import StoredCond
 
 SHARD = 64  # prompts in a file
@@ -105,4 +105,9 @@ def _to_tensors(cond: Cond) -> dict[str, Tensor]:
 def _read(path: Path, key: str) -> tuple[Cond, list[str]]:
     tensors, about = read_tensors(path, key)
     extra = {name.removeprefix("extra."): value for name, value in tensors.items() if name.startswith("extra.")}
-    return Cond(tensors["context"], tensors.get("pooled"), extra), json.loads(about["prompts"])
+    with said_of(path):
+        context, pooled, prompts = tensors["context"], tensors.get("pooled"), texts_of(about["prompts"])
+        check_rows(3, len(prompts), context)
+        if pooled is not None:
+            check_rows(2, len(prompts), pooled)
+        return Cond(context, pooled, extra), prompts

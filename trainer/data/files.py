@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from torch import Tensor
 
 LIBC = ctypes.CDLL(None) if os.name == "posix" else None
 log = logging.getLogger(__name__)
+AGAIN = "every run makes such a file again, and only that"
 
 
 class DataError(ValueError):
@@ -104,17 +106,39 @@ def read_tensors(path: Path, key: str | None = None) -> tuple[dict[str, Tensor],
 
     Raises DataError if it is broken, and OtherRun if it was made in another way than `key`.
     """
-    again = "every run makes such a file again, and only that"
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} is broken ({error}): {again}") from None
+        raise DataError(f"{path} is broken ({error}): {AGAIN}") from None
     whole = about.get("checksum") == checksum(tensors)
     if whole and key in (None, about.get("key")):
         return tensors, about
     del tensors  # or the error would hold the file mapped, and Windows would not let it be replaced
     if not whole:
-        raise DataError(f"{path} is corrupt (wrong checksum): {again}")
+        raise DataError(f"{path} is corrupt (wrong checksum): {AGAIN}")
     raise OtherRun(f"{path} was made with other settings or another model: use another folder, or delete this one")
+
+
+@contextmanager
+def said_of(path: Path) -> Iterator[None]:
+    """Within, whatever is wrong with a file's content is a DataError that names it."""
+    try:
+        yield
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"{path} holds something else ({error!s:.100}): {AGAIN}") from None
+
+
+def texts_of(text: str) -> list[str]:
+    """A list of texts from JSON; raises ValueError for anything else."""
+    found = json.loads(text)
+    if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+        raise ValueError("no list of texts")
+    return found
+
+
+def check_rows(dimensions: int, rows: int, tensor: Tensor) -> None:
+    """Raise ValueError for a tensor of other dimensions, or with another number of rows."""
+    if tensor.ndim != dimensions or len(tensor) != rows:
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} for {rows} texts")

@@ -33,8 +33,8 @@ def read_image_folder(folder: str | Path) -> list[tuple[Path, str]]:
     Raises DataError for a folder without pictures, or a picture without a caption.
     """
     folder = Path(path_of(str(folder)))
-    if not folder.is_dir():
-        raise DataError(f"image folder {folder} does not exist: check the name")
+    if not os.path.isdir(folder):  # unlike Path's, false for what no folder can be called
+        raise DataError(f"image folder {folder!s:.300} does not exist: check the name")
     table = next((path for name in ("metadata.jsonl", "metadata.csv") if (path := folder / name).exists()), None)
     found = _of_table(folder, table) if table else _of_captions(folder)
     if not found:

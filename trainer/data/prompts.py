@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 from collections.abc import Sequence
@@ -40,8 +41,8 @@ def read_prompts(path: str | Path) -> list[str]:
     Raises DataError for a missing file, one without a prompt, or one of choices that do not end.
     """
     path = Path(path_of(str(path)))
-    if not path.is_file():
-        raise DataError(f"prompt file {path} does not exist: check the name")
+    if not os.path.isfile(path):  # unlike Path's, false for what no file can be called
+        raise DataError(f"prompt file {path!s:.300} does not exist: check the name")
     prompts = prompt_lines(read_text(path))
     if not prompts:
         raise DataError(f"prompt file {path} holds no prompt: write one a line")

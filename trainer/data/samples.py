@@ -13,7 +13,7 @@ from torch import Tensor
 from ...core.denoiser import Cond
 from ...core.sampling import seeded_noise
 from .conditioning import read_conditioning
-from .files import DataError, read_tensors, write_tensors
+from .files import DataError, check_rows, read_tensors, said_of, texts_of, write_tensors
 from .stored import StoredCond, StoredLatents
 
 SHARD = 64  # samples in a file: what an interruption can cost
@@ -70,7 +70,12 @@ def write_shard(path: Path, shard: Shard, key: str, recipe: Mapping[str, str] | 
 def read_shard(path: Path, key: str | None = None) -> Shard:
     """The samples of one file, mapped; raises as `read_tensors`."""
     tensors, about = read_tensors(path, key)
-    return Shard(tensors["latents"], json.loads(about["texts"]), tensors.get("seeds"))
+    with said_of(path):
+        latents, prompts, seeds = tensors["latents"], texts_of(about["texts"]), tensors.get("seeds")
+        check_rows(4, len(prompts), latents)
+        if seeds is not None:
+            check_rows(1, len(prompts), seeds)
+        return Shard(latents, prompts, seeds)
 
 
 def load_samples(folder: str | Path, kind: str, limit: int | None = None) -> Samples:
@@ -89,6 +94,8 @@ def load_samples(folder: str | Path, kind: str, limit: int | None = None) -> Sam
             shards.append(read_shard(path, key))
     prompts = [prompt for shard in shards for prompt in shard.prompts][:limit]
     seeds = [shard.seeds for shard in shards if shard.seeds is not None]
+    if len({shard.latents.shape[1:] for shard in shards}) > 1 or len(seeds) not in (0, len(shards)):
+        raise DataError(f"{folder} holds {KINDS[kind]} of other kinds: delete the files that do not belong there")
     return Samples(
         StoredLatents([shard.latents for shard in shards], torch.arange(len(prompts))),
         read_conditioning(folder, key, prompts),

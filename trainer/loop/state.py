@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import torch
@@ -126,7 +127,7 @@ class State:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Raises ConfigError if the saved run had other settings."""
+        """Raises ConfigError if the saved run had other settings, ValueError or RuntimeError for other shapes."""
         check_resumable(saved["config"], self.config)
         self.student.trained.load_state_dict(saved["student"])
         self.average.load_state_dict(saved["average"])
@@ -136,6 +137,20 @@ class State:
         if self.fake_score:
             self.fake_score.load_state_dict(saved["fake_score"])
         self.update, self.spent, self.extra = saved["update"], saved["spent"], saved["extra"]
+        for optimizer in (self.optimizer, self.discriminator_optimizer):  # which does not look at them itself
+            for parameter, moments in optimizer.state.items():
+                if any(m.ndim and m.shape != parameter.shape for m in moments.values()):
+                    raise ValueError("an optimizer's moments are of other shapes than what it trains")
+
+
+def check_state(saved: Any) -> None:
+    """Raise ValueError for what is no `state_dict` of a State, whatever its tensors."""
+    kinds = {"config": dict, "extra": dict, "update": int, "spent": float}
+    if not isinstance(saved, dict) or any(not isinstance(saved.get(name), kind) for name, kind in kinds.items()):
+        raise ValueError("it is no training's state")
+    best, pairs = saved["extra"].get("best", 0.0), saved["extra"].get("pairs", {})
+    if not (isinstance(best, float) and isinstance(pairs, dict) and saved["update"] >= 0 and 0 <= saved["spent"] < inf):
+        raise ValueError("its numbers cannot be a training's")
 
 
 def tap_names(config: Config) -> list[str]:

@@ -23,7 +23,7 @@ def read_rows(path: Path, update: int) -> list[dict[str, str]]:
     rows: list[dict[str, str]] = []
     try:
         with path.open(newline="") as file:
-            rows += [row for row in csv.DictReader(file) if _is_whole(row) and int(row["update"]) <= update]
+            rows += [row for row in csv.DictReader(file) if _is_whole(row) and 0 < int(row["update"]) <= update]
     except (ValueError, csv.Error) as error:
         log.warning("%s cannot be read to its end (%s)", path, error)
     return rows

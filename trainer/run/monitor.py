@@ -100,12 +100,9 @@ class Monitor:
         health = [f.name for f in fields(Health)]
         with self._lock:
             for row in rows:
-                numbers = {k: float(v) for k, v in row.items() if v not in (None, "")}
-                update = int(numbers.pop("update"))
-                numbers.pop("seconds", None)
-                self._add(
-                    update, {k: v for k, v in numbers.items() if k not in health}, {k: numbers[k] for k in health}
-                )
+                numbers = {k: float(v) for k, v in row.items() if v != "" and k not in ("update", "seconds")}
+                losses = {k: v for k, v in numbers.items() if k not in health}
+                self._add(int(row["update"]), losses, {k: numbers[k] for k in health if k in numbers})
 
     def _shown(self, event: Preview) -> dict[str, Any]:
         self._teacher = self._teacher or self.show(event.teacher)

@@ -24,10 +24,10 @@ from ..host import Host
 from ..loop import health
 from ..loop.distill import Diverged, Step, distill
 from ..loop.precision import autocast
-from ..loop.state import State
+from ..loop.state import State, check_state
 from .events import Begun, Control, Event, Finished, Preview, Selected, Warned
 from .history import History
-from .memory import measure_memory
+from .memory import is_out_of_memory, measure_memory
 from .scores import Score
 from .student_file import write_student
 
@@ -55,14 +55,20 @@ def save_state(state: State, folder: Path) -> None:
 
 
 def read_state(folder: Path, device: torch.device | str = "cpu", mmap: bool = False) -> dict[str, Any] | None:
-    """A folder's last state, if it has one, mapped into memory or read; raises ConfigError for a broken file."""
+    """A folder's last state, if it has one, mapped into memory or read; raises ConfigError for a file that is none."""
     path = folder / STATE
     if not path.exists():
         return None
     try:
-        return torch.serialization.load(path, weights_only=True, map_location=device, mmap=mmap)
+        saved = torch.serialization.load(path, weights_only=True, map_location=device, mmap=mmap)
+        check_state(saved)
+        return saved
     except Exception as error:
-        raise ConfigError(f"{path} cannot be read ({error}): delete it to begin anew; the teacher pairs stay") from None
+        raise _unusable(path, error) from None
+
+
+def _unusable(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"{path} cannot be read ({error!s:.200}): delete it to begin anew; the teacher pairs stay")
 
 
 def check_saved(folder: Path, config: Config, recipe: Mapping[str, str]) -> None:
@@ -71,18 +77,25 @@ def check_saved(folder: Path, config: Config, recipe: Mapping[str, str]) -> None
     if saved is None:
         return
     check_resumable(saved["config"], config)
-    if changed := changes(saved["extra"]["pairs"], recipe):
+    if changed := changes(saved["extra"].get("pairs", {}), recipe):
         raise ConfigError(
             f"{folder} holds a training with other pairs ({changed}): change that back, or use another name or folder"
         )
 
 
 def resume(state: State, folder: Path) -> bool:
-    """Load the folder's last state, if it has one, which `check_saved` has looked at."""
+    """Load the folder's last state, if it has one; raises ConfigError for one of other settings or another shape."""
     saved = read_state(folder, state.student.device)
     if saved is None:
         return False
-    state.load_state_dict(saved)
+    try:
+        state.load_state_dict(saved)
+    except ConfigError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise _unusable(folder / STATE, error) from None
     return True
 
 
