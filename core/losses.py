@@ -68,17 +68,27 @@ ADVERSARIAL: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 }
 
 
-def r1(logits: Logits, inputs: Sequence[Tensor]) -> Tensor:
-    """Exact R1 on the heads' inputs (ADD, eq. 3): sum over heads of E || grad_F D(F) ||^2 / 2.
+# R1 (arXiv 1801.04406, eq. 9; ADD, eq. 3, takes it on the heads' input features): the slope at real pictures. Every
+# position of a head is a discriminator of its own, so it is the mean over positions n of || grad_F D_n(F) ||^2, as
+# large at every resolution, and the two estimators below agree: one is right for any perturbation, one needs no
+# gradient of a gradient.
+def exact_r1(logits: Logits, inputs: Sequence[Tensor], draws: torch.Generator) -> Tensor:
+    """E || grad_F D_n(F) ||^2, (), of the heads' `inputs`, K maps (B, C_k, H_k, W_k) with requires_grad.
 
-    `inputs` are the K maps (B, C_k, H_k, W_k) with requires_grad that gave `logits`.
+    In one backward pass for all positions: each logit is summed with a random sign, under which the products of two
+    positions' gradients vanish in expectation (Hutchinson's estimator of a trace).
     """
-    gradients = torch.autograd.grad([x.mean(1).sum() for x in logits], list(inputs), create_graph=True)
-    return 0.5 * torch.stack([g.square().sum((1, 2, 3)).mean() for g in gradients]).sum()
+    signs = [torch.randint(2, x.shape, generator=draws, device=x.device) * 2 - 1 for x in logits]
+    signed = torch.stack([(x * sign).sum() for x, sign in zip(logits, signs, strict=True)]).sum()
+    gradients = torch.autograd.grad(signed, list(inputs), create_graph=True)
+    return _mean([g.square().sum((1, 2, 3)) / x.shape[1] for g, x in zip(gradients, logits, strict=True)])
 
 
 def approximate_r1(logits: Logits, perturbed: Logits) -> Tensor:
-    """|| D(x) - D(x + s e) ||^2 (APT, arXiv 2501.08316, eq. 4), of logits at the same noise and level."""
+    """|| D(x) - D(x + s e) ||^2 (APT, arXiv 2501.08316, eq. 4), of logits at the same noise and level.
+
+    Over s^2 it is, for a small s, what `exact_r1` estimates.
+    """
     return _mean([(a - b).square() for a, b in _pairs(logits, perturbed)])
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.nn import Conv2d
 from turbodistill.core import losses
 from turbodistill.core.denoiser import Guided, guided
+from turbodistill.core.discriminator import Head
 from turbodistill.core.losses import ADVERSARIAL, WEIGHTS
 from turbodistill.core.sampling import sample_euler
 from turbodistill.core.schedule import DiscreteSchedule, FlowSchedule, expand
@@ -82,22 +83,60 @@ def test_the_relativistic_student_needs_real_logits():
 # --- R1 ---
 
 
+def drawn(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 def test_exact_r1_by_hand():
-    # D(F) = a . F^2 at each position, averaged over N: its gradient is 2 a F / N.
+    # D_n(F) = a . F_n^2 at each position, whose gradient is 2 a F_n there and 0 elsewhere.
     weights, maps = torch.tensor([1.0, -2.0, 0.5]), torch.randn(4, 3, 2, 2, requires_grad=True)
     logits = (weights[:, None, None] * maps.square()).sum(1).flatten(1)
-    gradient = 2 * weights[:, None, None] * maps.detach() / 4
-    expected = 0.5 * gradient.square().sum((1, 2, 3)).mean()
-    assert torch.allclose(losses.r1([logits], [maps]), expected)
-    assert torch.allclose(losses.r1([logits, logits], [maps, maps]), 4 * 2 * expected)  # summed over heads
+    expected = (2 * weights[:, None, None] * maps.detach()).square().sum(1).mean()
+    assert torch.allclose(losses.exact_r1([logits], [maps], drawn()), expected)
+    both = [maps, torch.randn(4, 2, 5, 5, requires_grad=True)]
+    flat = losses.exact_r1([logits, 0 * both[1].sum(1).flatten(1)], both, drawn())
+    assert torch.allclose(flat, expected / 2)  # each head counts the same
 
 
 def test_exact_r1_trains_the_head():
     head, maps = Conv2d(3, 1, 1), torch.randn(2, 3, 2, 2, requires_grad=True)
-    penalty = losses.r1([head(maps).flatten(1)], [maps])
-    assert torch.allclose(penalty, 0.5 * head.weight.square().sum() / 4)  # w / N at each of N = 4 positions
+    penalty = losses.exact_r1([head(maps).flatten(1)], [maps], drawn())
+    assert torch.allclose(penalty, head.weight.square().sum())
     penalty.backward()
-    assert torch.allclose(head.weight.grad, head.weight / 4)
+    assert torch.allclose(head.weight.grad, 2 * head.weight)
+
+
+def test_exact_r1_of_positions_that_see_each_other_s_neighbours():
+    """Against every position's own gradient, one by one."""
+    torch.manual_seed(0)
+    head, maps = Head(3, 4, 8), torch.randn(1, 3, 5, 5)
+    head.eval()
+    told = torch.randn(1, 4)
+    slopes = torch.autograd.functional.jacobian(lambda x: head(x, told)[0], maps)
+    expected = slopes.square().sum((1, 2, 3, 4)).mean().item()
+    maps.requires_grad_(True)
+    found = [losses.exact_r1([head(maps, told)], [maps], drawn(k)).item() for k in range(300)]
+    assert torch.tensor(found).mean().item() == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("side", [8, 16, 32, 64, 128])
+def test_both_penalties_are_the_same_at_every_resolution(side):
+    torch.manual_seed(0)
+    heads = [Head(c, 4, 16).double().eval() for c in (3, 5)]
+    batch, s = max(2, 64 * 64 // side**2), 1e-3
+    maps = [torch.randn(batch, c, side, side, dtype=torch.double) for c in (3, 5)]
+    told = torch.ones(batch, 4, dtype=torch.double)
+
+    def logits(inputs):
+        return [head(x, told) for head, x in zip(heads, inputs, strict=True)]
+
+    moved = logits([x + s * torch.randn_like(x) for x in maps])
+    approximate = losses.approximate_r1(logits(maps), moved).item() / s**2
+    for x in maps:
+        x.requires_grad_(True)
+    exact = losses.exact_r1(logits(maps), maps, drawn()).item()
+    assert exact == pytest.approx(approximate, rel=0.1)
+    assert exact == pytest.approx(0.06, rel=0.2)  # the edges' share alone differs
 
 
 def test_approximate_r1_approaches_the_slope():

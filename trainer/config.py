@@ -264,18 +264,26 @@ class Config:
     )
     r1: str = option(
         "approximate",
-        "Gradient penalty (R1) that keeps the discriminator from winning. exact is slower.",
+        "Gradient penalty (R1) that keeps the discriminator from winning. Both kinds measure the same slope; exact is "
+        "slower and needs no r1_noise.",
         "losses",
         ("none", "exact", "approximate"),
     )
     r1_weight: float = option(
         1.0,
-        "Weight of the gradient penalty. Raise it when the discriminator's accuracy stays above 0.95.",
+        "Weight of the gradient penalty, for both kinds and every resolution. 0.01 to 10; raise it when the "
+        "discriminator's accuracy stays above 0.95.",
         "losses",
         low=0,
         high=1e6,
     )
-    r1_noise: float = option(0.1, "Size of the perturbation in the approximate penalty.", "losses", low=0, high=10)
+    r1_noise: float = option(
+        0.1,
+        "Size of the perturbation in the approximate penalty, whose features have size 1. 0.03 to 0.3.",
+        "losses",
+        low=1e-3,
+        high=10,
+    )
     # Discriminator
     pixel_backbone: str = option(
         "",

@@ -219,10 +219,10 @@ def discriminator_losses(state: State, real: HeadInputs, fake: HeadInputs, batch
             parts["mismatch"] = config.mismatch_weight * loss(
                 [x[differs] for x in on_real], [x[differs] for x in on_wrong]
             )
+    draws = torch.Generator(real.sigma.device).manual_seed(batch.seed)
     if penalty == "exact":
-        parts["r1"] = config.r1_weight * losses.r1(on_real, real.maps)
+        parts["r1"] = config.r1_weight * losses.exact_r1(on_real, real.maps, draws)
     elif penalty == "approximate":
-        draws = torch.Generator(real.sigma.device).manual_seed(batch.seed)
         noise = [torch.randn(x.shape, generator=draws, device=x.device) for x in real.maps]
         moved = replace(real, maps=[x + config.r1_noise * e for x, e in zip(real.maps, noise, strict=True)])
         difference = losses.approximate_r1(on_real, logits(state, moved))
