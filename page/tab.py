@@ -71,7 +71,7 @@ def add_components(backend: Backend, blocks: gr.Blocks) -> None:
             gr.HTML(view.box(_introduction(backend)))
             form = _form(backend)
         with gr.Column(scale=1, min_width=380, elem_id="turbodistill-live"):
-            with gr.Row():
+            with gr.Row(equal_height=True):
                 estimate = gr.Button("Estimate memory", elem_id="turbodistill-estimate")
                 pairs = gr.Button("Make teacher pairs", elem_id="turbodistill-make-pairs")
                 distil = gr.Button("Distil", variant="primary", elem_id="turbodistill-distil")
@@ -88,7 +88,7 @@ def add_components(backend: Backend, blocks: gr.Blocks) -> None:
                     fill = gr.Button("Fill in the form from it", elem_id="turbodistill-fill")
             said = gr.HTML("", elem_id="turbodistill-said")
             status = gr.HTML(view.idle(backend.checkpoint()), elem_id="turbodistill-status")
-            with gr.Row():
+            with gr.Row(equal_height=True):
                 stop = gr.Button("Stop and keep best", elem_id="turbodistill-stop", interactive=False)
                 preview = gr.Button("Preview now", elem_id="turbodistill-preview", interactive=False)
                 cancel = gr.Button("Cancel", variant="stop", elem_id="turbodistill-cancel", interactive=False)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from turbodistill.core.card import fingerprint
 from turbodistill.core.denoiser import Cond, Denoiser
@@ -145,6 +145,23 @@ def fail_at(host, number, error=Refused):
             raise error
 
     return host.denoiser.backbone.register_forward_pre_hook(look)
+
+
+def flip(path):
+    """Change one bit of a file's last numbers."""
+    raw = bytearray(path.read_bytes())
+    raw[-3] ^= 0xFF
+    path.write_bytes(raw)
+
+
+def truncate(path):
+    """Leave only the beginning of a file."""
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def strip(path):
+    """Write a file again without what it says of itself."""
+    save_file(load_file(path), path)
 
 
 @pytest.fixture(scope="session")

@@ -15,16 +15,6 @@ from turbodistill.trainer.data.files import DataError, write_whole
 from turbodistill.trainer.data.pairs import load_pairs
 
 
-def flip(path):
-    raw = bytearray(path.read_bytes())
-    raw[-3] ^= 0xFF
-    path.write_bytes(raw)
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:200])
-
-
 class Encoder:
     """A text encoder whose conditioning has every field; it counts what it is asked for."""
 
@@ -72,10 +62,10 @@ def test_conditioning_too_large_for_half_precision_keeps_its_own(tmp_path):
     assert torch.equal(stored.rows(slice(1)).context, Encoder(1e6).encode_text(["b"]).context)
 
 
-@pytest.mark.parametrize("damage", [flip, truncate])
+@pytest.mark.parametrize("damage", ["flip", "truncate"])
 def test_broken_conditioning_is_told_and_made_again(kit, host, tmp_path, caplog, damage):
     whole = kit.pairs(host, kit.config(), tmp_path).cond.rows(slice(12))
-    damage(tmp_path / "prompts-0000000.safetensors")
+    getattr(kit, damage)(tmp_path / "prompts-0000000.safetensors")
     with pytest.raises(DataError, match=r"prompts-0000000.*every run makes such a file again"):
         load_pairs(tmp_path)
     with caplog.at_level(logging.WARNING):
@@ -109,7 +99,7 @@ def test_no_file_is_replaced_while_it_is_mapped(kit, host, tmp_path, monkeypatch
     kit.pairs(host, kit.config(pairs=5), tmp_path)
     kit.pairs(host, kit.config(pairs=9), tmp_path)
     for kind in ("pairs", "prompts"):
-        flip(tmp_path / f"{kind}-0000000.safetensors")
+        kit.flip(tmp_path / f"{kind}-0000000.safetensors")
     mapped = kit.pairs(host, kit.config(pairs=9), tmp_path)
     assert replaced == ["prompts-0000000.safetensors", "pairs-0000000.safetensors"] * 3
     with pytest.raises(OSError, match="being used"):  # which the check sees
