@@ -293,6 +293,17 @@ def test_feature_matching_is_the_mean_distance_of_the_maps():
 FULL = steps.Phase(discriminator=True, adversarial=True, ramp=1.0, fresh_noise_share=0.0)
 
 
+class Watched:
+    """Features that note pictures and levels."""
+
+    def __init__(self, features, calls, conditional):
+        self.features, self.calls, self.conditional = features, calls, conditional
+
+    def __call__(self, x, sigma, cond):
+        self.calls.append((x, sigma))
+        return self.features(x, sigma, cond)
+
+
 def seen(state, output, batch):
     """The positives and the student's pictures as the discriminator sees them."""
     return steps.real_inputs(state, batch), steps.head_inputs(state, output, batch.cond, batch)
@@ -387,6 +398,35 @@ def test_a_real_picture_with_another_s_text_counts_as_wrong(toys, conditional):
     assert parts["mismatch"].item() == pytest.approx(expected.item(), rel=1e-3)
     parts["mismatch"].backward()
     assert all(p.grad is not None for p in state.discriminator.condition.parameters())
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+def test_the_image_condition_is_as_noisy_as_the_teacher_is_told(toys, conditional):
+    state, pairs = toy_state(toys, condition_image=True, student_steps=2)
+    batch = draw_batch(state.config, state.student, pairs, None, torch.Generator().manual_seed(3))
+    calls, features = [], state.features
+    state.features = Watched(features, calls, conditional)
+    told = steps.image_condition(state, batch)
+    ((picture, sigma),) = calls
+    assert torch.equal(sigma, state.student.schedule.sigma(torch.full((4,), 20.0)))
+    noise = expand(sigma, batch.target) * batch.noise if conditional else torch.zeros_like(batch.target)
+    assert torch.allclose(picture, batch.target + noise) and told.shape == (4, 8)
+    assert (told[batch.first] == 0).all() and batch.first.any() and (told[~batch.first] != 0).any()
+
+
+def test_an_error_leaves_no_frozen_discriminator(toys, monkeypatch):
+    state, pairs = toy_state(toys)
+    batch = draw_batch(state.config, state.student, pairs, None, torch.Generator().manual_seed(3))
+    real, fake = seen(state, batch.target, batch)
+
+    def broken(*_):
+        assert not any(p.requires_grad for p in state.discriminator.parameters())
+        raise KeyError("cancelled")
+
+    monkeypatch.setattr(steps, "logits", broken)
+    with pytest.raises(KeyError, match="cancelled"):
+        steps.adversarial_loss(state, real, fake)
+    assert all(p.requires_grad for p in state.discriminator.parameters())
 
 
 def test_a_batch_of_one_text_has_no_other(toys):

@@ -306,6 +306,21 @@ def test_accumulation_has_the_gradient_of_the_mean(kit, host, tmp_path):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ends[0].values(), ends[1].values(), strict=True))
 
 
+def test_extra_discriminator_updates_accumulate_as_the_student_s_do(kit, host, tmp_path, monkeypatch):
+    seen, inner = [], loop.discriminator_step
+
+    def watched(state, batch, student, share):
+        seen.append((share, batch.seed))
+        return inner(state, batch, student, share)
+
+    monkeypatch.setattr(loop, "discriminator_step", watched)
+    state, samples = start(kit, host, tmp_path, gradient_accumulation=4, discriminator_updates=3, updates=1)
+    list(distill(state, samples, host.encode_text([""])))
+    assert [share for share, _ in seen] == [0.25] * 12
+    assert len({seed for _, seed in seen}) == 12  # each batch is another
+    state.release()
+
+
 def test_closing_between_updates_restores_the_flags(kit, host, tmp_path):
     state, samples = start(kit, host, tmp_path, updates=5)
     teacher = host.denoiser.backbone

@@ -141,13 +141,15 @@ def _optimizers(state: State, phase: Phase) -> dict[str, tuple[nn.Module, torch.
 def _discriminator_update(
     state: State, pairs: Samples, reals: Reals | None, draws: torch.Generator, phase: Phase
 ) -> None:
-    """One more discriminator update, on a batch of its own."""
-    fresh = state.config.fresh_noise_share if phase.adversarial else 0.0
-    batch = draw_batch(state.config, state.student, pairs, reals, draws, fresh)
+    """One more discriminator update, on batches of its own, as many as the student's."""
+    config, student = state.config, state.student
+    fresh = config.fresh_noise_share if phase.adversarial else 0.0
     state.whole = False
-    with torch.no_grad(), autocast(state.config, state.student.device):
-        made = StudentStep(state.student(batch.x, batch.sigma, batch.cond).float(), {})
-    discriminator_step(state, batch, made, 1.0)
+    for _ in range(config.gradient_accumulation):
+        batch = draw_batch(config, student, pairs, reals, draws, fresh)
+        with torch.no_grad(), autocast(config, student.device):
+            made = StudentStep(student(batch.x, batch.sigma, batch.cond).float(), {})
+        discriminator_step(state, batch, made, 1 / config.gradient_accumulation)
     norm = clip_gradients(state.discriminator, state.config.max_grad_norm).item()
     _check(state.update + 1, {"discriminator's gradient": norm})
     state.discriminator_optimizer.step()

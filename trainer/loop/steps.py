@@ -115,11 +115,17 @@ def real_inputs(state: State, batch: Batch) -> HeadInputs:
 
 @torch.no_grad()
 def image_condition(state: State, batch: Batch) -> Tensor | None:
-    """ADD's c_img (B, I): features of the clean picture, where the student was given a part of it."""
+    """ADD's c_img (B, I): features of the clean picture, where the student was given a part of it.
+
+    The teacher knows noisy pictures alone: it sees this one with the little noise of its level.
+    """
     if not state.discriminator.image:
         return None
-    sigma = state.student.schedule.sigma(torch.full((len(batch.target),), CLEAN)).to(batch.target)
-    features = state.features(batch.target, sigma, batch.cond)[-1].mean((2, 3))
+    picture, schedule = batch.target, state.student.schedule
+    sigma = schedule.sigma(torch.full((len(picture),), CLEAN)).to(picture)
+    if state.features.conditional:
+        picture = schedule.add_noise(picture, batch.noise, sigma)
+    features = state.features(picture, sigma, batch.cond)[-1].mean((2, 3))
     return features * expand(~batch.first, batch.target)[:, :, 0, 0]
 
 
@@ -174,14 +180,15 @@ def student_losses(state: State, batch: Batch, uncond: Cond, phase: Phase) -> St
 
 def adversarial_loss(state: State, real: HeadInputs, fake: HeadInputs) -> Tensor:
     """The student's side of the adversarial loss; the discriminator takes no gradient."""
-    name = state.config.adversarial
-    state.discriminator.requires_grad_(False)
-    on_fake = logits(state, fake)
-    on_real = None
-    if name == "relativistic":
-        with torch.no_grad():
-            on_real = logits(state, real)
-    state.discriminator.requires_grad_(True)
+    name, on_real = state.config.adversarial, None
+    try:
+        state.discriminator.requires_grad_(False)
+        on_fake = logits(state, fake)
+        if name == "relativistic":
+            with torch.no_grad():
+                on_real = logits(state, real)
+    finally:
+        state.discriminator.requires_grad_(True)
     return losses.ADVERSARIAL[name][1](on_fake, on_real)
 
 
