@@ -50,9 +50,8 @@ def _unrecognised(unknown: Sequence[str], takes_settings: bool) -> str:
     """What to say of arguments that no command knows; of a setting's, which one is nearest."""
     flag = next((a.partition("=")[0] for a in unknown if a.startswith("--")), None)
     words = f"unrecognized arguments: {' '.join(unknown)}"
-    if flag is None or not takes_settings:
-        return words
-    return f"{words}; the setting nearest to {flag} is --{nearest(flag[2:].replace('-', '_')).replace('_', '-')}"
+    near = nearest(flag[2:].replace("-", "_")) if flag and takes_settings else None
+    return f"{words}; the setting nearest to {flag} is --{near.replace('_', '-')}" if near else words
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .denoiser import Cond, Denoiser
+from .naming import suggestion
 
 # Residual blocks of a UNet's encoder and middle, in diffusers' layout and in the hosts'.
 DIFFUSERS_BLOCK = re.compile(r"^(down_blocks\.\d+|mid_block)\.resnets\.\d+$")
@@ -68,7 +69,11 @@ def tapped(network: nn.Module, taps: Sequence[str]) -> dict[str, nn.Module]:
     """The modules to tap by name; raises ValueError for a name that is none of the network's."""
     modules = dict(network.named_modules())
     if unknown := [t for t in taps if t not in modules]:
-        raise ValueError(f"taps {unknown} are no modules of {type(network).__name__}")
+        parts = ", ".join(name for name, _ in network.named_children())
+        raise ValueError(
+            f"taps {unknown} are no modules of {type(network).__name__}: leave taps empty, or name modules of it "
+            f"({parts}, and what is in them){suggestion(unknown[0], list(modules))}"
+        )
     return {t: modules[t] for t in taps}
 
 
@@ -77,7 +82,7 @@ def outputs(
 ) -> list[Tensor]:
     """What `take(name, output)` makes of the outputs of K modules, in their order, while `forward()` runs.
 
-    The pass ends at the last of them. Raises RuntimeError for a module that it never comes by.
+    The pass ends at the last of them. Raises ValueError for a module that it never comes by.
     """
     found: dict[str, Tensor] = {}
 
@@ -98,7 +103,7 @@ def outputs(
         for hook in hooks:
             hook.remove()
     if silent := [name for name in modules if name not in found]:
-        raise RuntimeError(f"taps {silent} never fire in this network's forward: choose others")
+        raise ValueError(f"taps {silent} never fire in this network's forward: leave taps empty, or choose others")
     return [found[name] for name in modules]
 
 
@@ -120,7 +125,7 @@ class TeacherFeatures:
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> list[Tensor]:
         """Latents x (B, C, H, W), already noised to sigma (B,) -> K feature maps, float32.
 
-        Raises RuntimeError if a tap never fires.
+        Raises ValueError if a tap never fires.
         """
 
         def take(tap: str, output: Any) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .naming import is_diffusers, to_single_file
+from .naming import is_diffusers, suggestion, to_single_file
 
 # What is adapted, as patterns on module names; hosts' and diffusers' layouts, UNets and DiTs.
 TARGETS = {
@@ -41,11 +41,16 @@ def adaptable(module: nn.Module) -> bool:
 
 def matching_layers(backbone: nn.Module, targets: str) -> dict[str, nn.Module]:
     """The layers by name that `targets`, a key of TARGETS or a pattern, picks; raises ValueError if there are none."""
-    pattern = re.compile(TARGETS.get(targets, targets))
-    layers = {n: m for n, m in backbone.named_modules() if adaptable(m) and pattern.search(n)}
-    if not layers:
-        raise ValueError(f"LoRA targets {targets!r} match no layer: use one of {', '.join(TARGETS)}, or a pattern")
-    return layers
+    layers = {n: m for n, m in backbone.named_modules() if adaptable(m)}
+    remedy = f"use {', '.join(TARGETS)}, or a regular expression that fits names of layers"
+    try:
+        pattern = re.compile(TARGETS.get(targets, targets))
+    except re.error as error:
+        raise ValueError(f"LoRA targets {targets!r} are no regular expression ({error}): {remedy}") from None
+    found = {n: m for n, m in layers.items() if pattern.search(n)}
+    if not found:
+        raise ValueError(f"LoRA targets {targets!r} match no layer: {remedy}{suggestion(targets, [*TARGETS, *layers])}")
+    return found
 
 
 def autocasts(device: torch.device) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 RESNET = {
     "norm1": "in_layers.0",
@@ -70,3 +71,9 @@ def _inside(kind: str, rest: str) -> str:
         return rest
     head, _, tail = rest.partition(".")
     return f"{RESNET[head]}.{tail}"
+
+
+def suggestion(name: str, known: Sequence[str]) -> str:
+    """How a message about an unknown name ends: with the known one that was most likely meant, if one is near."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; the nearest is {near[0]!r}" if near else ""

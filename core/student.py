@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -183,7 +182,7 @@ def load_student(path: str | Path, teacher: Denoiser) -> tuple[Student, StudentC
     prediction = "inherit" if card.prediction == card.base_prediction else "x0"
     try:
         student = Student(teacher, card.rank, card.alpha, card.targets, prediction, card.timesteps[0])
-    except (ValueError, re.error) as error:
+    except ValueError as error:
         raise CardError(f"{path} does not fit this model: {error}") from None
     try:
         load_weights(student, student.trained, tensors)

@@ -76,10 +76,12 @@ def test_features_are_the_teacher_s_whatever_the_lora(toys):
 
 def test_taps_that_do_not_exist_or_never_fire_are_told(toys):
     teacher = toys.conv()
-    with pytest.raises(ValueError, match=r"taps \['middle'\] are no modules of ConvBackbone"):
+    with pytest.raises(ValueError, match=r"taps \['middle'\] are no modules of ConvBackbone: leave .*\(conv_in, .*\)$"):
         TeacherFeatures(teacher, ["conv_in", "middle"])
+    with pytest.raises(ValueError, match=r"; the nearest is 'conv_in'$"):
+        TeacherFeatures(teacher, ["conv.in"])
     teacher.backbone.unused = Linear(1, 1)
-    with pytest.raises(RuntimeError, match=r"taps \['unused'\] never fire"):
+    with pytest.raises(ValueError, match=r"taps \['unused'\] never fire"):
         TeacherFeatures(teacher, ["conv_in", "unused"])(toys.picture(), torch.ones(2), toys.cond())
 
 

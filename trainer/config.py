@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -365,8 +367,9 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
         """Raises ConfigError for a name that is no setting, with the nearest one that is."""
-        for name in sorted(set(values) - {f.name for f in dataclasses.fields(cls)}):
-            raise ConfigError(f"there is no setting {name!r:.100}: the nearest is {nearest(name)!r}")
+        for name, value in sorted(values.items()):
+            if isinstance(value, dict) and name not in cls.__dataclass_fields__:
+                raise ConfigError(f"[{name:.100}] is a table: write settings as name = value alone, without tables")
         return cls(**values)
 
     @classmethod
@@ -396,18 +399,43 @@ class Config:
         return dataclasses.replace(self, **changes)
 
 
-def nearest(name: str) -> str:
-    """The setting that an unknown name most likely means: by its words, those in a setting's help, its spelling."""
+def _told(init: Callable[..., None]) -> Callable[..., None]:
+    """`__init__` that raises ConfigError, not TypeError, for a name that is no setting."""
 
-    def likeness(field: dataclasses.Field) -> tuple[int, int, int, float]:
-        words = set(name.split("_"))
+    @functools.wraps(init)
+    def checked(self: Config, *args: Any, **values: Any) -> None:
+        for name in sorted(values.keys() - self.__dataclass_fields__.keys()):
+            near = nearest(name)
+            known = f"the nearest is {near!r}" if near else "`turbodistill distill --help` lists them all"
+            raise ConfigError(f"there is no setting {name!r:.100}: {known}")
+        init(self, *args, **values)
+
+    return checked
+
+
+Config.__init__ = _told(Config.__init__)
+FEW = 5  # settings whose help has a word that still tells them from the others
+
+
+def nearest(name: str) -> str | None:
+    """The setting that an unknown name most likely means; None where no setting is near.
+
+    By the words of its name, by those in its help, by its spelling.
+    """
+    words = set(name.lower().split("_"))
+    fields = dataclasses.fields(Config)
+    explaining = [f for f in fields if all(word in f.metadata["help"].lower() for word in words)]
+    explaining = explaining if len(explaining) <= FEW else []
+
+    def likeness(field: dataclasses.Field) -> tuple[int, bool, int, float]:
         spelling = difflib.SequenceMatcher(None, name, field.name).ratio()
-        explained = sum(word in field.metadata["help"].lower() for word in words)
         # Of several that a help explains alike, the plainest: `lr` for learning_rate.
-        plain = -len(field.name) if explained == len(words) else -100
-        return len(words & set(field.name.split("_"))), explained, plain, spelling
+        return len(words & set(field.name.split("_"))), field in explaining, -len(field.name), spelling
 
-    return max(dataclasses.fields(Config), key=likeness).name
+    known = [f for f in fields if words & set(f.name.split("_")) or f in explaining]
+    if known:
+        return max(known, key=likeness).name
+    return next(iter(difflib.get_close_matches(name.lower(), [f.name for f in fields], 1, 0.7)), None)
 
 
 # What forms ask for at once: what decides the pairs, and what a training needs said. All else is advanced.

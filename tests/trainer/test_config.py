@@ -1,6 +1,7 @@
 """Settings: one place, checked, and what may change when a run goes on."""
 
 import dataclasses
+import inspect
 
 import pytest
 from turbodistill.trainer.config import RESUMABLE, Config, ConfigError, check_resumable
@@ -73,6 +74,20 @@ def test_a_whole_number_is_taken_for_a_float():
 def test_an_unknown_setting_is_refused_with_the_nearest(name, nearest):
     with pytest.raises(ConfigError, match=f"there is no setting '{name}': the nearest is '{nearest}'"):
         Config.from_dict({name: 1})
+    with pytest.raises(ConfigError, match=f"the nearest is '{nearest}'"):
+        Config(**{name: 1})
+    with pytest.raises(ConfigError, match=f"the nearest is '{nearest}'"):
+        Config().replace(**{name: 1})
+
+
+@pytest.mark.parametrize("name", ["bogus", "xyzzy_plugh", "", "of"])
+def test_what_is_near_no_setting_gets_no_silly_advice(name):
+    with pytest.raises(ConfigError, match=f"there is no setting '{name}': .*--help. lists them all$"):
+        Config(**{name: 1})
+
+
+def test_its_signature_still_names_the_settings():
+    assert list(inspect.signature(Config).parameters) == [f.name for f in dataclasses.fields(Config)]
 
 
 def test_toml_gives_what_it_names_and_leaves_the_defaults(tmp_path):
@@ -90,7 +105,8 @@ def test_toml_gives_what_it_names_and_leaves_the_defaults(tmp_path):
     [
         (b"rank = ", "is no TOML"),
         (b"seed = 1 # \xff", "is no TOML"),
-        (b"[student]\nrank = 8", r"there is no setting 'student'"),
+        (b"[student]\nrank = 8", r"\[student\] is a table: write settings as name = value alone, without tables"),
+        (b"rank = {low = 8}", "rank is {'low': 8}: give a value of type int"),
         (b"lr = nan", "lr is nan"),
         (None, "does not exist: check the name"),
     ],

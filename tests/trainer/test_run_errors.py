@@ -76,7 +76,14 @@ def test_a_run_is_not_gone_on_with_by_another_model_or_other_prompts(kit, host, 
     [
         ({"positives": "real"}, "positives is 'real' but there are no images"),
         ({"targets": "nothing"}, "targets 'nothing' match no layer"),
-        ({"targets": "("}, "missing \\)"),
+        (
+            {"targets": "atention"},
+            "match no layer: use attention, .* regular expression .*; the nearest is 'attention'$",
+        ),
+        (
+            {"targets": "("},
+            r"targets '\(' are no regular expression \(missing .*\): use attention, transformer, all, or",
+        ),
         ({"taps": "blocks.0, blocks.7"}, r"taps \['blocks.7'\] are no modules"),
     ],
 )
@@ -102,9 +109,11 @@ def test_a_folder_that_cannot_be_written_is_told_at_once(kit, host, tmp_path):
 def test_a_broken_state_is_told_and_deleting_it_begins_anew(kit, host, tmp_path):
     kit.go(host, kit.config(), tmp_path)
     path = tmp_path / training.STATE
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ConfigError, match=r"state.pt cannot be read .*delete it to begin anew; the teacher pairs stay"):
-        kit.go(host, kit.config(), tmp_path)
+    for length in (1000, 0):
+        path.write_bytes(path.read_bytes()[:length])
+        told = r"state.pt cannot be read \(.+\): delete it to begin anew; the teacher pairs stay"
+        with pytest.raises(ConfigError, match=told):
+            kit.go(host, kit.config(), tmp_path)
     path.unlink()
     assert isinstance(kit.go(host, kit.config(), tmp_path)[-1], Finished)
     assert kit.updates(tmp_path) == [1, 2]

@@ -48,6 +48,11 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise OSError(f"cannot write {path} ({reason}): free some space or choose another folder") from error
 
 
+def reason(error: BaseException) -> str:
+    """What an error says; its kind, where it says nothing."""
+    return str(error) or type(error).__name__
+
+
 def path_of(text: str) -> str:
     """A path as it was pasted, without the quotes and blanks around it."""
     text = text.strip()

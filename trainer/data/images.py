@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..host import Host
 from .conditioning import Conditioning
-from .files import DataError, lines_of, log, path_of, read_text
+from .files import DataError, lines_of, log, path_of, read_text, reason
 from .samples import SHARD, Samples, Shard, load_samples, read_shard, write_shard
 
 PICTURES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
@@ -94,7 +94,7 @@ def check_pictures(found: Sequence[tuple[Path, str]]) -> None:
             with Image.open(path) as file:
                 file.verify()
         except UNREADABLE as error:
-            raise DataError(f"picture {path} cannot be read ({error}): replace or remove it") from None
+            raise DataError(f"picture {path} cannot be read ({reason(error)}): replace or remove it") from None
 
 
 def load_picture(path: Path, size: tuple[int, int]) -> Tensor:
@@ -107,7 +107,7 @@ def load_picture(path: Path, size: tuple[int, int]) -> Tensor:
         with Image.open(path) as file:
             picture = _eight_bits(ImageOps.exif_transpose(file)).convert("RGBA")
     except UNREADABLE as error:
-        raise DataError(f"picture {path} cannot be read ({error}): replace or remove it") from None
+        raise DataError(f"picture {path} cannot be read ({reason(error)}): replace or remove it") from None
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     scale = max(width / picture.width, height / picture.height)
     scaled = picture.resize((max(width, round(picture.width * scale)), max(height, round(picture.height * scale))))

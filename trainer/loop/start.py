@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 
 from ...core.card import StudentCard, read_card, read_student
@@ -25,7 +23,7 @@ def check(host: Host, config: Config) -> None:
             blocks(host.denoiser.backbone)
         if config.rank:
             matching_layers(host.denoiser.backbone, config.targets)
-    except (ValueError, re.error) as error:
+    except ValueError as error:
         raise ConfigError(str(error)) from None
     if not config.init_student:
         return
@@ -90,8 +88,10 @@ def begin(host: Host, config: Config, sample: Samples, seen: Features | None = N
         if config.init_student:
             state.extra["earlier"] = trained_before(read_card(config.init_student))
         return state
-    except BaseException:
+    except BaseException as error:
         student.release()
+        if isinstance(error, ValueError):
+            raise ConfigError(str(error)) from error
         raise
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...core.card import read_student
 from ...core.student import load_weights
 from ..config import Config, ConfigError, check_resumable
-from ..data.files import write_whole
+from ..data.files import reason, write_whole
 from ..data.pairs import changes
 from ..data.samples import Samples
 from ..host import Host
@@ -68,7 +68,7 @@ def read_state(folder: Path, device: torch.device | str = "cpu", mmap: bool = Fa
 
 
 def _unusable(path: Path, error: Exception) -> ConfigError:
-    return ConfigError(f"{path} cannot be read ({error!s:.200}): delete it to begin anew; the teacher pairs stay")
+    return ConfigError(f"{path} cannot be read ({reason(error):.200}): delete it to begin anew; the teacher pairs stay")
 
 
 def check_saved(folder: Path, config: Config, recipe: Mapping[str, str]) -> None:
