@@ -24,6 +24,7 @@ from ..trainer.checks import check_inside, check_name, check_size
 from ..trainer.config import ConfigError
 from ..trainer.data.files import write_whole
 from ..trainer.data.images import check_pictures, read_image_folder
+from ..trainer.data.lock import InUse, locked
 from ..trainer.data.pairs import make_pairs, pairs_key
 from ..trainer.host import Host
 from ..trainer.run import run
@@ -151,7 +152,9 @@ class Job:
             full = is_out_of_memory(error)
             level = logging.INFO if full or isinstance(error, PLAIN) else logging.ERROR
             log.log(level, "%s failed", self.request.name, exc_info=True)
-            self._record_end("failed", self.session.failed(error))
+            text = self.session.failed(error)
+            if not isinstance(error, InUse):
+                self._record_end("failed", text)
         finally:
             self.session.close()
         if full and torch.cuda.is_available():  # outside of the handler: the error's frames held on to the tensors
@@ -195,7 +198,8 @@ class Job:
         before = runs.check_pairs(folder, key)
         # Whole, so that it can go on even where a default has changed.
         asked = replace(asked, width=self.size[0], height=self.size[1], settings=config.to_dict())
-        Record(asked, self.checkpoint, key, student=before.student if before else "").write(folder)
+        with locked(folder):  # a run that another program has there keeps its record
+            Record(asked, self.checkpoint, key, student=before.student if before else "").write(folder)
         if found := recognise(self.checkpoint):
             self.monitor.warn(f"{self.checkpoint} looks like {found.name}, which is one-step already: load its base")
         elif word := suspect(self.checkpoint):

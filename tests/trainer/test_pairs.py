@@ -13,6 +13,7 @@ from turbodistill.core.sampling import sample_euler, seeded_noise, trailing_sigm
 from turbodistill.generate.sample import sample
 from turbodistill.trainer.data import conditioning, pairs
 from turbodistill.trainer.data.files import DataError
+from turbodistill.trainer.data.lock import LOCK
 from turbodistill.trainer.data.pairs import load_pairs, make_pairs, pairs_key, pairs_size
 from turbodistill.trainer.run import run
 
@@ -39,7 +40,7 @@ def small_shards(monkeypatch):
 
 
 def contents(folder):
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != LOCK}
 
 
 def test_pairs_go_on_where_they_were_stopped(kit, host, tmp_path, small_shards):

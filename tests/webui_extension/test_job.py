@@ -11,6 +11,7 @@ from turbodistill.page import job, pictures, runs
 from turbodistill.page.request import Request
 from turbodistill.trainer.config import Config, ConfigError
 from turbodistill.trainer.data.files import DataError
+from turbodistill.trainer.data.lock import locked
 from turbodistill.trainer.data.pairs import load_pairs
 from turbodistill.trainer.run.training import BEST
 
@@ -348,6 +349,17 @@ def test_a_run_goes_on_as_it_was_asked_for(toy, backend):
     for name in ("second", "../first"):
         with pytest.raises(ConfigError):
             runs.asked(backend.runs_folder(), name)
+
+
+def test_a_run_that_another_program_has_is_refused_and_keeps_its_record(toy, backend):
+    go(toy, backend)
+    folder = backend.runs_folder() / "my-turbo"
+    with locked(folder):
+        before = {path: path.read_bytes() for path in folder.iterdir()}
+        told = go(toy, backend, settings={"updates": 6})
+        assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert told["state"] == "failed" and "is in use by process" in told["error"]
+    assert go(toy, backend, settings={"updates": 6})["state"] == "done"
 
 
 def test_a_broken_record_is_no_run(toy, backend):

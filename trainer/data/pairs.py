@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from ..host import Host
 from ..loop.precision import autocast
 from .conditioning import Conditioning
 from .files import DataError, OtherRun, log, read_tensors
+from .lock import locked
 from .prompts import draw_prompts
 from .samples import SHARD, Samples, Shard, load_samples, read_shard, write_shard
 
@@ -72,7 +74,8 @@ def make_pairs(host: Host, config: Config, prompts: Sequence[str], folder: str |
     Yields (number made so far, the newest latents (n, C, H, W)) after each batch; closing the generator, or an
     error, keeps what is made, and the next call goes on. Pair k has noise seed
     `config.seed * 1_000_000 + k` and prompt k, the prompts repeating, of {red|blue} in them one drawn. A broken
-    shard is made again. Raises DataError for prompts that are none, and OtherRun for pairs of another recipe.
+    shard is made again. Raises DataError for prompts that are none, OtherRun for pairs of another recipe, and InUse
+    while somebody else makes pairs there.
     """
     texts = draw_prompts(prompts, config.pairs, config.seed)
     folder = Path(folder)
@@ -84,34 +87,40 @@ def make_pairs(host: Host, config: Config, prompts: Sequence[str], folder: str |
     uncond = host.encode_text([""]).to(device)
     _check_space(folder, pairs_size(host.latent_shape, uncond, config.pairs, len(set(texts))))
     conditioning = Conditioning(host, texts, folder, key)
-    for first in range(0, config.pairs, SHARD):
-        path = folder / f"pairs-{first:07d}.safetensors"
-        count = min(SHARD, config.pairs - first)
-        parts = _begun(path, key, recipe)
-        begun = made = sum(map(len, parts))
-        numbers = range(first, first + count)
-        of_shard = texts[first : first + count]
-        cond = conditioning.of(of_shard)
-        if made >= count:
-            yield first + count, parts[0][:count]
-            continue
-        seeds = torch.tensor([config.seed * 1_000_000 + i for i in numbers])
-        try:
-            for rows in torch.arange(begun, count).split(config.batch_size):
-                noise = seeded_noise(seeds[rows].tolist(), host.latent_shape, device)
-                x = schedule.add_noise(torch.zeros_like(noise), noise, sigmas[:1].to(device))
-                model = Guided(host.denoiser, cond.rows(rows).to(device), uncond, config.guidance)
-                with autocast(config, device):
-                    latents = sample(model, x, sigmas.to(device)).float().cpu()
-                _check_finite(latents, {first + row: of_shard[row] for row in rows.tolist()})
-                parts.append(latents)
-                made += len(rows)
-                if made < count:
-                    yield first + made, parts[-1]
-        finally:  # a cancelled shard keeps what is made
-            if made > begun:
-                write_shard(path, Shard(torch.cat(parts), of_shard[:made], seeds[:made]), key, recipe)
-        yield first + count, parts[-1]
+    making = False
+    with ExitStack() as stack:
+        for first in range(0, config.pairs, SHARD):
+            path = folder / f"pairs-{first:07d}.safetensors"
+            count = min(SHARD, config.pairs - first)
+            parts = _begun(path, key, recipe)
+            if sum(map(len, parts)) < count and not making:  # runs that find all made may share it
+                making = True
+                stack.enter_context(locked(folder))
+                parts = _begun(path, key, recipe)
+            begun = made = sum(map(len, parts))
+            numbers = range(first, first + count)
+            of_shard = texts[first : first + count]
+            cond = conditioning.of(of_shard)
+            if made >= count:
+                yield first + count, parts[0][:count]
+                continue
+            seeds = torch.tensor([config.seed * 1_000_000 + i for i in numbers])
+            try:
+                for rows in torch.arange(begun, count).split(config.batch_size):
+                    noise = seeded_noise(seeds[rows].tolist(), host.latent_shape, device)
+                    x = schedule.add_noise(torch.zeros_like(noise), noise, sigmas[:1].to(device))
+                    model = Guided(host.denoiser, cond.rows(rows).to(device), uncond, config.guidance)
+                    with autocast(config, device):
+                        latents = sample(model, x, sigmas.to(device)).float().cpu()
+                    _check_finite(latents, {first + row: of_shard[row] for row in rows.tolist()})
+                    parts.append(latents)
+                    made += len(rows)
+                    if made < count:
+                        yield first + made, parts[-1]
+            finally:  # a cancelled shard keeps what is made
+                if made > begun:
+                    write_shard(path, Shard(torch.cat(parts), of_shard[:made], seeds[:made]), key, recipe)
+            yield first + count, parts[-1]
 
 
 def _check_finite(latents: Tensor, prompts: dict[int, str]) -> None:

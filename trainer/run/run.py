@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..config import Config, ConfigError
-from ..data.files import write_whole
 from ..data.images import cache_images, load_images, read_image_folder
+from ..data.lock import locked
 from ..data.pairs import load_pairs, make_pairs, pairs_recipe, pairs_size
 from ..data.prompts import draw_prompts
 from ..data.samples import Samples
@@ -78,7 +78,7 @@ def run(
     trains; yields events as it goes. Closing the generator, or an error in a host's pass, saves the
     state and stops; `control` asks for a preview, or for an early end. `images` is a captioned folder
     of real pictures for the discriminator. Ends with Finished. Raises DataError, ConfigError,
-    OutOfMemory, or Diverged (after writing the last good student).
+    OutOfMemory, Diverged (after writing the last good student), or InUse (while another run has the folder).
     """
     out_of_memory = ""
     doing = _Doing()
@@ -115,35 +115,28 @@ def _run(
         raise ConfigError(f"positives is {config.positives!r} but there are no images: give a folder, or use 'teacher'")
     if images is not None and not config.sees_pictures:
         raise ConfigError("positives is 'teacher', which takes no images: leave them out, or set positives to 'both'")
-    _writable(folder)
-    pairs_folder = Path(pairs_folder or folder / "pairs")
-    total = 0 if images is None else len(read_image_folder(images))
-    seen = features(host, config)  # a setting that does not fit this model is reported before hours of pairs
-    check(host, config)
-    recipe = pairs_recipe(host, config, prompts)
-    check_saved(folder, config, recipe)
-    for done, newest in make_pairs(host, config, prompts, pairs_folder):
-        yield PairsMade(done, config.pairs, "teacher pairs", newest)
-    pairs = load_pairs(pairs_folder, config.pairs)
-    reals = None
-    if images is not None:
-        doing.what = "encoding pictures"
-        for done, newest in cache_images(host, images, folder / "images"):
-            yield PairsMade(done, total, "pictures", newest)
-        reals = load_images(folder / "images", total)
-    train_rows, held_rows = split(pairs)
-    train, held = pairs.select(train_rows), pairs.select(held_rows)
-    doing.what = "training"
-    state = begin(host, config, pairs, seen)
-    state.extra["pairs"] = recipe
-    try:
-        yield from Training(host, state, folder, train, held, reals, score, control).events()
-    finally:
-        state.release()
-
-
-def _writable(folder: Path) -> None:
-    """Raise OSError now, not after an hour, if nothing can be written there."""
-    probe = folder / ".writable"
-    write_whole(probe, b"")
-    probe.unlink()
+    with locked(folder):
+        pairs_folder = Path(pairs_folder or folder / "pairs")
+        total = 0 if images is None else len(read_image_folder(images))
+        seen = features(host, config)  # a setting that does not fit this model is reported before hours of pairs
+        check(host, config)
+        recipe = pairs_recipe(host, config, prompts)
+        check_saved(folder, config, recipe)
+        for done, newest in make_pairs(host, config, prompts, pairs_folder):
+            yield PairsMade(done, config.pairs, "teacher pairs", newest)
+        pairs = load_pairs(pairs_folder, config.pairs)
+        reals = None
+        if images is not None:
+            doing.what = "encoding pictures"
+            for done, newest in cache_images(host, images, folder / "images"):
+                yield PairsMade(done, total, "pictures", newest)
+            reals = load_images(folder / "images", total)
+        train_rows, held_rows = split(pairs)
+        train, held = pairs.select(train_rows), pairs.select(held_rows)
+        doing.what = "training"
+        state = begin(host, config, pairs, seen)
+        state.extra["pairs"] = recipe
+        try:
+            yield from Training(host, state, folder, train, held, reals, score, control).events()
+        finally:
+            state.release()
