@@ -30,7 +30,7 @@ parser.add_argument("--rank", type=int, default=64)
 parser.add_argument("--repeats", type=int, default=5, help="steps that are timed (default: 5)")
 parser.add_argument("--give-back", action="store_true", help="let the C library give freed memory back (see KEEP)")
 parser.add_argument("--checkpointing", action="store_true")
-parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"))
+parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
 
 
 def main() -> None:

@@ -98,7 +98,7 @@ with torch.inference_mode(), trainable(model):
     # Memory: weights and one pass forward and backward through them, before there is any student.
     restart_peak()
     given = x.clone().requires_grad_(True)
-    with autocast(config, device):
+    with autocast(config, denoiser):
         denoiser(given, sigma, one).square().mean().backward()
     floor_peak = peak()
     del given
@@ -113,25 +113,25 @@ with torch.inference_mode(), trainable(model):
     run_peak = peak()
 
     def learn():
-        with state.checkpointed(), autocast(config, device):
+        with state.checkpointed(), autocast(config, denoiser):
             loss = student(x, sigma, one).float().square().mean()
         loss.backward()
         student.trained.zero_grad(set_to_none=True)
 
     def judge():
         given = x.clone().requires_grad_(True)
-        with state.checkpointed(), autocast(config, device):
+        with state.checkpointed(), autocast(config, denoiser):
             loss = sum(f.square().mean() for f in state.features(given, sigma, one))
         loss.backward()
 
     @torch.no_grad()
     def look():
-        with autocast(config, device):
+        with autocast(config, denoiser):
             state.features(x, sigma, one)
 
     @torch.no_grad()
     def teach():
-        with autocast(config, device):
+        with autocast(config, denoiser):
             guided(denoiser, x, sigma, one, uncond, 4.0)
 
     works = {

@@ -55,7 +55,7 @@ class Bench:
         )
         self.chosen = held.take(range(len(held.captions))[:count])
         self.shown = known.captions[: SHOWN // 2] + held.captions[: SHOWN // 2]
-        self.context = functools.partial(autocast, Config(), host.denoiser.device)
+        self.context = functools.partial(autocast, Config(), host.denoiser)
 
     def pictures(self, arm: Arm, prompts: Sequence[str], seed: int, title: str) -> Tensor:
         batches = []

@@ -111,6 +111,8 @@ def _apply(
     One transfer from the device an update, however many losses there are. Raises Diverged before anything is changed.
     """
     optimizers = _optimizers(state, phase)
+    for _, optimizer in optimizers.values():
+        state.scaler.unscale_(optimizer)
     norms = {name: clip_gradients(module, state.config.max_grad_norm) for name, (module, _) in optimizers.items()}
     scalars = [value.detach() for part in parts for value in part.values()]
     numbers = iter(torch.stack([x.float().reshape(()) for x in (*scalars, *norms.values(), *health.values)]).tolist())
@@ -120,11 +122,12 @@ def _apply(
             losses[name] = losses.get(name, 0.0) + next(numbers) * share
     gradients = {f"{name}'s gradient": next(numbers) for name in norms}
     _check(state.update + 1, losses)
-    _check(state.update + 1, gradients)
+    _check_gradients(state, gradients)
     state.whole = False
     for _, optimizer in optimizers.values():
-        optimizer.step()
+        state.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
+    state.scaler.update()
     return losses, health.take(numbers)
 
 
@@ -147,13 +150,16 @@ def _discriminator_update(
     state.whole = False
     for _ in range(config.gradient_accumulation):
         batch = draw_batch(config, student, pairs, reals, draws, fresh)
-        with torch.no_grad(), autocast(config, student.device):
+        with torch.no_grad(), autocast(config, student):
             made = StudentStep(student(batch.x, batch.sigma, batch.cond).float(), {})
         discriminator_step(state, batch, made, 1 / config.gradient_accumulation)
-    norm = clip_gradients(state.discriminator, state.config.max_grad_norm).item()
-    _check(state.update + 1, {"discriminator's gradient": norm})
-    state.discriminator_optimizer.step()
-    state.discriminator_optimizer.zero_grad(set_to_none=True)
+    optimizer = state.discriminator_optimizer
+    state.scaler.unscale_(optimizer)
+    norm = clip_gradients(state.discriminator, config.max_grad_norm).item()
+    _check_gradients(state, {"discriminator's gradient": norm})
+    state.scaler.step(optimizer)
+    optimizer.zero_grad(set_to_none=True)
+    state.scaler.update()
 
 
 def clip_gradients(module: nn.Module, largest: float) -> Tensor:
@@ -194,6 +200,12 @@ def set_learning_rates(state: State) -> None:
     for optimizer, lr in rates:
         for group in optimizer.param_groups:
             group["lr"] = lr * scale
+
+
+def _check_gradients(state: State, norms: dict[str, float]) -> None:
+    """Raise Diverged for one that is no number; under float16 the optimizer skips it, until no smaller scale helps."""
+    if not state.scaler.is_enabled() or state.scaler.get_scale() < 1:
+        _check(state.update + 1, norms)
 
 
 def _check(update: int, values: dict[str, float]) -> None:

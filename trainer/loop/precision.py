@@ -2,16 +2,51 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import amp
 
-from ...core.precision import fast_bfloat16
-from ..config import Config
+from ...core.denoiser import Denoiser
+from ...core.precision import fast_bfloat16, output_in_float32
+from ..config import Config, ConfigError
+
+LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def autocast(config: Config, device: torch.device) -> AbstractContextManager:
-    """The arithmetic of the passes: `auto` is bfloat16 where the device is fast in it."""
-    low = fast_bfloat16(device) if config.precision == "auto" else config.precision == "bfloat16"
-    return amp.autocast(device.type, torch.bfloat16, enabled=low)
+def low_precision(config: Config, device: torch.device) -> torch.dtype | None:
+    """What passes compute in on this device; None for float32. `auto` is bfloat16 where the device is fast in it."""
+    if config.precision == "auto":
+        return torch.bfloat16 if fast_bfloat16(device) else None
+    return LOW.get(config.precision)
+
+
+@contextmanager
+def autocast(config: Config, *denoisers: Denoiser) -> Iterator[None]:
+    """Within, passes of these denoisers are in the settings' precision; their eps and v come out in float32.
+
+    Raises ConfigError where this torch has no such precision for the device.
+    """
+    device = denoisers[0].device
+    low = low_precision(config, device)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(amp.autocast(device.type, low or torch.bfloat16, enabled=low is not None))
+        except RuntimeError:  # an older torch knows autocast for some kinds of devices alone, Apple's not among them
+            if low is not None:
+                raise ConfigError(
+                    f"precision is {config.precision!r}, which this torch does not have on {device.type}: use float32"
+                ) from None
+        if low is not None:
+            for backbone in {id(d.backbone): d.backbone for d in denoisers}.values():
+                stack.enter_context(output_in_float32(backbone))
+        yield
+
+
+def grad_scaler(config: Config, device: torch.device) -> amp.GradScaler:
+    """What keeps float16's small gradients from becoming 0 (arXiv 1710.03740, section 3.2); else it does nothing."""
+    enabled = low_precision(config, device) == torch.float16
+    if not hasattr(amp, "GradScaler"):  # torch before 2.3 has the one for CUDA alone
+        return torch.cuda.amp.GradScaler(enabled=enabled)
+    return amp.GradScaler(device.type, enabled=enabled)

@@ -10,7 +10,7 @@ from math import inf
 from typing import Any
 
 import torch
-from torch import nn
+from torch import amp, nn
 
 from ...core.discriminator import Discriminator
 from ...core.features import Features, TeacherFeatures
@@ -21,6 +21,7 @@ from ..data.samples import Samples
 from .fake_score import FakeScore
 from .feature_cache import FeatureCache
 from .optimizer import adam
+from .precision import grad_scaler
 
 
 @dataclass
@@ -34,6 +35,7 @@ class State:
     optimizer: torch.optim.Optimizer
     discriminator_optimizer: torch.optim.Optimizer
     average: nn.Module  # the running average of student.trained
+    scaler: amp.GradScaler  # of the losses; it does something in float16 alone
     fake_score: FakeScore | None = None  # where distribution matching needs it
     update: int = 0
     spent: float = 0.0  # seconds of training
@@ -71,6 +73,7 @@ class State:
             adam(trained, config.lr, (0.9, 0.99)),
             adam(discriminator, config.lr_discriminator, (0.0, 0.99)),
             copy.deepcopy(trained).requires_grad_(False),
+            grad_scaler(config, device),
             FakeScore(student, config)
             if config.distillation_weight > 0 and config.distillation == "matching"
             else None,
@@ -123,6 +126,7 @@ class State:
             "update": self.update,
             "spent": self.spent,
             "extra": self.extra,
+            "scaler": self.scaler.state_dict(),
             "fake_score": self.fake_score and self.fake_score.state_dict(),
         }
 
@@ -134,6 +138,8 @@ class State:
         self.discriminator.load_state_dict(saved["discriminator"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.discriminator_optimizer.load_state_dict(saved["discriminator_optimizer"])
+        if saved.get("scaler"):  # empty in another precision
+            self.scaler.load_state_dict(saved["scaler"])
         if self.fake_score:
             self.fake_score.load_state_dict(saved["fake_score"])
         self.update, self.spent, self.extra = saved["update"], saved["spent"], saved["extra"]

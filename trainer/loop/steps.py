@@ -242,34 +242,34 @@ def discriminator_losses(state: State, real: HeadInputs, fake: HeadInputs, batch
 
 def student_step(state: State, batch: Batch, uncond: Cond, phase: Phase, share: float) -> StudentStep:
     """Losses of the student on one batch, a `share` of the update's, and their gradient."""
-    with autocast(state.config, state.student.device):
+    with autocast(state.config, state.student, state.student.teacher):
         step = student_losses(state, batch, uncond, phase)
     if not step.losses:  # nothing to learn from this batch: a loss of 0, so that there is a gradient
         step = replace(step, losses={"regression": 0.0 * step.output.sum()})
-    _backward(step.losses, share)
+    _backward(state, step.losses, share)
     return step
 
 
 def discriminator_step(state: State, batch: Batch, student: StudentStep, share: float) -> DiscriminatorStep:
     """Losses of the discriminator on the student's pictures, a `share` of the update's, and their gradient."""
-    with autocast(state.config, state.student.device):
+    with autocast(state.config, state.student, state.student.teacher):
         real, fake = student.real, student.fake
         if real is None or fake is None:
             with torch.no_grad():
                 real, fake = real_inputs(state, batch), head_inputs(state, student.output, batch.cond, batch)
         step = discriminator_losses(state, real, fake, batch)
-    _backward(step.losses, share)
+    _backward(state, step.losses, share)
     return step
 
 
 def fake_score_step(state: State, batch: Batch, student: StudentStep, share: float) -> dict[str, Tensor]:
     """The fake score's denoising loss on the student's pictures (DMD, arXiv 2311.18828), and its gradient."""
     assert state.fake_score
-    with autocast(state.config, state.student.device):
+    with autocast(state.config, state.student, state.student.teacher):
         parts = {"fake_score": state.fake_score.loss(student.output, batch)}
-    _backward(parts, share)
+    _backward(state, parts, share)
     return parts
 
 
-def _backward(parts: dict[str, Tensor], share: float) -> None:
-    (torch.stack(list(parts.values())).sum() * share).backward()
+def _backward(state: State, parts: dict[str, Tensor], share: float) -> None:
+    state.scaler.scale(torch.stack(list(parts.values())).sum() * share).backward()

@@ -143,7 +143,7 @@ def measure_memory(state: State, pairs: Samples) -> Memory:
     known = {p.untyped_storage().data_ptr() for m in modules for p in m.parameters()}
     sigma = student.schedule.sigma(torch.tensor([500.0])).to(device)
     saved = 0
-    with student.training(), autocast(config, device):
+    with student.training(), autocast(config, student, student.teacher):
         with _SavedTensors(student.backbone, known) as passes:
             student(x, sigma, cond)
         saved += passes.total(config.gradient_checkpointing)

@@ -40,7 +40,7 @@ def student_pictures(state: State, pairs: Samples, rows: Tensor, steps: int = 1)
     """Latents (N, C, H, W), float32 on the CPU, that the averaged student makes from these pairs' noise."""
     device = state.student.device
     parts = []
-    with state.averaged(), state.student.merged(), autocast(state.config, device):
+    with state.averaged(), state.student.merged(), autocast(state.config, state.student):
         for chunk in rows.split(state.config.batch_size):
             cond = pairs.cond.rows(chunk).to(device)
             parts.append(state.student.generate(pairs.noise(chunk).to(device), cond, steps).float().cpu())
