@@ -25,7 +25,7 @@ from .host import page, patcher
 from .host.training import ComfyUIHost, cancellable
 from .load import CATEGORY
 from .panel import watched
-from .schema import schema
+from .schema import schema, within_bounds
 from .settings import widgets
 
 PROMPTS = io.Custom("TURBODISTILL_PROMPTS")
@@ -101,8 +101,10 @@ class Prompts(io.ComfyNode):
                 raise DataError("there is no prompt in the text: write one a line")
         elif source == cls.FILE:
             lines = read_prompts(check_text_file(page.input_path(file), page.readable_folders()))
-        else:
+        elif source in cls.BUILT_IN:
             lines = read_prompts(cls.BUILT_IN[source])
+        else:
+            raise DataError(f"source is {source!r:.100}: use one of {', '.join((cls.TEXT, cls.FILE, *cls.BUILT_IN))}")
         return io.NodeOutput(lines, "\n".join(dict.fromkeys(draw_prompts(lines, SHOWN))))
 
 
@@ -191,6 +193,7 @@ class TeacherPairs(io.ComfyNode):
         )
 
     @classmethod
+    @within_bounds
     def execute(cls, model, clip, vae, prompts: Sequence[str], width, height, at_once, **settings) -> io.NodeOutput:
         config = Config(**settings, batch_size=at_once)
         loaded = ComfyUIHost(model, clip, vae, base_name(cls, model), width, height)

@@ -10,7 +10,7 @@ from ..core.card import read_student
 from ..core.families import FAMILIES, suspect
 from .graph import file_names
 from .host import embedded, patcher
-from .schema import schema
+from .schema import schema, within_bounds
 
 CATEGORY = "TurboDistill"
 BUILT_IN = "the demo model's student (built in)"
@@ -29,7 +29,7 @@ def student_path(choice: str) -> Path:
     path = patcher.file_path(folder, name) if folder in patcher.FOLDERS else None
     if path is None:
         raise FileNotFoundError(
-            f"student {choice} is not in ComfyUI's models: put it there, refresh the page (R) and choose it"
+            f"student {choice:.200} is not in ComfyUI's models: put it there, refresh the page (R) and choose it"
         )
     return Path(path)
 
@@ -83,6 +83,7 @@ class LoadStudent(io.ComfyNode):
         return True
 
     @classmethod
+    @within_bounds
     def execute(cls, model, student: str, strength: float) -> io.NodeOutput:
         path = student_path(student)
         tensors, card = read_student(path)
@@ -128,6 +129,7 @@ class DetectOneStep(io.ComfyNode):
         )
 
     @classmethod
+    @within_bounds
     def execute(cls, model, family: str, made_for_steps: int) -> io.NodeOutput:
         names = file_names(cls.hidden.prompt or {}, cls.hidden.unique_id)
         if family == cls.AUTOMATIC:
@@ -140,6 +142,8 @@ class DetectOneStep(io.ComfyNode):
                 )
             if made_for_steps and found.name in FAMILIES:
                 found = FAMILIES[found.name].for_steps(made_for_steps)
+        elif family not in FAMILIES:
+            raise ValueError(f"family is {family!r:.100}: use one of {', '.join((cls.AUTOMATIC, *FAMILIES))}")
         else:
             found = FAMILIES[family].for_steps(made_for_steps or None)
         return io.NodeOutput(patcher.with_sampling(model, found), found.in_words())
@@ -167,5 +171,6 @@ class LoadDemoModel(io.ComfyNode):
         )
 
     @classmethod
+    @within_bounds
     def execute(cls, batch_size: int) -> io.NodeOutput:
         return io.NodeOutput(*embedded.load(), embedded.empty_latent(batch_size))

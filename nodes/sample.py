@@ -12,7 +12,7 @@ from ..core.families import MOST
 from .host import patcher
 from .load import CATEGORY
 from .picture import side_by_side
-from .schema import schema
+from .schema import schema, within_bounds
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,7 @@ class OneStepScheduler(io.ComfyNode):
         )
 
     @classmethod
+    @within_bounds
     def execute(cls, model, steps: int, denoise: float) -> io.NodeOutput:
         return io.NodeOutput(sigmas_of(model, steps, denoise))
 
@@ -123,6 +124,7 @@ class OneStepSample(io.ComfyNode):
         )
 
     @classmethod
+    @within_bounds
     def execute(cls, model, positive, latent_image, seed: int, steps: int, denoise: float) -> io.NodeOutput:
         sampler = patcher.FewStep(patcher.sampling_of(model))
         return io.NodeOutput(
@@ -158,6 +160,7 @@ class Compare(io.ComfyNode):
         )
 
     @classmethod
+    @within_bounds
     def execute(
         cls, teacher, student, vae, positive, negative, latent_image, seed, teacher_steps, teacher_cfg, student_steps
     ) -> io.NodeOutput:

@@ -76,14 +76,14 @@ def tensors_of(draws: random.Random, sample: dict[str, torch.Tensor]) -> dict[st
 
 
 @contextmanager
-def bounded() -> Iterator[None]:
+def bounded(memory: int = MEMORY) -> Iterator[None]:
     """Within, this process cannot take more than so much memory beyond what it has; where the system knows bounds."""
     if resource is None or not Path("/proc/self/statm").exists():
         yield
         return
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (now + memory, before[1]))
     try:
         yield
     finally:

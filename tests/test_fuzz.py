@@ -205,3 +205,10 @@ def test_records_of_runs(fuzz, endures, tmp_path):
         runs.asked(tmp_path, "my-turbo")
 
     assert endures(listed, share=2)
+
+
+def test_a_picture_of_many_pixels_takes_a_bounded_memory(fuzz, tmp_path):
+    """Ten kilobytes of file, a quarter of a gigabyte of pixels."""
+    Image.new("1", (9000, 9000), 1).save(tmp_path / "a.png")
+    with fuzz.bounded(700 << 20):
+        assert (load_picture(tmp_path / "a.png", (8, 8)) == 1).all()

@@ -105,15 +105,22 @@ def load_picture(path: Path, size: tuple[int, int]) -> Tensor:
     width, height = size
     try:
         with Image.open(path) as file:
-            picture = _eight_bits(ImageOps.exif_transpose(file)).convert("RGBA")
+            picture = _on_white(_eight_bits(ImageOps.exif_transpose(file)))
     except UNREADABLE as error:
         raise DataError(f"picture {path} cannot be read ({reason(error)}): replace or remove it") from None
-    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     scale = max(width / picture.width, height / picture.height)
     scaled = picture.resize((max(width, round(picture.width * scale)), max(height, round(picture.height * scale))))
     left, top = (scaled.width - width) // 2, (scaled.height - height) // 2
     cropped = scaled.crop((left, top, left + width, top + height))
     return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 255
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    """A picture in RGB, white where it lets something through; the largest are copied no more often than needed."""
+    if "A" not in picture.getbands() and "transparency" not in picture.info:
+        return picture.convert("RGB")
+    picture = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:

@@ -124,7 +124,7 @@ def test_a_number_out_of_range(graph, demo, refused, setting, value, words):
     [
         ("PrimitiveInt", "steps", 0, "steps is 0: give 1 to 8"),
         ("PrimitiveInt", "steps", -1, "steps is -1: give 1 to 8"),
-        ("PrimitiveFloat", "denoise", 0.0, "denoise is 0: give more than 0"),
+        ("PrimitiveFloat", "denoise", 0.0, "denoise is 0.0: give 0.01 to 1"),
     ],
 )
 def test_a_number_out_of_range_from_another_node(graph, demo, refused, kind, setting, value, words):
