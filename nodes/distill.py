@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 
 from ..core.card import StudentCard, read_card, read_student
 from ..core.families import suspect
-from ..trainer.checks import check_name
+from ..trainer.checks import check_inside, check_name
 from ..trainer.config import ADVANCED, OF_DISTILL, Config
 from ..trainer.data.files import DataError, write_whole
 from ..trainer.data.pairs import pairs_key
@@ -114,6 +114,8 @@ class Distill(io.ComfyNode):
         config = Config(**(settings or {}) | pairs.settings | chosen)
         if images is not None and config.positives == "teacher":
             config = config.replace(positives="both")
+        if config.init_student:
+            check_inside(config.init_student, page.readable_folders())
         folder = run_folder(name)
         with trainable(model) as trained:
             base = base_name(cls, model)

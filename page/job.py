@@ -71,6 +71,8 @@ class Job:
         self.size = (request.width or backend.sizes[0], request.height or backend.sizes[1])
         check_size(*self.size)
         folders = backend.readable_folders()
+        if self.config.init_student:
+            check_inside(self.config.init_student, folders)
         if request.images:
             check_pictures(read_image_folder(check_inside(request.images, folders)))
         self.prompts = request.lines(backend.prompts(), folders)

@@ -23,7 +23,7 @@ TRIES = int(os.environ.get("FUZZ", "1500"))  # inputs of all together, about
 MEMORY = 2 << 30  # bytes that they may take
 ODD = [
     "", "\0", "\u2028", "\ufeff", "\ud800", "NaN", "1e999", "-1", "9" * 400, "9" * 5000, "null", "true", "[" * 3000,
-    "{}", "..", "~", "~nobody/x", "/dev/null", "a" * 5000, "<b>&\"'", "{a|", "%s{0}", "\r\n", "con", "-0.0",
+    "{}", "..", "~", "~no-such-user/x", "/dev/null", "a" * 5000, "<b>&\"'", "{a|", "%s{0}", "\r\n", "con", "-0.0",
 ]  # fmt: skip
 VALUES = [
     None, True, False, -1, 0, 1, 7, 2**31, 2**63, -(2**64), 10**400, 1.5, -0.0, 1e-320, 1e308, float("nan"),

@@ -19,6 +19,7 @@ from typing import Any
 from ..core.losses import ADVERSARIAL, WEIGHTS
 from ..core.sampling import TEACHER_SAMPLERS
 from ..core.student import PREDICTIONS
+from .data.files import path_of
 
 MOST_PAIRS = 1_000_000
 MOST_UPDATES = 10_000_000
@@ -351,6 +352,8 @@ class Config:
                 raise ConfigError(f"{f.name} is {value!s:.100}: the least is {about['low']}")
             if about["high"] is not None and value > about["high"]:
                 raise ConfigError(f"{f.name} is {value!s:.100}: the most is {about['high']}")
+        for name in ("init_student", "pixel_backbone"):
+            object.__setattr__(self, name, path_of(getattr(self, name)))
         if self.student_steps > self.start_timestep + 1:
             raise ConfigError(
                 f"student_steps is {self.student_steps}: start_timestep {self.start_timestep} allows at most "

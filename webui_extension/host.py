@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ READABLE = "turbodistill_readable_folders"
 def output_folder() -> Path:
     """Where what we write is kept: as the settings say, else beside the host's folders of pictures."""
     folder = getattr(shared.opts, FOLDER, "").strip()
-    return Path(folder).expanduser() if folder else Path(paths.data_path) / "outputs" / "turbodistill"
+    return Path(os.path.expanduser(folder)) if folder else Path(paths.data_path) / "outputs" / "turbodistill"
 
 
 def listens_to_others() -> bool:
@@ -34,7 +35,7 @@ def readable_folders() -> list[Path] | None:
     if not listens_to_others():
         return None
     listed = getattr(shared.opts, READABLE, "").split(";")
-    return [Path(paths.data_path), *(Path(folder.strip()).expanduser() for folder in listed if folder.strip())]
+    return [Path(paths.data_path), *(Path(os.path.expanduser(folder.strip())) for folder in listed if folder.strip())]
 
 
 def lora_folder() -> Path:

@@ -101,6 +101,10 @@ def test_where_others_reach_comfyui_files_are_read_from_its_own_folders_alone(
     with pytest.raises(DataError, match="is outside the folders"):
         nodes.data.ImageFolder.run(folder=str(tmp_path))
     assert "is outside the folders" in nodes.data.ImageFolder.fingerprint_inputs(str(tmp_path))
+    settings = nodes.distill.AdvancedSettings.run(init_student=str(tmp_path / "theirs.safetensors"))[0]
+    pairs = nodes.data.Pairs(places.output, ["a fox"], {}, 64, 64)
+    with pytest.raises(DataError, match=r"theirs\.safetensors is outside the folders"):
+        nodes.distill.Distill.run(model=None, clip=None, vae=None, pairs=pairs, name="x", settings=settings)
 
 
 # --- Image Folder ---

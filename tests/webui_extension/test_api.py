@@ -162,7 +162,7 @@ def test_what_is_out_of_bounds_is_refused_before_anything_starts(client, quick, 
     assert job.current() is None
 
 
-def test_files_outside_of_the_allowed_folders_are_not_read(client, quick, backend, tmp_path):
+def test_files_outside_of_the_allowed_folders_are_not_read(client, quick, backend, toy, tmp_path):
     allowed, secret = tmp_path / "allowed", tmp_path / "secret.txt"
     allowed.mkdir()
     secret.write_text("password")
@@ -179,6 +179,8 @@ def test_files_outside_of_the_allowed_folders_are_not_read(client, quick, backen
     ):
         answer = client.post(f"{ROOT}/distill", json=quick | {"prompts": "", field: str(path)})
         assert answer.status_code == 400 and "password" not in answer.text and job.current() is None
+    answer = client.post(f"{ROOT}/distill", json=quick | {"settings": toy.QUICK | {"init_student": f"'{secret}'"}})
+    assert answer.status_code == 400 and f"{secret} is outside" in answer.json()["error"] and job.current() is None
     begun = client.post(
         f"{ROOT}/distill", json=quick | {"prompts": "", "prompt_file": f' "{allowed / "prompts.txt"}" '}
     )

@@ -175,3 +175,5 @@ def test_folders(host, tmp_path):
     assert ours.output_folder() == tmp_path / "outputs" / "turbodistill" and ours.lora_folder() == tmp_path / "Lora"
     setattr(host.shared.opts, ours.FOLDER, str(tmp_path / "elsewhere"))
     assert ours.output_folder() == tmp_path / "elsewhere"
+    setattr(host.shared.opts, ours.FOLDER, "~no-such-user/runs")
+    assert str(ours.output_folder()) == "~no-such-user/runs"
