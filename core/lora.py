@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -172,19 +172,26 @@ class LoRA(nn.Module):
 
         Raises ValueError if a key of the file, or a branch, has no counterpart.
         """
-        style = "comfy" if any(k.startswith(FORMATS["comfy"]) for k in tensors) else "kohya"
-        wanted = dict(zip(self.file_names(backbone, style), self.each(), strict=True))
-        check_match("LoRA", tensors, [f"{name}.{part}" for name in wanted for part in PARTS])
-        for name, branch in wanted.items():
+        for name, branch in self.check(backbone, {k: v.shape for k, v in tensors.items()}).items():
             down, up = tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"]
-            if down.shape[1:] != branch.down.shape[1:] or up.shape[0] != branch.up.shape[0]:
-                raise ValueError(
-                    f"{name} in the file is for a layer of shape {(up.shape[0], *down.shape[1:])}, "
-                    f"this model's is {(branch.up.shape[0], *branch.down.shape[1:])}: it was made for another base"
-                )
             branch.down = nn.Parameter(down.to(branch.down))
             branch.up = nn.Parameter(up.to(branch.up))
             branch.scale = float(tensors[f"{name}.alpha"]) / down.shape[0]
+
+    def check(self, backbone: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[str, Branch]:
+        """The branches by their names in a file with tensors of these shapes; raises as `load`."""
+        style = "comfy" if any(k.startswith(FORMATS["comfy"]) for k in shapes) else "kohya"
+        wanted = dict(zip(self.file_names(backbone, style), self.each(), strict=True))
+        check_match("LoRA", shapes, [f"{name}.{part}" for name in wanted for part in PARTS])
+        for name, branch in wanted.items():
+            down, up = shapes[f"{name}.lora_down.weight"], shapes[f"{name}.lora_up.weight"]
+            found, own = (up[0], *down[1:]), (branch.up.shape[0], *branch.down.shape[1:])
+            if found != own:
+                raise ValueError(
+                    f"{name} in the file is for a layer of shape {found}, this model's is {own}: it was made for "
+                    "another base"
+                )
+        return wanted
 
     def merged(self, backbone: nn.Module) -> dict[str, Tensor]:
         """The adapted weights by the backbone's parameter names: weight + delta, in the weight's dtype."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .architecture import architecture_of
-from .card import CardError, StudentCard, fingerprint, read_card, read_student
+from .card import CardError, StudentCard, fingerprint, header, read_card, read_student
 from .denoiser import Cond, Denoiser
 from .fit import Base, check_fit
 from .lora import LoRA, check_match
@@ -165,8 +165,20 @@ def load_weights(student: Student, module: nn.Module, tensors: Mapping[str, Tens
         module.load(student.backbone, tensors)
         return
     names = _full_names(student.backbone)
-    check_match("student", tensors, names.values())
+    _check_full(student.backbone, {k: v.shape for k, v in tensors.items()})
     module.load_state_dict({k: tensors[v] for k, v in names.items()})
+
+
+def _check_full(backbone: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise ValueError if tensors of these names and shapes are no full student of this backbone."""
+    names, own = _full_names(backbone), backbone.state_dict()
+    check_match("student", shapes, names.values())
+    for name, there in names.items():
+        if tuple(shapes[there]) != tuple(own[name].shape):
+            raise ValueError(
+                f"{there} in the file has shape {tuple(shapes[there])}, this model's has {tuple(own[name].shape)}: it "
+                "was made for another base"
+            )
 
 
 def load_student(path: str | Path, teacher: Denoiser) -> tuple[Student, StudentCard, str]:
@@ -177,16 +189,21 @@ def load_student(path: str | Path, teacher: Denoiser) -> tuple[Student, StudentC
     """
     shapes = {name: parameter.shape for name, parameter in teacher.backbone.named_parameters()}
     base = Base(architecture_of(shapes), teacher.prediction, (fingerprint(teacher.backbone),))
-    warning = "\n".join(check_fit(read_card(path), base, path))
-    tensors, card = read_student(path)
+    card = read_card(path)
+    warning = "\n".join(check_fit(card, base, path))
     prediction = "inherit" if card.prediction == card.base_prediction else "x0"
+    student: Student | None = None
     try:
+        # By the file's header first: what does not fit is not read, and no copy is made for it.
+        if not card.rank:
+            _check_full(teacher.backbone, header(path)[1])
         student = Student(teacher, card.rank, card.alpha, card.targets, prediction, card.timesteps[0])
-    except ValueError as error:
-        raise CardError(f"{path} does not fit this model: {error}") from None
-    try:
-        load_weights(student, student.trained, tensors)
-    except (ValueError, RuntimeError, KeyError) as error:
-        student.release()
-        raise CardError(f"{path} does not fit this model: {error}") from None
+        if student.lora:
+            student.lora.check(student.backbone, header(path)[1])
+        load_weights(student, student.trained, read_student(path)[0])
+    except (ValueError, RuntimeError, KeyError, IndexError) as error:
+        if student:
+            student.release()
+        words = str(error) if isinstance(error, CardError) else f"{path} does not fit this model: {error}"
+        raise CardError(words) from None
     return student, card, warning

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
-from ..core.card import read_student
+from ..core.card import header, read_card, read_student
 from ..core.families import FAMILIES, suspect
 from .graph import file_names
 from .host import embedded, patcher
@@ -86,6 +86,7 @@ class LoadStudent(io.ComfyNode):
     @within_bounds
     def execute(cls, model, student: str, strength: float) -> io.NodeOutput:
         path = student_path(student)
+        patcher.check_student(model, header(path)[1], read_card(path), strength, path.name)  # before all of it is read
         tensors, card = read_student(path)
         patched, warning = patcher.with_student(model, tensors, card, strength, path.name)
         return io.NodeOutput(patched, "\n".join(filter(None, (warning, card.in_words()))))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +102,8 @@ def load_model(path: str | Path | None = None, device: str | None = None) -> Dif
 
 
 def _load_single_file(path: Path, device: str) -> DiffusersHost:
-    tensors, about = _read(path)
+    with _opened(path) as file:
+        about = file.metadata() or {}
     if HEADER not in about:
         raise ModelError(
             f"{path} does not say its architecture in its header. Convert it to a diffusers folder first, "
@@ -125,6 +128,8 @@ def _load_single_file(path: Path, device: str) -> DiffusersHost:
         raise ModelError(
             f"{path}: the architecture in its header cannot be read ({error!r}): get the file again"
         ) from None
+    with _opened(path) as file:
+        tensors = {k: file.get_tensor(k).float() for k in file.keys()}  # noqa: SIM118 - no dict
     prefix = "cond_stage_model."
     parts = (
         ("denoiser", unet, lambda: convert_ldm_unet_checkpoint(dict(tensors), dict(unet.config))),
@@ -158,10 +163,12 @@ def _load_single_file(path: Path, device: str) -> DiffusersHost:
     )
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, of which nothing but the header has been read; raises ModelError if it is none."""
     try:
         with safe_open(path, "pt") as file:
-            return {k: file.get_tensor(k).float() for k in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no dict
+            yield file
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"{path} is no complete safetensors file ({error}). If the download broke off, get it again; "
@@ -169,8 +176,22 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from None
 
 
+def _check_index(path: Path) -> None:
+    """Raise ModelError for a folder of another kind of pipeline, before any of its weights is read."""
+    try:
+        index = dict(json.loads((path / "model_index.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return  # diffusers says what is wrong with it
+    if "unet" not in index or "text_encoder_2" in index:
+        raise ModelError(
+            f"{path} is a folder of {index.get('_class_name')!s:.60}, the command line loads Stable Diffusion 1.x and "
+            "2.x: distil it in ComfyUI or the WebUI"
+        )
+
+
 def _load_folder(path: Path, device: str) -> DiffusersHost:
     """A Stable Diffusion 1.x or 2.x pipeline folder."""
+    _check_index(path)
     try:
         import diffusers
         import transformers

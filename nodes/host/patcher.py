@@ -116,48 +116,83 @@ def with_student(model, tensors: Mapping[str, Tensor], card: StudentCard, streng
 
     Raises CardError for a student of another architecture or prediction type.
     """
+    warning = check_student(model, {name: value.shape for name, value in tensors.items()}, card, strength, path)
+    if warning:
+        log.warning(warning)
+    patched = _with_lora(model, tensors, strength) if card.kind == "lora" else _with_full(model, tensors, strength)
+    return with_sampling(patched, of_card(card)), warning
+
+
+def check_student(model, shapes: Mapping[str, Sequence[int]], card: StudentCard, strength: float, path: str) -> str:
+    """What does not fit between a student whose tensors have these shapes and the MODEL, in words; raises CardError."""
     # Made with what is patched onto it, or without.
     base = Base(architecture(model), prediction_of(model), (model_hash(model), fingerprint(base_weights(model))))
     warning = "\n".join(check_fit(card, base, path, weight=strength))
     try:
-        patched = _with_lora(model, tensors, strength) if card.kind == "lora" else _with_full(model, tensors, strength)
-    except ValueError as error:
+        (_check_lora if card.kind == "lora" else _check_full)(model, shapes)
+    except (ValueError, IndexError) as error:
         raise CardError(f"{path} does not fit the connected model: {error} Its base is {card.base_model}.") from None
-    if warning:
-        log.warning(warning)
-    return with_sampling(patched, of_card(card)), warning
+    return warning
 
 
-def _with_lora(model, tensors: Mapping[str, Tensor], strength: float):
+def true_shapes(model) -> dict[str, tuple[int, ...]]:
+    """The shapes of a MODEL's weights by name, before any patch.
+
+    Of a quantised layer the state dict holds the parts, its weight packed (nvfp4: half the columns); the layer's own
+    parameter has the shape that counts.
+    """
+    network = model.model.diffusion_model
+    own = {f"{PREFIX}{name}": tuple(parameter.shape) for name, parameter in network.named_parameters()}
+    weights = model.model_state_dict(PREFIX)
+    shapes = {}
+    for name, value in weights.items():
+        layer, _, part = name.rpartition(".")
+        if f"{layer}.comfy_quant" not in weights or part in ("weight", "bias"):
+            shapes[name] = own.get(name, tuple(value.shape))
+    return shapes
+
+
+def _check_lora(model, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise ValueError if tensors of these names and shapes are no LoRA for the MODEL."""
     table = comfy.lora.model_lora_keys_unet(model.model, {})
-    names = {key.removesuffix(f".{part}") for key in tensors for part in PARTS if key.endswith(f".{part}")}
+    names = {key.removesuffix(f".{part}") for key in shapes for part in PARTS if key.endswith(f".{part}")}
     known = names.intersection(table)
     if not names or known != names:
         stray = sorted(names - known)[:2]
         raise ValueError(f"{len(known)} of its {len(names)} layers are in this model (not: {stray}).")
-    check_match("LoRA", tensors, [f"{name}.{part}" for name in names for part in PARTS])
-    weights = model.model_state_dict(PREFIX)
+    check_match("LoRA", shapes, [f"{name}.{part}" for name in names for part in PARTS])
+    weights = true_shapes(model)
     for name in sorted(names):
-        shape = tuple(weights[table[name]].shape)
-        up, down = tensors[f"{name}.lora_up.weight"], tensors[f"{name}.lora_down.weight"]
-        if (up.shape[0], *down.shape[1:]) != shape:
-            raise ValueError(f"{name} is for a layer of shape {(up.shape[0], *down.shape[1:])}, here it is {shape}.")
+        own = weights[table[name]]
+        up, down = shapes[f"{name}.lora_up.weight"], shapes[f"{name}.lora_down.weight"]
+        if (up[0], *down[1:]) != own:
+            raise ValueError(f"{name} is for a layer of shape {(up[0], *down[1:])}, here it is {own}.")
+
+
+def _with_lora(model, tensors: Mapping[str, Tensor], strength: float):
+    table = comfy.lora.model_lora_keys_unet(model.model, {})
     patched = model.clone()
     patched.add_patches(comfy.lora.load_lora(dict(tensors), table, log_missing=False), strength)
     return patched
 
 
-def _with_full(model, tensors: Mapping[str, Tensor], strength: float):
-    weights = model.model_state_dict(PREFIX)
-    # A merged checkpoint holds text encoder and autoencoder as well.
-    own = {k: v for k, v in tensors.items() if k.startswith(f"model.{PREFIX}")}
-    given = {k.removeprefix("model."): v for k, v in own.items()}
+def _own(names: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a whole student, which may hold text encoder and autoencoder as well, what is the network's."""
+    return {k.removeprefix("model."): v for k, v in names.items() if k.startswith(f"model.{PREFIX}")}
+
+
+def _check_full(model, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise ValueError if tensors of these names and shapes are no whole student of the MODEL."""
+    weights, given = true_shapes(model), _own(shapes)
     check_match("student", given, weights)
-    for name, value in given.items():
-        if value.shape != weights[name].shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, here it is {tuple(weights[name].shape)}.")
+    for name, shape in given.items():
+        if tuple(shape) != weights[name]:
+            raise ValueError(f"{name} has shape {tuple(shape)}, here it is {weights[name]}.")
+
+
+def _with_full(model, tensors: Mapping[str, Tensor], strength: float):
     patched = model.clone()
-    patched.add_patches({name: (value,) for name, value in given.items()}, strength, 1 - strength)
+    patched.add_patches({name: (value,) for name, value in _own(tensors).items()}, strength, 1 - strength)
     return patched
 
 
@@ -233,7 +268,7 @@ def sampling_by_files(names: Sequence[str], model) -> SamplingRecipe | None:
 def architecture(model) -> str:
     """What a card calls the MODEL's architecture: by its weights, else as ComfyUI does."""
     kind = type(model.model.model_config)  # of the class: an instance has None for whatever it is asked
-    shapes = {name: parameter.shape for name, parameter in model.model.diffusion_model.named_parameters()}
+    shapes = {name.removeprefix(PREFIX): shape for name, shape in true_shapes(model).items()}
     return getattr(kind, "architecture", architecture_of(shapes) or kind.__name__)
 
 

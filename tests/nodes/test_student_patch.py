@@ -208,11 +208,53 @@ def test_the_base_s_weights_have_single_file_names(nodes, teacher, model_of):
     assert fingerprint(found) == fingerprint(teacher.backbone)
 
 
-@pytest.mark.parametrize(("kind", "called"), [("SDXL", "stable-diffusion-xl-v1-base"), ("Lumina2", "Lumina2")])
-def test_a_model_is_called_by_its_kind_where_it_says_no_more(nodes, comfyui, toys, model_of, kind, called):
+@pytest.mark.parametrize(("kind", "called"), [("SDXL", "SDXL"), ("Lumina2", "Lumina2")])
+def test_a_model_is_called_by_its_kind_where_its_weights_do_not_tell(nodes, comfyui, toys, model_of, kind, called):
     """ComfyUI's descriptions of models answer None to whatever they are asked."""
     model = model_of(toys.conv("eps"))
     plain = type(kind, (), {"__getattr__": lambda self, name: None})
     model.model.model_config = plain()
     assert nodes.patcher.architecture(model) == called
     assert nodes.patcher.title(model) == "BaseModel"
+
+
+# --- quantised weights ---
+
+
+class NvFp4(torch.nn.Linear):
+    """ComfyUI 0.33's layer of four bits: its parameter has the true shape, its state dict the packed parts."""
+
+    def state_dict(self, *args, destination=None, prefix="", **kwargs):
+        rows, columns = self.weight.shape
+        parts = {
+            "weight": torch.zeros(rows, columns // 2, dtype=torch.uint8),
+            "weight_scale": torch.ones(rows, -(-columns // 16)).to(torch.float8_e4m3fn),
+            "weight_scale_2": torch.tensor(1.0),
+            "comfy_quant": torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8),
+            "bias": self.bias,
+        }
+        destination.update({prefix + name: part for name, part in parts.items() if part is not None})
+        return destination
+
+
+@pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full"])
+def test_a_student_fits_quantised_weights_by_their_true_shapes(nodes, teacher, model_of, student_of, saved, rank):
+    tensors, card = read_student(saved(student_of(teacher, rank)))
+    teacher.backbone.text.__class__ = NvFp4
+    model = model_of(teacher)
+    assert model.model_state_dict(PREFIX)[f"{PREFIX}text.weight"].shape[1] == teacher.backbone.text.in_features // 2
+    patched, _ = nodes.patcher.with_student(model, tensors, card, 1.0, "file")
+    assert f"{PREFIX}text.weight" in patched.patches
+    assert not any("scale" in name or "quant" in name for name in patched.patches)
+    teacher.backbone.text.weight = torch.nn.Parameter(torch.zeros(8, 12))  # and a wrong shape is still told
+    with pytest.raises(CardError, match=r"\(8, 6\).*here it is \(8, 12\)"):
+        nodes.patcher.with_student(model_of(teacher), tensors, card, 1.0, "file")
+
+
+def test_a_student_that_does_not_fit_is_not_read(nodes, toys, teacher, model_of, student_of, saved, monkeypatch):
+    path = saved(student_of(teacher))
+    monkeypatch.setattr(nodes.load, "student_path", lambda choice: path)
+    monkeypatch.setattr(nodes.load, "read_student", lambda path: pytest.fail("all of it was read"))
+    for other in (toys.conv("eps"), toys.Toy(toys.ConvBackbone(width=12), teacher.schedule, "v")):
+        with pytest.raises(CardError, match=r"was made for|does not fit"):
+            nodes.load.LoadStudent.run(model=model_of(other), student="student.safetensors", strength=1.0)
