@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..core.card import StudentCard
+from ..core.fit import Base, check_fit
 from ..core.student import Student, load_student
 from ..trainer.host import Host
 from .sample import sample_latents
@@ -22,10 +24,11 @@ PATIENCE = 10.0  # seconds that a picture waits for the model
 
 @dataclass(frozen=True)
 class Made:
-    """Pictures (N, 3, height, width) in [0, 1], and the seconds from the prompt to them."""
+    """Pictures (N, 3, height, width) in [0, 1], the seconds from the prompt to them, and what did not fit, in words."""
 
     pictures: Tensor
     seconds: float
+    remarks: tuple[str, ...] = ()
 
 
 class Generator:
@@ -38,6 +41,8 @@ class Generator:
         self._latest = 0
         self._student: Student | None = None
         self._path: Path | None = None
+        self._card: StudentCard | None = None
+        self._warning = ""
         self._merged = ExitStack()
 
     @contextmanager
@@ -70,12 +75,14 @@ class Generator:
             began = time.perf_counter()
             cond = self.host.encode_text([prompt]).rows(torch.zeros(len(seeds), dtype=torch.long))
             pictures = self.host.decode(sample_latents(self.host, student, cond, seeds, steps)).cpu()
-            return Made(pictures, time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            said = check_fit(self._card, Base(), path.name, steps=steps) if self._card else []
+            return Made(pictures, seconds, tuple(filter(None, (self._warning, *said))))
 
     def _load(self, path: Path) -> Student:
         if self._student is None or path != self._path:
             self._unload()
-            self._student, _, _ = load_student(path, self.host.denoiser)
+            self._student, self._card, self._warning = load_student(path, self.host.denoiser)
             self._path = path
             self._merged.enter_context(self._student.merged())
         return self._student

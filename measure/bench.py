@@ -107,7 +107,7 @@ def evaluate(
     for _, student, _, _ in loaded:
         student.release()
     floor = bench.evaluator.floor()
-    lines = []
+    lines = [warning for *_, warning in loaded if warning]
     for seed, scores in enumerate(per_seed):
         lines += [f"seed {seed}, {len(bench.chosen.captions)} pictures an arm", table(scores, floor), ""]
     lines.append(f"KID x 1000 over {seeds} {'seed' if seeds == 1 else 'seeds'}: mean (least to most)")

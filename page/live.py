@@ -89,7 +89,8 @@ def pictures(
     if made is None:
         return [gr.update(), gr.update()]
     shown = "".join(f'<img src="{url}" alt="{escape(prompt)}">' for url in data_urls(made.pictures))
-    return [_pace(made), f'<div class="turbodistill-made">{shown}</div>']
+    said = "".join(view.box(remark, "warn") for remark in made.remarks)
+    return [_pace(made) + said, f'<div class="turbodistill-made">{shown}</div>']
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> int:

@@ -12,7 +12,9 @@ import time
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from turbodistill.app import cli
+from turbodistill.core.card import read_student
 from turbodistill.measure import bench
 from turbodistill.trainer.config import Config
 from turbodistill.trainer.data.pairs import load_pairs
@@ -328,15 +330,19 @@ def test_evaluate_measures_a_student_against_its_teacher(
     pipeline_folder, made, reference_zip, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(bench, "ALIKE_PROMPTS", 2)
+    stranger = tmp_path / "stranger.safetensors"  # the student of another base
+    tensors, card = read_student(made / training.BEST)
+    save_file(tensors, stranger, dataclasses.replace(card, base_hash="0" * 16).to_metadata())
     out = tmp_path / "figures.json"
     flags = ["--reference", str(reference_zip), "--count", "8", "--seeds", "1", "--out", str(out)]
     command = ["evaluate", "--model", str(pipeline_folder), "--student", str(made / training.BEST), *flags]
-    assert cli.main(command) == 0
+    assert cli.main([*command, "--student", str(stranger)]) == 0
     told = capsys.readouterr().out
+    assert told.startswith(f"{stranger} was made for tiny-sd ({'0' * 16}), the loaded model is another")
     assert "teacher, 50 steps" in told and "x faster than teacher, 50 steps" in told
     figures = json.loads(out.read_text())
     (scores,) = figures["seeds"]
-    assert f"{made.name}/student" in scores and len(scores) == 4
+    assert f"{made.name}/student" in scores and len(scores) == 5
     assert figures["timings"][f"{made.name}/student"]["passes"] == 1
     assert figures["timings"]["teacher, 50 steps"]["passes"] == 100  # two rows a step: with guidance
 

@@ -61,6 +61,16 @@ def test_pictures_are_those_of_the_student(toy, made, students):
     assert each * 2 == pytest.approx(whole, abs=0.6) and rate == pytest.approx(1000 / each, rel=0.1, abs=0.6)
 
 
+def test_what_does_not_fit_is_told_beside_the_pictures(toy, made, students, tmp_path):
+    _, generator = made
+    assert "turbodistill-box" not in show(generator, students)[0]
+    pace, html = show(generator, students, steps=4)
+    assert "steps is 4: first.safetensors was made for 1 step." in pace and len(urls(html)) == 2
+    other = generator_module.Generator(toy.kit.conv_host(seed=1))
+    pace, html = show(other, students)
+    assert "the loaded model is another" in pace and len(urls(html)) == 2
+
+
 def test_each_input_counts(made, students):
     _, generator = made
     first = urls(show(generator, students)[1])
