@@ -186,6 +186,8 @@ NEUTRAL = (
 ENDING = re.compile(r"\.(safetensors|sft|ckpt|pt|pth|bin|gguf)$", re.IGNORECASE)
 # Between a small letter and a large one, and before the capital of a word: DreamShaperXLTurbo.
 HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z0-9])(?=[A-Z][a-z])")
+# Letters of which some are in the name of every family.
+MARKS = re.compile(r"turbo|nitro|nf2|lightning|hyper|lcm|tcd|pcm|flash|sdxs|schnell|klein|dmd2|lightx2v", re.IGNORECASE)
 # Words that few-step models and their merges bear.
 SUSPECT = re.compile(
     r"\b(turbo(?! distill)|lightning|hyper|lcm|dmd2?|tcd|pcm|schnell|sdxs|flash|lightx2v|nitro\w*|klein(?!.* base))\b"
@@ -293,11 +295,13 @@ def recognise(*hints: str, architectures: Sequence[str] = (), prediction: str = 
 
     The family must fit every architecture and the prediction type that are known of the model.
     """
-    fitting = [f for f in FAMILIES.values() if all(f.fits(a, prediction) for a in architectures or [""])]
     for hint in hints:
+        if not MARKS.search(hint[:MOST_LETTERS]):
+            continue  # most LoRAs: of thousands a name is looked at in a moment
         words = words_of(hint)
-        for family in fitting:
-            if sampling := family.named(words):
+        for family in FAMILIES.values():
+            sampling = family.named(words)
+            if sampling and all(family.fits(architecture, prediction) for architecture in architectures or [""]):
                 return sampling
     return None
 

@@ -60,6 +60,24 @@ def test_the_built_in_student_on_another_model(graph, synthetic, refused):
     refused(made, LOAD, "does not fit the connected model: .*Its base is")
 
 
+@pytest.mark.parametrize(
+    ("name", "called"),
+    [
+        ("sd15", "stable-diffusion-v1"),
+        ("sd2_v", "stable-diffusion-v2"),
+        ("sdxl", "stable-diffusion-xl-v1-base"),
+        ("sdxl_v", "stable-diffusion-xl-v1-base"),
+        ("sd3", "stable-diffusion-v3-medium"),
+    ],
+)
+def test_the_architecture_is_told_by_the_weights_whatever_they_predict(
+    graph, synthetic, student, refused, name, called
+):
+    choice = student("sd15", architecture="flux-1-dev", base_hash="0" * 16)
+    made = with_student(graph, synthetic(name), choice)
+    refused(made, LOAD, f"made for a model of architecture flux-1-dev, the loaded one is {called}: load sd15, its base")
+
+
 def test_a_student_of_another_prediction(graph, synthetic, student, refused):
     made = with_student(graph, synthetic("sdxl"), student("sdxl_v"))
     refused(made, LOAD, "a model that predicts v, the loaded one predicts eps: load sdxl_v, its base")
