@@ -39,6 +39,11 @@ def adaptable(module: nn.Module) -> bool:
     )
 
 
+def quantised(weight: Tensor) -> bool:
+    """Whether a weight's numbers are packed, in a host's own class or as whole ones: a branch can stand beside it."""
+    return type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point()
+
+
 def matching_layers(backbone: nn.Module, targets: str) -> dict[str, nn.Module]:
     """The layers by name that `targets`, a key of TARGETS or a pattern, picks; raises ValueError if there are none."""
     layers = {n: m for n, m in backbone.named_modules() if adaptable(m)}

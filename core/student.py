@@ -15,7 +15,7 @@ from .architecture import architecture_of
 from .card import CardError, StudentCard, fingerprint, header, read_card, read_student
 from .denoiser import Cond, Denoiser
 from .fit import Base, check_fit
-from .lora import LoRA, check_match
+from .lora import LoRA, check_match, quantised
 from .naming import is_diffusers, to_single_file
 from .sampling import sample_few_step, sigmas_of
 from .schedule import Schedule, trailing_timesteps
@@ -53,6 +53,7 @@ class Student(Denoiser):
             self.lora = LoRA(teacher.backbone, rank, alpha, targets, teacher.device)
             self._network = teacher
         else:
+            check_copyable(teacher.backbone)
             self.backbone = copy.deepcopy(teacher.backbone)
             self._network = teacher.with_backbone(self.backbone)
 
@@ -94,9 +95,9 @@ class Student(Denoiser):
     def merged(self) -> Iterator[None]:
         """The LoRA is merged into the shared weights within: for sampling alone, since the teacher is away.
 
-        Weights of eight bits have no room for it: it stays beside them.
+        Quantised weights, and those of eight bits, have no room for it: it stays beside them.
         """
-        if self.lora is None or any(p.element_size() < 2 for p in self.backbone.parameters()):
+        if self.lora is None or any(quantised(p) or p.element_size() < 2 for p in self.backbone.parameters()):
             yield
             return
         with self.lora.folded(self.backbone):
@@ -125,6 +126,16 @@ class Student(Denoiser):
         """Take the LoRA's hooks out of the shared backbone."""
         if self.lora is not None:
             self.lora.remove()
+
+
+def check_copyable(backbone: nn.Module) -> None:
+    """Raise ValueError for a backbone of which no full copy can be trained."""
+    packed = [name for name, weight in backbone.named_parameters() if quantised(weight)]
+    if packed:
+        raise ValueError(
+            f"rank 0 trains a full copy, but {len(packed)} of the model's weights are quantised ({packed[0]}): give a "
+            "rank of 1 or more, or load a file of the model that is not quantised"
+        )
 
 
 FULL_PREFIX = "model.diffusion_model."

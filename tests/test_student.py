@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 from turbodistill.core.card import CardError, StudentCard, fingerprint, read_student
 from turbodistill.core.lora import TARGETS, LoRA, check_match
 from turbodistill.core.sampling import seeded_noise
@@ -240,6 +241,54 @@ def test_branches_lie_where_the_model_computes_wherever_its_weights_do(toys):
     student = Student(teacher, rank=2)
     assert {p.device.type for p in student.lora.parameters()} == {"meta"} and student.device.type == "meta"
     assert {p.device.type for p in teacher.backbone.parameters()} == {"cpu"}
+
+
+class Packed(torch.Tensor):
+    """A weight as hosts hold quantised ones: eight bits and a scale behind the shape and type of a float tensor."""
+
+    @staticmethod
+    def __new__(cls, weight):
+        return torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)
+
+    def __init__(self, weight):
+        self.scale = weight.abs().amax() / 127
+        self.packed = (weight / self.scale).round().to(torch.int8)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        args, kwargs = tree_map(lambda v: v.packed * v.scale if isinstance(v, cls) else v, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+@pytest.fixture
+def packed(toys):
+    """A teacher one of whose weights is quantised."""
+    teacher = toys.conv()
+    layer = teacher.backbone.text
+    layer.weight = torch.nn.Parameter(Packed(layer.weight.detach()), requires_grad=False)
+    return teacher
+
+
+def test_a_lora_stays_beside_quantised_weights(toys, packed):
+    """Merged into them it would do nothing, without a word: what is set is not what they compute with."""
+    x, cond, sigma = toys.picture(), toys.cond(), packed.schedule.sigma(torch.tensor([999.0, 300.0]))
+    student = Student(packed, rank=2)
+    with student.training():
+        student(x, sigma, cond).square().mean().backward()
+    assert all(b.up.grad is not None and b.up.grad.any() for b in student.lora.each())
+    toys.nudge(student.lora)
+    with torch.no_grad():
+        expected = student(x, sigma, cond)
+        assert not torch.allclose(expected, packed(x, sigma, cond), atol=1e-2)
+        with student.merged():
+            assert torch.equal(student(x, sigma, cond), expected)
+
+
+def test_quantised_weights_are_not_copied(packed):
+    with pytest.raises(ValueError, match=r"1 of the model's weights are quantised \(text\.weight\): give a rank of 1"):
+        Student(packed, rank=0)
 
 
 def test_check_match_passes_equal_names_alone():

@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import comfy.lora
@@ -71,8 +72,14 @@ def sampling_of(model) -> SamplingRecipe:
 
 
 def base_weights(patcher, prefix: str = PREFIX) -> dict[str, Tensor]:
-    """A MODEL's own weights, as they were before any patch, by single-file names."""
-    return {name.removeprefix(prefix): entries[0][0] for name, entries in patcher.get_key_patches(prefix).items()}
+    """A MODEL's own weights, as they were before any patch, by single-file names.
+
+    A quantised one is whole, of its true shape, where ComfyUI's own list has the packed numbers and their scales.
+    """
+    model, kept = patcher.model, {name: entry.weight for name, entry in patcher.backup.items()}
+    found = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    listed = patcher.model_state_dict(prefix)
+    return {name.removeprefix(prefix): kept.get(name, value) for name, value in found if name in listed}
 
 
 def model_hash(patcher, prefix: str = PREFIX) -> str:
@@ -136,20 +143,8 @@ def check_student(model, shapes: Mapping[str, Sequence[int]], card: StudentCard,
 
 
 def true_shapes(model) -> dict[str, tuple[int, ...]]:
-    """The shapes of a MODEL's weights by name, before any patch.
-
-    Of a quantised layer the state dict holds the parts, its weight packed (nvfp4: half the columns); the layer's own
-    parameter has the shape that counts.
-    """
-    network = model.model.diffusion_model
-    own = {f"{PREFIX}{name}": tuple(parameter.shape) for name, parameter in network.named_parameters()}
-    weights = model.model_state_dict(PREFIX)
-    shapes = {}
-    for name, value in weights.items():
-        layer, _, part = name.rpartition(".")
-        if f"{layer}.comfy_quant" not in weights or part in ("weight", "bias"):
-            shapes[name] = own.get(name, tuple(value.shape))
-    return shapes
+    """The shapes of a MODEL's weights by name, before any patch."""
+    return {PREFIX + name: tuple(weight.shape) for name, weight in base_weights(model).items()}
 
 
 def _check_lora(model, shapes: Mapping[str, Sequence[int]]) -> None:

@@ -23,7 +23,9 @@ def trainable(model) -> Iterator[Any]:
     That is the MODEL itself, or one of the same weights where they cannot stay on the device (`resident`).
     ComfyUI loads in inference mode, and backward refuses what was made there. Such weights are
     replaced one by one by ordinary tensors of the same bits, which stay; every flag is restored.
+    Raises ValueError as `check_trainable` and `load_whole` do.
     """
+    check_trainable(model)
     with torch.inference_mode(False), torch.enable_grad():
         model = resident(model)
         flags = [
@@ -42,20 +44,37 @@ def trainable(model) -> Iterator[Any]:
                     parameter.requires_grad_(flag)
 
 
-def resident(model):
-    """The MODEL, or one of the same file and patches whose weights can stay on the device.
+# Formats of quantised weights that ComfyUI multiplies by in one direction alone: there is no gradient.
+ONE_WAY = ("convrot_w4a4", "asym_w4a8_int8")
 
-    Dynamic VRAM streams weights there for every pass: what autograd keeps of them would not last, and the MODEL that
-    others sample with is left alone. Raises ValueError where its loader did not say how the file is read again.
-    """
-    if not getattr(model, "is_dynamic", lambda: False)():
-        return model
-    if model.cached_patcher_init is None:
+
+def check_trainable(model) -> None:
+    """Raise ValueError for a MODEL through whose weights no gradient can flow."""
+    formats: set[Any] = {getattr(module, "quant_format", None) for module in model.model.modules()}
+    if found := formats.intersection(ONE_WAY):
+        raise ValueError(
+            f"this MODEL's weights are quantised as {', '.join(sorted(found))}, through which ComfyUI has no gradient: "
+            "load the model in another format (float8, nvfp4, mxfp8 and int8 can be trained on)"
+        )
+    if is_dynamic(model) and model.cached_patcher_init is None:
         raise ValueError(
             "this MODEL's weights are streamed to the GPU (ComfyUI's dynamic VRAM), and its loader cannot load them "
             "another time: use ComfyUI's own loader, or start ComfyUI with --disable-dynamic-vram"
         )
-    return model.clone(disable_dynamic=True)
+
+
+def is_dynamic(model) -> bool:
+    """Whether ComfyUI streams the MODEL's weights to the device for every pass; older cores know no such thing."""
+    return getattr(model, "is_dynamic", lambda: False)()
+
+
+def resident(model):
+    """The MODEL, or one of the same file and patches whose weights can stay on the device.
+
+    Dynamic VRAM streams weights there for every pass: what autograd keeps of them would not last, and the MODEL that
+    others sample with is left alone.
+    """
+    return model.clone(disable_dynamic=True) if is_dynamic(model) else model
 
 
 def load_whole(model) -> None:
@@ -86,7 +105,8 @@ class ComfyUIHost:
 
     It trains on the MODEL `trained`, as `trainable` gives it, or only samples; either comes back when text encoder or
     VAE were used, which may have taken its place.
-    Raises ValueError for a MODEL that is a student already, a VAE of another kind, or sizes that it cannot make.
+    Raises ValueError for a MODEL that is a student already or cannot be trained on, a VAE of another kind, or sizes
+    that it cannot make.
     """
 
     decoder = None  # the VAE is off the GPU while the model trains
@@ -96,6 +116,7 @@ class ComfyUIHost:
             raise ValueError(
                 f"this MODEL is sampled as {model.attachments[KEY].name} already: connect the model as it was loaded"
             )
+        check_trainable(model)  # before pairs are made for nothing
         self.model, self.clip, self.vae, self.name = trained or model, clip, vae, name
         self._load = load_whole if trained else load
         self.denoiser = ModelDenoiser(self.model)

@@ -142,10 +142,24 @@ def test_what_is_patched_onto_streamed_weights_is_trained_with(nodes, dynamic, c
         assert trained.patches == model.patches
 
 
-def test_streamed_weights_that_cannot_be_read_again_are_refused(nodes, dynamic):
+def test_streamed_weights_that_cannot_be_read_again_are_refused(nodes, dynamic, host_of):
     model = dynamic()
     model.cached_patcher_init = None
     refused = pytest.raises(ValueError, match=r"its loader cannot load them .* --disable-dynamic-vram")
+    with refused, torch.inference_mode(), nodes.training.trainable(model):
+        pass
+    with refused:
+        host_of(model)  # before any pairs are made
+
+
+def test_quantised_weights_without_a_gradient_are_refused(nodes, loaded, host_of):
+    model = loaded()
+    model.model.diffusion_model.conv_in.quant_format = "nvfp4"
+    host_of(model)
+    model.model.diffusion_model.conv_in.quant_format = "convrot_w4a4"
+    refused = pytest.raises(ValueError, match=r"quantised as convrot_w4a4, .* load the model in another format")
+    with refused:
+        host_of(model)
     with refused, torch.inference_mode(), nodes.training.trainable(model):
         pass
 

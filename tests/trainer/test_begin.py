@@ -33,7 +33,7 @@ def test_the_card_names_the_file(kit, host, tmp_path, first):
 def test_once_begun_it_may_be_left_out(kit, host, tmp_path, first):
     kit.go(host, kit.config(init_student=str(first)), tmp_path / "second")
     *_, finished = kit.go(host, kit.config(updates=4), tmp_path / "second")
-    assert finished.card.training["updates"] == 4
+    assert finished.card.training["updates"] == 2 + 4  # the first student's, too
 
 
 @pytest.mark.parametrize("changes", [{"rank": 3}, {"rank": 0}, {"prediction": "x0"}, {"start_timestep": 800}])
@@ -58,3 +58,11 @@ def test_one_of_other_layers_or_model_is_refused(kit, host, tmp_path, first):
 def test_a_file_that_is_missing_is_named(kit, host, tmp_path):
     with pytest.raises(ConfigError, match=r"init_student: .*gone.safetensors does not exist"):
         kit.go(host, kit.config(init_student=str(tmp_path / "gone.safetensors")), tmp_path / "run")
+
+
+def test_a_copy_of_quantised_weights_is_refused_before_any_pair_is_made(kit, host, tmp_path):
+    first = next(m for m in host.denoiser.backbone.modules() if isinstance(m, torch.nn.Linear))
+    first.weight = torch.nn.Parameter(first.weight.detach().to(torch.int8), requires_grad=False)  # as packed ones are
+    with pytest.raises(ConfigError, match=r"rank 0 trains a full copy, but 1 of .* are quantised .*give a rank"):
+        kit.go(host, kit.config(rank=0), tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("pairs-*"))

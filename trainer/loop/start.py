@@ -8,7 +8,7 @@ from ...core.card import StudentCard, read_card, read_student
 from ...core.features import Features, TeacherFeatures, VisionFeatures
 from ...core.gradient_checkpointing import blocks
 from ...core.lora import matching_layers
-from ...core.student import Student, load_weights
+from ...core.student import Student, check_copyable, load_weights
 from ..config import Config, ConfigError
 from ..data.samples import Samples
 from ..host import Host
@@ -23,6 +23,8 @@ def check(host: Host, config: Config) -> None:
             blocks(host.denoiser.backbone)
         if config.rank:
             matching_layers(host.denoiser.backbone, config.targets)
+        else:
+            check_copyable(host.denoiser.backbone)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if not config.init_student:

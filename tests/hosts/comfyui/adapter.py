@@ -8,47 +8,34 @@ computed in, too, as an accelerator does, "look": a key of LOOKS}}, and for each
 {name: what was found}.
 """
 
-import importlib.util
 import json
 import re
-import runpy
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-comfyui, clone, folder = sys.argv[1:]
-sys.argv = sys.argv[:1]  # ComfyUI reads it
-sys.path.insert(0, comfyui)
+from inside import arguments
 
-import comfy.cli_args  # noqa: E402
+# isort: split
 
-comfy.cli_args.args.cpu = True
+import comfy.lora
+import comfy.model_management
+import comfy.ops
+import comfy.sampler_helpers
+import comfy.samplers
+import comfy.sd
+import narrow  # noqa: F401 - ComfyUI then takes a narrow Flux
+import torch
+from safetensors.torch import load_file, save_file
+from torch import amp
+from turbodistill.core.denoiser import Cond
+from turbodistill.core.features import TeacherFeatures
+from turbodistill.core.gradient_checkpointing import blocks, checkpointed
+from turbodistill.core.lora import TARGETS, LoRA
+from turbodistill.core.student import Student
+from turbodistill.nodes.host.denoiser import ModelDenoiser, conditions, differentiable
+from turbodistill.nodes.host.training import trainable
 
-import comfy.lora  # noqa: E402
-import comfy.model_management  # noqa: E402
-import comfy.ops  # noqa: E402
-import comfy.sampler_helpers  # noqa: E402
-import comfy.samplers  # noqa: E402
-import comfy.sd  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from torch import amp  # noqa: E402
-
-spec = importlib.util.spec_from_file_location(
-    "turbodistill", f"{clone}/__init__.py", submodule_search_locations=[clone]
-)
-sys.modules["turbodistill"] = importlib.util.module_from_spec(spec)
-
-# Beside this file, and for its effect: ComfyUI then takes a narrow Flux.
-runpy.run_path(str(Path(__file__).with_name("narrow.py")))
-
-from turbodistill.core.denoiser import Cond  # noqa: E402
-from turbodistill.core.features import TeacherFeatures  # noqa: E402
-from turbodistill.core.gradient_checkpointing import blocks, checkpointed  # noqa: E402
-from turbodistill.core.lora import TARGETS, LoRA  # noqa: E402
-from turbodistill.core.student import Student  # noqa: E402
-from turbodistill.nodes.host.denoiser import ModelDenoiser, conditions, differentiable  # noqa: E402
-from turbodistill.nodes.host.training import trainable  # noqa: E402
+(folder,) = arguments
 
 
 def load(checkpoint, dtype, native, **_):

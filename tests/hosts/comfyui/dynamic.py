@@ -6,36 +6,25 @@ There is no GPU here: the device is torch's "meta", which has shapes and places 
 weights are streamed through is a stand-in. All else is ComfyUI's own. Prints a line of JSON.
 """
 
-import importlib.util
 import json
-import sys
 
-comfyui, clone, checkpoint = sys.argv[1:]
-sys.argv = sys.argv[:1]  # ComfyUI reads it
-sys.path.insert(0, comfyui)
+from inside import arguments
 
-import comfy.cli_args  # noqa: E402
+# isort: split
 
-comfy.cli_args.args.cpu = True
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import torch
+from turbodistill.core import lora
+from turbodistill.core.denoiser import Cond
+from turbodistill.core.features import TeacherFeatures
+from turbodistill.core.student import Student
+from turbodistill.nodes.host import denoiser as adapter
+from turbodistill.nodes.host.patcher import model_hash
+from turbodistill.nodes.host.training import trainable
 
-import comfy.model_management  # noqa: E402
-import comfy.model_patcher  # noqa: E402
-import comfy.sd  # noqa: E402
-import torch  # noqa: E402
-
-spec = importlib.util.spec_from_file_location(
-    "turbodistill", f"{clone}/__init__.py", submodule_search_locations=[clone]
-)
-sys.modules["turbodistill"] = importlib.util.module_from_spec(spec)
-
-from turbodistill.core import lora  # noqa: E402
-from turbodistill.core.denoiser import Cond  # noqa: E402
-from turbodistill.core.features import TeacherFeatures  # noqa: E402
-from turbodistill.core.student import Student  # noqa: E402
-from turbodistill.nodes.host import denoiser as adapter  # noqa: E402
-from turbodistill.nodes.host.patcher import model_hash  # noqa: E402
-from turbodistill.nodes.host.training import trainable  # noqa: E402
-
+(checkpoint,) = arguments
 GPU = torch.device("meta")
 
 

@@ -12,7 +12,12 @@ def narrow(weights, prefix, *told, **more):
     config = detected(weights, prefix, *told, **more)
     if config and config.get("image_model") == "flux":
         hidden, width = weights[f"{prefix}txt_in.weight"].shape
-        config |= {"hidden_size": hidden, "context_in_dim": width, "num_heads": 2, "axes_dim": [8, 12, 12]}
+        config |= {
+            "hidden_size": hidden,
+            "context_in_dim": width,
+            "num_heads": 2,
+            "axes_dim": [hidden // 8, 3 * hidden // 16, 3 * hidden // 16],
+        }
     return config
 
 

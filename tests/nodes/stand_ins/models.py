@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import operator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -186,6 +187,13 @@ class BaseModel(nn.Module):
         return self.model_sampling.noise_scaling(sigma, noise, latent_image)
 
 
+class Dimension(NamedTuple):
+    """What a MODEL keeps of a weight that it has patched."""
+
+    weight: torch.Tensor
+    inplace_update: bool
+
+
 class ModelPatcher:
     """A MODEL: patches by name over a network that its clones share, put in by whichever clone runs."""
 
@@ -226,25 +234,21 @@ class ModelPatcher:
             self.patches.setdefault(key, []).append((strength_patch, patches[key], strength_model, None, None))
         return known
 
-    def get_key_patches(self, filter_prefix=""):
-        weights = self.model_state_dict(filter_prefix)
-        return {k: [(self.backup.get(k, v), None), *self.patches.get(k, [])] for k, v in weights.items()}
-
     @contextmanager
     def loaded(self):
         """The shared network within is this MODEL's: weights merged in place, objects exchanged."""
         weights = self.model.state_dict()
         try:
             for key, entries in self.patches.items():
-                self.backup[key] = weights[key].clone()
+                self.backup[key] = Dimension(weights[key].clone(), False)
                 weights[key].copy_(calculate_weight(entries, weights[key].float()))
             for name, patch in self.object_patches.items():
                 self.object_patches_backup[name] = getattr(self.model, name)
                 setattr(self.model, name, patch)
             yield self.model
         finally:
-            for key, weight in self.backup.items():
-                weights[key].copy_(weight)
+            for key, kept in self.backup.items():
+                weights[key].copy_(kept.weight)
             for name, kept in self.object_patches_backup.items():
                 setattr(self.model, name, kept)
             self.backup.clear()
