@@ -190,7 +190,7 @@ class SaveStudent(io.ComfyNode):
         if save_as == cls.LORA:
             folder = "loras" if student.card.kind == "lora" else "diffusion_models"
             path, listed = page.save_path(folder, name)
-            write_whole(path, student.path.read_bytes())
+            write_whole(path, cls._read(student.path))
         else:
             folder = "checkpoints"
             path, listed = page.save_path(folder, name)
@@ -198,3 +198,14 @@ class SaveStudent(io.ComfyNode):
         page.refresh(folder)
         card = read_card(path)
         return io.NodeOutput(f"{folder}/{listed}", ui=ui.PreviewText(f"saved {path}\n{card.in_words()}"))
+
+    @staticmethod
+    def _read(path: Path) -> bytes:
+        """The student's file, which Distill may have written long ago; raises DataError if it is gone."""
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise DataError(
+                f"the student's file {path} cannot be read ({error.strerror}), its folder was deleted or moved: put it "
+                "back, or let Distill run again under another name"
+            ) from None

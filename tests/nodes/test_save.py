@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from turbodistill.core.card import read_card, read_student
+from turbodistill.trainer.data.files import DataError
 
 
 @pytest.fixture
@@ -112,6 +113,16 @@ def test_a_folder_s_list_is_made_anew(comfyui, graph, student):
     assert listed == {"checkpoints": ["old"]}
     graph.save(student, save_as=graph.nodes.distill.SaveStudent.MERGED)
     assert listed == {}
+
+
+def test_a_student_whose_run_was_deleted_is_told(graph, student, places):
+    """ComfyUI keeps Distill's result: the file may have gone long since."""
+    student.path.unlink()
+    with pytest.raises(
+        DataError, match=r"student.safetensors cannot be read \(No such file.*put it back, or let Distill run again"
+    ):
+        graph.save(student)
+    assert not list(places.loras.iterdir())
 
 
 @pytest.mark.parametrize("way", ["LORA", "MERGED"])

@@ -3,19 +3,21 @@
 import errno
 import gc
 import math
+import shutil
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from turbodistill.core import losses
+from turbodistill.core.card import read_card
 from turbodistill.core.student import load_student
 from turbodistill.trainer.config import ConfigError
-from turbodistill.trainer.data.files import DataError
+from turbodistill.trainer.data.files import DataError, whole_file, write_whole
 from turbodistill.trainer.loop import start
-from turbodistill.trainer.loop.distill import Diverged
+from turbodistill.trainer.loop.distill import Diverged, Step
 from turbodistill.trainer.run import run, training
-from turbodistill.trainer.run.events import Finished, Warned
+from turbodistill.trainer.run.events import Finished, PairsMade, Selected, Warned
 from turbodistill.trainer.run.memory import OutOfMemory
 
 
@@ -104,6 +106,54 @@ def test_a_folder_that_cannot_be_written_is_told_at_once(kit, host, tmp_path):
     (tmp_path / "file").write_text("a file, where a folder should be")
     with pytest.raises(OSError, match=r"cannot write .*: free some space or choose another folder"):
         next(run.run(host, kit.config(), tmp_path / "file" / "out", kit.WORDS))
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_a_folder_that_is_deleted_while_it_trains_is_made_anew(kit, host, tmp_path, rounds):
+    """The training holds all that it needs: the student is the same, and its curves begin where the folder does."""
+    settings = kit.config(updates=6, save_every=2, evaluate_every=rounds)
+    kit.go(host, settings, tmp_path / "whole", score=lambda s, t: 1.0)
+    for event in run.run(host, settings, tmp_path / "run", kit.WORDS, score=lambda s, t: 1.0):
+        if isinstance(event, Step) and event.update == 3:
+            shutil.rmtree(tmp_path / "run")
+    assert isinstance(event, Finished) and event.path.exists()
+    assert kit.same(kit.tensors(event.path), kit.tensors(tmp_path / "whole" / training.BEST))
+    assert kit.updates(tmp_path / "run") == [4, 5, 6] and kit.saved(tmp_path / "run")["update"] == 6
+
+
+def test_a_better_student_that_was_deleted_is_no_longer_the_best(kit, host, tmp_path):
+    settings, scores = kit.config(updates=4, evaluate_every=2), iter([1.0, 2.0])
+    kept = []
+    for event in run.run(host, settings, tmp_path / "run", kit.WORDS, score=lambda s, t: next(scores)):
+        if isinstance(event, Selected):
+            kept.append(event.best)
+            if len(kept) == 1:
+                shutil.rmtree(tmp_path / "run")
+    assert kept == [True, True] and read_card(event.path).training["updates"] == 4
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_pairs_that_are_deleted_while_they_are_made_are_told_and_made_again(kit, host, tmp_path, left):
+    settings = kit.config(pairs=130)
+    events = run.run(host, settings, tmp_path, kit.WORDS)
+    told = (
+        "holds no teacher pairs" if left == 0 else "holds 66 of 130 teacher pairs, others were deleted while this ran"
+    )
+    with pytest.raises(DataError, match=rf"{told}.*: run (it )?again"):
+        for event in events:
+            if isinstance(event, PairsMade) and event.done == (130 if left == 0 else 64):
+                shutil.rmtree(tmp_path / "pairs")
+    assert isinstance(kit.go(host, settings, tmp_path)[-1], Finished)
+
+
+def test_a_file_whose_folder_goes_while_it_is_written_says_so(tmp_path):
+    path = tmp_path / "run" / "state.pt"
+    told = pytest.raises(OSError, match=r"cannot write .*state.pt .*folder was deleted or moved .*run it again")
+    with told, whole_file(path) as part:
+        part.write_bytes(b"half")
+        shutil.rmtree(path.parent)
+    write_whole(path, b"whole")
+    assert path.read_bytes() == b"whole"
 
 
 def test_a_broken_state_is_told_and_deleting_it_begins_anew(kit, host, tmp_path):

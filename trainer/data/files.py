@@ -30,22 +30,36 @@ class OtherRun(DataError):
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within, what goes wrong with writing a file is an OSError that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # a library's own file operations fail with the latter
+        reason = getattr(error, "strerror", None) or error
+        gone = isinstance(error, (FileNotFoundError, SafetensorError)) and not path.parent.exists()
+        remedy = (
+            "its folder was deleted or moved while this ran: run it again, only what is missing is made anew"
+            if gone
+            else "free some space or choose another folder"
+        )
+        raise OSError(f"cannot write {path} ({reason}): {remedy}") from error
+
+
+@contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Where to write a file so that a crash or a full disk leaves the old one or the new one, never a half.
 
-    Raises OSError, which says what to do.
+    A folder that has gone is made anew. Raises OSError, which says what to do.
     """
     part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        os.replace(part, path)
-    except BaseException as error:
-        part.unlink(missing_ok=True) if part.parent.exists() else None
-        if not isinstance(error, (OSError, SafetensorError)):  # a library's own file operations fail with the latter
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield part
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True) if part.parent.exists() else None
             raise
-        reason = getattr(error, "strerror", None) or error
-        raise OSError(f"cannot write {path} ({reason}): free some space or choose another folder") from error
 
 
 def reason(error: BaseException) -> str:

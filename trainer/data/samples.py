@@ -81,18 +81,23 @@ def read_shard(path: Path, key: str | None = None) -> Shard:
 def load_samples(folder: str | Path, kind: str, limit: int | None = None) -> Samples:
     """The samples of a folder's files {kind}-*.safetensors, or the first `limit`, left where they are.
 
-    Raises DataError if there are none, if a file is broken, or if they were not made together.
+    Raises DataError if there are none or fewer, if a file is broken, or if they were not made together.
     """
     folder = Path(folder)
     paths = sorted(folder.glob(f"{kind}-*.safetensors"))
     if not paths:
-        raise DataError(f"{folder} holds no {KINDS[kind]}: make them first")
+        raise DataError(f"{folder} holds no {KINDS[kind]}: run again, which makes them")
     key = read_tensors(paths[0])[1].get("key", "")
     shards: list[Shard] = []
     for path in paths:
         if limit is None or sum(map(len, shards)) < limit:
             shards.append(read_shard(path, key))
     prompts = [prompt for shard in shards for prompt in shard.prompts][:limit]
+    if limit is not None and len(prompts) < limit:
+        raise DataError(
+            f"{folder} holds {len(prompts)} of {limit} {KINDS[kind]}, others were deleted while this ran: run it "
+            "again, only what is missing is made anew"
+        )
     seeds = [shard.seeds for shard in shards if shard.seeds is not None]
     if len({shard.latents.shape[1:] for shard in shards}) > 1 or len(seeds) not in (0, len(shards)):
         raise DataError(f"{folder} holds {KINDS[kind]} of other kinds: delete the files that do not belong there")

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..data.files import write_whole
+from ..data.files import write_whole, writing
 from ..loop.distill import Step
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class History:
 
     def add(self, step: Step) -> None:
         row = {"update": step.update, "seconds": round(step.seconds, 4), **asdict(step.health), **step.losses}
-        if not set(row) <= set(self.columns):
+        if not set(row) <= set(self.columns) or not self.path.exists():  # its folder may have been deleted
             old = []
             if self.path.exists():
                 with self.path.open(newline="") as file:
@@ -73,5 +73,5 @@ class History:
         if mode == "w":
             write_whole(self.path, text.getvalue().encode())
         else:
-            with self.path.open("a", newline="") as file:
+            with writing(self.path), self.path.open("a", newline="") as file:
                 file.write(text.getvalue())

@@ -201,7 +201,7 @@ class Training:
         state, held = self.state, self.held
         value = self.score(student_pictures(state, held, torch.arange(len(held))), held.latents[:])
         state.extra["measured"] = state.update
-        best = value <= state.extra.get("best", float("inf"))
+        best = value <= state.extra.get("best", float("inf")) or not self.best.exists()  # or it was deleted
         if best:
             self.write({"score on held-out prompts": round(value, 4)})
             state.extra["best"] = value  # now that it is kept

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 
@@ -390,6 +391,19 @@ def test_other_settings_or_prompts_do_not_go_on(comfyui, graph, distilling, node
     distilling("fixed", other, pairs={"seed": 5})
     with pytest.raises(node_error, match="seed was 0 and is 5"):
         comfyui.run(other)
+
+
+def test_an_output_folder_that_is_deleted_is_made_anew(comfyui, graph, distilling):
+    nodes = distilling("deleted", updates=400, advanced={"save_every": 2})
+    queued = comfyui.queue(graph)
+    told = wait_for(comfyui, nodes["distill"], 2)
+    shutil.rmtree(runs(comfyui, "deleted"))
+    wait_for(comfyui, nodes["distill"], told["done"] + 2)
+    assert comfyui.post(f"turbodistill/runs/{nodes['distill'].name}/stop") == 204
+    comfyui.wait(queued)
+    assert snapshot(comfyui, nodes["distill"])["state"] == "stopped"
+    left = {path.name for path in runs(comfyui, "deleted").iterdir()}
+    assert left == {"history.csv", "state.pt", "student.safetensors"}
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs Linux: a limit on the server's files")
