@@ -31,7 +31,8 @@ class AppliedDenoiser(Denoiser):
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         extra = cond.extra if cond.pooled is None else cond.extra | {"y": cond.pooled}
-        options = dict(self.options)  # a forward writes into it
+        # As a host's own sampling tells patches of a conditional pass. A forward writes into it.
+        options = self.options | {"sigmas": sigma, "cond_or_uncond": [0]}
         return self.base.apply_model(x, sigma, c_crossattn=cond.context, transformer_options=options, **extra)
 
     @property

@@ -17,10 +17,19 @@ from .host import page
 
 EVENT = "turbodistill.run"
 EVERY = 0.5  # seconds between messages
+KEPT = 32  # runs that are known, the newest
 
 _panels: dict[str, Panel] = {}  # by the node's id: the last run of each
 _stopped: dict[str, float] = {}  # by a run's name: when it was ended early
 _lock = threading.Lock()
+
+
+def _keep(known: dict[str, Any], key: str, value: Any) -> None:
+    """Put a value in as the newest, and let the oldest go."""
+    known.pop(key, None)
+    known[key] = value
+    while len(known) > KEPT:
+        del known[next(iter(known))]
 
 
 def stopped_early(name: str) -> float:
@@ -62,7 +71,7 @@ class Panel:
         self._told = 0.0
         self._progress = page.Progress()
         with _lock:
-            _panels[node] = self
+            _keep(_panels, node, self)
         self.tell()
 
     def follow(self, event: Event) -> None:
@@ -112,5 +121,5 @@ def watched(hidden, monitor: Monitor, folder: Path | None = None) -> Iterator[Pa
         page.empty_cache()
         raise OutOfMemory(full)
     if monitor.control.stop:
-        _stopped[monitor.name] = time.time()
+        _keep(_stopped, monitor.name, time.time())
     panel.tell()

@@ -18,6 +18,7 @@ from ...core.borrowed import AppliedDenoiser, cloned_inputs
 from ...core.denoiser import Cond
 from ...core.schedule import Schedule, schedule_of
 from .patcher import prediction_of
+from .patches import kept_for_backward
 
 # Norms whose input is added to in place while backward still needs it, of Flux and its kin.
 ADDED_TO = re.compile(r"^(double_blocks\.\d+\.(img|txt)_norm[12]|single_blocks\.\d+\.pre_norm)$")
@@ -53,7 +54,8 @@ class ModelDenoiser(AppliedDenoiser):
             )
         if getattr(model.model, "concat_keys", ()):
             raise ValueError(BESIDE.format(type(model.model).__name__))
-        super().__init__(model.model, model.model_options.get("transformer_options", {}), model.load_device)
+        options = kept_for_backward(model.model_options.get("transformer_options", {}))
+        super().__init__(model.model, options, model.load_device)
         self.schedule, self.prediction = levels_of(model), prediction_of(model)
         self.latent_in, self.latent_out = self.base.process_latent_in, self.base.process_latent_out
 

@@ -27,6 +27,7 @@ from ...core.families import SamplingRecipe, by_files, lcm_boundary, of_card, re
 from ...core.fit import Base, check_fit
 from ...core.lora import PARTS, check_match
 from ...core.sampling import sample_euler, sample_few_step
+from .patches import patches_hash
 
 log = logging.getLogger(__name__)
 KEY = "turbodistill.sampling"  # the MODEL's attachment that says how it is sampled
@@ -83,13 +84,14 @@ def base_weights(patcher, prefix: str = PREFIX) -> dict[str, Tensor]:
 
 
 def model_hash(patcher, prefix: str = PREFIX) -> str:
-    """The fingerprint of a MODEL's weights, and of what is patched onto them, if anything is."""
+    """The fingerprint of a MODEL's weights, and of all that nodes have put on it, if anything is."""
     found = fingerprint(base_weights(patcher, prefix))
     names = sorted(name for name in patcher.patches if name.startswith(prefix))
-    if not names:
+    patches = patches_hash(patcher)
+    if not (names or patches):
         return found
-    digest = hashlib.sha256(found.encode())
-    for name in {names[i * len(names) // 16]: None for i in range(16)}:
+    digest = hashlib.sha256((found + patches).encode())
+    for name in {names[i * len(names) // 16]: None for i in range(16 if names else 0)}:
         for strength, change, base, *_ in patcher.patches[name]:
             digest.update(f"{name} {strength} {base}".encode())
             for tensor in _tensors(getattr(change, "weights", change)):
@@ -98,8 +100,9 @@ def model_hash(patcher, prefix: str = PREFIX) -> str:
 
 
 def clip_hash(clip) -> str:
-    """The same of a CLIP, with the layer that it stops at."""
-    return model_hash(clip.patcher, "") + hashlib.sha256(str(clip.layer_idx).encode()).hexdigest()[:8]
+    """The same of a CLIP, with the layer that it stops at and how it cuts texts into tokens."""
+    options = getattr(clip, "tokenizer_options", None) or ""
+    return model_hash(clip.patcher, "") + hashlib.sha256(f"{clip.layer_idx}{options}".encode()).hexdigest()[:8]
 
 
 def _tensors(value) -> Iterator[Tensor]:
@@ -294,11 +297,14 @@ def fitting(model, latent: dict) -> Tensor:
 
 
 def sample(model, positive, latent: dict, seed: int, sigmas: Tensor, sampler, negative=None, cfg: float = 1.0) -> dict:
-    """Run ComfyUI's own sampling, with its previews and progress; the latent dict with new samples."""
+    """Run ComfyUI's own sampling, with its previews and progress; the latent dict with new samples.
+
+    Some nodes' patches (Self-Attention Guidance) ask for a negative at cfg 1, too: without one it is the positive.
+    """
     samples = fitting(model, latent)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     guider = comfy.samplers.CFGGuider(model)
-    guider.inner_set_conds({"positive": positive} | ({"negative": negative} if negative is not None else {}))
+    guider.inner_set_conds({"positive": positive, "negative": positive if negative is None else negative})
     guider.set_cfg(cfg)
     out = guider.sample(
         noise,

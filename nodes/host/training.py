@@ -14,6 +14,7 @@ from ...core.borrowed import leave_inference_mode, watched
 from ...core.denoiser import Cond
 from .denoiser import ModelDenoiser, attends_jointly, conditions, differentiable
 from .patcher import KEY, architecture, clip_hash, load, model_hash
+from .patches import check_patches
 
 
 @contextmanager
@@ -105,8 +106,8 @@ class ComfyUIHost:
 
     It trains on the MODEL `trained`, as `trainable` gives it, or only samples; either comes back when text encoder or
     VAE were used, which may have taken its place.
-    Raises ValueError for a MODEL that is a student already or cannot be trained on, a VAE of another kind, or sizes
-    that it cannot make.
+    Raises ValueError for a MODEL that is a student already, that cannot be trained on or that nodes have changed where
+    no training sees it, a VAE of another kind, or sizes that it cannot make.
     """
 
     decoder = None  # the VAE is off the GPU while the model trains
@@ -116,6 +117,7 @@ class ComfyUIHost:
             raise ValueError(
                 f"this MODEL is sampled as {model.attachments[KEY].name} already: connect the model as it was loaded"
             )
+        check_patches(model)
         check_trainable(model)  # before pairs are made for nothing
         self.model, self.clip, self.vae, self.name = trained or model, clip, vae, name
         self._load = load_whole if trained else load

@@ -55,6 +55,20 @@ def monitor():
     return Monitor("distill", "my-turbo", Config(updates=10_000), lambda latents: [f"{len(latents)} pictures"])
 
 
+def test_a_long_server_s_life_fills_no_memory(nodes, server):
+    """Many workflows, many runs that were stopped early: the newest of them are known."""
+    for k in range(100):
+        told = Monitor("distill", f"run-{k}", Config(), lambda latents: [])
+        told.control.stop = True
+        with nodes.panel.watched(hidden(str(k)), told):
+            pass
+    assert list(nodes.panel._panels) == [str(k) for k in range(68, 100)]
+    assert list(nodes.panel._stopped) == [f"run-{k}" for k in range(68, 100)]
+    with nodes.panel.watched(hidden("70"), told):  # what runs again is new again
+        pass
+    assert list(nodes.panel._panels)[-1] == "70" and len(nodes.panel._panels) == 32
+
+
 # --- routes ---
 
 

@@ -188,10 +188,11 @@ def test_pictures_are_encoded_once(kit, host, tmp_path, monkeypatch):
     expected = host.encode_images(load_picture(folder / "1.png", host.resolution)[None])
     assert torch.equal(latents[1:2], expected) and torch.allclose(first.latents[:], latents, atol=2e-3)
     assert torch.allclose(first.cond.rows(slice(3)).context, host.encode_text(first.prompts).context, atol=2e-3)
-    with monkeypatch.context() as patch:
-        patch.setattr(host, "encode_images", None)  # a second call would fail
-        ((_, again),) = cache_images(host, folder, cache)
+    encoded, encode = [], host.encode_images
+    monkeypatch.setattr(host, "encode_images", lambda images: [encoded.append(images), encode(images)][1])
+    ((_, again),) = cache_images(host, folder, cache)
     assert torch.allclose(again.float(), latents, atol=2e-3)
+    assert len(encoded) == 1  # to see that the autoencoder is the same
     # A new caption is a new picture.
     (folder / "1.txt").write_text("another")
     list(cache_images(host, folder, cache))
@@ -224,6 +225,26 @@ def test_pictures_of_another_model_are_encoded_anew_and_nothing_of_the_old_is_le
     list(cache_images(host, folder, tmp_path / "cache"))  # one prompt now, where the old one was of a second file
     found = load_images(tmp_path / "cache", 2)
     assert found.prompts == ["picture 2"] * 2 and found.cond.index.tolist() == [0, 0]
+
+
+def test_pictures_are_encoded_anew_by_another_autoencoder(host, tmp_path, monkeypatch):
+    folder, cache = captioned(tmp_path / "images"), tmp_path / "cache"
+    ((_, before),) = cache_images(host, folder, cache)
+    encode = host.encode_images
+    monkeypatch.setattr(host, "encode_images", lambda images: 1.5 * encode(images))
+    ((_, after),) = cache_images(host, folder, cache)
+    assert torch.equal(after, 1.5 * before)
+
+
+def test_captions_are_encoded_anew_by_another_text_encoder(host, tmp_path, monkeypatch):
+    folder, cache = captioned(tmp_path / "images"), tmp_path / "cache"
+    list(cache_images(host, folder, cache))
+    before = load_images(cache, 3).cond.rows(slice(3)).context
+    encode = host.encode_text
+    monkeypatch.setattr(host, "text_hash", "another")
+    monkeypatch.setattr(host, "encode_text", lambda prompts: encode([f"other {prompt}" for prompt in prompts]))
+    list(cache_images(host, folder, cache))
+    assert not torch.allclose(load_images(cache, 3).cond.rows(slice(3)).context, before, atol=0.1)
 
 
 def test_prompts_are_the_lines_of_a_text():

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from turbodistill.core.denoiser import Guided
 from turbodistill.core.sampling import sample_euler, seeded_noise, trailing_sigmas
+from turbodistill.core.schedule import DiscreteSchedule, scaled_linear, zero_terminal
 from turbodistill.generate.sample import sample
 from turbodistill.trainer.data import conditioning, pairs
 from turbodistill.trainer.data.files import DataError
@@ -208,6 +209,16 @@ def test_the_text_encoder_is_part_of_a_pair_s_key(kit, host, monkeypatch):
     before = pairs_key(host, kit.config(), kit.WORDS)
     assert pairs_key(host, kit.config(lr=1.0, pairs=99), kit.WORDS) == before  # what does not decide a pair
     monkeypatch.setattr(host, "text_hash", "another", raising=False)
+    assert pairs_key(host, kit.config(), kit.WORDS) != before
+
+
+def test_how_the_weights_are_read_is_part_of_a_pair_s_key(kit, host, monkeypatch):
+    """The same weights at other noise levels, or read as another prediction, make other pairs."""
+    before = pairs_key(host, kit.config(), kit.WORDS)
+    with monkeypatch.context() as changed:
+        changed.setattr(host.denoiser, "prediction", "v")
+        assert pairs_key(host, kit.config(), kit.WORDS) != before
+    monkeypatch.setattr(host.denoiser, "schedule", DiscreteSchedule(zero_terminal(scaled_linear())))
     assert pairs_key(host, kit.config(), kit.WORDS) != before
 
 

@@ -28,8 +28,10 @@ from .samples import SHARD, Samples, Shard, load_samples, read_shard, write_shar
 def pairs_recipe(host: Host, config: Config, prompts: Sequence[str]) -> dict[str, str]:
     """What decides pairs, by the words in which a user knows it; `prompts` with their choices not yet drawn."""
     _, height, width = host.latent_shape
+    # A host's nodes and settings change how the same weights are read.
+    levels = [f"{sigma:.4g}" for sigma in trailing_sigmas(host.denoiser.schedule, 4).tolist()]
     return {
-        "model": _digest(host.base_hash + host.text_hash),
+        "model": _digest(json.dumps([host.base_hash, host.text_hash, host.denoiser.prediction, levels])),
         "sampler": config.pair_sampler,
         "steps": str(config.pair_steps),
         "guidance": str(config.guidance),

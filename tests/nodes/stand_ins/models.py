@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import operator
 from contextlib import contextmanager
@@ -201,6 +202,7 @@ class ModelPatcher:
         self.model, self.load_device, self.offload_device = model, load_device, offload_device
         self.patches, self.object_patches, self.attachments = {}, {}, {}
         self.model_options = {"transformer_options": {}}
+        self.wrappers, self.injections = {}, {}
         self.backup, self.object_patches_backup = {}, {}
 
     def clone(self):
@@ -210,6 +212,7 @@ class ModelPatcher:
         new = kind(model, self.load_device, self.offload_device)
         new.patches = {key: list(entries) for key, entries in self.patches.items()}
         new.object_patches, new.attachments = dict(self.object_patches), dict(self.attachments)
+        new.model_options, new.wrappers = copy.deepcopy(self.model_options), dict(self.wrappers)
         new.backup, new.object_patches_backup = self.backup, self.object_patches_backup
         return new
 
