@@ -179,8 +179,8 @@ class TeacherPairs(io.ComfyNode):
             "in one step from the same noise. They are kept on disk; cancel when you like, the next run goes on.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be distilled, with any LoRA you want in it."),
-                io.Clip.Input("clip"),
-                io.Vae.Input("vae"),
+                io.Clip.Input("clip", tooltip="The model's text encoder."),
+                io.Vae.Input("vae", tooltip="The model's VAE; here it shows the pictures."),
                 PROMPTS.Input("prompts", tooltip="From Prompts, or an Image Folder's captions."),
                 io.Int.Input("width", default=512, min=16, max=4096, step=8, tooltip="Pixels; as you will sample it."),
                 io.Int.Input("height", default=512, min=16, max=4096, step=8, tooltip="Pixels; as you will sample it."),

@@ -81,8 +81,8 @@ class Distill(io.ComfyNode):
             "Everything is saved as it goes: cancel when you like, the same graph goes on from there.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that the pairs were made with."),
-                io.Clip.Input("clip"),
-                io.Vae.Input("vae"),
+                io.Clip.Input("clip", tooltip="The one that the pairs were made with."),
+                io.Vae.Input("vae", tooltip="The model's VAE; it shows the previews, and encodes pictures of yours."),
                 PAIRS.Input("pairs", tooltip="From Teacher Pairs."),
                 io.String.Input(
                     "name",

@@ -22,6 +22,18 @@ def model_input() -> io.Model.Input:
     return io.Model.Input("model", tooltip="From Load Student, Detect One-Step Model, or a plain Turbo checkpoint.")
 
 
+def seed_input() -> io.Int.Input:
+    """The widget for the noise."""
+    return io.Int.Input(
+        "seed",
+        default=0,
+        min=0,
+        max=0xFFFFFFFFFFFFFFFF,
+        control_after_generate=True,
+        tooltip="The noise; the same seed gives the same picture.",
+    )
+
+
 def steps_input() -> io.Int.Input:
     """The widget for the number of steps."""
     return io.Int.Input(
@@ -109,14 +121,7 @@ class OneStepSample(io.ComfyNode):
                 model_input(),
                 io.Conditioning.Input("positive", tooltip="The prompt, with ControlNets and areas if you like."),
                 io.Latent.Input("latent_image", tooltip="Empty, or a picture's latent, with or without a mask."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="The noise; the same seed gives the same picture.",
-                ),
+                seed_input(),
                 steps_input(),
                 denoise_input(),
             ],
@@ -146,14 +151,22 @@ class Compare(io.ComfyNode):
             inputs=[
                 io.Model.Input("teacher", tooltip="The base model."),
                 io.Model.Input("student", tooltip="The same model after Load Student."),
-                io.Vae.Input("vae"),
-                io.Conditioning.Input("positive"),
+                io.Vae.Input("vae", tooltip="Decodes both."),
+                io.Conditioning.Input("positive", tooltip="The prompt, for both."),
                 io.Conditioning.Input("negative", tooltip="For the teacher alone: at cfg 1 a negative does nothing."),
                 io.Latent.Input("latent_image", tooltip="Empty, of the wanted size."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True),
-                io.Int.Input("teacher_steps", default=20, min=1, max=100),
-                io.Float.Input("teacher_cfg", default=7.0, min=1.0, max=30.0, step=0.5),
-                io.Int.Input("student_steps", default=1, min=1, max=MOST),
+                seed_input(),
+                io.Int.Input(
+                    "teacher_steps",
+                    default=20,
+                    min=1,
+                    max=100,
+                    tooltip="Of Euler, which calls the model twice in each.",
+                ),
+                io.Float.Input(
+                    "teacher_cfg", default=7.0, min=1.0, max=30.0, step=0.5, tooltip="The cfg that you use it at."
+                ),
+                io.Int.Input("student_steps", default=1, min=1, max=MOST, tooltip="1 is what most are made for."),
             ],
             outputs=[io.Image.Output("IMAGE", tooltip="A pair a row, teacher on the left.")],
             is_output_node=True,

@@ -54,19 +54,20 @@ def patches_hash(model) -> str:
     if not (options or model.object_patches):
         return ""
     digest = hashlib.sha256()
-    for part in _described([options, model.object_patches], {id(model), *map(id, model.model.modules())}):
+    known = {id(part): part for part in (model, *model.model.modules())}
+    for part in _described([options, model.object_patches], known):
         digest.update(part)
     return digest.hexdigest()[:16]
 
 
-def _described(value: Any, seen: set[int]) -> Iterator[bytes]:
-    """A value's parts as bytes; objects in `seen` are left out, and become so."""
+def _described(value: Any, seen: dict[int, Any]) -> Iterator[bytes]:
+    """A value's parts as bytes; objects in `seen`, by their addresses, are left out, and become so."""
     if isinstance(value, VALUES):
         yield f"{type(value).__name__} {value!r};".encode()
     elif isinstance(value, type):
         yield ",".join(f"{kind.__module__}.{kind.__qualname__}" for kind in value.__mro__).encode()
     elif id(value) not in seen:
-        seen.add(id(value))
+        seen[id(value)] = value  # kept, for another could lie where it was
         yield type(value).__qualname__.encode()
         if isinstance(value, Tensor):
             flat = value.detach().flatten()

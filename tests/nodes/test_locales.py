@@ -50,6 +50,10 @@ def test_the_locale_is_the_schemas_words(schemas):
     assert json.loads(file.read_text(encoding="utf-8")) == expected
 
 
+def test_every_input_has_a_tooltip(schemas):
+    assert [f"{schema.node_id}.{i.id}" for schema in schemas for i in schema.inputs if not i.tooltip] == []
+
+
 def test_no_word_is_syntax_to_the_front_end():
     for file in LOCALE.glob("*.json"):
         texts = re.findall(r': "((?:[^"\\]|\\.)*)"', file.read_text(encoding="utf-8"))

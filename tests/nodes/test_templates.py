@@ -157,12 +157,21 @@ def test_a_note_says_what_to_do(workflow):
     assert text.startswith("## ") and "**" in text and len(text) < 1000
 
 
-def test_nodes_do_not_cover_each_other(workflow):
-    def box(node):
-        (left, top), (width, height) = node["pos"], node["size"]
-        return left, top - 30, left + width, top + height  # a node's title stands above its place
+def box(node):
+    """Left, top, right and bottom; a node's title stands above its place, and is all that is shown of a folded one."""
+    (left, top), (width, height) = node["pos"], node["size"]
+    return left, top - 30, left + width, top + (0 if node["flags"].get("collapsed") else height)
 
+
+def test_nodes_do_not_cover_each_other(workflow):
     for one, other in combinations(workflow["nodes"], 2):
         a, b = box(one), box(other)
         apart = a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1]
         assert apart, (one["type"], other["type"])
+
+
+def test_words_can_be_read_when_it_opens(workflow):
+    """The page shows the whole of a template when it opens it, and draws no words where that makes them too small."""
+    left, top, right, bottom = zip(*map(box, workflow["nodes"]), strict=True)
+    room = 0.818 * 1440 / (max(right) - min(left)), 0.818 * 900 / (max(bottom) - min(top))  # in a small window
+    assert min(room) > 0.56
