@@ -54,6 +54,18 @@ function refreshChoices({ detail }) {
     if (id === String(detail.node) && node.comfyClass === "TurboDistillSaveStudent") app.refreshComboInNodes();
 }
 
+/** Our templates by their numbers: the server names them in the order of its disk. */
+function sortTemplates() {
+  const ask = api.getWorkflowTemplates?.bind(api);
+  const ours = decodeURIComponent(new URL(".", import.meta.url).pathname).split("/").at(-2) ?? ""; // our folder
+  if (!ask) return;
+  api.getWorkflowTemplates = async () => {
+    const packs = await ask();
+    packs[ours]?.sort();
+    return packs;
+  };
+}
+
 /** @param {GraphNode} node @returns {Doors} */
 function doors(node) {
   return {
@@ -99,6 +111,7 @@ app.registerExtension({
   nodeCreated: (node) => equip(/** @type {GraphNode} */ (/** @type {unknown} */ (node))),
   afterConfigureGraph: restoreAll,
   init() {
+    sortTemplates();
     const events = /** @type {EventTarget} */ (api); // its own types list ComfyUI's events only
     events.addEventListener("turbodistill.run", (event) => follow(/** @type {CustomEvent} */ (event)));
     events.addEventListener("reconnected", restoreAll);

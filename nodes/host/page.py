@@ -22,6 +22,7 @@ from ...trainer.checks import check_inside, check_name, foreign
 from ...trainer.data.files import path_of
 
 SMALL = 128  # pixels; smaller pictures are kept without loss
+READABLE = "turbodistill_readable_folders"  # the entry in extra_model_paths.yaml
 
 
 def send(event: str, message: dict[str, Any]) -> None:
@@ -95,11 +96,15 @@ def output_folder() -> Path:
 
 
 def readable_folders() -> list[Path] | None:
-    """Below which files may be named; None, any, where ComfyUI listens to its own machine alone."""
+    """Below which files may be named; None, any, where ComfyUI listens to its own machine alone.
+
+    Its input and output, and what its owner lists in extra_model_paths.yaml, which no page can write.
+    """
     addresses = (getattr(comfy.cli_args.args, "listen", None) or "127.0.0.1").split(",")
     if all(address.strip() in ("127.0.0.1", "::1", "localhost") for address in addresses):
         return None
-    return [Path(folder_paths.get_input_directory()), Path(folder_paths.get_output_directory())]
+    listed, _ = folder_paths.folder_names_and_paths.get(READABLE, ([], set()))
+    return [Path(folder_paths.get_input_directory()), Path(folder_paths.get_output_directory()), *map(Path, listed)]
 
 
 def input_path(text: str) -> Path:

@@ -26,6 +26,7 @@ class Api extends EventTarget {
     const told = await this.answers[path];
     return { ok: told !== undefined, status: told === undefined ? 404 : 200, json: async () => told };
   };
+  getWorkflowTemplates = async () => ({ turbodistill: ["08 c", "01 a", "02 b"], others: ["b", "a"] });
   apiURL = (path) => `/api${path}`;
   /** An event of the server. */
   tell(type, detail) {

@@ -27,6 +27,12 @@ test("a score after the last point stands at that one", () => {
   assert.deepEqual(scores(scored([2, 4], [5], [0.5])), [null, 0.5]);
 });
 
+test("every loss that a training may have, and the score, has a colour of its own", () => {
+  const student = ["regression", "distillation", "features", "adversarial"];
+  const others = ["discriminator", "mismatch", "r1", "fake_score"];
+  assert.ok(new Set(curves.COLOURS).size >= student.length + others.length + 1);
+});
+
 test("scores stand beside the losses, as few points", () => {
   const [regression, score] = curves.lossCurves(scored([1, 2, 3], [1, 3], [0.5, 0.1]));
   assert.deepEqual([regression.values, score.values], [[1, 2, 3], [0.5, null, 0.1]]);

@@ -35,6 +35,11 @@ test("nodes that train or make pairs have a panel, which is not saved; others ha
     assert.deepEqual([options.serialize, widget.serialize], [false, false]); // in the prompt, in the workflow
 });
 
+test("our templates stand in the order of their numbers, others' as the server names them", async () => {
+  const expected = { turbodistill: ["01 a", "02 b", "08 c"], others: ["b", "a"] };
+  assert.deepEqual(await api.getWorkflowTemplates(), expected);
+});
+
 test("events are shown without asking", async () => {
   await tell(training(3));
   await tell(training(5));

@@ -105,6 +105,12 @@ def test_where_others_reach_comfyui_files_are_read_from_its_own_folders_alone(
     pairs = nodes.data.Pairs(places.output, ["a fox"], {}, 64, 64)
     with pytest.raises(DataError, match=r"theirs\.safetensors is outside the folders"):
         nodes.distill.Distill.run(model=None, clip=None, vae=None, pairs=pairs, name="x", settings=settings)
+    # As `turbodistill_readable_folders` in extra_model_paths.yaml gives it.
+    listed = sys.modules["folder_paths"].folder_names_and_paths
+    monkeypatch.setitem(listed, "turbodistill_readable_folders", ([str(tmp_path)], set()))
+    assert prompts(nodes.data.Prompts.FILE, file=str(secret))[0] == ["password"]
+    with pytest.raises(DataError, match=r"in ComfyUI an entry of extra_model_paths\.yaml"):
+        prompts(nodes.data.Prompts.FILE, file="/etc/passwd")
 
 
 # --- Image Folder ---

@@ -1,12 +1,9 @@
 // The two live charts, drawn by uPlot.
 
 import uPlot from "../lib/uPlot.esm.js";
-import { decade, healthAxis, reachesZero, valueAt } from "./curves.js";
+import { COLOURS, decade, healthAxis, reachesZero, valueAt } from "./curves.js";
 
 /** @import { Curve } from "./curves.js" */
-
-// Middle tones: they stand out from ComfyUI's dark and light ground alike.
-const COLOURS = ["#3d94e0", "#e0803a", "#35a86b", "#b865cc", "#b08d12", "#d6546c"];
 
 /** One chart; made anew only when its curves are others. */
 export class Chart {

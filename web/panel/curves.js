@@ -8,6 +8,10 @@ import { short } from "./run.js";
  * @typedef {{ name: string, values: (number | null)[], raw?: (value: number) => number, few?: boolean }} Curve
  */
 
+// Middle tones: they stand out from ComfyUI's dark and light ground alike. One for each loss that a training may have.
+export const COLOURS =
+  "#3d94e0 #e0803a #35a86b #b865cc #b08d12 #d6546c #22a3a8 #8b79e8 #9a6b4a #8c949e".split(" ");
+
 const HEALTH = ["accuracy", "saturation", "sharpness", "diversity"];
 
 /** The losses, and the scores of the selections. @param {Run} run @returns {Curve[]} */

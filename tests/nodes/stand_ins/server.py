@@ -110,6 +110,7 @@ class ProgressBar:
 
 FOLDERS: dict[str, Path] = {}  # of models
 PLACES: dict[str, Path] = {}  # input, output, temp
+folder_names_and_paths: dict[str, tuple[list[str], set[str]]] = {}  # those of extra_model_paths.yaml
 filename_list_cache: dict[str, list[str]] = {}  # the nodes drop what they have made stale; nothing is kept here
 
 
