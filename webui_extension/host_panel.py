@@ -10,10 +10,9 @@ from modules.ui_common import create_refresh_button
 
 from . import host, panel
 from .host_sampling import CHOICE
-from .samplers import DETECT, LIMITS, passes, too_many
+from .samplers import CHOSEN, DETECT, LIMITS, WRITTEN, passes, too_many
 
 AXIS = "turbodistill_axis"  # what the X/Y/Z plot writes on the host's `p`
-INFOTEXT = "ADD chosen"
 PARTS = ("prompt", "sampling", "steps", "cfg_scale")  # ids of the host's components, in the order of panel.Settings
 
 
@@ -48,7 +47,7 @@ class Panel(scripts.Script):
             for component in (choice, words):
                 component.do_not_save_to_config = True
             before = gr.State(None)
-        self.infotext_fields = [(choice, lambda infotext: infotext.get(INFOTEXT, DETECT))]
+        self.infotext_fields = [(choice, lambda infotext: infotext.get(CHOSEN, DETECT))]
         if self.buttons is None:  # the API calls `ui` again, for the default values
             self.buttons = (choice, apply, undo, words, before)
             self._connect()
@@ -76,11 +75,13 @@ class Panel(scripts.Script):
         """Called by the host before it makes pictures: tell our samplers, and make Steps the number of passes."""
         choice = getattr(p, AXIS, None) or choice or DETECT
         setattr(p, CHOICE, choice)
+        # A plot's cells share the table of the one before: what was written there is not of this picture.
+        p.extra_generation_params = {k: v for k, v in p.extra_generation_params.items() if k not in WRITTEN}
         second = getattr(p, "hr_sampler_name", None) or p.sampler_name
         if p.sampler_name not in LIMITS and second not in LIMITS:
             return
         if choice != DETECT:
-            p.extra_generation_params[INFOTEXT] = choice
+            p.extra_generation_params[CHOSEN] = choice
         asked = getattr(p, "hr_second_pass_steps", 0) or p.steps
         for remark in too_many(p.sampler_name, p.steps) if p.sampler_name in LIMITS else ():
             p.comment(remark)

@@ -19,7 +19,10 @@ from ..core.sampling import sample_euler, sample_few_step
 from . import host
 from .samplers import (
     DETECT,
+    HIRES_TIMESTEPS,
     LIMITS,
+    MODEL,
+    TIMESTEPS,
     Found,
     applies,
     as_it_was_put_out,
@@ -151,11 +154,8 @@ class OneStepSampler(KDiffusionSampler):
 def write_down(p, found: Found, timesteps: list[int]) -> None:
     """Write into the picture how it is made."""
     written = " ".join(map(str, timesteps))
-    p.extra_generation_params |= (
-        {"Hires ADD timesteps": written}
-        if p.is_hr_pass
-        else {"ADD model": found.sampling.name, "ADD timesteps": written}
-    )
+    ours = {HIRES_TIMESTEPS: written} if p.is_hr_pass else {MODEL: found.sampling.name, TIMESTEPS: written}
+    p.extra_generation_params = {**p.extra_generation_params, **ours}  # a new table: copies of p share the old one
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from ..core.schedule import DiscreteSchedule, FlowSchedule, Schedule
 # A name must not end in " Simple", " Turbo" or another scheduler's name: the host would cut that off.
 ONE_STEP, FEW_STEP = "ADD 1-step", "ADD few-step"
 LIMITS = {ONE_STEP: 1, FEW_STEP: MOST}  # passes of the network
+CHOSEN, MODEL, TIMESTEPS, HIRES_TIMESTEPS = "ADD chosen", "ADD model", "ADD timesteps", "Hires ADD timesteps"
+WRITTEN = (CHOSEN, MODEL, TIMESTEPS, HIRES_TIMESTEPS)  # what we write into a picture's infotext
 DETECT = "detect"
 ORDINARY = SamplingRecipe("one-step model")
 LORA = re.compile(r"<lora:([^:>]+)((?::[^:>]*)*)>")

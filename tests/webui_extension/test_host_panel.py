@@ -101,6 +101,18 @@ def test_another_sampler_s_picture_says_nothing_of_ours(host):
     assert p.extra_generation_params == {}
 
 
+def test_nothing_is_written_into_a_table_that_another_cell_of_a_plot_has(host):
+    table = {"ADD chosen": "LCM", "ADD model": "LCM", "ADD timesteps": "1", "Hires ADD timesteps": "1", "Style": "x"}
+    before = dict(table)
+    for given, choice, written in (
+        ({}, "DMD2", {"Style": "x", "ADD chosen": "DMD2"}),
+        ({"sampler_name": "Euler"}, "DMD2", {"Style": "x"}),
+    ):
+        p = p_of(extra_generation_params=table, **given)
+        host.get("host_panel").Panel().process(p, choice)
+        assert p.extra_generation_params == written and table == before
+
+
 def test_the_plot_s_axis_counts_more_than_the_panel_and_is_there_once(host):
     plot = ModuleType("xyz_grid")
     plot.axis_options = []

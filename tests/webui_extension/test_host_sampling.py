@@ -299,9 +299,11 @@ def test_a_student_of_weight_nought_does_not_count(scene, student, toys):
 @torch.no_grad()
 def test_the_loaded_checkpoint_counts(scene, toys, tmp_path):
     made = scene(file=tmp_path / "dmd2_sdxl_1step_unet_fp16.safetensors")
-    p = made.p()
+    shared = {}
+    p = made.p(extra_generation_params=shared)  # as the cells of a plot
     made.txt2img(toys.picture(), p=p)
     assert p.extra_generation_params == {"ADD model": "DMD2", "ADD timesteps": "399"}
+    assert shared == {}
 
 
 @torch.no_grad()

@@ -225,15 +225,40 @@ def test_interrupt_ends_the_passes(webui, gap):
     assert gap(made[0].picture, webui.txt2img(**told).picture) > 5
 
 
-def test_the_plot_has_our_axis(webui, gap):
+@pytest.fixture(scope="module")
+def plot(webui):
+    """Makes an X/Y/Z plot of axes by their titles, each with its values: the cells, without the grid."""
     info = next(each for each in webui.call("sdapi/v1/script-info") if each["name"] == "x/y/z plot")
     kinds = info["args"][0]["choices"]
-    axis = "[TurboDistill] Student or family"
-    assert kinds.count(axis) == 1
-    values = {"X type": kinds.index(axis), "X values": "detect, DMD2", "Y type": 0, "Z type": 0}
-    values |= {"Include Sub Images": True, "Use text inputs instead of dropdowns": True}
-    args = [values.get(arg["label"], arg.get("value")) for arg in info["args"]]
-    made = webui.txt2img(script_name="X/Y/Z plot", script_args=args)
+
+    def made(**axes):
+        values = {"Include Sub Images": True, "Use text inputs instead of dropdowns": True}
+        for letter in "XYZ":
+            title, asked = axes.get(letter, ("Nothing", ""))
+            assert kinds.count(title) == 1
+            values |= {f"{letter} type": kinds.index(title), f"{letter} values": asked}
+        args = [values.get(arg["label"], arg.get("value")) for arg in info["args"]]
+        return webui.txt2img(script_name="X/Y/Z plot", script_args=args)
+
+    return made
+
+
+AXIS = "[TurboDistill] Student or family"
+
+
+def test_the_plot_has_our_axis(webui, gap, plot):
+    made = plot(X=(AXIS, "detect, DMD2"))
     single = [webui.txt2img(**told).picture for told in (chosen("detect"), chosen("DMD2"))]
     cells = [picture for picture in made.pictures if picture.shape == single[0].shape]
     assert all(min(gap(cell, picture) for cell in cells) == 0 for picture in single)
+
+
+def test_each_cell_of_a_plot_says_only_what_is_its_own(webui, gap, plot):
+    made = plot(X=(AXIS, "DMD2, detect"), Y=("Sampler", f"{FEW}, Euler"))
+    told = made.infotexts[-4:]
+    assert all(f"Sampler: {name}" in text for name, text in zip((FEW, FEW, "Euler", "Euler"), told, strict=True))
+    assert "ADD chosen: DMD2" in told[0] and "ADD model: DMD2" in told[0]
+    assert "ADD chosen" not in told[1] and "ADD model: one-step model" in told[1]
+    assert "ADD" not in told[2] + told[3]
+    for picture, infotext in zip(made.pictures[-4:], told, strict=True):
+        assert gap(webui.from_infotext(infotext).picture, picture) <= ROUNDED
