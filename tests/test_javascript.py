@@ -61,7 +61,7 @@ def test_types_are_right(packages):
         'import { app } from "../../scripts/app.js"; app.graph.noSuchThing();',
         'import { api } from "../../scripts/api.js"; api.fetchApi(1);',
         'import { join } from "./panel/run.js"; join(null, { name: 1 });',
-        'import uPlot from "./lib/uPlot.esm.js"; new uPlot("wide");',
+        'import uPlot from "./lib/uPlot.min.js"; new uPlot("wide");',
     ],
     ids=["ComfyUI's app", "ComfyUI's api", "a run", "uPlot"],
 )
@@ -76,7 +76,8 @@ def test_wrong_types_are_found(packages, wrong):
 
 def test_the_library_is_the_published_one(packages):
     published = packages / "node_modules" / "uplot"
-    assert (WEB / "lib" / "uPlot.esm.js").read_bytes() == (published / "dist" / "uPlot.esm.js").read_bytes()
+    exported = (published / "dist" / "uPlot.iife.min.js").read_bytes() + b"\nexport default uPlot;\n"
+    assert (WEB / "lib" / "uPlot.min.js").read_bytes() == exported
     assert (WEB / "lib" / "uPlot.min.css").read_bytes() == (published / "dist" / "uPlot.min.css").read_bytes()
     assert (WEB / "lib" / "uPlot-LICENSE").read_bytes() == (published / "LICENSE").read_bytes()
 

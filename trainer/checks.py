@@ -46,8 +46,8 @@ def check_inside(path: str | Path, folders: Sequence[Path] | None) -> Path:
     listed = ", ".join(map(str, folders)) or "none"
     raise DataError(
         f"{path!s:.300} is outside the folders that this server may read ({listed}): it can be reached from other "
-        "computers. Move the files there, or let its owner allow their folder as turbodistill_readable_folders (a setting "
-        "of AUTOMATIC1111 and Forge; in ComfyUI an entry of extra_model_paths.yaml)"
+        "computers. Move the files there, or let its owner allow their folder as turbodistill_readable_folders (a "
+        "setting of AUTOMATIC1111 and Forge; in ComfyUI an entry of extra_model_paths.yaml)"
     )
 
 

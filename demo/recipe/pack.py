@@ -128,7 +128,8 @@ def pack_reference(folder: Path, target: Path) -> None:
             archive.writestr(zipfile.ZipInfo(name), buffer.getvalue())
             row = {"file_name": name, "text": records[i]["caption"]}
             table.append(row | {key: records[i][key] for key in ("name", "style", "split")})
-        archive.writestr(zipfile.ZipInfo("metadata.jsonl"), "".join(json.dumps(row) + "\n" for row in table))
+        lines = "".join(json.dumps(row) + "\n" for row in table)
+        archive.writestr(zipfile.ZipInfo("metadata.jsonl"), lines, zipfile.ZIP_DEFLATED)
     print(f"{target}: {len(chosen)} pictures, {target.stat().st_size / 1e6:.1f} MB")
 
 

@@ -167,10 +167,13 @@ def test_a_negative_is_asked_only_where_it_counts(nodes, toys, silent, negative,
     assert sorted(silent.model.diffusion_model.heard) == heard
 
 
-def test_without_a_negative_there_is_none(nodes, toys, silent):
+def test_without_a_negative_it_is_the_positive_at_cfg_1(nodes, toys, silent):
+    """Which costs no pass; patches that ask for it (Self-Attention Guidance) find one."""
     recorder = Recorder()
     nodes.patcher.sample(silent, prompt(toys), empty(), 7, ONE_STEP, recorder)
-    assert recorder.guider.conds.keys() == {"positive"} and recorder.guider.cfg == 1
+    conds = [[entry["cross_attn"] for entry in conds] for conds in recorder.guider.conds.values()]
+    assert recorder.guider.conds.keys() == {"positive", "negative"} and recorder.guider.cfg == 1
+    assert all(torch.equal(a, b) for a, b in zip(*conds, strict=True))
     nodes.patcher.sample(silent, prompt(toys), empty(), 7, ONE_STEP, recorder, prompt(toys), 7.5)
     assert recorder.guider.conds.keys() == {"positive", "negative"} and recorder.guider.cfg == 7.5
 

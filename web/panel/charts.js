@@ -1,6 +1,6 @@
 // The two live charts, drawn by uPlot.
 
-import uPlot from "../lib/uPlot.esm.js";
+import uPlot from "../lib/uPlot.min.js";
 import { COLOURS, decade, healthAxis, reachesZero, valueAt } from "./curves.js";
 
 /** @import { Curve } from "./curves.js" */
