@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
-from .architecture import KNOWN
-from .card import CardError, StudentCard
+from safetensors import safe_open
+
+from .architecture import KNOWN, WHOLE, architecture_of_file
+from .card import CardError, StudentCard, fingerprint, header
 from .families import of_card
 
 
@@ -16,7 +19,8 @@ class Base:
     """What is known of the loaded model: empty where it is not.
 
     `architecture` and `prediction` are in a card's words. `hashes` are its fingerprints, with and without what is
-    patched onto it: any counts. `name` is its file's, and counts only where there is no hash.
+    patched onto it: any counts. `name` is its file's: the same name counts as well, since a file that is loaded in
+    another precision has another hash.
     """
 
     architecture: str = ""
@@ -52,16 +56,38 @@ def check_fit(
             f"{base.prediction}: load {card.base_model}, its base"
         )
     said = []
-    if base.hashes and not same:
+    if base.name and _stem(base.name) == _stem(card.base_model):
+        pass
+    elif base.hashes and not same:
         said.append(
             f"{student} was made for {card.base_model} ({card.base_hash}), the loaded model is another "
             f"({base.hashes[0]}): pictures may suffer."
         )
-    elif not base.hashes and base.name and _stem(base.name) != _stem(card.base_model):
+    elif not base.hashes and base.name:
         said.append(f"{student} was made for {card.base_model}, the loaded model is {base.name}: pictures may suffer.")
     if weight != 1:
         said.append(f"the weight of {student} is {weight:g}: it was trained at 1, another blurs or burns the picture.")
     return said + replace(of_card(card), name=str(student)).remarks(steps, cfg)
+
+
+def read_base(path: Path) -> Base:
+    """What a checkpoint's file says of the model in it; of another than a safetensors file no more than its name."""
+    try:
+        return _read_base(path, path.stat().st_mtime_ns)
+    except OSError:
+        return Base(name=path.name)
+
+
+@lru_cache(8)
+def _read_base(path: Path, _changed: int) -> Base:
+    shapes = header(path)[1]
+    architecture = architecture_of_file(shapes)
+    inside = [name for name in shapes if name.startswith(WHOLE)] or (list(shapes) if architecture else [])
+    if not inside:
+        return Base(name=path.name)
+    with safe_open(path, "pt") as file:  # its tensors stay in the file until they are looked at
+        weights = {name.removeprefix(WHOLE): file.get_tensor(name) for name in inside}
+        return Base(architecture, hashes=(fingerprint(weights),), name=path.name)
 
 
 def _stem(name: str) -> str:

@@ -1,10 +1,13 @@
 """What is said where student, loaded model and settings do not fit, and what is refused."""
 
+import os
 from dataclasses import replace
 
 import pytest
-from turbodistill.core.card import CardError, StudentCard
-from turbodistill.core.fit import Base, check_fit
+import torch
+from safetensors.torch import save_file
+from turbodistill.core.card import CardError, StudentCard, fingerprint
+from turbodistill.core.fit import Base, check_fit, read_base
 
 CARD = StudentCard("lora", "base.safetensors", "a" * 16, "stable-diffusion-v1", "x0", "eps", (999,), 4.0, (512, 512))
 RIGHT = Base("stable-diffusion-v1", "eps", ("b" * 16, "a" * 16), "renamed.safetensors")
@@ -71,6 +74,25 @@ def test_another_base_of_its_kind_is_warned_of(base, words):
 )
 def test_settings_that_it_was_not_trained_for_are_warned_of(settings, words):
     assert check_fit(CARD, RIGHT, "s", **settings) == [words]
+
+
+def test_the_same_file_in_another_precision_is_the_same_model():
+    assert check_fit(CARD, replace(RIGHT, hashes=("c" * 16,), name="Base.safetensors")) == []
+
+
+def test_a_checkpoint_s_file_says_what_it_is(tmp_path):
+    network = {f"blocks.{k}.weight": torch.randn(4, 4).half() for k in range(15)}
+    network["input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"] = torch.randn(4, 768).half()
+    file = tmp_path / "a.safetensors"
+    save_file({f"model.diffusion_model.{k}": v for k, v in network.items()} | {"vae.weight": torch.zeros(1)}, file)
+    right = Base("stable-diffusion-v1", hashes=(fingerprint(network),), name="a.safetensors")
+    assert read_base(file) == right
+    save_file(network, file)  # the network alone
+    os.utime(file, (1, 1))
+    assert read_base(file) == right
+    for name in ("b.ckpt", "gone.safetensors"):
+        (tmp_path / "b.ckpt").write_bytes(b"x")
+        assert read_base(tmp_path / name) == Base(name=name)
 
 
 def test_all_of_it_at_once():

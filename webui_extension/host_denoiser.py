@@ -130,3 +130,22 @@ def _widen(module: nn.Module, args: tuple) -> tuple | None:
 def _restore(module: nn.Module, *_) -> None:
     if own := module.__dict__.pop("_turbodistill_own", None):
         module._parameters.update(own)
+
+
+# What the hosts say of a model that its weights do not tell -> ModelSpec's architecture.
+ARCHITECTURES = {
+    "is_sd3": "stable-diffusion-v3-medium",
+    "is_sdxl": "stable-diffusion-xl-v1-base",
+    "is_sd2": "stable-diffusion-v2",
+    "is_sd1": "stable-diffusion-v1",
+}
+
+
+def architecture(model: Any) -> str:
+    """What a card calls the loaded model's architecture."""
+    for mark, name in ARCHITECTURES.items():
+        if getattr(model, mark, False):
+            return name
+    if type(model).__name__ == "Flux":
+        return "flux-1-dev" if model.use_distilled_cfg_scale else "flux-1-schnell"
+    return type(model).__name__

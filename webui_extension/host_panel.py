@@ -9,10 +9,11 @@ from modules import scripts
 from modules.ui_common import create_refresh_button
 
 from . import host, panel
-from .host_sampling import CHOICE
+from .host_sampling import CHOICE, REMARKS, foreign, remark
 from .samplers import CHOSEN, DETECT, LIMITS, WRITTEN, passes, too_many
 
 AXIS = "turbodistill_axis"  # what the X/Y/Z plot writes on the host's `p`
+SAID = "ADD remarks"  # in the answers of the host's API, not in the pictures
 PARTS = ("prompt", "sampling", "steps", "cfg_scale")  # ids of the host's components, in the order of panel.Settings
 
 
@@ -75,6 +76,7 @@ class Panel(scripts.Script):
         """Called by the host before it makes pictures: tell our samplers, and make Steps the number of passes."""
         choice = getattr(p, AXIS, None) or choice or DETECT
         setattr(p, CHOICE, choice)
+        setattr(p, REMARKS, [])
         # A plot's cells share the table of the one before: what was written there is not of this picture.
         p.extra_generation_params = {k: v for k, v in p.extra_generation_params.items() if k not in WRITTEN}
         second = getattr(p, "hr_sampler_name", None) or p.sampler_name
@@ -83,12 +85,22 @@ class Panel(scripts.Script):
         if choice != DETECT:
             p.extra_generation_params[CHOSEN] = choice
         asked = getattr(p, "hr_second_pass_steps", 0) or p.steps
-        for remark in too_many(p.sampler_name, p.steps) if p.sampler_name in LIMITS else ():
-            p.comment(remark)
+        for each in too_many(p.sampler_name, p.steps) if p.sampler_name in LIMITS else ():
+            remark(p, each)
         p.steps = _made(p.sampler_name, p.steps)
         if getattr(p, "enable_hr", False):
             made = _made(second, asked)
             p.hr_second_pass_steps = 0 if made == p.steps else made  # nought is as many as in the first pass
+
+    def process_batch(self, p, *_, **__) -> None:
+        """Called by the host when the prompt's LoRAs are applied."""
+        if p.sampler_name not in LIMITS:
+            foreign(p)
+
+    def postprocess(self, p, processed, *_) -> None:
+        """Called by the host when the pictures are made: what the API answers with holds what was said of them."""
+        if said := getattr(p, REMARKS, None):
+            processed.extra_generation_params = {**processed.extra_generation_params, SAID: said}
 
 
 def _made(sampler: str, steps: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,9 +15,12 @@ from modules.sd_samplers_common import SamplerData
 from modules.sd_samplers_kdiffusion import KDiffusionSampler
 from torch import Tensor
 
+from ..core.card import CardError
 from ..core.families import SamplingRecipe
+from ..core.fit import Base, read_base
 from ..core.sampling import sample_euler, sample_few_step
 from . import host
+from .host_denoiser import PREDICTIONS, architecture
 from .samplers import (
     DETECT,
     HIRES_TIMESTEPS,
@@ -24,17 +28,19 @@ from .samplers import (
     MODEL,
     TIMESTEPS,
     Found,
-    applies,
     as_it_was_put_out,
     find,
+    misfits,
     passes,
     remarks,
     schedule_for,
+    students_among,
     to_x0,
     too_many,
+    unet_weight,
 )
 
-CHOICE = "turbodistill_choice"  # what the panel writes on the host's `p`
+CHOICE, REMARKS = "turbodistill_choice", "turbodistill_remarks"  # what we write on the host's `p`
 
 
 class OneStepData(SamplerData):
@@ -55,10 +61,39 @@ def register() -> None:
         clear()  # it remembers names that it has not known
 
 
-def applied(p) -> list[str]:
-    """Names of the LoRAs that the host applies in the pass that is made now."""
+def applied(p) -> dict[str, float]:
+    """The LoRAs that the host applies in the pass that is made now, with their weights in the UNet."""
     data = getattr(p, "hr_extra_network_data" if p.is_hr_pass else "extra_network_data", None) or {}
-    return [params.items[0] for params in data.get("lora", []) if params.items and applies(params.items[1:])]
+    found = {params.items[0]: unet_weight(params.items[1:]) for params in data.get("lora", []) if params.items}
+    return {name: weight for name, weight in found.items() if weight}
+
+
+def remark(p, words: str) -> None:
+    """Tell it below the picture, and whoever asked by the API, whose answers leave the host's comments out."""
+    p.comment(words)
+    setattr(p, REMARKS, list(dict.fromkeys([*getattr(p, REMARKS, ()), words])))
+
+
+def loaded_base() -> Base:
+    """What is known of the loaded model."""
+    file, model = host.checkpoint_file(), shared.sd_model
+    base = read_base(file) if file else Base()
+    return replace(base, architecture=base.architecture or architecture(model), prediction=base_prediction(model))
+
+
+def foreign(p) -> None:
+    """Tell what another sampler than ours makes of the students in the prompt."""
+    loras = applied(p)
+    if students := students_among(loras, host.lora_files()):
+        try:
+            said = misfits(students, loras, loaded_base())
+        except CardError as error:
+            said = [str(error)]
+        name, card = next(iter(students.items()))
+        ours = list(LIMITS)[len(card.timesteps) > 1]
+        said.append(f"{name} is a student: {p.sampler_name} is not made for it, take {ours} and CFG Scale 1.")
+        for each in said:
+            remark(p, each)
 
 
 def space_of(model):
@@ -70,7 +105,9 @@ def space_of(model):
 
 
 def base_prediction(model) -> str:
-    """What the network of AUTOMATIC1111's model predicts."""
+    """What the network of the host's model predicts; "" where the host does not say."""
+    if hasattr(model, "forge_objects"):
+        return PREDICTIONS.get(getattr(space_of(model), "prediction_type", ""), "")
     if hasattr(model, "create_denoiser"):
         return "flow"
     return "v" if model.parameterization == "v" else "eps"
@@ -138,15 +175,17 @@ class OneStepSampler(KDiffusionSampler):
     def _set(self, p, steps: int, strength: float) -> Iterator[int]:
         """The number of passes; within, levels and reading are those of the model that the host samples."""
         choice, loras, count = getattr(p, CHOICE, DETECT), applied(p), passes(self.name, steps)
-        self.found = find(choice, count, host.lora_files(), loras, host.checkpoint_file())
+        files, base = host.lora_files(), loaded_base()
+        self.found = find(choice, count, files, loras, host.checkpoint_file(), base)
         # Image to image makes it before a zero-terminal schedule is set.
         self.model_wrap_cfg.model_wrap = None
         self.model_wrap = self.model_wrap_cfg.inner_model
         timesteps = self.found.sampling.timesteps(count, strength)
         self.levels = self.found.sampling.sigmas(self.model_wrap.sigmas, timesteps)
         write_down(p, self.found, timesteps)
-        for remark in too_many(self.name, steps) + remarks(self.found, p.cfg_scale, choice, loras):
-            p.comment(remark)
+        said = too_many(self.name, steps) + misfits(students_among(loras, files), loras, base)
+        for each in said + remarks(self.found, count, p.cfg_scale, choice, loras):
+            remark(p, each)
         with read_as(self.found.sampling, shared.sd_model, self.model_wrap):
             yield count
 

@@ -16,6 +16,7 @@ from ..core.architecture import architecture_of
 from ..core.borrowed import watched
 from ..core.card import fingerprint
 from ..core.denoiser import Cond, Denoiser
+from .host_denoiser import architecture
 
 FACTOR = 8  # pixels a side of a latent, in all that these hosts load
 TEXT_SETTINGS = ("CLIP_stop_at_last_layers", "sdxl_clip_l_skip", "emphasis", "use_old_emphasis_implementation")
@@ -118,25 +119,6 @@ def conditions(found: Tensor | dict[str, Tensor]) -> Cond:
     tensors = found if isinstance(found, dict) else {"crossattn": found}
     rows = {name: value[None].detach().float().cpu() for name, value in tensors.items()}
     return Cond(rows.pop("crossattn"), rows.pop("vector", None), rows)
-
-
-# What the hosts say of a model that its weights do not tell -> ModelSpec's architecture.
-ARCHITECTURES = {
-    "is_sd3": "stable-diffusion-v3-medium",
-    "is_sdxl": "stable-diffusion-xl-v1-base",
-    "is_sd2": "stable-diffusion-v2",
-    "is_sd1": "stable-diffusion-v1",
-}
-
-
-def architecture(model: Any) -> str:
-    """What a card calls the loaded model's architecture."""
-    for mark, name in ARCHITECTURES.items():
-        if getattr(model, mark, False):
-            return name
-    if type(model).__name__ == "Flux":
-        return "flux-1-dev" if model.use_distilled_cfg_scale else "flux-1-schnell"
-    return type(model).__name__
 
 
 @contextmanager

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..core.card import KEY, CardError, read_card
+from ..core.card import KEY
 from ..core.families import FAMILIES, SamplingRecipe, recognise
-from .samplers import DETECT, FEW_STEP, NOTHING, ONE_STEP, applied_loras, find
+from ..core.fit import check_fit, read_base
+from .samplers import DETECT, FEW_STEP, NOTHING, ONE_STEP, UNKNOWN, applied_loras, find, students_among
 
 ABOUT = (
     "Set chooses the sampler, the steps and the CFG Scale that the model is made for, and puts a student into the "
@@ -44,13 +45,11 @@ def choices(loras: Iterable[str]) -> list[str]:
 
 def describe(choice: str, prompt: str, files: Mapping[str, Path], checkpoint: Path | None) -> str:
     """The choice in words: a student's card, a family's sampling, or what was detected."""
-    if choice in files:
-        try:
-            return read_card(files[choice]).in_words()
-        except CardError:
-            pass  # of another's making
+    base = read_base(checkpoint) if checkpoint else UNKNOWN
     try:
-        return find(choice, _made_for(choice), files, applied_loras(prompt), checkpoint).in_words()
+        if card := students_among([choice], files).get(choice):
+            return "\n".join([*check_fit(card, base, choice), card.in_words()])
+        return find(choice, _made_for(choice), files, applied_loras(prompt), checkpoint, base).in_words()
     except ValueError as error:
         return str(error)
 
@@ -64,23 +63,25 @@ def apply(
 ) -> tuple[Settings, dict | None, str]:
     """The settings that the choice wants, what `undo` needs, and words.
 
-    `before` is what an earlier `apply` gave, if it was not undone: its student leaves the prompt.
+    `before` is what an earlier `apply` gave, if it was not undone: its student leaves the prompt for another choice.
     """
-    if before:
-        now = replace(now, prompt=_without(now.prompt, before["tag"]))
+    added, kept = (before["lora"] if before else ""), now
+    if choice != DETECT:
+        kept, added = replace(now, prompt=_without(now.prompt, added)), ""
+    base = read_base(checkpoint) if checkpoint else UNKNOWN
     try:
-        found = find(choice, _made_for(choice), files, applied_loras(now.prompt), checkpoint)
+        found = find(choice, _made_for(choice), files, applied_loras(kept.prompt), checkpoint, base)
     except ValueError as error:
-        return now, None, str(error)
+        return now, before, f"Nothing was set: {error}"
     if not found.source:
-        return now, None, NOTHING
-    tag = (
-        f"<lora:{choice}:{found.sampling.strength:g}>"
-        if choice in files and choice not in applied_loras(now.prompt)
-        else ""
-    )
-    kept = {**(before or {"sampler": now.sampler, "steps": now.steps, "cfg": now.cfg}), "tag": tag}
-    return wanted(found.sampling, now, tag), kept, describe(choice, now.prompt, files, checkpoint)
+        return now, before, f"Nothing was set. {NOTHING}"
+    tag = ""
+    if choice in files and choice not in applied_loras(kept.prompt):
+        added, tag = choice, f"<lora:{choice}:{found.sampling.strength:g}>"
+    then = wanted(found.sampling, kept, tag)
+    already = "Nothing had to be set, all is as it is wanted.\n" if then == now else ""
+    undoes = {**(before or {"sampler": now.sampler, "steps": now.steps, "cfg": now.cfg}), "lora": added}
+    return then, undoes, already + describe(choice, then.prompt, files, checkpoint)
 
 
 def wanted(sampling: SamplingRecipe, now: Settings, tag: str = "") -> Settings:
@@ -93,8 +94,9 @@ def undo(now: Settings, before: dict | None) -> Settings:
     """The settings as they were, with what was written into the prompt since."""
     if not before:
         return now
-    return Settings(_without(now.prompt, before["tag"]), before["sampler"], before["steps"], before["cfg"])
+    return Settings(_without(now.prompt, before["lora"]), before["sampler"], before["steps"], before["cfg"])
 
 
-def _without(prompt: str, tag: str) -> str:
-    return re.sub(rf" ?{re.escape(tag)}", "", prompt, count=1) if tag else prompt
+def _without(prompt: str, lora: str) -> str:
+    """The prompt without this LoRA, whatever its weight is by now."""
+    return re.sub(rf" ?<lora:{re.escape(lora)}(:[^>]*)?>", "", prompt, count=1) if lora else prompt

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
+from ..core.card import CardError, StudentCard, read_card
 from ..core.families import FAMILIES, MOST, SamplingRecipe, by_file, by_files, lcm_boundary
+from ..core.fit import Base, check_fit
 from ..core.schedule import DiscreteSchedule, FlowSchedule, Schedule
 
 # A name must not end in " Simple", " Turbo" or another scheduler's name: the host would cut that off.
@@ -18,7 +21,8 @@ LIMITS = {ONE_STEP: 1, FEW_STEP: MOST}  # passes of the network
 CHOSEN, MODEL, TIMESTEPS, HIRES_TIMESTEPS = "ADD chosen", "ADD model", "ADD timesteps", "Hires ADD timesteps"
 WRITTEN = (CHOSEN, MODEL, TIMESTEPS, HIRES_TIMESTEPS)  # what we write into a picture's infotext
 DETECT = "detect"
-ORDINARY = SamplingRecipe("one-step model")
+ORDINARY = SamplingRecipe("one-step model", span=(1, MOST))
+UNKNOWN = Base()
 LORA = re.compile(r"<lora:([^:>]+)((?::[^:>]*)*)>")
 
 
@@ -45,7 +49,12 @@ NOTHING = (
 
 
 def find(
-    choice: str, steps: int, files: Mapping[str, Path], applied: Sequence[str], checkpoint: Path | None = None
+    choice: str,
+    steps: int,
+    files: Mapping[str, Path],
+    applied: Iterable[str],
+    checkpoint: Path | None = None,
+    base: Base = UNKNOWN,
 ) -> Found:
     """How to sample: as chosen, else by the LoRAs that are applied, else by the checkpoint, else as a Turbo.
 
@@ -66,24 +75,25 @@ def find(
     given = [(files[name], name, f"LoRA {name}") for name in applied if name in files]
     if checkpoint:
         given.append((checkpoint, checkpoint.name, f"Checkpoint {checkpoint.name}"))
-    found = by_files([(path, name) for path, name, _ in given])
+    found = by_files([(path, name) for path, name, _ in given], base.architecture, base.prediction)
     return Found(found[1], given[found[0]][2]) if found else Found(ORDINARY)
 
 
-def applied_loras(prompt: str) -> list[str]:
-    """Names of the LoRAs in a prompt as it is written."""
-    return [match[1] for match in LORA.finditer(prompt) if applies(match[2].split(":")[1:])]
+def applied_loras(prompt: str) -> dict[str, float]:
+    """The LoRAs in a prompt as it is written, with their weights in the UNet; without those of weight nought."""
+    found = {match[1]: unet_weight(match[2].split(":")[1:]) for match in LORA.finditer(prompt)}
+    return {name: weight for name, weight in found.items() if weight}
 
 
-def applies(weights: Sequence[str]) -> bool:
-    """Whether a LoRA with what stands behind its name, `1` or `te=1`, `unet=0`, changes the UNet at all."""
-    named = dict(weight.split("=", 1) for weight in weights if "=" in weight)
-    plain = [weight for weight in weights if "=" not in weight]
+def unet_weight(given: Sequence[str]) -> float:
+    """A LoRA's weight in the UNet, by what stands behind its name: `1`, or `te=1` and `unet=0`."""
+    named = dict(weight.split("=", 1) for weight in given if "=" in weight)
+    plain = [weight for weight in given if "=" not in weight]
     weight = named.get("unet") or (plain[1] if len(plain) > 1 else plain[0] if plain else "1")
     try:
-        return float(weight) != 0
+        return float(weight)
     except ValueError:
-        return True
+        return 1.0
 
 
 def schedule_for(prediction: str) -> Schedule:
@@ -111,13 +121,32 @@ def too_many(name: str, steps: int) -> list[str]:
     return [f"{name} makes {'one pass' if made == 1 else f'at most {made} passes'}: of {steps} steps, {made}."]
 
 
-def remarks(found: Found, cfg: float, choice: str, applied: Sequence[str]) -> list[str]:
-    """What else to tell the user below the picture."""
-    said = []
-    if not found.source:
-        said.append(NOTHING)
-    elif cfg > 1:
-        said.append(f"CFG Scale is {cfg:g}: one-step models are made for 1.")
+def remarks(found: Found, steps: int, cfg: float, choice: str, applied: Iterable[str]) -> list[str]:
+    """What else to tell the user of these settings, below the picture."""
+    sampling = found.sampling if found.source else replace(found.sampling, name="a one-step model")
+    said = ([] if found.source else [NOTHING]) + sampling.remarks(steps, cfg)
     if found.source == f"LoRA {choice}" and choice not in applied:
         said.append(f"The student {choice} is chosen, but <lora:{choice}:1> is not in the prompt.")
+    return said
+
+
+def students_among(applied: Iterable[str], files: Mapping[str, Path]) -> dict[str, StudentCard]:
+    """The students of ours among the LoRAs that are applied, with their cards."""
+    found = {}
+    for name in applied:
+        with suppress(CardError, OSError, KeyError):
+            found[name] = read_card(files[name])
+    return found
+
+
+def misfits(students: Mapping[str, StudentCard], weights: Mapping[str, float], base: Base) -> list[str]:
+    """What does not fit between students, their weights and the loaded model.
+
+    Raises CardError where no picture could come of it.
+    """
+    said = [each for name, card in students.items() for each in check_fit(card, base, name, weight=weights[name])]
+    if len(students) > 1:
+        said.append(
+            f"{len(students)} students are in the prompt ({', '.join(students)}): their changes add up, use one."
+        )
     return said

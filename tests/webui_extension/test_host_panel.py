@@ -113,6 +113,20 @@ def test_nothing_is_written_into_a_table_that_another_cell_of_a_plot_has(host):
         assert p.extra_generation_params == written and table == before
 
 
+def test_what_was_said_reaches_the_answer_of_the_host_s_api(host):
+    panel, p, table = host.get("host_panel").Panel(), p_of(steps=20), {"Style": "x"}
+    panel.process(p, "detect")
+    made = SimpleNamespace(extra_generation_params=table)
+    panel.postprocess(p, made)
+    assert made.extra_generation_params == table | {"ADD remarks": ["ADD 1-step makes one pass: of 20 steps, 1."]}
+    assert table == {"Style": "x"}  # which is the pictures'
+    p.steps = 1
+    panel.process(p, "detect")  # the next picture of the same settings
+    made = SimpleNamespace(extra_generation_params=table)
+    panel.postprocess(p, made)
+    assert made.extra_generation_params == table
+
+
 def test_the_plot_s_axis_counts_more_than_the_panel_and_is_there_once(host):
     plot = ModuleType("xyz_grid")
     plot.axis_options = []

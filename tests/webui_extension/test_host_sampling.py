@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from safetensors.torch import save_file
-from turbodistill.core.card import StudentCard
+from turbodistill.core.card import CardError, StudentCard
 from turbodistill.core.denoiser import Cond, Guided
 from turbodistill.core.families import FAMILIES
 from turbodistill.core.sampling import sample_euler, sample_few_step, sigmas_of
@@ -311,7 +311,43 @@ def test_what_is_said_stands_below_the_picture(scene, toys):
     made = scene()
     p = made.p(steps=20, cfg_scale=7.0)
     made.txt2img(toys.picture(), p=p)
-    assert len(p.comments) == 2 and p.comments[0] == "ADD 1-step makes one pass: of 20 steps, 1."
+    assert p.comments == p.turbodistill_remarks
+    assert [words.split(":")[0] for words in p.comments][::2] == ["ADD 1-step makes one pass", "cfg is 7"]
+    assert p.comments[1].startswith("No student and no known one-step model")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_student_that_does_not_fit_is_told_or_refused(scene, student, toys, kind, tmp_path):
+    made = scene(kind, file=tmp_path / "sibling.safetensors")
+    student(made, "second")
+    loras = {"lora": [made.webui.Parameters("mine", "0.7"), made.webui.Parameters("second", "1", "-1")]}
+    student(made)
+    p = made.p(extra_network_data=loras)
+    made.txt2img(toys.picture(), FEW, p=p, steps=2)
+    assert [words.split(":")[0] for words in p.turbodistill_remarks] == [
+        "mine was made for a base, the loaded model is sibling.safetensors",
+        "the weight of mine is 0.7",
+        "second was made for a base, the loaded model is sibling.safetensors",
+        "the weight of second is -1",
+        "2 students are in the prompt (mine, second)",
+    ]
+    if kind != "reforge":  # which does not say what its model predicts
+        with pytest.raises(CardError, match="mine was made for a model that predicts eps, the loaded one predicts v"):
+            other = scene(kind, "v")
+            other.toy.prediction = "eps"  # for the card
+            other.txt2img(toys.picture(), **student(other))
+
+
+@torch.no_grad()
+def test_a_student_under_another_sampler_is_told_of(scene, student):
+    made = scene()
+    p = made.p(sampler_name="Euler", **student(made, timesteps=(999, 499)))
+    made.ours.foreign(p)
+    assert p.turbodistill_remarks == ["mine is a student: Euler is not made for it, take ADD few-step and CFG Scale 1."]
+    plain = made.p(sampler_name="Euler")
+    made.ours.foreign(plain)
+    assert plain.comments == []
 
 
 def test_a_wrong_choice_is_an_error(scene, toys):

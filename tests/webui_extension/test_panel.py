@@ -1,5 +1,6 @@
 """The accordion's choices, words, Set and Undo, without a host."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,13 @@ def test_what_was_written_since_stays(files):
     assert panel.undo(longer, before).prompt == "a fox, at night"
 
 
+@pytest.mark.parametrize("weight", ["0.7", "-1", "1:0.5", "unet=0.8"])
+def test_undo_finds_the_student_whose_weight_was_edited(files, weight):
+    now, before, _ = panel.apply("quick", PLAIN, None, files, None)
+    edited = replace(now, prompt=f"a fox <lora:quick:{weight}>, at night <lora:quicker:1>")
+    assert panel.undo(edited, before).prompt == "a fox, at night <lora:quicker:1>"
+
+
 def test_another_student_takes_the_first_one_s_place(files):
     once, before, _ = panel.apply("quick", PLAIN, None, files, None)
     twice, before, _ = panel.apply("fine", once, before, files, None)
@@ -69,9 +77,21 @@ def test_detect_goes_by_the_prompt_and_the_checkpoint(files):
 
 
 def test_where_nothing_is_found_nothing_is_set(files):
-    assert panel.apply(DETECT, PLAIN, None, files, Path("v1-5.safetensors")) == (PLAIN, None, NOTHING)
+    told = f"Nothing was set. {NOTHING}"
+    assert panel.apply(DETECT, PLAIN, None, files, Path("v1-5.safetensors")) == (PLAIN, None, told)
     now, before, words = panel.apply("gone", PLAIN, None, files, None)
-    assert now == PLAIN and before is None and words.startswith("'gone' is neither")
+    assert now == PLAIN and before is None and words.startswith("Nothing was set: 'gone' is neither")
+    once, before, _ = panel.apply("quick", PLAIN, None, files, None)
+    assert panel.apply("gone", once, before, files, None)[:2] == (once, before)  # Undo is still there
+
+
+def test_where_all_is_set_already_it_says_so(files):
+    once, before, words = panel.apply("quick", PLAIN, None, files, None)
+    assert not words.startswith("Nothing")
+    for choice in ("quick", DETECT):  # detect finds the student that Set has put into the prompt
+        twice, again, words = panel.apply(choice, once, before, files, None)
+        assert twice == once and words.startswith("Nothing had to be set, all is as it is wanted.\n")
+        assert panel.undo(twice, again) == PLAIN
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -90,7 +110,12 @@ def test_a_lora_comes_with_the_weight_that_it_was_made_for(files, tmp_path):
     assert (now.prompt, now.sampler, now.steps, now.cfg) == (f"a fox <lora:{name}:0.125>", FEW_STEP, 8, 5.0)
 
 
-def test_words_for_a_choice(files):
+def test_words_for_a_choice(files, tmp_path):
+    base = tmp_path / "sdxl.safetensors"
+    save_file({"model.diffusion_model.input_blocks.4.1.attn2.to_k.weight": torch.zeros(2, 2048)}, base)
+    said = panel.describe("quick", "", files, base)
+    assert said.startswith("quick was made for a base (0000000000000000), the loaded model is another (")
+    assert "One-step student of a base" in said
     assert "negative prompts do nothing" in panel.describe("quick", "", files, None)
     assert panel.describe(DETECT, "a fox", files, None) == NOTHING
     assert panel.describe("gone", "", files, None).startswith("'gone' is neither")

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from turbodistill.core.card import StudentCard
+from turbodistill.core.card import CardError, StudentCard
 from turbodistill.core.families import FAMILIES, MOST
+from turbodistill.core.fit import Base
 from turbodistill.webui_extension import samplers
 from turbodistill.webui_extension.samplers import DETECT, FEW_STEP, LIMITS, ONE_STEP, Found, find, passes, remarks
 
@@ -99,30 +100,51 @@ def test_a_wrong_choice_is_told(files):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "names"),
+    ("prompt", "weights"),
     [
-        ("a fox", []),
-        ("a <lora:one:1> fox <lora:two:0.5>", ["one", "two"]),
-        ("<lora:one> fox", ["one"]),
-        ("<lora:one:0> <lora:two:1:0> <lora:three:0:1> <lora:four:te=1:unet=0>", ["three"]),
-        ("<lora:one:1:lbw=x>", ["one"]),
-        ("<hypernet:one:1>", []),
+        ("a fox", {}),
+        ("a <lora:one:1> fox <lora:two:0.5>", {"one": 1, "two": 0.5}),
+        ("<lora:one> fox", {"one": 1}),
+        ("<lora:one:0> <lora:two:1:0> <lora:three:0:-1> <lora:four:te=1:unet=0>", {"three": -1}),
+        ("<lora:one:1:lbw=x> <lora:two:x>", {"one": 1, "two": 1}),
+        ("<hypernet:one:1>", {}),
     ],
 )
-def test_the_loras_of_a_prompt(prompt, names):
-    assert samplers.applied_loras(prompt) == names
+def test_the_loras_of_a_prompt(prompt, weights):
+    assert samplers.applied_loras(prompt) == weights
 
 
-def said(found, cfg=1.0, choice=DETECT, applied=()):
-    return " ".join(remarks(found, cfg, choice, applied))
+def said(found, cfg=1.0, choice=DETECT, applied=(), steps=1):
+    return " ".join(remarks(found, steps, cfg, choice, applied))
 
 
 def test_what_is_said_below_a_picture(files):
     student = find("my-turbo", 1, files, [])
     assert said(student, choice="my-turbo", applied=["my-turbo"]) == ""
     assert "<lora:my-turbo:1> is not in the prompt" in said(student, choice="my-turbo")
-    assert said(student, cfg=7.0) == "CFG Scale is 7: one-step models are made for 1."
-    assert said(find(DETECT, 1, files, []), cfg=7.0) == samplers.NOTHING
+    assert said(student, cfg=7.0) == "cfg is 7: student of a base was made for 1, more burns the picture."
+    assert said(student, steps=4) == "steps is 4: student of a base was made for 1 to 2 steps."
+    nothing = find(DETECT, 1, files, [])
+    assert said(nothing, steps=4) == samplers.NOTHING
+    burns = "cfg is 7: a one-step model was made for 1, more burns the picture."
+    assert said(nothing, cfg=7.0) == f"{samplers.NOTHING} {burns}"  # a newcomer's first picture
+
+
+def test_what_does_not_fit_between_students_and_the_model(files):
+    students = samplers.students_among(["style", "my-turbo", "gone"], files)
+    assert list(students) == ["my-turbo"]
+    right = Base(hashes=(students["my-turbo"].base_hash,))
+    assert samplers.misfits(students, {"my-turbo": 1.0}, right) == []
+    (weight,) = samplers.misfits(students, {"my-turbo": 0.7}, right)
+    assert weight.startswith("the weight of my-turbo is 0.7")
+    (other,) = samplers.misfits(students, {"my-turbo": 1.0}, Base(hashes=("f" * 16,)))
+    assert "the loaded model is another" in other
+    with pytest.raises(CardError, match="made for a model that predicts"):
+        samplers.misfits(students, {"my-turbo": 1.0}, Base(prediction="flow"))
+    both = {"my-turbo": students["my-turbo"], "second": students["my-turbo"]}
+    assert samplers.misfits(both, dict.fromkeys(both, 1.0), right) == [
+        "2 students are in the prompt (my-turbo, second): their changes add up, use one."
+    ]
 
 
 def test_more_steps_than_are_made_are_told():

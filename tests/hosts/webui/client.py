@@ -75,11 +75,11 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Made:
-    """Pictures (H, W, 3) as floats 0 to 255, what the host wrote about each, and its remarks below them."""
+    """Pictures (H, W, 3) as floats 0 to 255, what the host wrote about each, and what we said of them."""
 
     pictures: list[np.ndarray]
     infotexts: list[str]
-    comments: str = ""
+    remarks: list[str]
 
     @property
     def picture(self) -> np.ndarray:
@@ -144,7 +144,7 @@ class WebUI:
         return Made(
             [decoded(picture) for picture in answer["images"][kept]],
             about["infotexts"][kept],
-            about.get("comments") or "",
+            about["extra_generation_params"].get("ADD remarks", []),
         )
 
     def samplers(self) -> list[str]:

@@ -178,7 +178,7 @@ def test_a_distillation_is_begun_watched_and_stopped_in_the_tab(page, webui, not
     tab.get_by_role("button", name="Stop and keep best").click()
     sync.expect(status).to_contain_text("stopped as asked", timeout=60_000)
     sync.expect(status).to_contain_text("<lora:from-the-tab:1>")
-    assert webui.txt2img(prompt="a fox <lora:from-the-tab:1>").comments == ""
+    assert webui.txt2img(prompt="a fox <lora:from-the-tab:1>").remarks == []
 
 
 ROUTES = ("distill", "estimate", "run", "stop", "cancel", "preview", "students", "runs", "settings")

@@ -146,21 +146,58 @@ def test_a_choice_that_is_none_is_refused_in_words(webui, refused):
 
 
 @pytest.fixture(scope="session")
-def student(webui):
-    """The name of a LoRA of ours, whose card says that noise enters at timestep 799."""
-    layer, width = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q", {"a1111": 64, "forge": 320}
-    draw, wide = torch.Generator().manual_seed(0), width[webui.kind.name]
-    tensors = {
-        f"{layer}.lora_up.weight": torch.randn(wide, 2, generator=draw),
-        f"{layer}.lora_down.weight": torch.randn(2, wide, generator=draw),
-        f"{layer}.alpha": torch.tensor(2.0),
-    }
-    card = StudentCard(
-        "lora", "a base", "0" * 16, "stable-diffusion-v1", "eps", "eps", (799, 399), 4.0, (64, 64), rank=2
-    )
-    save_file(tensors, webui.data / "models" / "Lora" / "fox-turbo.safetensors", card.to_metadata())
-    webui.refresh_loras()
-    return "fox-turbo"
+def put(webui):
+    """Puts a student into the Lora folder, whose card says that noise enters at timestep 799; gives its name."""
+
+    def put(name, base="a base", architecture="stable-diffusion-v1"):
+        layer, width = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q", {"a1111": 64, "forge": 320}
+        draw, wide = torch.Generator().manual_seed(0), width[webui.kind.name]
+        tensors = {
+            f"{layer}.lora_up.weight": torch.randn(wide, 2, generator=draw),
+            f"{layer}.lora_down.weight": torch.randn(2, wide, generator=draw),
+            f"{layer}.alpha": torch.tensor(2.0),
+        }
+        card = StudentCard("lora", base, "0" * 16, architecture, "eps", "eps", (799, 399), 4.0, (64, 64), rank=2)
+        save_file(tensors, webui.data / "models" / "Lora" / f"{name}.safetensors", card.to_metadata())
+        webui.refresh_loras()
+        return name
+
+    return put
+
+
+@pytest.fixture(scope="session")
+def student(put):
+    """The name of a LoRA of ours."""
+    return put("fox-turbo")
+
+
+def test_what_does_not_fit_is_told_to_programs_too(webui, student, put):
+    second = put("second-turbo", "tiny.safetensors" if webui.kind.name == "a1111" else "small.ckpt")
+    said = webui.txt2img(prompt=f"a fox <lora:{student}:0.7> <lora:{second}:-1>", cfg_scale=7).remarks
+    another, weight, negative, two, cfg = said
+    assert another.startswith(f"{student} was made for a base") and "the loaded model is" in another
+    assert weight.startswith(f"the weight of {student} is 0.7: it was trained at 1")
+    assert negative.startswith(f"the weight of {second} is -1")
+    assert two == f"2 students are in the prompt ({student}, {second}): their changes add up, use one."
+    assert cfg == "cfg is 7: student of a base was made for 1, more burns the picture."
+    right = {"prompt": f"a fox <lora:{second}:1>", "sampler_name": FEW}
+    assert webui.txt2img(**right, steps=2).remarks == []
+    assert "was made for 1 to 2 steps" in " ".join(webui.txt2img(**right, steps=4).remarks)
+    (euler,) = webui.txt2img(**right | {"sampler_name": "Euler"}).remarks
+    assert euler == f"{second} is a student: Euler is not made for it, take {FEW} and CFG Scale 1."
+    assert "remarks" not in webui.txt2img(**right, steps=4).infotext
+
+
+def test_a_newcomer_s_first_picture_is_remarked_upon(webui):
+    nothing, cfg = webui.txt2img(cfg_scale=7).remarks
+    assert nothing.startswith("No student and no known one-step model") and cfg.startswith("cfg is 7")
+
+
+def test_a_student_of_another_architecture_is_refused(webui, refused, put):
+    foreign = put("foreign-turbo", architecture="stable-diffusion-xl-v1-base")
+    with pytest.raises(refused, match=r"made for a model of architecture stable-diffusion-xl-v1-base, the loaded one"):
+        webui.txt2img(prompt=f"a fox <lora:{foreign}:1>")
+    assert webui.txt2img().picture.shape == (64, 64, 3)
 
 
 def test_a_student_in_the_prompt_is_sampled_as_its_card_says(webui, gap, student):

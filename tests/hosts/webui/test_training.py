@@ -166,7 +166,7 @@ def test_its_picture_is_the_preview_s_with_all_layers_matched(webui, trainer, fi
     ):
         made = webui.txt2img(prompt=f"{prompt} <lora:first:1>", seed=seed)
         assert trainer.inspect("matched") == {"first": len(tensors) // 3}
-        assert not made.comments, made.comments
+        assert made.remarks == []
         bare = webui.txt2img(prompt=prompt, seed=seed).picture
         assert distance(made.picture, pixels(student)) < 2 < distance(bare, made.picture)
         assert distance(made.picture, pixels(teacher)) > 2
