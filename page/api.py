@@ -13,9 +13,9 @@ from starlette.concurrency import run_in_threadpool
 
 from ..core.card import CardError, read_card
 from ..trainer.checks import foreign
-from ..trainer.config import Config, ConfigError
+from ..trainer.config import ConfigError
 from ..trainer.data.files import DataError
-from . import job, runs
+from . import job, limits, runs
 from .backend import Backend
 from .request import Request
 
@@ -145,12 +145,13 @@ class Routes:
 
 
 def schema(backend: Backend) -> list[dict[str, Any]]:
-    """Every setting: its name, type, default, group, help, bounds and choices; `value` is the page's own default."""
-    return [
-        {"name": f.name, "type": type(f.default).__name__, "default": f.default, **f.metadata}
-        | {"value": backend.settings.get(f.name, f.default)}
-        for f in dataclasses.fields(Config)
-    ]
+    """Every setting there is here: its name, type, default, group, help, bounds and choices; `value` is the page's."""
+    shown = []
+    for name, about in limits.offered(backend.limits).items():
+        default = limits.FIELDS[name].default
+        value = backend.settings.get(name, default)
+        shown.append({"name": name, "type": type(default).__name__, "default": default, **about, "value": value})
+    return shown
 
 
 async def _body(request: fastapi.Request) -> dict[str, Any]:

@@ -33,6 +33,11 @@ class Backend(Protocol):
         """Where a form begins with another value than the trainer's."""
         ...
 
+    @property
+    def limits(self) -> Mapping[str, Mapping[str, Any] | None]:
+        """Settings that are narrower here than the trainer's: what differs of bounds and help; None is not offered."""
+        ...
+
     def checkpoint(self) -> str:
         """The title of what is loaded, "" where nothing is."""
         ...

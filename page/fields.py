@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import gradio as gr
 
-from ..trainer.config import Config, ConfigError
+from ..trainer.config import ConfigError
+from .limits import FIELDS, Limits, offered
 
-FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 SHORT = {"lr", "ema", "r1"}
 EMPTY = {str: "", bool: False}  # what a page makes of nothing, where that is a value
 
 
-def component(name: str, value: Any = None) -> Any:
+def component(name: str, value: Any = None, limits: Limits | None = None) -> Any:
     """An input for one setting, which begins with its field's default or another value."""
     field = FIELDS[name]
-    about, kind = field.metadata, type(field.default)
+    about, kind = offered(limits or {})[name], type(field.default)
     options = {
         "value": field.default if value is None else value,
         "label": label(name),
@@ -35,17 +34,17 @@ def component(name: str, value: Any = None) -> Any:
     return gr.Number(precision=0 if kind is int else None, **bounds, **options)
 
 
-def components(names: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]:
+def components(names: Iterable[str], values: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
     """Inputs for some settings, in two columns; those in `values` begin with another value than the trainer's."""
     names, made = list(names), {}
     for k in range(0, len(names), 2):
         with gr.Row():
             for name in names[k : k + 2]:
-                made[name] = component(name, values.get(name))
+                made[name] = component(name, values.get(name), limits)
     return made
 
 
-def grouped(names: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]:
+def grouped(names: Iterable[str], values: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
     """Inputs for some settings under the titles of their groups."""
     groups: dict[str, list[str]] = {}
     for name in names:
@@ -53,7 +52,7 @@ def grouped(names: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]:
     made = {}
     for group, members in groups.items():
         with gr.Accordion(group.capitalize(), open=False):
-            made |= components(members, values)
+            made |= components(members, values, limits)
     return made
 
 

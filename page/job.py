@@ -32,7 +32,7 @@ from ..trainer.run.events import Event, Finished, Interrupted, PairsMade
 from ..trainer.run.memory import Memory, is_out_of_memory
 from ..trainer.run.monitor import Monitor
 from ..trainer.run.session import PLAIN, Session
-from . import runs
+from . import limits, runs
 from .backend import Backend
 from .pictures import data_urls
 from .request import Request
@@ -62,6 +62,7 @@ class Job:
     def __init__(self, backend: Backend, request: Request):
         self.backend, self.request = backend, request
         self.config = request.config()
+        limits.check(self.config, backend.limits, backend.name)
         self.checkpoint = backend.checkpoint()
         if not self.checkpoint:
             raise ConfigError("no checkpoint is loaded: choose one first")
@@ -224,17 +225,13 @@ class Job:
     def _publish(self, finished: Finished) -> None:
         """Put the student where it is found by name; called when the model is as it was before."""
         record = runs.read_record(self.folder)
-        if finished.card.kind == "lora":
-            path = runs.student_path(self.backend.students_folder(), self.request.name, record)
-            try:
-                write_whole(path, finished.path.read_bytes())
-            except OSError as error:
-                raise OSError(f"{error}; the student is kept: {finished.path}") from None
-            self.backend.saved(path)
-            self.result = f"student: {path}; {self.backend.usage.format(name=path.stem)}"
-        else:
-            path = finished.path
-            self.result = f"student: {path}, a whole copy of the model's network; a rank above 0 makes a LoRA"
+        path = runs.student_path(self.backend.students_folder(), self.request.name, record)
+        try:
+            write_whole(path, finished.path.read_bytes())
+        except OSError as error:
+            raise OSError(f"{error}; the student is kept: {finished.path}") from None
+        self.backend.saved(path)
+        self.result = f"student: {path}; {self.backend.usage.format(name=path.stem)}"
         self.monitor.follow(finished, 0.0)
         if record:
             record.ended(self.monitor.snapshot()["state"], student=str(path)).write(self.folder)

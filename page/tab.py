@@ -178,9 +178,9 @@ def _form(backend: Backend) -> Form:
     with gr.Row():
         wide = gr.Number(value=0, label="Width", info=pixels, precision=0, minimum=0)
         high = gr.Number(value=0, label="Height", info=pixels, precision=0, minimum=0)
-    settings = fields.components(MAIN, backend.settings)
+    settings = fields.components(MAIN, backend.settings, backend.limits)
     with gr.Accordion("Advanced settings", open=False, elem_id="turbodistill-advanced"):
-        settings |= fields.grouped(ADVANCED, backend.settings)
+        settings |= fields.grouped(ADVANCED, backend.settings, backend.limits)
     return Form(dict(zip(OF_RUN, (name, source, text, file, images, wide, high), strict=True)), settings)
 
 

@@ -56,10 +56,10 @@ def box(text: str, kind: str = "") -> str:
 
 def status(snapshot: Mapping[str, Any]) -> str:
     """Where a run is: words, bar, figures, error, warnings, memory, what came of it."""
-    state, total = snapshot["state"], snapshot["total"]
+    state, share = snapshot["state"], snapshot["share"]
     parts = [f'<div class="status">{escape(snapshot["headline"])}</div>']
-    if total:
-        parts.append(f'<div class="bar"><div style="width:{100 * snapshot["done"] / total:.1f}%"></div></div>')
+    if share is not None:
+        parts.append(f'<div class="bar"><div style="width:{100 * share:.1f}%"></div></div>')
     elif state == "working":
         parts.append('<div class="bar unknown"><div></div></div>')
     if snapshot["figures"]:

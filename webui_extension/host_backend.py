@@ -14,6 +14,7 @@ import torch
 from modules import devices, sd_models
 from safetensors import SafetensorError, safe_open
 
+from ..trainer.config import OF_PIXELS
 from ..trainer.data.prompts import ANYTHING
 from ..trainer.host import Host
 from . import host, host_kind
@@ -27,6 +28,11 @@ class HostBackend:
 
     settings = {"batch_size": 4, "gradient_checkpointing": True}  # noqa: RUF012 - a constant
     usage = "in a prompt: <lora:{name}:1>"
+    # A full copy is the network alone, which no WebUI loads; and the autoencoder has no gradients here.
+    limits: dict[str, Any] = {  # noqa: RUF012 - a constant
+        "rank": {"low": 1, "help": "LoRA rank. Higher learns more detail and takes more memory."},
+        **dict.fromkeys(OF_PIXELS),
+    }
 
     @property
     def name(self) -> str:

@@ -11,6 +11,7 @@ export function training(points = 0, changes = {}) {
     what: "training",
     done: points,
     total: 100,
+    share: points / 100,
     headline: "Training my-turbo",
     figures: `${points} of 100 updates · 2 s each`,
     memory: "",

@@ -82,6 +82,19 @@ def test_a_limit_in_minutes_is_the_most_that_is_left():
     assert short.snapshot()["time_left"] == pytest.approx(4.5)
 
 
+def test_a_run_of_so_many_minutes_is_done_after_them():
+    seen = watch(updates=10_000, minutes=2.0)
+    assert seen.snapshot()["share"] is None
+    seen.follow(made(4), 1.0)
+    assert seen.snapshot()["share"] == 4 / 64  # of the pairs
+    seen.follow(Begun(0, Memory(1, 1, 1)), 0.0)
+    seen.follow(step(1, spent=30.0), 0.5)
+    assert seen.snapshot()["share"] == 0.25
+    seen.follow(step(2, spent=119.0), 0.5)
+    seen.follow(Finished(None, None, 1.0), 1.0)
+    assert (seen.snapshot()["state"], seen.snapshot()["done"], seen.snapshot()["share"]) == ("done", 2, 1.0)
+
+
 def test_pairs_do_not_go_by_the_training_s_limit():
     seen = watch(minutes=1.0)
     for done in (4, 8):

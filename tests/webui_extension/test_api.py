@@ -218,6 +218,15 @@ def test_settings_are_the_trainer_s(client, toy):
     }  # fmt: skip
 
 
+def test_settings_that_cannot_be_used_here_are_not_offered(client, backend):
+    backend.limits = {"rank": {"low": 1, "help": "Higher learns more."}, "pixel_backbone": None}
+    settings = {row["name"]: row for row in client.get(f"{ROOT}/settings").json()["settings"]}
+    assert settings.keys() == Config().to_dict().keys() - {"pixel_backbone"}
+    assert (settings["rank"]["low"], settings["rank"]["help"]) == (1, "Higher learns more.")
+    answer = client.post(f"{ROOT}/distill", json={"prompts": "a fox", "settings": {"rank": 0}})
+    assert (answer.status_code, answer.json()) == (400, {"error": "rank is 0: give 1 or more in Toy"})
+
+
 def test_files_of_others_are_no_students(client, backend):
     assert client.get(f"{ROOT}/students").json() == {"students": []}
     folder = backend.students_folder()

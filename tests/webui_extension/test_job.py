@@ -106,10 +106,24 @@ def test_choices_in_prompts_are_drawn(toy, backend, tmp_path):
     assert len(made) == 8 and set(made) == {"a red fox", "a blue fox"}
 
 
-def test_a_full_copy_stays_in_its_run(toy, backend):
+def test_a_full_copy_lies_beside_the_others_where_it_can_be_used(toy, backend):
     told = go(toy, backend, settings={"rank": 0})
-    assert told["state"] == "done" and not backend.students_folder().exists() and backend.told == []
-    assert str(backend.runs_folder() / "my-turbo" / BEST) in told["result"]
+    assert told["state"] == "done"
+    assert read_card(backend.students_folder() / "my-turbo.safetensors").kind == "full"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"rank": 0}, "rank is 0: give 1 or more in Toy"),
+        ({"pixel_size": 64}, "pixel_size is 64: Toy cannot do this, leave it out or distil on the command line"),
+    ],
+)
+def test_what_cannot_be_used_here_is_refused_before_anything_starts(toy, backend, settings, words):
+    backend.limits = {"rank": {"low": 1}, "pixel_size": None}
+    with pytest.raises(ConfigError, match=words):
+        job.start(backend, ask(toy, settings=settings))
+    assert not backend.runs_folder().exists()
 
 
 def test_a_lora_of_somebody_else_is_never_written_over(toy, backend):

@@ -36,6 +36,7 @@ class ToyBackend:
     sizes = (32, 32)
     usage = "in a prompt: <lora:{name}:1>"
     settings = QUICK
+    limits: dict = {}  # noqa: RUF012 - a constant
 
     def __init__(self, folder: Path):
         self.folder, self.title = folder, "toy.safetensors"

@@ -104,6 +104,13 @@ class Monitor:
                 losses = {k: v for k, v in numbers.items() if k not in health}
                 self._add(int(row["update"]), losses, {k: numbers[k] for k in health if k in numbers})
 
+    def _share(self) -> float | None:
+        """How much of what it is at is done, 0 to 1; None before that is known."""
+        if self._state in ("done", "stopped") or not self._total:
+            return 1.0 if self._total else None
+        by_time = self._spent / (60 * self.config.minutes) if self.config.minutes and self._what == "training" else 0.0
+        return min(max(self._done / self._total, by_time), 1.0)
+
     def _shown(self, event: Preview) -> dict[str, Any]:
         self._teacher = self._teacher or self.show(event.teacher)
         student = self.show(event.student)
@@ -150,6 +157,7 @@ class Monitor:
                 "done": self._done,
                 "total": self._total,
                 "unit": self._unit,
+                "share": self._share(),
                 "rate": rate,
                 "time_left": left,
                 "headline": words.headline(self.kind, self.name, self._state, self._what, best),

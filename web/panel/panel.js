@@ -112,8 +112,7 @@ export class Panel {
     this.root.dataset.state = run?.state ?? "before";
     this.#status.textContent = run ? run.headline : BEFORE[this.kind];
     if (!run) return this.#pictures.replaceChildren();
-    this.#bar.max = run.total || 1;
-    if (run.total) this.#bar.value = run.done;
+    if (run.share !== null) this.#bar.value = run.share;
     else this.#bar.removeAttribute("value"); // moves, for nobody knows how far
     this.#figures.textContent = run.figures;
     this.#error.textContent = run.error;

@@ -10,6 +10,7 @@ const NOTHING = {
   state: "working",
   done: 0,
   total: 0,
+  share: null,
   what: "",
   headline: "",
   figures: "",

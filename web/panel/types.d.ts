@@ -36,6 +36,8 @@ export interface Run {
   what: string;
   done: number;
   total: number;
+  /** How much is done, 0 to 1; null before that is known. */
+  share: number | null;
   /** What it is at, and how far. */
   headline: string;
   figures: string;
