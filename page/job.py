@@ -32,6 +32,7 @@ from ..trainer.run.events import Event, Finished, Interrupted, PairsMade
 from ..trainer.run.memory import Memory, is_out_of_memory
 from ..trainer.run.monitor import Monitor
 from ..trainer.run.session import PLAIN, Session
+from ..trainer.run.words import duration
 from . import limits, runs
 from .backend import Backend
 from .pictures import data_urls
@@ -138,7 +139,8 @@ class Job:
         """What it is at, for whoever would start another one."""
         snapshot = self.monitor.snapshot()
         far = f", {snapshot['what']} {snapshot['done']} of {snapshot['total']}" if snapshot["total"] else ""
-        return f"{self.request.name}{far}"
+        left = "" if snapshot["time_left"] is None else f", {duration(snapshot['time_left'])} left"
+        return f"{self.request.name}{far}{left}"
 
     def _work(self) -> None:
         full = False

@@ -4,16 +4,52 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from modules import paths, sd_models, shared
+import fastapi
+import gradio as gr
+from modules import paths, progress, sd_models, shared
 from modules.call_queue import queue_lock
 
 lock = queue_lock  # held by whoever makes pictures: `with lock`
 FOLDER = "turbodistill_folder"  # our settings among the host's
 READABLE = "turbodistill_readable_folders"
+
+
+@contextmanager
+def held(why: Callable[[], str]) -> Iterator[None]:
+    """Our lock on the model, long: within, what would wait for it is told why.
+
+    A picture of the page waits, and its progress says so. A setting that loads another model is refused.
+    """
+    with lock:
+        waiting, change = progress.ProgressResponse, shared.opts.set
+
+        class Waiting(waiting):
+            def __init__(self, **given: Any):
+                super().__init__(**given | ({"textinfo": why()} if given.get("queued") else {}))
+
+        def refuse(key: str, value: Any, is_api: bool = False, run_callbacks: bool = True) -> bool:
+            option = shared.opts.data_labels.get(key)
+            waits = getattr(getattr(option, "onchange", None), "__qualname__", "").startswith("wrap_queued_call.")
+            if not (waits and run_callbacks) or shared.opts.data.get(key) == value:
+                return change(key, value, is_api, run_callbacks)
+            words = f"{key} stays as it is. {why()}"
+            if is_api:
+                raise fastapi.HTTPException(409, words)
+            gr.Warning(words)
+            return False
+
+        progress.ProgressResponse = Waiting
+        vars(shared.opts)["set"] = refuse
+        try:
+            yield
+        finally:
+            progress.ProgressResponse = waiting
+            del vars(shared.opts)["set"]
 
 
 def output_folder() -> Path:

@@ -14,6 +14,7 @@ import torch
 from modules import devices, sd_models
 from safetensors import SafetensorError, safe_open
 
+from ..page import job
 from ..trainer.config import OF_PIXELS
 from ..trainer.data.prompts import ANYTHING
 from ..trainer.host import Host
@@ -31,6 +32,7 @@ class HostBackend:
     # A full copy is the network alone, which no WebUI loads; and the autoencoder has no gradients here.
     limits: dict[str, Any] = {  # noqa: RUF012 - a constant
         "rank": {"low": 1, "help": "LoRA rank. Higher learns more detail and takes more memory."},
+        "lr": {"help": "Learning rate of the student. 1e-5 to 5e-4."},
         **dict.fromkeys(OF_PIXELS),
     }
 
@@ -64,7 +66,7 @@ class HostBackend:
 
         Raises ValueError where no checkpoint is loaded, it cannot be distilled, or the size cannot be.
         """
-        with host.lock:
+        with host.held(_why):
             ours = _ours()
             try:
                 with ours.trainable(ours.loaded(), width, height) as opened:
@@ -87,6 +89,13 @@ class HostBackend:
 
     def saved(self, path: Path) -> None:
         host.refresh_loras()
+
+
+def _why() -> str:
+    """Why others wait for the model, in words."""
+    now = job.running()
+    which = f" ({now.in_words()})" if now else ""
+    return f"A distillation runs{which}: wait, or end it in the tab TurboDistill"
 
 
 def _chosen() -> Any:

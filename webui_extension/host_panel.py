@@ -45,12 +45,14 @@ class Panel(scripts.Script):
             with gr.Row():
                 apply = gr.Button("Set", variant="primary", elem_id=self.elem_id("set"))
                 undo = gr.Button("Undo", elem_id=self.elem_id("undo"))
+                # Clicked by javascript/turbodistill.js; its class is that of the tab's hidden button.
+                renew = gr.Button("Renew", elem_id=self.elem_id("fresh"), elem_classes="turbodistill-hidden")
             for component in (choice, words):
                 component.do_not_save_to_config = True
             before = gr.State(None)
         self.infotext_fields = [(choice, lambda infotext: infotext.get(CHOSEN, DETECT))]
         if self.buttons is None:  # the API calls `ui` again, for the default values
-            self.buttons = (choice, apply, undo, words, before)
+            self.buttons = (choice, apply, undo, renew, words, before)
             self._connect()
         return [choice]
 
@@ -65,11 +67,12 @@ class Panel(scripts.Script):
         """Give the buttons their work, once all are there."""
         if self.buttons is None or len(self.parts) < len(PARTS):
             return
-        choice, apply, undo, words, before = self.buttons
+        choice, apply, undo, renew, words, before = self.buttons
         settings = [self.parts[part] for part in PARTS]
         at_once = {"queue": False, "show_progress": "hidden"}  # pictures may be made meanwhile
         apply.click(on_set, [choice, before, *settings], [*settings, before, words], **at_once)
         undo.click(on_undo, [before, *settings], [*settings, before, words], **at_once)
+        renew.click(lambda: gr.update(**fresh()), [], [choice], **at_once)
         choice.change(on_choice, [choice, settings[0]], [words], **at_once)
 
     def process(self, p, choice=DETECT, *_) -> None:

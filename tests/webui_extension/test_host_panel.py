@@ -9,6 +9,8 @@ import pytest
 
 pytestmark = pytest.mark.gradio
 gr = pytest.importorskip("gradio")
+from fastapi import HTTPException  # noqa: E402 - comes with gradio
+
 ROOT = Path(__file__).parents[2]
 PARTS = ("prompt", "sampling", "steps", "cfg_scale")
 HIRES = {"enable_hr": True, "hr_second_pass_steps": 0}
@@ -39,7 +41,7 @@ def drawn(host, order="before"):
 def test_its_buttons_find_what_they_set_wherever_it_stands(host, order):
     panel, page = drawn(host, order)
     assert set(panel.parts) == set(PARTS)
-    assert len(page.get_config_file()["dependencies"]) == 3
+    assert len(page.get_config_file()["dependencies"]) == 4
 
 
 def test_the_api_draws_it_again_and_nothing_is_connected_twice(host):
@@ -47,7 +49,7 @@ def test_the_api_draws_it_again_and_nothing_is_connected_twice(host):
     with gr.Blocks() as other:
         (choice,) = panel.ui(False)
     assert choice.value == "detect"
-    assert len(other.get_config_file()["dependencies"]) == 0 and len(page.get_config_file()["dependencies"]) == 3
+    assert len(other.get_config_file()["dependencies"]) == 0 and len(page.get_config_file()["dependencies"]) == 4
 
 
 def p_of(**given):
@@ -194,6 +196,24 @@ def test_without_the_host_s_lora_extension_there_are_no_loras(host, monkeypatch)
     ours = host.get("host")
     ours.refresh_loras()
     assert ours.lora_files() == {} and ours.lora_metadata() == {}
+
+
+def test_who_would_wait_for_our_lock_is_told_why(host):
+    ours, progress, opts = host.get("host"), sys.modules["modules.progress"], host.shared.opts
+    before = progress.ProgressResponse
+    with ours.held(lambda: "A distillation runs"):
+        assert ours.lock.locked()
+        told = progress.ProgressResponse(queued=True, textinfo="In queue: 1/1")
+        assert told.textinfo == "A distillation runs" and isinstance(told, before)
+        assert progress.ProgressResponse(queued=False, textinfo="Waiting...").textinfo == "Waiting..."
+        with pytest.raises(HTTPException) as error:
+            opts.set("sd_vae", "other", is_api=True)
+        assert (error.value.status_code, error.value.detail) == (409, "sd_vae stays as it is. A distillation runs")
+        with pytest.warns(UserWarning, match="sd_vae stays as it is"):  # outside of a page's event
+            assert opts.set("sd_vae", "other") is False
+        assert opts.set("sd_vae", "other", run_callbacks=False) and opts.set("grid_save", True, is_api=True)
+    assert not ours.lock.locked() and progress.ProgressResponse is before
+    assert opts.set("sd_vae", "another", is_api=True) and opts.data == {"sd_vae": "another", "grid_save": True}
 
 
 def test_folders(host, tmp_path):

@@ -132,8 +132,9 @@ def test_a_picture_is_made_and_its_remarks_stand_below(page):
     page.page.locator("#txt2img_prompt textarea").fill("a red fox")
     page.choose("LCM")
     page.page.locator(page.id("set")).click()
-    page.shows(sampling="ADD few-step", cfg_scale="1")
+    page.shows(sampling="ADD few-step", steps="4", cfg_scale="1")  # all that Set fills in, or it does so afterwards
     page.field("steps").fill("9")
+    page.shows(steps="9")
     page.page.locator("#txt2img_generate").click()
     results = page.page.locator("#txt2img_results")
     sync.expect(results).to_contain_text("ADD timesteps: 999 874", timeout=120_000)
@@ -179,6 +180,27 @@ def test_a_distillation_is_begun_watched_and_stopped_in_the_tab(page, webui, not
     sync.expect(status).to_contain_text("stopped as asked", timeout=60_000)
     sync.expect(status).to_contain_text("<lora:from-the-tab:1>")
     assert webui.txt2img(prompt="a fox <lora:from-the-tab:1>").remarks == []
+    # The accordion offers it at once, without its refresh button.
+    page.unfold()
+    page.page.locator(page.id("panel")).hover()
+    page.choose("from-the-tab")
+    sync.expect(page.words()).to_have_value(re.compile("One-step student of"), timeout=15_000)
+    page.page.screenshot(path=webui.data / "accordion.png")
+
+
+def test_a_picture_that_waits_for_a_distillation_says_so(page, webui, nothing_runs_after):
+    settings = {"pairs": 4, "pair_steps": 2, "rank": 4, "batch_size": 2, "regression_updates": 1}
+    webui.call(
+        "turbodistill/v1/distill",
+        {"name": "waits", "prompts": "a fox", "width": 64, "height": 64} | {"settings": settings},
+    )
+    page.turn_to("txt2img")
+    page.page.locator("#txt2img_generate").click()
+    waits = page.page.locator("#txt2img_results .progressDiv, .progressDiv").first
+    sync.expect(waits).to_contain_text("A distillation runs (waits", timeout=30_000)
+    page.page.screenshot(path=webui.data / "waits.png")
+    webui.call("turbodistill/v1/cancel", {})
+    sync.expect(waits).to_be_hidden(timeout=60_000)
 
 
 ROUTES = ("distill", "estimate", "run", "stop", "cancel", "preview", "students", "runs", "settings")

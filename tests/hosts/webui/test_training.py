@@ -215,6 +215,41 @@ def test_generation_waits_the_page_lives_and_cancel_ends_it_within_a_step(webui,
     assert trainer.ended()["state"] == "done"
 
 
+def test_what_would_wait_for_the_model_is_told_why(webui, trainer, first, other, refused):
+    own = webui.call("sdapi/v1/options")["sd_model_checkpoint"]
+    with trainer.unchanged():
+        trainer.start("long-too", LONG)
+        trainer.until(trainer.trains)
+        waiting = threading.Thread(target=lambda: webui.txt2img(**PLAIN, force_task_id="task(waits)"))
+        waiting.start()
+        ends = time.monotonic() + 60
+        while not (told := webui.call("internal/progress", {"id_task": "task(waits)"}))["queued"]:
+            assert time.monotonic() < ends
+            time.sleep(0.1)
+        assert re.match(
+            r"A distillation runs \(long-too, training \d+ of 100000, .* left\): wait, or", told["textinfo"]
+        )
+        asked = time.monotonic()
+        if webui.kind.name == "a1111":
+            with pytest.raises(refused, match=r"409.*sd_model_checkpoint stays as it is. A distillation runs"):
+                webui.set(sd_model_checkpoint=other)
+        else:  # which loads it for the next picture
+            webui.set(sd_model_checkpoint=other)
+            webui.set(sd_model_checkpoint=own)
+        assert time.monotonic() - asked < 30
+        assert webui.call("sdapi/v1/options")["sd_model_checkpoint"] == own
+        trainer.ask("cancel")
+        waiting.join()
+
+
+def test_settings_that_cannot_be_used_here_are_not_offered(webui, trainer):
+    settings = {row["name"]: row for row in webui.call("turbodistill/v1/settings")["settings"]}
+    assert settings["rank"]["low"] == 1 and not settings.keys() & {"pixel_backbone", "pixel_size"}
+    for wrong in ({"rank": 0}, {"pixel_backbone": "embedded"}):
+        with pytest.raises(trainer.refused, match=f"400.*{next(iter(wrong))} is"):
+            trainer.start("bad", wrong)
+
+
 def test_stop_keeps_the_best(webui, trainer, first):
     trainer.start("stopped", LONG | {"evaluate_every": 1})
     trainer.until(trainer.trains)

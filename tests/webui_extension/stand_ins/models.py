@@ -292,7 +292,9 @@ def host_modules(model, data: Path, forge: bool) -> dict[str, ModuleType | Simpl
     if model is not None:
         data_of.forge_loading_parameters = {"checkpoint_info": model.sd_checkpoint_info}
     aliases = {} if model is None else {"toy": model.sd_checkpoint_info}
-    opts = SimpleNamespace(CLIP_stop_at_last_layers=1, sd_model_checkpoint="toy", sd_noise_schedule="Default")
+    opts = type("Options", (SimpleNamespace,), {"set": lambda self, key, value, *_: True})(
+        CLIP_stop_at_last_layers=1, sd_model_checkpoint="toy", sd_noise_schedule="Default"
+    )
     told = SimpleNamespace(unets=[], loads=0, sent=0)
 
     def select_checkpoint():
@@ -318,6 +320,7 @@ def host_modules(model, data: Path, forge: bool) -> dict[str, ModuleType | Simpl
         },
         "modules.paths": {"data_path": str(data)},
         "modules.call_queue": {"queue_lock": threading.Lock()},
+        "modules.progress": {"ProgressResponse": SimpleNamespace},
         "modules.extra_networks": {"parse_prompt": parse_prompt},
         "modules.processing": {"decode_latent_batch": decode_latent_batch},
         "modules.prompt_parser": {"SdConditioning": SdConditioning, "get_multicond_learned_conditioning": learned},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
 from collections import namedtuple
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
@@ -234,6 +235,28 @@ class Processing(SimpleNamespace):
         self.comments.append(text)
 
 
+class Progress(SimpleNamespace):
+    """What the hosts answer a page that asks how far a picture is."""
+
+
+class Options(SimpleNamespace):
+    """The hosts' settings: two, one of which waits for the lock when it is changed."""
+
+    def __init__(self, **given):
+        def wrap_queued_call():
+            def f(): ...
+
+            return f
+
+        waits, plain = SimpleNamespace(onchange=wrap_queued_call()), SimpleNamespace(onchange=None)
+        waits.onchange.__qualname__ = "wrap_queued_call.<locals>.f"  # which is not within this class
+        super().__init__(data={}, data_labels={"sd_vae": waits, "grid_save": plain}, **given)
+
+    def set(self, key, value, is_api=False, run_callbacks=True):
+        self.data[key] = value
+        return True
+
+
 shared = ModuleType("modules.shared")
 
 
@@ -255,7 +278,7 @@ def installed(model, folder: Path, kind: str = "a1111", **changed):
     existing = SamplerData("DPM++ 2M", None, [], {})
     shared.__spec__ = ModuleSpec("modules.shared", None)
     shared.sd_model = model
-    shared.opts = SimpleNamespace(sgm_noise_multiplier=False, sd_model_checkpoint="", add_option=None)
+    shared.opts = Options(sgm_noise_multiplier=False, sd_model_checkpoint="", add_option=None)
     shared.state = SimpleNamespace(interrupted=False, seen=[])
     shared.cmd_opts = SimpleNamespace(lora_dir=str(folder / "Lora"), api=True, nowebui=False, api_auth=None)
     samplers = _module(
@@ -269,7 +292,8 @@ def installed(model, folder: Path, kind: str = "a1111", **changed):
         "paths": _module("modules.paths", data_path=str(folder)),
         "shared": shared,
         "sd_models": _module("modules.sd_models", model_data=SimpleNamespace(sd_model=model), checkpoint_aliases={}),
-        "call_queue": _module("modules.call_queue", queue_lock=None),
+        "call_queue": _module("modules.call_queue", queue_lock=threading.Lock()),
+        "progress": _module("modules.progress", ProgressResponse=Progress),
         "sd_samplers": samplers,
         "sd_samplers_common": _module("modules.sd_samplers_common", SamplerData=SamplerData),
         "sd_samplers_kdiffusion": _module("modules.sd_samplers_kdiffusion", KDiffusionSampler=KDiffusionSampler),
