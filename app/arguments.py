@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,6 @@ def between(low: float, high: float, kind: type = int) -> Callable[[str], float]
 def folder(text: str) -> Path:
     """What argparse calls for a folder that is written to."""
     path = Path(text)
-    if path.exists() and not path.is_dir():
+    if os.path.exists(path) and not os.path.isdir(path):  # unlike Path's, false for what no folder can be called
         raise argparse.ArgumentTypeError(f"is {text!r}, a file: give a folder")
     return path

@@ -84,8 +84,8 @@ def load_reference(path: str | Path) -> Reference:
                 raise ValueError(f"{splits.count(name)} pictures of split {name!r}, at least {FEWEST} are needed")
         images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
         return Reference(images, [row["text"] for row in rows], [row["style"] for row in rows], splits)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(f"reference set {path} cannot be read: {error}") from None
+    except Exception as error:  # zip files, pictures and rows can each be broken in ways of their own
+        raise DataError(f"reference set {path} cannot be read ({type(error).__name__}: {error!s:.300})") from None
 
 
 def unpack_reference(path: str | Path, split: str, folder: Path) -> None:

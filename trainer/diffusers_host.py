@@ -20,6 +20,7 @@ from ..core.lora import check_match
 from ..core.schedule import DiscreteSchedule, expand, scaled_linear
 from ..demo.files import HEADER, MODEL
 from ..demo.text_encoder import TextEncoder
+from .run.memory import is_out_of_memory
 
 
 class ModelError(ValueError):
@@ -96,9 +97,16 @@ def load_model(path: str | Path | None = None, device: str | None = None) -> Dif
     path = MODEL if path is None else Path(path)
     if not os.path.exists(path):  # unlike Path's, false for what no file can be called
         raise ModelError(f"model {path!s:.300} does not exist: check the name")
-    if path.is_dir():
-        return _load_folder(path, device)
-    return _load_single_file(path, device)
+    try:
+        return _load_folder(path, device) if path.is_dir() else _load_single_file(path, device)
+    except ModelError:
+        raise
+    except Exception as error:  # there is no end to what the libraries below raise for odd files
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"{path} cannot be loaded as a model ({type(error).__name__}: {error!s:.300}): get it again"
+        ) from None
 
 
 def _load_single_file(path: Path, device: str) -> DiffusersHost:
@@ -126,7 +134,7 @@ def _load_single_file(path: Path, device: str) -> DiffusersHost:
         encoder = TextEncoder(json.dumps(model["text_encoder"]["tokenizer"]))
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"{path}: the architecture in its header cannot be read ({error!r}): get the file again"
+            f"{path}: the architecture in its header cannot be read ({error!r:.300}): get the file again"
         ) from None
     with _opened(path) as file:
         tensors = {k: file.get_tensor(k).float() for k in file.keys()}  # noqa: SIM118 - no dict
@@ -146,7 +154,9 @@ def _load_single_file(path: Path, device: str) -> DiffusersHost:
             check_match(what, weights, module.state_dict())
             module.load_state_dict(weights)
         except (KeyError, ValueError, RuntimeError) as error:
-            raise ModelError(f"{path}: the {what} does not fit the architecture in the header: {error}") from None
+            raise ModelError(
+                f"{path}: the {what} does not fit the architecture in the header: {error!s:.500}"
+            ) from None
         module.to(device).eval().requires_grad_(False)
     unet.set_attn_processor(AttnProcessor())  # few tokens: the plain product is the faster one on a CPU
     architecture = about.get("modelspec.architecture", "unknown")
@@ -214,7 +224,7 @@ def _load_folder(path: Path, device: str) -> DiffusersHost:
             path, local_files_only=True, safety_checker=None, **parts
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ModelError(f"{path} is no Stable Diffusion folder that diffusers can load: {error}") from None
+        raise ModelError(f"{path} is no Stable Diffusion folder that diffusers can load: {error!s:.500}") from None
     pipe.to(device)
     for module in (pipe.unet, pipe.vae, pipe.text_encoder):
         module.float().eval().requires_grad_(False)  # files in float16 come as that
@@ -232,7 +242,7 @@ def _load_folder(path: Path, device: str) -> DiffusersHost:
     kind = {"epsilon": "eps", "v_prediction": "v"}.get(pipe.scheduler.config.prediction_type)
     if kind is None:
         raise ModelError(
-            f"{path} predicts {pipe.scheduler.config.prediction_type!r}: known are epsilon and v_prediction"
+            f"{path} predicts {pipe.scheduler.config.prediction_type!r:.100}: known are epsilon and v_prediction"
         )
     factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     side = pipe.unet.config.sample_size * factor
