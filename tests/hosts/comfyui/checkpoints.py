@@ -229,6 +229,13 @@ def write(models: Path) -> dict[str, Checkpoint]:
     return made
 
 
+def write_bare(name: str, folder: Path) -> Path:
+    """One of the checkpoints by itself, Stable Diffusion 1 or Flux; its file."""
+    weights = flux_weights(True) if name == "flux" else single_file(unet_denoiser(SD15, 1, "eps").backbone)
+    save_file({FULL_PREFIX + k: v for k, v in weights.items()}, folder / f"{name}.safetensors")
+    return folder / f"{name}.safetensors"
+
+
 def write_whole(sd15: Checkpoint, models: Path) -> str:
     """Stable Diffusion 1 with its text encoder and autoencoder; the file's name."""
     whole = {FULL_PREFIX + k: v for k, v in sd15.weights.items()} | text_encoder_weights() | vae_weights()

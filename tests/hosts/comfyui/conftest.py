@@ -1,7 +1,9 @@
 """A ComfyUI of the tests' own: a server with this clone in its custom_nodes, and files for it to load."""
 
 import importlib.util
+import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -111,6 +113,23 @@ def other_vae(comfyui):
     folder.mkdir(exist_ok=True)
     save_file({"decoder.conv_in.weight": torch.zeros(512, 16, 3, 3)}, folder / "sixteen.safetensors")
     return "sixteen.safetensors"
+
+
+@pytest.fixture(scope="session")
+def script(installation, tmp_path_factory):
+    """A script beside this file and a checkpoint's short name -> what ComfyUI's own Python, without a server, tells."""
+    folder, python = installation
+    place = tmp_path_factory.mktemp("script")
+
+    def run(name, checkpoint):
+        file = module("checkpoints").write_bare(checkpoint, place)
+        ran = subprocess.run(
+            [python, *map(str, (HERE / f"{name}.py", folder, CLONE, file))], capture_output=True, text=True
+        )
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        return json.loads(ran.stdout)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,9 @@
-"""Run by ComfyUI's own Python, without its server: our adapter on quantised weights, in every format that core writes.
+"""Run by ComfyUI's own Python, without its server: our adapter on quantised weights, in formats of three kinds.
 
-    python quantised.py COMFYUI CLONE CHECKPOINT FOLDER
+    python quantised.py COMFYUI CLONE CHECKPOINT
 
-CHECKPOINT is a narrow Flux; its layers are quantised into files in FOLDER, and beside each goes the same model with
-the numbers that the quantised ones stand for. Prints a line of JSON, {format: what was found}.
+CHECKPOINT is a narrow Flux; its layers are quantised into files beside it, and so goes the same model with the
+numbers that the quantised ones stand for. Prints a line of JSON, {format: what was found}.
 """
 
 import json
@@ -25,8 +25,8 @@ from turbodistill.nodes.host.denoiser import ModelDenoiser, conditions
 from turbodistill.nodes.host.patcher import base_weights, model_hash, with_student
 from turbodistill.nodes.host.training import trainable
 
-checkpoint, folder = arguments
-FORMATS = ("float8_e4m3fn", "float8_e5m2", "nvfp4", "mxfp8", "int8_tensorwise")
+(checkpoint,) = arguments
+FORMATS = ("float8_e4m3fn", "nvfp4", "int8_tensorwise")
 
 
 def write(kind):
@@ -42,7 +42,7 @@ def write(kind):
             plain[name] = whole.dequantize().float()
         else:
             packed[name] = plain[name] = weight
-    paths = [f"{folder}/{kind}.safetensors", f"{folder}/{kind}-plain.safetensors"]
+    paths = [f"{checkpoint}.{kind}.safetensors", f"{checkpoint}.{kind}.plain.safetensors"]
     for path, tensors in zip(paths, (packed, plain), strict=True):
         save_file({name: value.contiguous() for name, value in tensors.items()}, path)
     return paths

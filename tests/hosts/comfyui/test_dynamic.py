@@ -1,27 +1,16 @@
 """Dynamic VRAM, which streams weights to the GPU for every pass: a training takes others of the same file."""
 
-import json
-import subprocess
-from pathlib import Path
-
 import pytest
 
 pytestmark = [pytest.mark.host, pytest.mark.newest]
 
-HERE = Path(__file__).parent
-
 
 @pytest.fixture(scope="module")
-def told(installation, comfyui, checkpoints):
+def told(installation, script):
     """What dynamic.py found."""
-    folder, python = installation
-    if "class ModelPatcherDynamic" not in (folder / "comfy" / "model_patcher.py").read_text():
-        pytest.skip(f"needs a ComfyUI with dynamic VRAM, 0.33 or later: {folder} has none")
-    file = comfyui.base / "models" / "checkpoints" / checkpoints["sd15"].file
-    script = [python, *map(str, (HERE / "dynamic.py", folder, HERE.parents[2], file))]
-    ran = subprocess.run(script, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    return json.loads(ran.stdout)
+    if "class ModelPatcherDynamic" not in (installation[0] / "comfy" / "model_patcher.py").read_text():
+        pytest.skip(f"needs a ComfyUI with dynamic VRAM, 0.33 or later: {installation[0]} has none")
+    return script("dynamic", "sd15")
 
 
 def test_gradients_flow_on_the_device_alone(told):
