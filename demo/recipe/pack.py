@@ -122,7 +122,7 @@ def pack_reference(folder: Path, target: Path) -> None:
         for number, i in enumerate(chosen):
             buffer = io.BytesIO()
             Image.fromarray(np.ascontiguousarray(images[i].permute(1, 2, 0).numpy())).save(
-                buffer, "webp", lossless=True
+                buffer, "webp", lossless=True, quality=100, method=6
             )
             name = f"{number:04d}.webp"
             archive.writestr(zipfile.ZipInfo(name), buffer.getvalue())
