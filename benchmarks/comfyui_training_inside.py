@@ -105,7 +105,7 @@ with torch.inference_mode(), trainable(model):
 
     student = Student(denoiser, rank)
     state = State.create(student, config, pairs)
-    estimate = measure_memory(state, pairs)
+    estimate = measure_memory(state, pairs, (size, size))
     restart_peak()
     steps = distill(state, pairs, uncond.to("cpu"))
     for _ in range(2):

@@ -20,6 +20,7 @@ from ..core.lora import check_match
 from ..core.schedule import DiscreteSchedule, expand, scaled_linear
 from ..demo.files import HEADER, MODEL
 from ..demo.text_encoder import TextEncoder
+from .host import decoded_at_once
 from .run.memory import is_out_of_memory
 
 
@@ -68,7 +69,7 @@ class DiffusersHost:
 
     def decoder(self, latents: Tensor) -> Tensor:
         z = latents.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
-        images = [self.vae.decode(chunk).sample for chunk in z.split(16)]
+        images = [self.vae.decode(chunk).sample for chunk in z.split(decoded_at_once(self.resolution))]
         return torch.cat(images).float() / 2 + 0.5
 
     @torch.no_grad()

@@ -9,6 +9,14 @@ from torch import Tensor
 
 from ..core.denoiser import Cond, Denoiser
 
+MOST_PIXELS = 2**18  # that are decoded at once: one picture of 512 x 512, 64 of 64 x 64
+
+
+def decoded_at_once(resolution: tuple[int, int]) -> int:
+    """Pictures of this size (width, height) that are decoded together: large ones one by one, since each takes GB."""
+    width, height = resolution
+    return max(1, min(16, MOST_PIXELS // (width * height)))
+
 
 class Host(Protocol):
     """A loaded checkpoint: its denoiser, and text and pictures in and out of it."""

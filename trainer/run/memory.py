@@ -1,23 +1,29 @@
-"""How much memory a training will take, measured on one sample before the first step."""
+"""How much memory a training will take, measured on a sample before the first step."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ...core.denoiser import Cond
 from ...core.gradient_checkpointing import blocks
 from ..config import Config
 from ..data.samples import Samples
+from ..host import decoded_at_once
 from ..loop.precision import autocast
 from ..loop.state import State
 
 GB = 1024**3
+PREVIEWS = 8  # pictures
+# Bytes a pixel that the decoder of Stable Diffusion's autoencoders takes, in float32: a few maps of 256 channels.
+DECODING = 3200
 # What to change when memory does not suffice, in the order in which it costs least.
 REMEDIES = (
     "set gradient_checkpointing to true",
@@ -57,14 +63,16 @@ class Memory:
     trained: int  # LoRA or copy, with gradients, Adam's moments and the average
     activations: int  # kept for backward, of the whole batch
     on_disk: int = 0  # teacher pairs with their conditioning, which are read from there
+    decoding: int = 0  # of a preview, between two updates
 
     @property
     def total(self) -> int:
-        return self.weights + self.trained + self.activations
+        return self.weights + self.trained + max(self.activations, self.decoding)
 
     def in_words(self, free: int | None = None) -> str:
         """One sentence; `free` bytes on the device, the weights' included, make it a comparison."""
-        parts = ((self.weights, "weights"), (self.trained, "student"), (self.activations, "activations"))
+        largest = max((self.activations, "activations"), (self.decoding, "a preview"))
+        parts = ((self.weights, "weights"), (self.trained, "student"), largest)
         words = f"training takes about {_size(self.total)}: " + ", ".join(f"{_size(n)} {what}" for n, what in parts)
         pairs = f"; the teacher pairs take {_size(self.on_disk)} on disk" if self.on_disk else ""
         if free is None:
@@ -82,14 +90,46 @@ def _bytes(tensors: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """Bytes that autograd keeps of a pass."""
+
+    inside: dict[str, int]  # by block; "" is outside of all
+    inputs: int  # of the blocks
+
+    def of_batch(self, of_two: _Kept, size: int) -> _Kept:
+        """What a batch keeps, by what one sample and two keep.
+
+        Not all grows with the batch: under autocast each pass has its own casts of frozen weights, which stay.
+        """
+
+        def line(one: int, two: int) -> int:
+            return one + (size - 1) * (two - one)
+
+        inside = {name: line(count, of_two.inside.get(name, count)) for name, count in self.inside.items()}
+        return _Kept(inside, line(self.inputs, of_two.inputs))
+
+    def total(self, checkpointing: bool) -> int:
+        if not checkpointing or len(self.inside) < 2:
+            return sum(self.inside.values())
+        return self.inside.get("", 0) + self.inputs + max(n for name, n in self.inside.items() if name)
+
+
 class _SavedTensors:
     """Counts what autograd would keep of a pass, by block, and keeps nothing of it."""
 
-    def __init__(self, backbone: nn.Module, parameters: set[int]):
-        self.backbone, self.parameters = backbone, parameters
-        self.inside: dict[str, int] = defaultdict(int)  # bytes by block; "" is outside of all
-        self.inputs = 0
+    def __init__(self, backbone: nn.Module, parameters: Iterable[Tensor]):
+        self.backbone = backbone
+        self._inside: dict[str, int] = defaultdict(int)
+        self._inputs = 0
+        # A weak reference holds no memory, but no other storage takes its address either: each is counted once.
+        self._counted = {ref.cdata: ref for ref in (StorageWeakRef(p.untyped_storage()) for p in parameters)}
+        self._given: dict[int, StorageWeakRef] = {}
         self._now = ""
+
+    @property
+    def kept(self) -> _Kept:
+        return _Kept(dict(self._inside), self._inputs)
 
     def __enter__(self) -> _SavedTensors:
         try:
@@ -110,7 +150,7 @@ class _SavedTensors:
     def _enter(self, name: str):
         def hook(_module, args, kwargs):
             self._now = name
-            self.inputs += _bytes(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+            self._inputs += sum(_new(a, self._given) for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
 
         return hook
 
@@ -118,45 +158,56 @@ class _SavedTensors:
         self._now = ""
 
     def _count(self, tensor: Tensor) -> tuple:
-        # What two operations keep is counted twice: nothing is kept, so addresses do not tell tensors apart.
-        if tensor.untyped_storage().data_ptr() not in self.parameters:
-            self.inside[self._now] += tensor.numel() * tensor.element_size()
+        self._inside[self._now] += _new(tensor, self._counted)
         return ()
 
     @staticmethod
     def _gone(_packed):
         raise RuntimeError("a pass that was only counted has no backward")
 
-    def total(self, checkpointing: bool) -> int:
-        if not checkpointing or len(self.inside) < 2:
-            return sum(self.inside.values())
-        return self.inside[""] + self.inputs + max(n for name, n in self.inside.items() if name)
+
+def _new(tensor: Tensor, counted: dict[int, StorageWeakRef]) -> int:
+    """Bytes of a tensor's storage; 0 if it is counted already."""
+    storage = tensor.untyped_storage()
+    ref = StorageWeakRef(storage)
+    return 0 if counted.setdefault(ref.cdata, ref) is not ref else storage.nbytes()
 
 
-def measure_memory(state: State, pairs: Samples) -> Memory:
-    """Count on one sample what a step of the batch keeps: a forward of the student, one of the features."""
+def measure_memory(state: State, pairs: Samples, resolution: tuple[int, int]) -> Memory:
+    """Count on one sample and on two what a step keeps: a forward of the student, one of the features.
+
+    `resolution` are the pixels (width, height) of a picture."""
     config, student = state.config, state.student
-    device = student.device
-    x = pairs.latents[:1].to(device)
-    cond: Cond = pairs.cond.rows(slice(1)).to(device)
     modules: list[nn.Module] = [student.teacher.backbone, student.trained, state.discriminator]
-    known = {p.untyped_storage().data_ptr() for m in modules for p in m.parameters()}
-    sigma = student.schedule.sigma(torch.tensor([500.0])).to(device)
-    saved = 0
-    with student.training(), autocast(config, student, student.teacher):
-        with _SavedTensors(student.backbone, known) as passes:
-            student(x, sigma, cond)
-        saved += passes.total(config.gradient_checkpointing)
+    parameters = [p for m in modules for p in m.parameters()]
+    sigma = student.schedule.sigma(torch.tensor([500.0])).to(student.device)
+    sample: Cond = pairs.cond.rows(slice(1)).to(student.device)
+    latents = pairs.latents[:1].to(student.device)
+
+    def passes(count: int) -> list[_Kept]:
+        """What the passes of so many samples keep."""
+        x, cond = latents.repeat(count, 1, 1, 1), sample.repeat(count)
+        with _SavedTensors(student.backbone, parameters) as of_student:
+            student(x, sigma.expand(count), cond)
+        found = [of_student.kept]
         if config.adversarial_weight > 0 or config.feature_weight > 0:
-            with _SavedTensors(student.teacher.backbone, known) as passes:
-                state.features(x.clone().requires_grad_(True), sigma, cond)
-            saved += passes.total(config.gradient_checkpointing)
+            with _SavedTensors(student.teacher.backbone, parameters) as of_features:
+                state.features(x.clone().requires_grad_(True), sigma.expand(count), cond)
+            found.append(of_features.kept)
+        return found
+
+    with student.training(), autocast(config, student, student.teacher):
+        one = passes(1)
+        two = passes(2) if config.batch_size > 1 else one
+    batches = [a.of_batch(b, config.batch_size) for a, b in zip(one, two, strict=True)]
     trained = [
         *student.trained.parameters(),
         *(state.fake_score.denoiser.trained.parameters() if state.fake_score else ()),
     ]
-    weights = _bytes(student.teacher.backbone.parameters())
-    # A parameter beside its gradient, Adam's two moments and the running average.
     return Memory(
-        weights, 5 * _bytes(trained) + 4 * _bytes(state.discriminator.parameters()), saved * config.batch_size
+        _bytes(student.teacher.backbone.parameters()),
+        # A parameter beside its gradient, Adam's two moments and the running average.
+        5 * _bytes(trained) + 4 * _bytes(state.discriminator.parameters()),
+        sum(kept.total(config.gradient_checkpointing) for kept in batches),
+        decoding=DECODING * math.prod(resolution) * min(PREVIEWS, decoded_at_once(resolution)),
     )

@@ -22,9 +22,9 @@ from ..data.samples import Samples
 from ..host import Host
 from ..loop.start import begin, check, features
 from .events import Control, Event, PairsMade
-from .memory import Memory, OutOfMemory, advice, is_out_of_memory, measure_memory
+from .memory import PREVIEWS, Memory, OutOfMemory, advice, is_out_of_memory, measure_memory
 from .scores import Score, latent_score
-from .training import PREVIEWS, Training, check_saved
+from .training import Training, check_saved
 
 HELD_OUT = 96  # pairs, at most, that are kept from training to choose the best student by
 FEWEST = 4  # of them, with which every score works
@@ -57,7 +57,7 @@ def estimate(host: Host, config: Config, prompts: Sequence[str]) -> Memory:
     try:
         texts = draw_prompts(prompts, config.pairs, config.seed)
         size = pairs_size(host.latent_shape, cond, config.pairs, len(set(texts)))
-        return replace(measure_memory(state, sample), on_disk=size)
+        return replace(measure_memory(state, sample, host.resolution), on_disk=size)
     finally:
         state.release()
 

@@ -27,13 +27,12 @@ from ..loop.precision import autocast
 from ..loop.state import State, check_state
 from .events import Begun, Control, Event, Finished, Preview, Selected, Warned
 from .history import History
-from .memory import is_out_of_memory, measure_memory
+from .memory import PREVIEWS, is_out_of_memory, measure_memory
 from .scores import Score
 from .student_file import write_student
 
 log = logging.getLogger(__name__)
 STATE, HISTORY, BEST = "state.pt", "history.csv", "student.safetensors"
-PREVIEWS = 8
 
 
 def student_pictures(state: State, pairs: Samples, rows: Tensor, steps: int = 1) -> Tensor:
@@ -125,7 +124,7 @@ class Training:
         if resume(state, self.folder):
             log.info("going on from update %d", state.update)
         uncond = self.host.encode_text([""])
-        yield Begun(state.update, measure_memory(state, self.train))
+        yield Begun(state.update, measure_memory(state, self.train, self.host.resolution))
         if state.finished:
             yield Warned(0, f"this training is finished, at update {state.update}: raise updates or minutes to go on")
         history = History(self.folder / HISTORY, state.update)
