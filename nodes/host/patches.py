@@ -54,7 +54,10 @@ def patches_hash(model) -> str:
     if not (options or model.object_patches):
         return ""
     digest = hashlib.sha256()
-    known = {id(part): part for part in (model, *model.model.modules())}
+    network = getattr(model.model, "diffusion_model", model.model)
+    known = {id(part): part for part in (model, model.model, *network.modules())}
+    for patch in model.object_patches.values():  # while the MODEL is loaded, it is in its place
+        known = {address: part for address, part in known.items() if part is not patch}
     for part in _described([options, model.object_patches], known):
         digest.update(part)
     return digest.hexdigest()[:16]

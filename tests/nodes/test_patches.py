@@ -73,6 +73,8 @@ def test_other_noise_levels_are_in_the_key(nodes, model, comfyui):
         other = model.clone()
         other.add_object_patch("model_sampling", space)
         found.append(nodes.patcher.model_hash(other))
+        with other.loaded():
+            assert nodes.patcher.model_hash(other) == found[-1]
     assert len({bare, *found}) == 3
 
 

@@ -5,6 +5,8 @@ import { COLOURS, decade, healthAxis, reachesZero, valueAt } from "./curves.js";
 
 /** @import { Curve } from "./curves.js" */
 
+const PLOT = 120; // pixels that a curve's plot has at least, with its axes and whatever its legend takes
+
 /** One chart; made anew only when its curves are others. */
 export class Chart {
   root = Object.assign(document.createElement("div"), { className: "chart" });
@@ -39,6 +41,7 @@ export class Chart {
     if (!plot) return; // its legend has a height once it is ready
     if ((plot.cursor.left ?? -1) < 0) plot.setLegend({ idx: plot.data[0].length - 1 });
     const legend = plot.root.querySelector(".u-legend")?.clientHeight ?? 0;
+    this.root.style.minHeight = `${legend + PLOT}px`;
     const [width, height] = [this.root.clientWidth, this.root.clientHeight - legend];
     if (height > 0 && (plot.width !== width || plot.height !== height)) plot.setSize({ width, height });
   }

@@ -126,6 +126,10 @@ def test_the_template_browser_shows_ours_with_their_pictures(page, browse):
             arg=template.stem,
         )
         assert template.stem in card(page, template).inner_text()
+    names = page.evaluate(
+        "() => [...document.querySelectorAll('[data-testid^=template-workflow-]')].map(shown => shown.dataset.testid)"
+    )
+    assert [name.removeprefix("template-workflow-") for name in names] == [template.stem for template in TEMPLATES]
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: template.stem)
@@ -140,6 +144,7 @@ def test_a_template_opens_with_every_node(page, browse, template):
         "() => app.graph.nodes.filter(n => n.size.some((s, i) => s < n.computeSize()[i])).map(n => n.type)"
     )
     assert small == []
+    assert page.evaluate("() => app.canvas.ds.scale") > 0.55  # below it no words are drawn
 
 
 def shorten(page, **distilling):
@@ -239,6 +244,43 @@ def test_the_panel_follows_a_distillation_in_every_tab(page, browse, browser, co
         "() => document.querySelector('.turbodistill-panel:has(.buttons)').dataset.state === 'stopped'"
     )
     assert (comfyui.base / "output" / "turbodistill" / "runs" / "panel" / "student.safetensors").exists()
+
+
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["Nodes 1.0", "Nodes 2.0"])
+def test_a_legend_leaves_its_chart_room(browser, comfyui, nodes_2):
+    """Of the least node, with every loss that there is; older pages know one kind of nodes alone."""
+    page = browser.new_page()
+    page.request.post(f"{comfyui.url}/api/settings", data={"Comfy.VueNodes.Enabled": nodes_2})
+    losses = {f"loss {k}": [0.5, 0.4] for k in range(8)}
+    history = {"update": [1, 2], "losses": losses, "health": {"accuracy": [0.5, 0.6]}}
+    run = {"what": "training", "ranges": {"accuracy": [0.5, 0.8]}}
+    run |= {"history": history | {"scores": {"update": [2], "score": [0.3]}}}
+    try:
+        visit(page, comfyui)
+        page.evaluate(
+            """run => {
+                app.graph.clear()
+                const node = LiteGraph.createNode('TurboDistillDistill')
+                app.graph.add(node)
+                node.setSize([400, node.computeSize()[1]])
+                app.canvas.ds.scale = 1
+                app.canvas.centerOnNode(node)
+                const told = { ...run, node: String(node.id) }
+                window.comfyAPI.api.api.dispatchEvent(new CustomEvent('turbodistill.run', { detail: told }))
+            }""",
+            run,
+        )
+        page.wait_for_function("() => document.querySelectorAll('.turbodistill-panel canvas').length === 2")
+        page.wait_for_timeout(1000)  # it settles
+        heights = page.evaluate(
+            """() => [...document.querySelectorAll('.turbodistill-panel .chart')].map(
+                chart => ['canvas', '.u-legend'].map(part => chart.querySelector(part).clientHeight)
+            )"""
+        )
+    finally:
+        page.request.post(f"{comfyui.url}/api/settings", data={"Comfy.VueNodes.Enabled": False})
+        page.close()
+    assert all(plot >= 110 for plot, _ in heights) and heights[0][1] > 30
 
 
 @pytest.mark.parametrize("template", [t for t in TEMPLATES if t not in DEMOS], ids=lambda template: template.stem)
