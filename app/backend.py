@@ -67,6 +67,9 @@ class EmbeddedBackend:
     def readable_folders(self) -> None:
         return None  # `turbodistill ui` listens to its own machine alone
 
+    def refusal(self) -> str:
+        return ""
+
     def free_memory(self) -> int | None:
         device = self.host.denoiser.device
         return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None

@@ -42,6 +42,10 @@ class Backend(Protocol):
         """The title of what is loaded, "" where nothing is."""
         ...
 
+    def refusal(self) -> str:
+        """Why nothing can be distilled in this program, whatever is loaded; "" where it can."""
+        ...
+
     def runs_folder(self) -> Path:
         """Where runs are kept; their teacher pairs lie in `pairs` beside it."""
         ...

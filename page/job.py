@@ -63,6 +63,8 @@ class Job:
     def __init__(self, backend: Backend, request: Request):
         self.backend, self.request = backend, request
         self.config = request.config()
+        if refusal := backend.refusal():
+            raise ConfigError(refusal)
         limits.check(self.config, backend.limits, backend.name)
         self.checkpoint = backend.checkpoint()
         if not self.checkpoint:

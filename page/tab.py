@@ -87,7 +87,7 @@ def add_components(backend: Backend, blocks: gr.Blocks) -> None:
                     resume = gr.Button("Resume", elem_id="turbodistill-resume")
                     fill = gr.Button("Fill in the form from it", elem_id="turbodistill-fill")
             said = gr.HTML("", elem_id="turbodistill-said")
-            status = gr.HTML(view.idle(backend.checkpoint()), elem_id="turbodistill-status")
+            status = gr.HTML(view.idle(backend.checkpoint(), backend.refusal()), elem_id="turbodistill-status")
             with gr.Row(equal_height=True):
                 stop = gr.Button("Stop and keep best", elem_id="turbodistill-stop", interactive=False)
                 preview = gr.Button("Preview now", elem_id="turbodistill-preview", interactive=False)
@@ -222,7 +222,7 @@ def refresh(backend: Backend, before: dict[str, Any]) -> list[Any]:
     stamp = f'<i data-stamp="{time.time()}"></i>'  # tells the page that its question was answered
     if now is None or snapshot is None:
         shown = {"runs": 0}
-        parts = [view.idle(backend.checkpoint()) + stamp, *([gr.update()] * 5)]
+        parts = [view.idle(backend.checkpoint(), backend.refusal()) + stamp, *([gr.update()] * 5)]
     else:
         trains = now.working and now.monitor.running
         newest = snapshot["previews"][-1:] or snapshot["pictures"]

@@ -71,10 +71,10 @@ def status(snapshot: Mapping[str, Any]) -> str:
     return f'<div class="turbodistill-run" data-state="{state}">{"".join(parts)}</div>'
 
 
-def idle(checkpoint: str) -> str:
-    """What stands there before the first run."""
+def idle(checkpoint: str, refusal: str = "") -> str:
+    """What stands there before the first run; `refusal` says why there can be none."""
     loaded = f"Loaded: {escape(checkpoint)}." if checkpoint else "No checkpoint is loaded: choose one first."
-    words = "Nothing runs. What runs is shown here, whichever page it was begun in."
+    words = escape(refusal) or "Nothing runs. What runs is shown here, whichever page it was begun in."
     return (
         f'<div class="turbodistill-run" data-state="before"><div>{loaded}</div><div class="quiet">{words}</div></div>'
     )

@@ -18,18 +18,6 @@ from .host_training import BESIDE, WebUIHost, emptied, held
 HYPERTILE = "__webui_hypertile_params"  # where its extension keeps what it does to a module
 
 
-def loaded() -> Any:
-    """The chosen checkpoint's model, loaded now if it was not; raises ValueError where there is none."""
-    try:
-        sd_models.select_checkpoint()
-    except FileNotFoundError:
-        raise ValueError("there is no checkpoint: put one into models/Stable-diffusion, and choose it") from None
-    model = shared.sd_model and sd_models.reload_model_weights()
-    if model is None:
-        raise ValueError("the chosen checkpoint could not be loaded: see the console, or choose another")
-    return model
-
-
 def check(model: Any) -> None:
     """Raises ValueError, in words, for a model that cannot be trained here."""
     name = model.sd_checkpoint_info.name

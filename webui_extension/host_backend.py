@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..page import job
 from ..trainer.config import OF_PIXELS
 from ..trainer.data.prompts import ANYTHING
 from ..trainer.host import Host
-from . import host, host_kind
+from . import host, host_kind, host_training
 
 # How names of tensors begin that models made for 1024 pixels alone have: text encoders of SDXL, blocks of SD3 and Flux.
 LARGE = ("conditioner.embedders.", "model.diffusion_model.joint_blocks.", "model.diffusion_model.double_blocks.")
@@ -51,6 +50,14 @@ class HostBackend:
         info = _chosen()
         return info.name_for_extra if info else ""
 
+    def refusal(self) -> str:
+        if not host_kind.is_forge() or host_kind.memory_management():
+            return ""
+        return (
+            "This kin of Forge keeps its models in a way that is not known here: distil in AUTOMATIC1111, Forge or "
+            "ComfyUI. Their students can be sampled here."
+        )
+
     def runs_folder(self) -> Path:
         return host.output_folder() / "runs"
 
@@ -69,7 +76,7 @@ class HostBackend:
         with host.held(_why):
             ours = _ours()
             try:
-                with ours.trainable(ours.loaded(), width, height) as opened:
+                with ours.trainable(host_training.loaded(), width, height) as opened:
                     yield opened
             finally:
                 gc.collect()
@@ -106,11 +113,6 @@ def _chosen() -> Any:
 
 def _ours() -> Any:
     """Our module for the host that we are in: neither could be imported in the other."""
-    if host_kind.is_forge() and importlib.util.find_spec("backend") is None:
-        raise ValueError(
-            "this kin of Forge keeps its models in a way that is not known here: distil in AUTOMATIC1111, Forge or "
-            "ComfyUI, whose students work here too"
-        )
     return importlib.import_module(".host_forge" if host_kind.is_forge() else ".host_a1111", __package__)
 
 

@@ -16,7 +16,9 @@ from ..core.denoiser import Cond, Denoiser
 from ..core.lora import autocasts
 from ..core.schedule import DiscreteSchedule, Schedule, expand, schedule_of
 
-PREDICTIONS = {"epsilon": "eps", "eps": "eps", "v_prediction": "v", "v": "v", "const": "flow"}
+PREDICTIONS = {"epsilon": "eps", "eps": "eps", "v_prediction": "v", "v": "v", "const": "flow", "flow": "flow"}
+# What a model computes in, and a layer's mark that it follows: in Forge and Neo, and in reForge as in old ComfyUI.
+COMPUTING = {"computation_dtype": "parameters_manual_cast", "manual_cast_dtype": "ldm_patched_cast_weights"}
 # Norms whose input is added to in place while backward still needs it, of Forge's UNet and of Flux and its kin.
 ADDED_TO = re.compile(
     r"(?:^|\.)(?:transformer_blocks\.\d+\.norm[123]|double_blocks\.\d+\.(?:img|txt)_norm[12]|"
@@ -55,22 +57,39 @@ class CompvisDenoiser(Denoiser):
 
 
 class ForgeDenoiser(AppliedDenoiser):
-    """x0 of a Forge UnetPatcher's network, of every architecture that its own `apply_model` runs.
+    """x0 of a UnetPatcher's network in Forge or its kin, of every architecture that its own `apply_model` runs.
 
     Raises ValueError for a model of another kind of noise levels.
     """
 
-    compute_dtype = "computation_dtype"
-
     def __init__(self, unet):
         super().__init__(unet.model, unet.model_options.get("transformer_options", {}), unet.load_device)
-        self.prediction, self.schedule = levels_of(self.base.predictor)
+        self.compute_dtype, _ = computing_type(self.base)
+        self.prediction, self.schedule = levels_of(space_of(self.base))
 
 
-def levels_of(predictor) -> tuple[str, Schedule]:
-    """What the network of a Forge `predictor` predicts, and its noise levels; raises ValueError for an unknown kind."""
-    kind = PREDICTIONS.get(getattr(predictor, "prediction_type", ""), "unknown")
-    return kind, schedule_of(kind, predictor.sigmas, predictor.timestep)
+def computing_type(base) -> tuple[str, str]:
+    """The names of a Forge model's computing type and of a layer's mark that it follows."""
+    return next((name, mark) for name, mark in COMPUTING.items() if hasattr(base, name))
+
+
+def space_of(base):
+    """A Forge model's object of noise levels and reading; reForge's bears ComfyUI's name."""
+    return base.predictor if hasattr(base, "predictor") else base.model_sampling
+
+
+def prediction_of(space) -> str:
+    """What the network predicts, "unknown" for another kind: Forge says it, reForge by the class that reads it."""
+    told = getattr(space, "prediction_type", None)
+    if told is None:
+        told = next((c.__name__ for c in type(space).__mro__ if "calculate_denoised" in vars(c)), "").lower()
+    return PREDICTIONS.get(told, "unknown")
+
+
+def levels_of(space) -> tuple[str, Schedule]:
+    """What the network of a Forge model predicts, and its noise levels; raises ValueError for an unknown kind."""
+    kind = prediction_of(space)
+    return kind, schedule_of(kind, space.sigmas, space.timestep)
 
 
 @contextmanager

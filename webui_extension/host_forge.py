@@ -1,19 +1,21 @@
-"""Forge's loaded model, trainable: its bare weights as ordinary tensors, frozen, and everything put back at the end."""
+"""The loaded model of Forge, Neo or reForge, trainable: bare, ordinary, frozen weights; all is put back at the end."""
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from backend import memory_management, stream
-from modules import sd_models, shared
+from modules import processing, shared
 from torch import Tensor
 
 from ..core.borrowed import cloned_inputs, leave_inference_mode
-from .host_denoiser import ADDED_TO, ForgeDenoiser, frozen
+from .host_denoiser import ADDED_TO, ForgeDenoiser, computing_type, frozen, space_of
+from .host_kind import memory_management
 from .host_training import BESIDE, WebUIHost, held
 
 QUANTISED = {
@@ -22,19 +24,21 @@ QUANTISED = {
 }
 
 
-def loaded() -> Any:
-    """The chosen checkpoint's model, loaded now if it was not; raises ValueError where there is none."""
-    if not sd_models.model_data.forge_loading_parameters.get("checkpoint_info"):
-        raise ValueError("there is no checkpoint: put one into models/Stable-diffusion, and choose it")
-    return sd_models.forge_model_reload()[0]
-
-
 def check(model: Any) -> None:
     """Raises ValueError, in words, for a model that cannot be trained here."""
     name = model.sd_checkpoint_info.name
-    if model.model_config.unet_config["in_channels"] != model.forge_objects_original.vae.latent_channels:
+    objects = model.forge_objects_original
+    network, channels = objects.unet.model, objects.vae.latent_channels
+    if _configuration(model).unet_config.get("in_channels", channels) != channels:
         raise ValueError(BESIDE.format(name))
-    for parameter in model.forge_objects_original.unet.model.diffusion_model.parameters():
+    if getattr(objects.vae, "latent_dim", 2) != 2:
+        raise ValueError(f"{name} makes videos, which are not distilled here: load a model of pictures")
+    if "comfy_kitchen" in sys.modules and not hasattr(network.diffusion_model, "input_blocks"):
+        raise ValueError(
+            f"{name} is a transformer, whose fused position embedding (comfy_kitchen) has no gradient in this WebUI: "
+            "distil it in Forge or ComfyUI, or load a Stable Diffusion or SDXL"
+        )
+    for parameter in network.diffusion_model.parameters():
         kind = "nf4" if hasattr(parameter, "bnb_quantized") else "gguf" if hasattr(parameter, "gguf_cls") else ""
         if kind:
             raise ValueError(
@@ -60,7 +64,8 @@ def trainable(model: Any, width: int, height: int) -> Iterator[WebUIHost]:
         stack.enter_context(cloned_inputs(network, ADDED_TO))
         stack.enter_context(in_float32(unet.model))
         stack.enter_context(held(model, network))
-        model.set_clip_skip(int(shared.opts.CLIP_stop_at_last_layers))
+        if hasattr(model, "set_clip_skip"):  # else the text encoder asks for the setting
+            model.set_clip_skip(int(shared.opts.CLIP_stop_at_last_layers))
         denoiser = ForgeDenoiser(unet)
         channels = model.forge_objects.vae.latent_channels
         # Only UNets of the first Stable Diffusions look at the text across; the others join it to the picture.
@@ -83,7 +88,7 @@ def bare(model: Any) -> Iterator[None]:
     try:
         model.forge_objects = model.forge_objects_original.shallow_copy()
         for patcher in (model.forge_objects.unet, model.forge_objects.clip.patcher):
-            patcher.refresh_loras()
+            _merge(patcher)
         yield
     finally:
         model.forge_objects = before
@@ -92,54 +97,70 @@ def bare(model: Any) -> Iterator[None]:
 @contextmanager
 def levels(model: Any) -> Iterator[None]:
     """The noise levels that a generation would have: with zero terminal SNR where that is chosen."""
-    predictor = model.forge_objects.unet.model.predictor
-    wanted = shared.opts.sd_noise_schedule == "Zero Terminal SNR" or getattr(model.model_config, "ztsnr", False)
-    if not wanted or not hasattr(predictor, "set_sigmas"):
+    space = space_of(model.forge_objects.unet.model)
+    zero = any(getattr(about, "ztsnr", False) for about in (model, _configuration(model)))
+    if not (zero or shared.opts.sd_noise_schedule == "Zero Terminal SNR") or not hasattr(space, "set_sigmas"):
         yield
         return
-    from backend.modules.k_prediction import rescale_zero_terminal_snr_sigmas
-
-    before = predictor.sigmas
+    before = space.sigmas
     try:
-        predictor.set_sigmas(rescale_zero_terminal_snr_sigmas(before))
+        space.set_sigmas(processing.rescale_zero_terminal_snr_sigmas(before))  # pyright: ignore - A1111 has none
         yield
     finally:
-        predictor.set_sigmas(before)
+        space.set_sigmas(before)
 
 
 @contextmanager
 def in_one_stream() -> Iterator[None]:
     """Weights that are swapped in come in the stream of the computation: backward needs them later."""
-    before = stream.stream_activated
+    stream = sys.modules.get("backend.stream")  # reForge waits for its own, as ComfyUI does
+    off = {name: None for name in ("stream_activated", "mover_stream") if hasattr(stream, name)}
+    before = {name: getattr(stream, name) for name in off}
     try:
-        stream.stream_activated = False
+        for name, value in off.items():
+            setattr(stream, name, value)
         yield
     finally:
-        stream.stream_activated = before
+        for name, value in before.items():
+            setattr(stream, name, value)
 
 
 @contextmanager
 def in_float32(base: Any) -> Iterator[None]:
     """Within, what Forge computes in float16 is computed in float32, or as autocast says: gradients are small."""
-    narrow = base.computation_dtype == torch.float16
-    layers = [m for m in base.modules() if narrow and getattr(m, "parameters_manual_cast", None) is False]
-    before = base.computation_dtype
+    name, flag = computing_type(base)
+    before = getattr(base, name)
+    narrow = (before or next(base.diffusion_model.parameters()).dtype) == torch.float16
+    layers = [m for m in base.modules() if narrow and getattr(m, flag, None) is False]
     try:
-        base.computation_dtype = torch.float32 if narrow else before
+        setattr(base, name, torch.float32 if narrow else before)
         for layer in layers:
-            layer.parameters_manual_cast = True  # to what comes in
+            setattr(layer, flag, True)  # to what comes in
         yield
     finally:
-        base.computation_dtype = before
+        setattr(base, name, before)
         for layer in layers:
-            layer.parameters_manual_cast = False
+            setattr(layer, flag, False)
+
+
+def _configuration(model: Any) -> Any:
+    """What the host has found out about the checkpoint's networks."""
+    return getattr(model, "model_config", None) or model.forge_objects_original.unet.model.model_config
+
+
+def _merge(patcher: Any) -> None:
+    """Forge merges LoRAs, or takes them out, when it is asked; its kin while they load."""
+    if hasattr(patcher, "refresh_loras"):
+        patcher.refresh_loras()
 
 
 def _bring(unet: Any) -> None:
     """The network to where it computes, everything else away from there, and none of it in inference mode."""
+    load = memory_management().load_models_gpu  # pyright: ignore[reportOptionalMemberAccess] - else none is opened
+    whole = {"force_full_load": True} if "force_full_load" in inspect.signature(load).parameters else {}
     with torch.inference_mode():  # as Forge loads
-        memory_management.load_models_gpu([unet], memory_required=1e20)
-        unet.refresh_loras()
+        load([unet], memory_required=1e20, **whole)
+        _merge(unet)
     leave_inference_mode(unet.model)
 
 
@@ -153,13 +174,13 @@ def _others(unet: Any) -> Iterator[None]:
 
 def _encode(model: Any, pictures: Tensor) -> Tensor:
     """Pictures (B, 3, H, W) in [-1, 1] -> latents as the network takes them: the autoencoder's mean."""
-    options = model.forge_objects.vae.patcher.model_options
-    before = options.get("model_vae_regulation")
+    autoencoder = sys.modules[type(model.forge_objects.vae.first_stage_model).__module__]
+    posterior = getattr(autoencoder, "DiagonalGaussianDistribution", None)
+    if posterior is None:
+        return model.encode_first_stage(pictures)
+    drawn = posterior.sample
     try:
-        options["model_vae_regulation"] = lambda posterior: posterior.mode()
+        posterior.sample = posterior.mode
         return model.encode_first_stage(pictures)
     finally:
-        if before is None:
-            del options["model_vae_regulation"]
-        else:
-            options["model_vae_regulation"] = before
+        posterior.sample = drawn

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from types import ModuleType
+
+# Forge's and Neo's, and reForge's.
+MEMORY = ("backend.memory_management", "ldm_patched.modules.model_management")
 
 
 def refusal() -> str:
@@ -27,3 +32,8 @@ def is_forge() -> bool:
 def name() -> str:
     """What the WebUI is called."""
     return "Forge" if is_forge() else "AUTOMATIC1111"
+
+
+def memory_management() -> ModuleType | None:
+    """The module by which a kin of Forge keeps its models, which it has loaded; None where it is not known."""
+    return next((sys.modules[name] for name in MEMORY if name in sys.modules), None)

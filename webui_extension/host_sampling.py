@@ -20,7 +20,8 @@ from ..core.families import SamplingRecipe
 from ..core.fit import Base, read_base
 from ..core.sampling import sample_euler, sample_few_step
 from . import host
-from .host_denoiser import PREDICTIONS, architecture
+from .host_denoiser import architecture, prediction_of
+from .host_denoiser import space_of as network_space
 from .samplers import (
     DETECT,
     HIRES_TIMESTEPS,
@@ -100,14 +101,14 @@ def space_of(model):
     """Forge's object of noise levels and reading (reForge's bears ComfyUI's name); None in AUTOMATIC1111."""
     if not hasattr(model, "forge_objects"):
         return None
-    network = model.forge_objects.unet.model
-    return getattr(network, "predictor", None) or network.model_sampling
+    return network_space(model.forge_objects.unet.model)
 
 
 def base_prediction(model) -> str:
     """What the network of the host's model predicts; "" where the host does not say."""
     if hasattr(model, "forge_objects"):
-        return PREDICTIONS.get(getattr(space_of(model), "prediction_type", ""), "")
+        told = prediction_of(space_of(model))
+        return "" if told == "unknown" else told
     if hasattr(model, "create_denoiser"):
         return "flow"
     return "v" if model.parameterization == "v" else "eps"
@@ -165,7 +166,8 @@ class OneStepSampler(KDiffusionSampler):
 
     def _scaled(self, x: Tensor) -> Tensor:
         """Pure noise such that the host's scaling makes it sigma times noise for a student of ours, as it learnt."""
-        flow = getattr(space_of(shared.sd_model), "prediction_type", "") == "const"
+        space = space_of(shared.sd_model)
+        flow = space is not None and prediction_of(space) == "flow"
         if not self.found.sampling.exact or not shared.opts.sgm_noise_multiplier or flow:
             return x
         sigma = self.levels[0].to(x)
@@ -226,12 +228,16 @@ def _derived(like: Any, **changed) -> Any:
 
 
 def _read_space(sampling: SamplingRecipe, space):
-    schedule = schedule_for("flow" if getattr(space, "prediction_type", "") == "const" else "eps")
+    base = prediction_of(space)
+    schedule = schedule_for(base)
 
     def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
         return to_x0(sampling.prediction, schedule, model_input, model_output, sigma, space.timestep(sigma))
 
-    changed: dict[str, Any] = {"timestep": lambda self, sigma: sampling.network_timestep(space.timestep(sigma))}
+    changed: dict[str, Any] = {
+        "prediction_type": base,
+        "timestep": lambda self, sigma: sampling.network_timestep(space.timestep(sigma)),
+    }
     if sampling.prediction != "inherit":
         changed["calculate_denoised"] = calculate_denoised
     return _derived(space, **changed)

@@ -30,6 +30,23 @@ class Switched(ValueError):
     """The checkpoint that is trained was taken away by something that did not ask for the lock."""
 
 
+def loaded() -> Any:
+    """The chosen checkpoint's model, loaded now if it was not; raises ValueError where there is none."""
+    none = "there is no checkpoint: put one into models/Stable-diffusion, and choose it"
+    if hasattr(sd_models, "forge_model_reload"):
+        if not sd_models.model_data.forge_loading_parameters.get("checkpoint_info"):
+            raise ValueError(none)
+        return sd_models.forge_model_reload()[0]
+    try:
+        sd_models.select_checkpoint()
+    except FileNotFoundError:
+        raise ValueError(none) from None
+    model = shared.sd_model and sd_models.reload_model_weights()
+    if model is None:
+        raise ValueError("the chosen checkpoint could not be loaded: see the console, or choose another")
+    return model
+
+
 class WebUIHost:
     """`trainer.host.Host` over a loaded model; `width` and `height` are the pictures' pixels.
 

@@ -405,11 +405,19 @@ def test_the_trainer_runs_on_it(loaded, tmp_path):
 
 
 def test_a_kin_of_forge_that_is_not_known_is_told_so(forge, monkeypatch):
-    monkeypatch.setitem(sys.modules, "backend", None)
     backend = forge.ours.host_backend.HostBackend()
+    assert backend.refusal() == ""
+    monkeypatch.delitem(sys.modules, "backend.memory_management")
     assert backend.checkpoint() == "toy"  # the page is drawn
-    with pytest.raises(ValueError, match="keeps its models in a way that is not known here"), backend.open(32, 32):
-        pass
+    assert "keeps its models in a way that is not known here" in backend.refusal()
+
+
+def test_a_transformer_that_has_no_gradient_is_refused(forge, monkeypatch):
+    monkeypatch.setitem(sys.modules, "comfy_kitchen", sys)  # as in Neo
+    forge.ours.host_forge.check(forge.model)
+    del forge.model.network.input_blocks
+    with pytest.raises(ValueError, match=r"comfy_kitchen\) has no gradient"):
+        forge.ours.host_forge.check(forge.model)
 
 
 def test_a_checkpoint_for_1024_pixels_is_told_by_its_file(a1111, tmp_path):

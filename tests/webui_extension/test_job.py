@@ -273,6 +273,13 @@ def test_without_a_checkpoint_nothing_begins(toy, backend):
         job.start(backend, ask(toy))
 
 
+def test_where_nothing_can_be_distilled_it_is_said_before_anything_begins(toy, backend, monkeypatch):
+    monkeypatch.setattr(backend, "refusal", lambda: "this host cannot distil")
+    with pytest.raises(ConfigError, match="this host cannot distil"):
+        job.start(backend, ask(toy))
+    assert job.current() is None and not (backend.folder / "outputs").exists()
+
+
 def test_a_size_that_cannot_be_is_told(toy, backend):
     told = go(toy, backend, width=48)
     assert (told["state"], told["error"]) == ("failed", "48 x 32 pixels: the toy makes 32 x 32")

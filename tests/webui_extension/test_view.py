@@ -72,6 +72,7 @@ def test_everything_of_note_is_said_and_harmless():
     assert re.findall(r"warning &lt;(\d)&gt;", html) == ["2", "3", "4"] and "Update 4: " in html
     assert "no &lt;b&gt;" in html and "&lt;lora:x:1&gt;" in html and "a&lt;b.safetensors, 64 x 64 pixels" in html
     assert "training takes about" in html
+    assert "cannot distil" in view.idle("a model", "this host cannot distil")
     assert "no checkpoint" in view.idle("").lower() and "a&lt;b" in view.idle("a<b")
     assert view.box("") == ""
 

@@ -83,6 +83,9 @@ class ToyBackend:
         with self.lock:
             yield self.host
 
+    def refusal(self):
+        return ""
+
     def free_memory(self):
         return None
 

@@ -22,9 +22,10 @@ from PIL import Image
 
 START, ANSWER = 240, 120  # seconds that the server and an answer may take
 FLAGS = (
-    "--skip-prepare-environment", "--skip-torch-cuda-test", "--no-half", "--precision", "full", "--api",
-    "--no-download-sd-model", "--do-not-download-clip", "--skip-version-check", "--no-hashing", "--disable-nan-check",
+    "--skip-prepare-environment", "--skip-torch-cuda-test", "--api", "--skip-version-check", "--no-hashing",
 )  # fmt: skip
+OLD_FLAGS = ("--no-download-sd-model", "--do-not-download-clip", "--disable-nan-check")  # Neo knows them no more
+IN_FULL = ("--no-half", "--precision", "full")
 DEFAULTS = {
     "prompt": "a fox", "seed": 1, "width": 64, "height": 64, "steps": 1, "cfg_scale": 1, "sampler_name": "ADD 1-step",
 }  # fmt: skip
@@ -40,15 +41,27 @@ class Kind:
     variable: str  # of the environment: its folder; its Python is in NAME_PYTHON
     folder: str  # in the user's home
     flags: tuple[str, ...]
+    kin: bool = False  # of Forge: only the tests that are marked `kin` run in it
 
 
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("a1111", "A1111", "stable-diffusion-webui", ("--use-cpu", "all")),
+        Kind("a1111", "A1111", "stable-diffusion-webui", (*OLD_FLAGS, *IN_FULL, "--use-cpu", "all")),
         Kind(
-            "forge", "FORGE", "stable-diffusion-webui-forge", ("--always-cpu", "--all-in-fp32", "--attention-pytorch")
+            "forge",
+            "FORGE",
+            "stable-diffusion-webui-forge",
+            (*OLD_FLAGS, *IN_FULL, "--always-cpu", "--all-in-fp32", "--attention-pytorch"),
         ),
+        Kind(
+            "reforge",
+            "REFORGE",
+            "stable-diffusion-webui-reForge",
+            (*OLD_FLAGS, "--always-cpu", "--all-in-fp32"),
+            kin=True,
+        ),
+        Kind("neo", "FORGE_NEO", "sd-webui-forge-neo", ("--cpu", "--force-fp32"), kin=True),
     )
 }
 

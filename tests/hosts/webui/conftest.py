@@ -1,4 +1,4 @@
-"""An AUTOMATIC1111 and a Forge of the tests' own, with this clone in their extensions and a small checkpoint."""
+"""An AUTOMATIC1111, a Forge and its kin of the tests' own, with this clone in their extensions."""
 
 import importlib.util
 import shutil
@@ -23,6 +23,19 @@ def module(name):
 
 
 KINDS = module("client").KINDS
+
+
+def pytest_collection_modifyitems(config, items):
+    """In the kin of Forge only the tests run that are marked so."""
+
+    def chosen(item):
+        name = getattr(item, "callspec", None) and item.callspec.params.get("kind")
+        return name not in KINDS or not KINDS[name].kin or item.get_closest_marker("kin")
+
+    dropped = [item for item in items if not chosen(item)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if chosen(item)]
 
 
 @pytest.fixture(scope="session", params=list(KINDS))
@@ -63,11 +76,13 @@ def webui(bare, kind):
     """The server with a checkpoint: client.WebUI."""
     server, *_ = bare
     made = module("checkpoint")
-    file, shape = {"a1111": ("tiny.safetensors", made.A1111), "forge": ("small.ckpt", made.FORGE)}[kind.name]
+    file, shape = ("tiny.safetensors", made.A1111) if kind.name == "a1111" else ("small.ckpt", made.FORGE)
     made.write(server.data / "models" / "Stable-diffusion" / file, shape)
     server.call("sdapi/v1/refresh-checkpoints", {})
     (found,) = server.call("sdapi/v1/sd-models")
     server.set(sd_model_checkpoint=found["title"])
+    if kind.kin:
+        server.set(live_previews_enable=False)  # reForge would fetch a model for them
     return server
 
 

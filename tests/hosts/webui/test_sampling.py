@@ -18,10 +18,12 @@ def chosen(name):
     return {"alwayson_scripts": {"TurboDistill": {"args": [name]}}}
 
 
+@pytest.mark.kin
 def test_each_sampler_is_in_the_list_once(webui):
     assert [webui.samplers().count(name) for name in (ONE, FEW)] == [1, 1]
 
 
+@pytest.mark.kin
 def test_one_step_is_euler_s_at_the_right_sigma(webui, gap):
     euler = webui.txt2img(sampler_name="Euler", scheduler="Uniform")  # of its schedulers one that begins at the top
     assert gap(webui.txt2img().picture, euler.picture) <= ROUNDED
@@ -150,8 +152,11 @@ def put(webui):
     """Puts a student into the Lora folder, whose card says that noise enters at timestep 799; gives its name."""
 
     def put(name, base="a base", architecture="stable-diffusion-v1"):
-        layer, width = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q", {"a1111": 64, "forge": 320}
-        draw, wide = torch.Generator().manual_seed(0), width[webui.kind.name]
+        layer, width = (
+            "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q",
+            64 if webui.kind.name == "a1111" else 320,
+        )
+        draw, wide = torch.Generator().manual_seed(0), width
         tensors = {
             f"{layer}.lora_up.weight": torch.randn(wide, 2, generator=draw),
             f"{layer}.lora_down.weight": torch.randn(2, wide, generator=draw),
@@ -200,6 +205,7 @@ def test_a_student_of_another_architecture_is_refused(webui, refused, put):
     assert webui.txt2img().picture.shape == (64, 64, 3)
 
 
+@pytest.mark.kin
 def test_a_student_in_the_prompt_is_sampled_as_its_card_says(webui, gap, student):
     plain, made = webui.txt2img(), webui.txt2img(prompt=f"a fox <lora:{student}:1>")
     assert "ADD model: student of a base, ADD timesteps: 799" in made.infotext

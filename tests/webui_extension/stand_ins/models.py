@@ -50,7 +50,7 @@ class Text(nn.Module):
         return torch.stack([states(p) for p in prompts])
 
 
-class Posterior:
+class DiagonalGaussianDistribution:
     def __init__(self, mean: Tensor):
         self.mean = mean
 
@@ -64,16 +64,15 @@ class Posterior:
 class Pictures(nn.Module):
     """A latent is eight by eight pixels' mean; of four channels the last is nothing."""
 
+    __module__ = "backend.nn.vae"
+
     def __init__(self):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(1))
 
-    def encode(self, x, regulation=None):
+    def encode(self, x):
         mean = nn.functional.avg_pool2d(x * self.scale, 8)
-        posterior = Posterior(torch.cat([mean, torch.zeros_like(mean[:, :1])], 1))
-        if regulation is not None:
-            return regulation(posterior)
-        return posterior
+        return DiagonalGaussianDistribution(torch.cat([mean, torch.zeros_like(mean[:, :1])], 1))
 
     def decode(self, z):
         return nn.functional.interpolate(z[:, :3] / self.scale, scale_factor=8.0)
@@ -215,9 +214,7 @@ class Engine:
 
     @torch.inference_mode()
     def encode_first_stage(self, x):
-        regulation = self.forge_objects.vae.patcher.model_options.get("model_vae_regulation")
-        found = self.forge_objects.vae.first_stage_model.encode(x, regulation)
-        return found.sample() if isinstance(found, Posterior) else found
+        return self.forge_objects.vae.first_stage_model.encode(x).sample()
 
     @torch.inference_mode()
     def decode_first_stage(self, z):
@@ -327,16 +324,18 @@ def host_modules(model, data: Path, forge: bool) -> dict[str, ModuleType | Simpl
         "modules.sd_models": {
             "model_data": data_of, "checkpoint_aliases": aliases, "select_checkpoint": select_checkpoint,
             "reload_model_weights": lambda: model, "send_model_to_device": lambda m: None,
-            "apply_alpha_schedule_override": lambda m: None, "forge_model_reload": lambda: (model, False),
+            "apply_alpha_schedule_override": lambda m: None,
         },
     }  # fmt: skip
     if forge:
+        made["modules.sd_models"]["forge_model_reload"] = lambda: (model, False)
+        made["modules.processing"]["rescale_zero_terminal_snr_sigmas"] = lambda sigmas: sigmas * 2
         made |= {
             "backend": {},
             "backend.memory_management": {"load_models_gpu": load_models_gpu},
             "backend.stream": {"stream_activated": True},
-            "backend.modules": {},
-            "backend.modules.k_prediction": {"rescale_zero_terminal_snr_sigmas": lambda sigmas: sigmas * 2},
+            "backend.nn": {},
+            "backend.nn.vae": {"DiagonalGaussianDistribution": DiagonalGaussianDistribution},
             "modules_forge": {},
         }
     else:

@@ -34,7 +34,9 @@ def matched() -> dict:
     applied = getattr(model_data.sd_model, "forge_objects_after_applying_lora", None)
     if applied is None:
         return {net.name: len(net.modules) for net in networks.loaded_networks}
-    return {Path(key[0]).stem: len(changes) for key, changes in applied.unet.lora_patches.items()}
+    if hasattr(applied.unet, "lora_patches"):
+        return {Path(key[0]).stem: len(changes) for key, changes in applied.unet.lora_patches.items()}
+    return {net.name: len(applied.unet.patches) for net in networks.loaded_networks}  # of one, in Forge's kin
 
 
 def fail() -> dict:
