@@ -221,7 +221,9 @@ def test_it_waits_while_the_model_is_in_use_and_may_be_cancelled_then(toy, backe
 
 
 def test_the_second_is_told(toy, backend, training):
-    with pytest.raises(job.Busy, match=r"runs already \(my-turbo, training \d+ of 1000(, .* left)?\): stop or cancel it"):
+    with pytest.raises(
+        job.Busy, match=r"runs already \(my-turbo, training \d+ of 1000(, .* left)?\): stop or cancel it"
+    ):
         job.start(backend, ask(toy, name="other"))
     assert training.working and job.current() is training
 
