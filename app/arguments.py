@@ -27,9 +27,27 @@ def between(low: float, high: float, kind: type = int) -> Callable[[str], float]
     return number
 
 
+def place(text: str) -> Path:
+    """What argparse calls for a file or a folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty: give a path")
+    return Path(text)
+
+
 def folder(text: str) -> Path:
     """What argparse calls for a folder that is written to."""
-    path = Path(text)
-    if os.path.exists(path) and not os.path.isdir(path):  # unlike Path's, false for what no folder can be called
-        raise argparse.ArgumentTypeError(f"is {text!r}, a file: give a folder")
+    path = place(text)
+    # os.path's answers, unlike Path's, are false for what no folder can be called.
+    there = next((p for p in (path.absolute(), *path.absolute().parents) if os.path.exists(p)), None)
+    if there and not os.path.isdir(there):
+        raise argparse.ArgumentTypeError(f"is {text!r}, but {there} is a file: give a folder")
+    return path
+
+
+def new_file(text: str) -> Path:
+    """What argparse calls for a file that is written."""
+    path = place(text)
+    if os.path.isdir(path):
+        raise argparse.ArgumentTypeError(f"is {text!r}, a folder: give a file's name")
+    folder(str(path.parent))
     return path

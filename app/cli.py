@@ -16,7 +16,7 @@ from ..core.version import VERSION
 from ..demo import files
 from ..trainer.config import Config, ConfigError, nearest
 from . import ui
-from .arguments import MOST_STEPS, SEEDS, between, folder
+from .arguments import MOST_STEPS, SEEDS, between, folder, new_file, place
 from .progress import follow, interruptible
 
 
@@ -81,13 +81,13 @@ def make_parser() -> argparse.ArgumentParser:
     demo.set_defaults(command=run_demo)
 
     distill = commands.add_parser("distill", help="distil a checkpoint with prompts alone, or with your pictures")
-    distill.add_argument("--model", type=Path, help="checkpoint or diffusers folder (default: the embedded model)")
+    distill.add_argument("--model", type=place, help="checkpoint or diffusers folder (default: the embedded model)")
     distill.add_argument(
         "--prompts",
-        type=Path,
+        type=place,
         help="text file, one prompt a line; of {red|blue} in it one is drawn (default: the embedded model's)",
     )
-    distill.add_argument("--images", type=Path, help="folder of captioned pictures for the discriminator")
+    distill.add_argument("--images", type=place, help="folder of captioned pictures for the discriminator")
     distill.add_argument(
         "--out", type=folder, default=Path("runs/distill"), help="folder for everything; a run there goes on"
     )
@@ -95,15 +95,15 @@ def make_parser() -> argparse.ArgumentParser:
         "--pairs-folder", type=folder, help="folder of the teacher pairs, if other runs share them (default: in --out)"
     )
     distill.add_argument("--title", default="training", help="what its progress bar is called (default: training)")
-    distill.add_argument("--config", type=Path, help="TOML file of settings; the flags below go before it")
+    distill.add_argument("--config", type=place, help="TOML file of settings; the flags below go before it")
     add_settings(distill)
     distill.set_defaults(command=run_distill)
 
     sample = commands.add_parser("sample", help="make pictures with a student")
     sample.add_argument("prompt", nargs="+", help="one or more prompts")
-    sample.add_argument("--model", type=Path, help="checkpoint or diffusers folder (default: the embedded model)")
+    sample.add_argument("--model", type=place, help="checkpoint or diffusers folder (default: the embedded model)")
     sample.add_argument(
-        "--student", type=Path, default=files.STUDENT, help="student file (default: the embedded model's)"
+        "--student", type=place, default=files.STUDENT, help="student file (default: the embedded model's)"
     )
     sample.add_argument("--steps", type=between(1, MOST_STEPS), default=1, help=f"1 to {MOST_STEPS} (default: 1)")
     sample.add_argument(
@@ -114,22 +114,22 @@ def make_parser() -> argparse.ArgumentParser:
     sample.set_defaults(command=run_sample)
 
     evaluate = commands.add_parser("evaluate", help="measure students against their teacher")
-    evaluate.add_argument("--model", type=Path, help="checkpoint or diffusers folder (default: the embedded model)")
+    evaluate.add_argument("--model", type=place, help="checkpoint or diffusers folder (default: the embedded model)")
     evaluate.add_argument(
-        "--student", type=Path, action="append", help="student file, repeatable (default: the shipped one)"
+        "--student", type=place, action="append", help="student file, repeatable (default: the shipped one)"
     )
     evaluate.add_argument(
-        "--reference", type=Path, help="zip of real pictures (default: the embedded model's, of emoji)"
+        "--reference", type=place, help="zip of real pictures (default: the embedded model's, of emoji)"
     )
     evaluate.add_argument(
         "--count", type=pictures, help="pictures per arm and seed (default: one of every held-out prompt)"
     )
     evaluate.add_argument("--seeds", type=between(1, 100), default=3, help="noise seeds (default: 3)")
-    evaluate.add_argument("--out", type=Path, help="also write the figures to this JSON file")
+    evaluate.add_argument("--out", type=new_file, help="also write the figures to this JSON file")
     evaluate.set_defaults(command=run_evaluate)
 
     info = commands.add_parser("info", help="what a student file says of itself, in words")
-    info.add_argument("file", type=Path)
+    info.add_argument("file", type=place)
     info.set_defaults(command=run_info)
 
     ui.command(commands)
@@ -214,13 +214,17 @@ def run_sample(args: argparse.Namespace) -> int:
     from ..generate.sample import sample
     from ..trainer.data.files import write_whole
     from ..trainer.data.images import to_image
+    from ..trainer.data.prompts import check_choices, draw_prompts
     from ..trainer.diffusers_host import load_model
 
+    check_choices(args.prompt)
     host = load_model(args.model)
     student, card, warning = load_student(args.student, host.denoiser)
     for remark in filter(None, (warning, *check_fit(card, Base(), args.student.name, steps=args.steps))):
         print(f"turbodistill: {remark}", file=sys.stderr)
-    prompts = [p for p in args.prompt for _ in range(args.count)]
+    prompts = draw_prompts(
+        [p for p in args.prompt for _ in range(args.count)], args.count * len(args.prompt), args.seed
+    )
     first = 1 + max((int(path.name[:5]) for path in args.out.glob("[0-9]" * 5 + "-*.png")), default=0)
     sampler = f"ADD {'1-step' if args.steps == 1 else 'few-step'}"
     size = f"Size: {host.resolution[0]}x{host.resolution[1]}"

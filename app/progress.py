@@ -66,6 +66,7 @@ class Bars:
         from tqdm import tqdm
 
         from ..trainer.loop.distill import Step
+        from ..trainer.run import words
         from ..trainer.run.events import PairsMade, Selected, Warned
 
         if isinstance(event, PairsMade):
@@ -76,7 +77,7 @@ class Bars:
         elif isinstance(event, Selected):
             tqdm.write(f"update {event.update}: score {event.score:.2f}{', the best so far' if event.best else ''}")
         elif isinstance(event, Warned):
-            tqdm.write(f"update {event.update}: {event.text}")
+            tqdm.write(words.warning(event.update, event.text))
 
     def _step(self, step: Step) -> None:
         minutes = self.config.minutes

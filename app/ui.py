@@ -9,7 +9,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from .arguments import between, folder
+from .arguments import between, folder, place
 
 ADDRESS = "127.0.0.1"
 
@@ -20,8 +20,8 @@ def command(commands: Any) -> None:
         "ui", help="pages in the browser: pictures as you type, distil"
     )
     parser.add_argument("--port", type=between(1, 65535), default=7860, help=f"port on {ADDRESS} (default: 7860)")
-    parser.add_argument("--model", type=Path, help="checkpoint or diffusers folder (default: the embedded model)")
-    parser.add_argument("--student", type=Path, help="student file (default: the embedded model's)")
+    parser.add_argument("--model", type=place, help="checkpoint or diffusers folder (default: the embedded model)")
+    parser.add_argument("--student", type=place, help="student file (default: the embedded model's)")
     parser.add_argument(
         "--out", type=folder, default=Path("runs/ui"), help="folder for runs, pairs and students (default: runs/ui)"
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core.denoiser import Cond, Guided
 from ..core.sampling import sample_euler, seeded_noise, trailing_sigmas
 from ..core.student import Student
-from ..trainer.data.files import DataError, write_whole
+from ..trainer.data.files import DataError, check_file, write_whole
 from ..trainer.host import Host
 from ..trainer.run.scores import kernel_distance
 from .metrics import (
@@ -71,6 +71,7 @@ class Reference:
 
 def load_reference(path: str | Path) -> Reference:
     """A zip of pictures with `metadata.jsonl` rows of {file_name, text, style, split}; raises DataError."""
+    check_file("reference set", Path(path))
     try:
         with zipfile.ZipFile(path) as archive:
             rows = _rows(archive)
@@ -85,7 +86,10 @@ def load_reference(path: str | Path) -> Reference:
         images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
         return Reference(images, [row["text"] for row in rows], [row["style"] for row in rows], splits)
     except Exception as error:  # zip files, pictures and rows can each be broken in ways of their own
-        raise DataError(f"reference set {path} cannot be read ({type(error).__name__}: {error!s:.300})") from None
+        raise DataError(
+            f"reference set {path} cannot be read ({type(error).__name__}: {error!s:.300}): give a zip of pictures "
+            "with a metadata.jsonl"
+        ) from None
 
 
 def unpack_reference(path: str | Path, split: str, folder: Path) -> None:

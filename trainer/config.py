@@ -387,6 +387,8 @@ class Config:
             values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             raise ConfigError(f"settings file {path} does not exist: check the name") from None
+        except IsADirectoryError:
+            raise ConfigError(f"settings file {path} is a folder: give a file") from None
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"settings file {path} is no TOML: {error}") from None
         return cls.from_dict(values)

@@ -191,7 +191,6 @@ def test_what_stops_a_run_is_told_in_one_line(tmp_path, capsys, pipeline_folder,
         ([*model, "--prompts", tmp_path / "none.txt"], "none.txt does not exist"),
         ([*model, "--prompts", prompts, "--positives", "real", "--out", tmp_path], "there are no images"),
         ([*model, "--prompts", prompts, "--targets", "nothing", "--out", tmp_path], "match no layer"),
-        ([*model, "--prompts", prompts, "--out", prompts / "out"], "cannot write"),
     ]
     for command, told in fails_at:
         assert cli.main([str(c) for c in command]) == 1
@@ -228,6 +227,13 @@ def test_a_picture_says_how_it_was_made(pipeline_folder, made, tmp_path, capsys)
     assert second.endswith("Model: tiny-sd, Student: student.safetensors")
 
 
+def test_of_choices_one_is_drawn_for_each_picture(pipeline_folder, made, tmp_path, capsys):
+    pictures = sample(pipeline_folder, made, tmp_path, "a {red|blue} fox", "--count", "8")
+    assert {picture.text["parameters"].splitlines()[0] for picture in pictures.values()} == {"a red fox", "a blue fox"}
+    capsys.readouterr()
+    fails(capsys, ["sample", "a {red fox", "--model", pipeline_folder], "has a brace without its other one")
+
+
 @pytest.mark.parametrize("steps", ["1", "3"])
 def test_the_same_seed_gives_the_same_file_and_a_batch_its_singles(pipeline_folder, made, tmp_path, steps):
     both = sample(pipeline_folder, made, tmp_path / "a", "a fox", "an owl", "--count", "2", "--steps", steps)
@@ -262,11 +268,15 @@ def test_a_picture_is_never_written_over(pipeline_folder, made, tmp_path):
         (["evaluate", "--seeds", "0"], "--seeds: is '0': give 1 to 100"),
         (["demo", "--minutes", "nan"], "--minutes: is 'nan': give 0.1 to 10000"),
         (["demo", "--count", "-3"], "--count: is '-3': give 8 to 100000"),
+        (["sample", "a fox", "--out", f"{__file__}/sub"], "is a file: give a folder"),
+        (["evaluate", "--out", "."], "is '.', a folder: give a file's name"),
+        (["info", ""], "file: is empty: give a path"),
+        (["sample", "a fox", "--student", " "], "--student: is empty: give a path"),
         (["ui", "--port", "0"], "--port: is '0': give 1 to 65535"),
-        (["sample", "a fox", "--out", __file__], "a file: give a folder"),
-        (["distill", "--out", __file__], "a file: give a folder"),
-        (["demo", "--out", __file__], "a file: give a folder"),
-        (["ui", "--out", __file__], "a file: give a folder"),
+        (["sample", "a fox", "--out", __file__], "is a file: give a folder"),
+        (["distill", "--out", __file__], "is a file: give a folder"),
+        (["demo", "--out", __file__], "is a file: give a folder"),
+        (["ui", "--out", __file__], "is a file: give a folder"),
     ],
 )
 def test_what_cannot_be_is_told_before_a_model_is_loaded(capsys, flags, told):

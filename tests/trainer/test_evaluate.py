@@ -44,7 +44,7 @@ def test_a_reference_set_is_read_and_split(reference):
 
 def test_a_broken_reference_set_is_told(tmp_path):
     path = tmp_path / "set.zip"
-    with pytest.raises(DataError, match=r"set\.zip cannot be read"):
+    with pytest.raises(DataError, match=r"set\.zip does not exist: check the name"):
         evaluate.load_reference(path)
     path.write_bytes(b"no zip")
     with pytest.raises(DataError, match=r"set\.zip cannot be read"):

@@ -51,6 +51,14 @@ def test_a_finished_run_says_so(kit, host, tmp_path):
     assert warned == ["this training is finished, at update 3: raise updates or minutes to go on"]
 
 
+def test_a_run_of_regression_alone_is_told_and_its_card_says_so(kit, host, tmp_path):
+    events = kit.go(host, kit.config(updates=3, regression_updates=5), tmp_path)
+    (warned,) = [e.text for e in events if isinstance(e, Warned)]
+    assert warned.startswith("regression_updates is 5 and updates 3") and "discriminator never trains" in warned
+    assert events[-1].card.method == "regression to the teacher's pictures"
+    assert events[-1].card.training["adversarial_weight"] == 0
+
+
 def test_pictures_that_no_setting_uses_are_told(kit, host, tmp_path):
     with pytest.raises(ConfigError, match=r"positives is 'teacher', which takes no images: .*set positives to 'both'"):
         kit.go(host, kit.config(), tmp_path / "out", images=tmp_path)

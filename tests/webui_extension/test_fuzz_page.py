@@ -153,7 +153,7 @@ def test_infotexts(fuzz, tmp_path):
         name = draws.choice(list(samplers.LIMITS))
         samplers.too_many(name, steps)
         found = samplers.find(choice, samplers.passes(name, steps), files, samplers.applied_loras(prompt))
-        samplers.remarks(found, 7.0, choice, ["a"])
+        samplers.remarks(found, samplers.passes(name, steps), 7.0, choice, ["a"])
 
     assert fuzz.endures(infotext, fuzz.TRIES // 20, (ConfigError, DataError, ValueError))
 

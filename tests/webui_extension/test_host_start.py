@@ -20,9 +20,8 @@ def host(webui, toys, tmp_path):
     callbacks.registered = {part: [] for part in PARTS}
     for part, kept in callbacks.registered.items():
         setattr(callbacks, f"on_{part}", kept.append)
-    with webui.installed(
-        webui.Model(toys.conv()), tmp_path, script_callbacks=callbacks, devices=ModuleType("d")
-    ) as made:
+    unused = {name: ModuleType(name) for name in ("devices", "extra_networks", "processing", "prompt_parser")}
+    with webui.installed(webui.Model(toys.conv()), tmp_path, script_callbacks=callbacks, **unused) as made:
         made.registered = callbacks.registered
         yield made
 

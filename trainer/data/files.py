@@ -67,6 +67,13 @@ def reason(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
+def check_file(what: str, path: Path) -> None:
+    """Raise DataError, which says what it should be, if there is no file of this name."""
+    if not os.path.isfile(path):  # unlike Path's, false for what no file can be called
+        wrong = "is a folder: give a file" if os.path.isdir(path) else "does not exist: check the name"
+        raise DataError(f"{what} {path!s:.300} {wrong}")
+
+
 def path_of(text: str) -> str:
     """A path as it was pasted, without the quotes and blanks around it."""
     text = text.strip()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from .files import DataError, lines_of, path_of, read_text
+from .files import DataError, check_file, lines_of, path_of, read_text
 
 ANYTHING = Path(__file__).with_name("anything.txt")  # prompts for any model that knows the world
 CHOICE = re.compile(r"\{([^{}]*)\}")  # the innermost, so that choices may hold choices
@@ -41,8 +40,7 @@ def read_prompts(path: str | Path) -> list[str]:
     Raises DataError for a missing file, one without a prompt, or one of choices that do not end.
     """
     path = Path(path_of(str(path)))
-    if not os.path.isfile(path):  # unlike Path's, false for what no file can be called
-        raise DataError(f"prompt file {path!s:.300} does not exist: check the name")
+    check_file("prompt file", path)
     prompts = prompt_lines(read_text(path))
     if not prompts:
         raise DataError(f"prompt file {path} holds no prompt: write one a line")
@@ -52,10 +50,15 @@ def read_prompts(path: str | Path) -> list[str]:
 def prompt_lines(text: str) -> list[str]:
     """The lines of a text that are prompts: not empty, and not begun with #; raises DataError for half a choice."""
     prompts = [line for raw in lines_of(text) if (line := raw.strip()) and not line.startswith("#")]
+    check_choices(prompts)
+    return prompts
+
+
+def check_choices(prompts: Sequence[str]) -> None:
+    """Raise DataError for half a choice."""
     for prompt in prompts:
         rest = prompt
         while CHOICE.search(rest):
             rest = CHOICE.sub("", rest)
         if "{" in rest or "}" in rest:
             raise DataError(f"prompt {prompt[:80]!r} has a brace without its other one: write choices as {{red|blue}}")
-    return prompts

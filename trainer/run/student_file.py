@@ -17,6 +17,8 @@ from ..loop.state import State
 def make_card(host: Host, state: State, metrics: dict[str, Any]) -> StudentCard:
     """The card of the student as it is now; its updates and minutes are those of every stage (`init_student`)."""
     config, student = state.config, state.student
+    if state.update <= config.regression_updates and config.regression_weight > 0:  # the other losses are yet to come
+        config = config.replace(adversarial_weight=0.0, distillation_weight=0.0)
     earlier = state.extra.get("earlier", {})
     return StudentCard(
         kind="lora" if student.lora is not None else "full",

@@ -120,11 +120,17 @@ class Training:
 
     def events(self) -> Iterator[Event]:
         """Train to the end, from the folder's last state if it has one; raises as `run`."""
-        state = self.state
+        state, config = self.state, self.state.config
         if resume(state, self.folder):
             log.info("going on from update %d", state.update)
         uncond = self.host.encode_text([""])
         yield Begun(state.update, measure_memory(state, self.train, self.host.resolution))
+        if config.updates <= config.regression_updates and (config.adversarial_weight or config.distillation_weight):
+            yield Warned(
+                0,
+                f"regression_updates is {config.regression_updates} and updates {config.updates}: this is regression "
+                "alone, the discriminator never trains. Lower regression_updates",
+            )
         if state.finished:
             yield Warned(0, f"this training is finished, at update {state.update}: raise updates or minutes to go on")
         history = History(self.folder / HISTORY, state.update)

@@ -215,7 +215,7 @@ def test_the_panel_follows_a_distillation_in_every_tab(page, browse, browser, co
     for _ in range(2):
         page.wait_for_function(
             """least => +document.querySelector('.turbodistill-panel:has(.buttons) .bar')?.value > least""",
-            arg=counts[-1] if counts else 2,
+            arg=counts[-1] if counts else 0.005,
         )
         counts.append(shown.locator(".bar").evaluate("bar => bar.value"))
     assert counts[1] > counts[0]
@@ -304,6 +304,12 @@ def test_a_template_runs_with_the_files_that_it_names(
     page.evaluate("app.refreshComboInNodes()")
     open_template(page, browse, template)
     shorten(page)
+    if "TurboDistillDetectOneStep" in nodes:  # by its name it is SDXL-Turbo, by its weights Stable Diffusion 1
+        page.evaluate(
+            """family => { app.graph.nodes.find(n => n.type === 'TurboDistillDetectOneStep')
+                .widgets.find(w => w.name === 'family').value = family }""",
+            "SD-Turbo, SDXL-Turbo",
+        )
     assert min(run(page)) > 20  # random weights, but a picture
 
 
@@ -361,5 +367,6 @@ def test_another_site_s_page_can_trigger_no_route_of_ours(comfyui, browser, fore
     runs = "/turbodistill/runs/1"
     answers = foreign.attack(browser, comfyui.url, [(runs, {}), (f"{runs}/stop", {}), (f"{runs}/preview", {})])
     sent = [answer for answer in answers if answer.method == "POST"]
-    assert len(sent) > 30 and {answer.status for answer in sent} == {403}
+    assert len(sent) > 30 and {answer.status for answer in sent if answer.path != runs} == {403}
+    assert {answer.status for answer in sent} <= {403, 405}  # nothing can be posted to a run itself
     assert comfyui.post("turbodistill/runs/1/stop") == 404  # as a program is answered: no training is there
