@@ -246,9 +246,10 @@ def test_the_panel_follows_a_distillation_in_every_tab(page, browse, browser, co
     assert (comfyui.base / "output" / "turbodistill" / "runs" / "panel" / "student.safetensors").exists()
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("nodes_2", [False, True], ids=["Nodes 1.0", "Nodes 2.0"])
 def test_a_legend_leaves_its_chart_room(browser, comfyui, nodes_2):
-    """Of the least node, with every loss that there is; older pages know one kind of nodes alone."""
+    """Of the least node, with every loss that there is."""
     page = browser.new_page()
     page.request.post(f"{comfyui.url}/api/settings", data={"Comfy.VueNodes.Enabled": nodes_2})
     losses = {f"loss {k}": [0.5, 0.4] for k in range(8)}
@@ -257,6 +258,9 @@ def test_a_legend_leaves_its_chart_room(browser, comfyui, nodes_2):
     run |= {"history": history | {"scores": {"update": [2], "score": [0.3]}}}
     try:
         visit(page, comfyui)
+        version = page.evaluate("() => window.__COMFYUI_FRONTEND_VERSION__")
+        if nodes_2 and tuple(map(int, version.split(".")[:2])) < (1, 40):
+            pytest.skip(f"needs a page with finished Nodes 2.0, 1.40 or later: this is {version}")
         page.evaluate(
             """run => {
                 app.graph.clear()
