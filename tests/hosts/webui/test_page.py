@@ -65,8 +65,15 @@ class Page:
         return self.page.locator(f"#{tab}_{name}").locator("textarea, input").first
 
     def choose(self, name, tab="txt2img"):
-        self.page.locator(f"{self.id('choice', tab)} input").click()
-        self.page.locator("ul.options li").filter(has_text=name).first.click()
+        field = self.page.locator(f"{self.id('choice', tab)} input")
+        option = self.page.locator("ul.options li").filter(has_text=name).first
+        field.click()
+        try:
+            option.click(timeout=5_000)
+        except sync.TimeoutError:  # the list was renewed as the pointer came, and closed by that
+            field.blur()
+            field.click()
+            option.click()
 
     def shows(self, **values):
         for name, value in values.items():
