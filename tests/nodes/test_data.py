@@ -53,7 +53,7 @@ def test_prompts_come_from_a_file_in_the_input_folder_or_anywhere(nodes, prompts
 
 @pytest.mark.parametrize("file", ["", "missing.txt", "/missing/prompts.txt"])
 def test_a_file_that_is_not_there_is_told(nodes, prompts, file):
-    with pytest.raises(DataError, match="does not exist: check the name|is a folder: give a file"):
+    with pytest.raises(DataError, match=r"does not exist: check the name|is a folder: give a file"):
         prompts(nodes.data.Prompts.FILE, "not this", file)
 
 
