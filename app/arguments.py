@@ -8,8 +8,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from ..trainer.config import Config
+
 SEEDS = 0, 2**63 - 1
-MOST_STEPS = 8
+MOST_STEPS = Config.__dataclass_fields__["student_steps"].metadata["high"]
 
 
 def between(low: float, high: float, kind: type = int) -> Callable[[str], float]:
