@@ -91,12 +91,6 @@ def checkpoint_file() -> Path | None:
     return Path(info.filename) if info else None
 
 
-def checkpoint_title() -> str:
-    """What the WebUI calls that checkpoint, "" where there is none."""
-    info = checkpoint_info()
-    return info.name_for_extra if info else ""
-
-
 def _networks():
     """The module of the host's own Lora extension; None where it is switched off."""
     return sys.modules.get("networks")
