@@ -6,6 +6,7 @@ import gc
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from . import host, host_kind, host_training
 
 # How names of tensors begin that models made for 1024 pixels alone have: text encoders of SDXL, blocks of SD3 and Flux.
 LARGE = ("conditioner.embedders.", "model.diffusion_model.joint_blocks.", "model.diffusion_model.double_blocks.")
+UNET = ("down_blocks.", "unet.down_blocks.")  # as diffusers names them; Stable Diffusion's own name: input_blocks
 
 
 class HostBackend:
@@ -51,12 +53,15 @@ class HostBackend:
         return info.name_for_extra if info else ""
 
     def refusal(self) -> str:
-        if not host_kind.is_forge() or host_kind.memory_management():
-            return ""
-        return (
-            "This kin of Forge keeps its models in a way that is not known here: distil in AUTOMATIC1111, Forge or "
-            "ComfyUI. Their students can be sampled here."
-        )
+        if host_kind.is_forge() and not host_kind.memory_management():
+            return (
+                "This kin of Forge keeps its models in a way that is not known here: distil in AUTOMATIC1111, Forge or "
+                "ComfyUI. Their students can be sampled here."
+            )
+        info = _chosen()
+        if info and host_kind.has_fused_rope() and _is_transformer(Path(info.filename)):
+            return host_kind.NO_GRADIENT.format(info.name)
+        return ""
 
     def runs_folder(self) -> Path:
         return host.output_folder() / "runs"
@@ -118,8 +123,24 @@ def _ours() -> Any:
 
 def _large(file: Path) -> bool:
     """Whether a checkpoint's file is one of those made for 1024 x 1024."""
+    return any(name.startswith(LARGE) for name in _names(file))
+
+
+def _is_transformer(file: Path) -> bool:
+    """Whether a checkpoint's file holds a transformer, not a UNet."""
+    names = _names(file)
+    return bool(names) and not any("input_blocks." in name or name.startswith(UNET) for name in names)
+
+
+def _names(file: Path) -> tuple[str, ...]:
+    """The names of a checkpoint's tensors; none where it is no safetensors file, or is gone."""
     try:
-        with safe_open(file, "pt") as opened:
-            return any(name.startswith(LARGE) for name in opened.keys())  # noqa: SIM118 - no dict
+        return _names_then(file, file.stat().st_mtime_ns)
     except (OSError, SafetensorError):
-        return False
+        return ()
+
+
+@lru_cache(maxsize=2)  # an idle page asks every second
+def _names_then(file: Path, _changed: int) -> tuple[str, ...]:
+    with safe_open(file, "pt") as opened:
+        return tuple(opened.keys())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core.borrowed import cloned_inputs, leave_inference_mode
 from .host_denoiser import ADDED_TO, ForgeDenoiser, computing_type, frozen, space_of
-from .host_kind import memory_management
+from .host_kind import NO_GRADIENT, has_fused_rope, memory_management
 from .host_training import BESIDE, WebUIHost, held
 
 QUANTISED = {
@@ -33,11 +33,8 @@ def check(model: Any) -> None:
         raise ValueError(BESIDE.format(name))
     if getattr(objects.vae, "latent_dim", 2) != 2:
         raise ValueError(f"{name} makes videos, which are not distilled here: load a model of pictures")
-    if "comfy_kitchen" in sys.modules and not hasattr(network.diffusion_model, "input_blocks"):
-        raise ValueError(
-            f"{name} is a transformer, whose fused position embedding (comfy_kitchen) has no gradient in this WebUI: "
-            "distil it in Forge or ComfyUI, or load a Stable Diffusion or SDXL"
-        )
+    if has_fused_rope() and not hasattr(network.diffusion_model, "input_blocks"):
+        raise ValueError(NO_GRADIENT.format(name))
     for parameter in network.diffusion_model.parameters():
         kind = "nf4" if hasattr(parameter, "bnb_quantized") else "gguf" if hasattr(parameter, "gguf_cls") else ""
         if kind:

@@ -9,6 +9,11 @@ from types import ModuleType
 # Forge's and Neo's, and reForge's.
 MEMORY = ("backend.memory_management", "ldm_patched.modules.model_management")
 
+NO_GRADIENT = (
+    "{} is a transformer, whose fused position embedding (comfy_kitchen) has no gradient in this WebUI: distil it in "
+    "Forge or ComfyUI, or load a Stable Diffusion or SDXL"
+)
+
 
 def refusal() -> str:
     """Why nothing of ours can work in this WebUI; "" where it can."""
@@ -37,3 +42,8 @@ def name() -> str:
 def memory_management() -> ModuleType | None:
     """The module by which a kin of Forge keeps its models, which it has loaded; None where it is not known."""
     return next((sys.modules[name] for name in MEMORY if name in sys.modules), None)
+
+
+def has_fused_rope() -> bool:
+    """Whether transformers turn positions by a kernel that has no gradient, as in Neo."""
+    return "comfy_kitchen" in sys.modules

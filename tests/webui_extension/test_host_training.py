@@ -442,3 +442,16 @@ def test_a_backend_knows_its_host_s_folders(loaded, tmp_path):
     assert backend.checkpoint() == "toy" and backend.sizes == (512, 512) and backend.free_memory() is None
     assert backend.runs_folder() == tmp_path / "outputs" / "turbodistill" / "runs"
     assert backend.students_folder() == tmp_path / "Lora" and list(backend.prompts()) == ["anything"]
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [("double_blocks.0.img_attn.qkv.weight", True), ("model.diffusion_model.input_blocks.0.0.weight", False)],
+)
+def test_a_transformer_without_gradient_is_refused_before_the_click(forge, monkeypatch, tmp_path, name, refused):
+    monkeypatch.setitem(sys.modules, "comfy_kitchen", sys)  # as in Neo
+    backend, info = forge.ours.host_backend.HostBackend(), forge.model.sd_checkpoint_info
+    monkeypatch.setattr(info, "filename", str(tmp_path / "model.safetensors"))
+    assert backend.refusal() == ""  # there is no file yet
+    save_file({name: torch.zeros(1)}, info.filename)
+    assert ("has no gradient in this WebUI" in backend.refusal()) == refused
