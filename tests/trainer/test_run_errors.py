@@ -299,3 +299,10 @@ def test_what_was_trained_is_free_once_out_of_memory_is_told(kit, host, tmp_path
     finally:
         gc.enable()
         handle.remove()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux's /proc, in which no folder can be made")
+def test_a_folder_that_cannot_be_made_was_not_deleted():
+    told = pytest.raises(OSError, match=r"cannot write /proc/run/state.pt .*: free some space or choose another folder")
+    with told, whole_file(Path("/proc/run/state.pt")):
+        pass

@@ -37,6 +37,7 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:  # a library's own file operations fail with the latter
         reason = getattr(error, "strerror", None) or error
         gone = isinstance(error, (FileNotFoundError, SafetensorError)) and not path.parent.exists()
+        gone = gone and Path(getattr(error, "filename", None) or path) not in path.parents  # which cannot be made
         remedy = (
             "its folder was deleted or moved while this ran: run it again, only what is missing is made anew"
             if gone
