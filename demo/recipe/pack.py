@@ -134,13 +134,24 @@ def pack_reference(folder: Path, target: Path) -> None:
 
 
 def pack_prompts(folder: Path, target: Path) -> None:
-    """Captions of the training pictures that are not in the reference set, shuffled: the students' prompts."""
+    """Captions of the training pictures that are not in the reference set, shuffled: the students' prompts.
+
+    One line a name; of its styles one is drawn.
+    """
     _, records = dataset.load(folder)
     reference = set(reference_rows(records))
-    captions = [r["caption"] for i, r in enumerate(records) if r["split"] == "train" and i not in reference]
-    random.Random(0).shuffle(captions)
-    target.write_text("\n".join(captions) + "\n")
-    print(f"{target}: {len(captions)} prompts")
+    train = [r for i, r in enumerate(records) if r["split"] == "train" and i not in reference]
+    random.Random(0).shuffle(train)
+    styles: dict[str, list[str]] = {}
+    for record in train:
+        style = dataset.STYLES[record["style"]].removeprefix("in ").removesuffix(" style")
+        styles.setdefault(record["caption"].replace(style, "STYLE"), []).append(style)
+    lines = [
+        caption.replace("STYLE", "{" + "|".join(drawn) + "}" if len(drawn) > 1 else drawn[0])
+        for caption, drawn in styles.items()
+    ]
+    target.write_text("\n".join(lines) + "\n")
+    print(f"{target}: {len(lines)} lines for {len(train)} prompts")
 
 
 if __name__ == "__main__":

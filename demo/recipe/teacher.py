@@ -131,7 +131,7 @@ class Learner(nn.Module):
     def features(self) -> Tensor:
         """The head's features (B, F, 8, 8) of the last pass."""
         assert self.head is not None
-        return F.interpolate(self.head(self.middle), scale_factor=2, mode="bilinear")
+        return F.interpolate(self.head(self.middle.float()), scale_factor=2, mode="bilinear")
 
 
 class Teacher:

@@ -26,7 +26,8 @@ class StoredLatents:
         return torch.Size((len(self), *self.parts[0].shape[1:]))
 
     def __getitem__(self, rows: Tensor | slice) -> Tensor:
-        return torch.stack([self.parts[part][row] for part, row in _located(self.parts, self.index[rows])]).float()
+        # As float32 first: autocast joins no half precision but its own.
+        return torch.stack([self.parts[part][row].float() for part, row in _located(self.parts, self.index[rows])])
 
     def select(self, rows: Tensor) -> StoredLatents:
         """The given rows; nothing is read."""
@@ -46,9 +47,8 @@ class StoredCond:
     def rows(self, rows: Tensor | slice) -> Cond:
         """The given rows as float32; texts of different lengths are repeated to the same, as `Cond.cat` does."""
         found = [self.parts[part].rows([row]) for part, row in _located(self.parts, self.index[rows])]
-        cond = Cond.cat(found)
-        pooled = None if cond.pooled is None else cond.pooled.float()
-        return replace(cond, context=cond.context.float(), pooled=pooled)
+        pooled = [None if cond.pooled is None else cond.pooled.float() for cond in found]
+        return Cond.cat([replace(c, context=c.context.float(), pooled=p) for c, p in zip(found, pooled, strict=True)])
 
     def select(self, rows: Tensor) -> StoredCond:
         """The given rows; nothing is read."""
