@@ -10,7 +10,7 @@ WEB_DIRECTORY = "./web"  # ComfyUI's front-end extension and help pages
 # Public name -> its module, and its name there.
 PUBLIC = {
     "Config": ("trainer.config", "Config"),
-    "load_model": ("trainer.diffusers_host", "load_model"),
+    "load_model": ("trainer.pipeline.load", "load_model"),
     "make_pairs": ("trainer.data.pairs", "make_pairs"),
     "distill": ("trainer.run.run", "run"),
     "Step": ("trainer.loop.distill", "Step"),

@@ -14,8 +14,8 @@ from ..core.card import CardError, read_card
 from ..demo.files import PROMPTS
 from ..generate.generator import Generator
 from ..trainer.data.prompts import ANYTHING
-from ..trainer.diffusers_host import DiffusersHost
 from ..trainer.host import Host
+from ..trainer.pipeline.host import PipelineHost
 
 
 class EmbeddedBackend:
@@ -28,7 +28,7 @@ class EmbeddedBackend:
     usage = "choose {name} in the generate page"
     limits: dict[str, Any] = {}  # noqa: RUF012 - a constant
 
-    def __init__(self, host: DiffusersHost, folder: Path, shipped: dict[str, Path], own: bool):
+    def __init__(self, host: PipelineHost, folder: Path, shipped: dict[str, Path], own: bool):
         self.host, self.folder, self.shipped, self.own = host, folder, shipped, own
         self.generator = Generator(host)
         self.sizes = host.resolution

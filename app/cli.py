@@ -28,8 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(_unrecognised(unknown, takes_settings=args.command is run_distill))
     from ..core.card import CardError
     from ..trainer.data.files import DataError
-    from ..trainer.diffusers_host import ModelError
     from ..trainer.loop.distill import Diverged
+    from ..trainer.pipeline.host import ModelError
     from ..trainer.run.memory import OutOfMemory, advice, is_out_of_memory
 
     try:
@@ -161,7 +161,7 @@ def settings(args: argparse.Namespace) -> Config:
 def run_distill(args: argparse.Namespace) -> int:
     """Distil a model into a one-step student; 0 when it is written, 130 when it was interrupted."""
     from ..trainer.data.prompts import read_prompts
-    from ..trainer.diffusers_host import load_model
+    from ..trainer.pipeline.load import load_model
     from ..trainer.run import run, training
     from ..trainer.run.events import Interrupted
     from ..trainer.run.scores import latent_score
@@ -215,7 +215,7 @@ def run_sample(args: argparse.Namespace) -> int:
     from ..trainer.data.files import write_whole
     from ..trainer.data.images import to_image
     from ..trainer.data.prompts import check_choices, draw_prompts
-    from ..trainer.diffusers_host import load_model
+    from ..trainer.pipeline.load import load_model
 
     check_choices(args.prompt)
     host = load_model(args.model)
@@ -256,7 +256,7 @@ def _png_bytes(image, about) -> bytes:
 def run_evaluate(args: argparse.Namespace) -> int:
     """Measure students against their teacher and print the table."""
     from ..measure.bench import evaluate
-    from ..trainer.diffusers_host import load_model
+    from ..trainer.pipeline.load import load_model
 
     if args.model and not args.reference:
         raise ConfigError(

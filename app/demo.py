@@ -34,7 +34,7 @@ from ..trainer.config import Config
 from ..trainer.data.files import write_whole
 from ..trainer.data.pairs import make_pairs
 from ..trainer.data.prompts import read_prompts
-from ..trainer.diffusers_host import load_model
+from ..trainer.pipeline.load import load_model
 from ..trainer.run import run, training
 from ..trainer.run.events import Interrupted
 from ..trainer.run.scores import Score as SelectionScore

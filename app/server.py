@@ -16,7 +16,7 @@ from ..demo.files import STUDENT
 from ..page import api, live, tab
 from ..page.events import listen
 from ..trainer.checks import foreign
-from ..trainer.diffusers_host import load_model
+from ..trainer.pipeline.load import load_model
 from .backend import EmbeddedBackend
 
 NAMES = ["127.0.0.1", "localhost"]  # by which a browser calls it; any page could by a name of its own

@@ -30,9 +30,9 @@ import torch
 from safetensors import safe_open
 from turbodistill.core.card import KEY
 from turbodistill.trainer.config import Config
-from turbodistill.trainer.diffusers_host import load_model
 from turbodistill.trainer.loop import distill
 from turbodistill.trainer.loop.steps import Phase
+from turbodistill.trainer.pipeline.load import load_model
 from turbodistill.trainer.run import run, training
 from turbodistill.trainer.run.history import History
 

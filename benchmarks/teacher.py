@@ -26,7 +26,8 @@ from turbodistill.demo.recipe import averages, dataset, pack, teacher
 from turbodistill.demo.recipe.fit import read_progress
 from turbodistill.measure import metrics
 from turbodistill.measure.evaluate import make_pictures, teacher_arm
-from turbodistill.trainer.diffusers_host import DiffusersHost, load_model
+from turbodistill.trainer.pipeline.host import PipelineHost
+from turbodistill.trainer.pipeline.load import load_model
 from turbodistill.trainer.run.scores import kernel_distance
 
 SPLITS = {"train": "trained", "combination": "new combination", "heldout": "new name"}
@@ -82,7 +83,7 @@ class Gallery:
         return self.measure(split, self.features[rows].unsqueeze(0), self.textures[rows].unsqueeze(0))
 
 
-def pictures(host: DiffusersHost, prompts: list[str], args, seed: int) -> Iterator[Tensor]:
+def pictures(host: PipelineHost, prompts: list[str], args, seed: int) -> Iterator[Tensor]:
     with tqdm(total=len(prompts), desc=f"seed {seed}", unit="picture", leave=False) as bar:
         for batch in make_pictures(host, teacher_arm(host, args.steps, args.guidance), prompts, seed):
             bar.update(len(batch))

@@ -27,7 +27,7 @@ CODE = """
 import json, resource, sys, time
 from turbodistill.core.card import read_card
 from turbodistill.core.student import load_student
-from turbodistill.trainer.diffusers_host import load_model
+from turbodistill.trainer.pipeline.load import load_model
 
 def most():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10

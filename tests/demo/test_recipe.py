@@ -84,7 +84,7 @@ def call(folder, monkeypatch, *options):
 
 @pytest.mark.slow
 def test_a_teacher_is_trained_branched_and_packed(folder, monkeypatch, capsys):
-    from turbodistill.trainer.diffusers_host import load_model
+    from turbodistill.trainer.pipeline.load import load_model
 
     call(folder, monkeypatch, "--status")
     assert "no training" in capsys.readouterr().out

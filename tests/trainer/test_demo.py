@@ -13,7 +13,7 @@ from turbodistill.demo.files import PROMPTS
 from turbodistill.trainer.config import Config
 from turbodistill.trainer.data.pairs import make_pairs
 from turbodistill.trainer.data.prompts import read_prompts
-from turbodistill.trainer.diffusers_host import load_model
+from turbodistill.trainer.pipeline.load import load_model
 from turbodistill.trainer.run import training
 from turbodistill.trainer.run.events import Interrupted
 

@@ -10,10 +10,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from turbodistill.app import cli
 from turbodistill.core.card import CardError
+from turbodistill.demo.files import HEADER
 from turbodistill.measure.evaluate import load_reference
 from turbodistill.trainer.config import ConfigError
 from turbodistill.trainer.data.files import DataError
-from turbodistill.trainer.diffusers_host import HEADER, ModelError, load_model
+from turbodistill.trainer.pipeline.host import ModelError
+from turbodistill.trainer.pipeline.load import load_model
 
 pytest.importorskip("diffusers.loaders.single_file_utils", reason="needs diffusers: pip install 'turbodistill[demo]'")
 OURS = (CardError, ConfigError, DataError, ModelError)
@@ -112,7 +114,7 @@ def test_paths(fuzz, tmp_path, monkeypatch, capsys):
     def stops(*_, **__):
         raise ModelError("a model would be loaded here")
 
-    import turbodistill.trainer.diffusers_host as hosts
+    import turbodistill.trainer.pipeline.load as hosts
 
     real = hosts.load_model
     monkeypatch.setattr(hosts, "load_model", lambda path=None, *_: stops() if path is None else real(path))

@@ -9,7 +9,7 @@ from turbodistill.app import cli, ui
 from turbodistill.core.card import CardError
 from turbodistill.demo.files import MODEL
 from turbodistill.page import job
-from turbodistill.trainer.diffusers_host import ModelError
+from turbodistill.trainer.pipeline.host import ModelError
 
 pytest.importorskip("gradio", reason="needs gradio: pip install 'turbodistill[ui]'")
 pytest.importorskip("diffusers", reason="needs diffusers: pip install 'turbodistill[demo]'")

@@ -14,7 +14,7 @@ from turbodistill.core.lora import FORMATS
 from turbodistill.core.naming import to_single_file
 from turbodistill.core.schedule import DiscreteSchedule
 from turbodistill.core.student import FULL_PREFIX, Student, student_bytes
-from turbodistill.trainer.diffusers_host import DiffusersDenoiser
+from turbodistill.trainer.pipeline.denoisers import UNetDenoiser
 
 # ComfyUI tells Stable Diffusion 1 by the first width and the text's.
 SD15 = {
@@ -76,13 +76,13 @@ class Checkpoint:
     denoiser: Denoiser | None = None
 
 
-def unet_denoiser(config: dict, seed: int, prediction: str) -> DiffusersDenoiser:
+def unet_denoiser(config: dict, seed: int, prediction: str) -> UNetDenoiser:
     """A diffusers UNet of weights that float16 holds exactly."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(**config).half().float().eval().requires_grad_(False)
-    return DiffusersDenoiser(unet, DiscreteSchedule(), prediction)
+    return UNetDenoiser(unet, DiscreteSchedule(), prediction)
 
 
 def single_file(unet) -> dict[str, Tensor]:
@@ -203,7 +203,7 @@ def write(models: Path) -> dict[str, Checkpoint]:
     """The checkpoints and a ControlNet in ComfyUI's model folders, by short names; Flux needs narrow.py."""
     sd15, sdxl = unet_denoiser(SD15, 1, "eps"), unet_denoiser(SDXL, 2, "eps")
     sd2 = unet_denoiser(SD2, 9, "v")
-    sdxl_v = DiffusersDenoiser(sdxl.backbone, sdxl.schedule, "v")
+    sdxl_v = UNetDenoiser(sdxl.backbone, sdxl.schedule, "v")
     made = {
         "sd15": Checkpoint("sd15.safetensors", 768, 768, "eps", 0.18215, single_file(sd15.backbone), sd15),
         "sd2_v": Checkpoint("sd2_v.safetensors", 1024, 1024, "v", 0.18215, single_file(sd2.backbone), sd2),

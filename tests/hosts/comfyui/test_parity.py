@@ -4,7 +4,7 @@ import pytest
 import torch
 from turbodistill.app.demo import SHIPPED
 from turbodistill.core.student import load_student
-from turbodistill.trainer.diffusers_host import load_model
+from turbodistill.trainer.pipeline.load import load_model
 
 pytestmark = pytest.mark.host
 TURBO = "SD-Turbo, SDXL-Turbo"

@@ -12,9 +12,9 @@ from turbodistill.core.denoiser import Guided
 from turbodistill.core.sampling import sample_euler, trailing_sigmas
 from turbodistill.core.student import Student, load_student, student_bytes
 from turbodistill.demo.files import HEADER, MODEL
-from turbodistill.trainer import diffusers_host
-from turbodistill.trainer.diffusers_host import ModelError, load_model
 from turbodistill.trainer.loop.distill import distill
+from turbodistill.trainer.pipeline.host import ModelError
+from turbodistill.trainer.pipeline.load import load_model
 from turbodistill.trainer.run import student_file
 
 
@@ -290,4 +290,4 @@ def test_missing_diffusers_says_what_to_install(embedded, monkeypatch):
     for name in [n for n in sys.modules if n.partition(".")[0] == "diffusers"]:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ModelError, match=r"loading a model here needs .*: pip install 'turbodistill\[demo\]'"):
-        diffusers_host.load_model(None, "cpu")
+        load_model(None, "cpu")

@@ -1,0 +1,96 @@
+"""The embedded model, or another single file with its architecture in the header."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ...core.denoiser import Cond
+from ...core.lora import check_match
+from ...core.schedule import DiscreteSchedule, scaled_linear
+from ...demo.files import HEADER
+from ...demo.text_encoder import TextEncoder
+from .host import ModelError, PipelineHost
+
+
+def load_single_file(path: Path, device: str) -> PipelineHost:
+    """A single file whose header holds its architecture; raises ModelError for any other."""
+    with _opened(path) as file:
+        about = file.metadata() or {}
+    if HEADER not in about:
+        raise ModelError(
+            f"{path} does not say its architecture in its header. Convert it to a diffusers folder first, "
+            "or load it in ComfyUI or the WebUI and distil it there"
+        )
+    try:
+        from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+        from diffusers.models.attention_processor import AttnProcessor
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    except ImportError as error:
+        raise ModelError(f"loading a model here needs {error.name}: pip install 'turbodistill[demo]'") from None
+    try:
+        model = json.loads(about[HEADER])
+        table = scaled_linear(model["schedule"]["steps"], model["schedule"]["start"], model["schedule"]["end"])
+        prediction, size = model["prediction"], tuple(model["resolution"])
+        unet: Any = UNet2DConditionModel(**model["unet"])
+        scale = model["vae"].pop("scaling_factor")
+        vae: Any = AutoencoderKL(**model["vae"], scaling_factor=scale)
+        encoder = TextEncoder(json.dumps(model["text_encoder"]["tokenizer"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path}: the architecture in its header cannot be read ({error!r:.300}): get the file again"
+        ) from None
+    with _opened(path) as file:
+        tensors = {k: file.get_tensor(k).float() for k in file.keys()}  # noqa: SIM118 - no dict
+    prefix = "cond_stage_model."
+    parts = (
+        ("denoiser", unet, lambda: convert_ldm_unet_checkpoint(dict(tensors), dict(unet.config))),
+        ("autoencoder", vae, lambda: convert_ldm_vae_checkpoint(dict(tensors), dict(vae.config))),
+        (
+            "text encoder",
+            encoder,
+            lambda: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)},
+        ),
+    )
+    for what, module, convert in parts:
+        try:
+            weights = convert()
+            check_match(what, weights, module.state_dict())
+            module.load_state_dict(weights)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise ModelError(
+                f"{path}: the {what} does not fit the architecture in the header: {error!s:.500}"
+            ) from None
+        module.to(device).eval().requires_grad_(False)
+    unet.set_attn_processor(AttnProcessor())  # few tokens: the plain product is the faster one on a CPU
+    architecture = about.get("modelspec.architecture", "unknown")
+    name = about.get("modelspec.title", path.stem)
+    return PipelineHost(
+        unet,
+        vae,
+        lambda texts: Cond(encoder.encode(texts)),
+        DiscreteSchedule(table),
+        prediction,
+        name,
+        architecture,
+        size,
+    )
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, of which nothing but the header has been read; raises ModelError if it is none."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{path} is no complete safetensors file ({error}). If the download broke off, get it again; "
+            "pickle files (.ckpt, .pt) are not loaded, since they can run code"
+        ) from None
