@@ -13,6 +13,8 @@ from ..trainer.config import Config
 SEEDS = 0, 2**63 - 1
 MOST_STEPS = Config.__dataclass_fields__["student_steps"].metadata["high"]
 
+LONGEST = 255  # bytes of a file's name
+
 
 def between(low: float, high: float, kind: type = int) -> Callable[[str], float]:
     """What argparse calls for a number from `low` to `high`."""
@@ -33,6 +35,8 @@ def place(text: str) -> Path:
     """What argparse calls for a file or a folder."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty: give a path")
+    if any(len(part.encode("utf-8", "surrogatepass")) > LONGEST for part in Path(text).parts):
+        raise argparse.ArgumentTypeError(f"is {text[:60]!r}..., longer than a file's name can be: give a path")
     return Path(text)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import re
 import shlex
 import sys
@@ -22,6 +23,9 @@ from .progress import follow, interruptible
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status. Mistakes of the user end with one line, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console that cannot show a name shows its code
+            stream.reconfigure(errors="backslashreplace")
     parser = make_parser()
     args, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -246,8 +250,6 @@ def _slug(prompt: str) -> str:
 
 
 def _png_bytes(image, about) -> bytes:
-    import io
-
     buffer = io.BytesIO()
     image.save(buffer, "png", pnginfo=about)
     return buffer.getvalue()

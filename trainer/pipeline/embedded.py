@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from ...core.denoiser import Cond
@@ -16,6 +17,8 @@ from ...core.schedule import DiscreteSchedule, scaled_linear
 from ...demo.files import HEADER
 from ...demo.text_encoder import TextEncoder
 from .host import ModelError, PipelineHost
+
+MOST, MOST_LAYERS = 65_536, 32  # numbers in an architecture, and layers in a block
 
 
 def load_single_file(path: Path, device: str) -> PipelineHost:
@@ -36,11 +39,13 @@ def load_single_file(path: Path, device: str) -> PipelineHost:
         raise ModelError(f"loading a model here needs {error.name}: pip install 'turbodistill[demo]'") from None
     try:
         model = json.loads(about[HEADER])
+        _check_numbers(model)
         table = scaled_linear(model["schedule"]["steps"], model["schedule"]["start"], model["schedule"]["end"])
         prediction, size = model["prediction"], tuple(model["resolution"])
-        unet: Any = UNet2DConditionModel(**model["unet"])
         scale = model["vae"].pop("scaling_factor")
-        vae: Any = AutoencoderKL(**model["vae"], scaling_factor=scale)
+        with torch.device("meta"):  # what does not fit the file takes no memory
+            unet: Any = UNet2DConditionModel(**model["unet"])
+            vae: Any = AutoencoderKL(**model["vae"], scaling_factor=scale)
         encoder = TextEncoder(json.dumps(model["text_encoder"]["tokenizer"]))
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(
@@ -62,7 +67,7 @@ def load_single_file(path: Path, device: str) -> PipelineHost:
         try:
             weights = convert()
             check_match(what, weights, module.state_dict())
-            module.load_state_dict(weights)
+            module.load_state_dict(weights, assign=True)
         except (KeyError, ValueError, RuntimeError) as error:
             raise ModelError(
                 f"{path}: the {what} does not fit the architecture in the header: {error!s:.500}"
@@ -81,6 +86,17 @@ def load_single_file(path: Path, device: str) -> PipelineHost:
         architecture,
         size,
     )
+
+
+def _check_numbers(values: Any, name: str = "the header") -> None:
+    """Raise ValueError for a number that no architecture has: networks would be built for ever."""
+    inner = values.items() if isinstance(values, dict) else ((name, v) for v in values)
+    for key, value in inner:
+        if isinstance(value, (dict, list)) and key != "tokenizer":
+            _check_numbers(value, key)
+        most = MOST_LAYERS if "layers" in key else MOST
+        if isinstance(value, (int, float)) and not abs(value) <= most:
+            raise ValueError(f"{key} is {value!s:.20}, at most {most} can be")
 
 
 @contextmanager
