@@ -63,7 +63,7 @@ def test_a_template_has_a_name_and_a_picture(file):
     assert re.fullmatch(r"[\w .-]+", file.stem)  # it is a title, and part of an address
     picture = file.with_suffix(".jpg")
     with Image.open(picture) as shown:
-        assert shown.format == "JPEG" and shown.size == (512, 512)
+        assert shown.format == "JPEG" and shown.size == (384, 384)
     assert picture.stat().st_size < 60_000
 
 
