@@ -35,6 +35,7 @@ from turbodistill.trainer.loop.steps import Phase
 from turbodistill.trainer.pipeline.load import load_model
 from turbodistill.trainer.run import run, training
 from turbodistill.trainer.run.history import History
+from turbodistill.trainer.run.state_file import read_state
 
 PROMPTS = ["a {red|blue} fox", "an owl", "a green fish", "cat face, in flat noto style"]
 SMALL: dict[str, Any] = {
@@ -144,7 +145,9 @@ def what_is_left(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.suffix == ".safetensors":
+        if path.name == training.STATE:
+            found[name] = plain(read_state(path) | {"spent": 0})
+        elif path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 about = dict(file.metadata())
                 found[name] = {key: file.get_tensor(key).numpy().tobytes() for key in file.keys()}  # noqa: SIM118
@@ -155,8 +158,6 @@ def what_is_left(folder: Path) -> dict[str, Any]:
         elif path.suffix == ".csv":
             with path.open(newline="") as file:
                 found[name] = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
-        elif path.suffix == ".pt":
-            found[name] = plain(torch.serialization.load(path, weights_only=True) | {"spent": 0})
         elif path.is_file():
             found[name] = path.read_bytes()
     return found

@@ -58,7 +58,8 @@ class Gallery:
         if not cache.exists():
             train = [i for i, r in enumerate(records) if r["split"] == "train"]
             torch.save(self.network(images[train].float() / 255)[0], cache)
-        self.training = torch.load(cache)  # features (N, 1280) of all pictures that a teacher trains on
+        # Features (N, 1280) of all pictures that a teacher trains on.
+        self.training = torch.load(cache, weights_only=True)
 
     def measure(self, split: str, features: Tensor, textures: Tensor) -> dict[str, Tensor | float]:
         """Features (S, N, d) of S seeds of a split's prompts: outcomes (S, N), and plain numbers."""

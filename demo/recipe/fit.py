@@ -19,6 +19,7 @@ from ...core.precision import fast_bfloat16
 from . import averages, compact
 
 FORMAT = 1  # of a state file
+ARCHIVE = b"PK\3\4"  # how the files that torch writes begin since 1.6
 RATE_WARMUP = 200  # updates in which the learning rate rises
 
 
@@ -139,6 +140,11 @@ class Training:
         os.replace(part, path)
 
     def load_file(self, path: Path) -> None:
+        """Go on from a file that `save` wrote; raises as `load`, and ValueError for a file of another kind."""
+        with path.open("rb") as file:
+            # Before 2.6 torch runs the code in files of its older formats, weights_only or not: CVE-2025-32434.
+            if file.read(len(ARCHIVE)) != ARCHIVE:
+                raise ValueError(f"{path} is no state that was saved here: begin in another folder")
         self.load(torch.serialization.load(path, weights_only=True))
 
 

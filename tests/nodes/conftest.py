@@ -12,6 +12,7 @@ import torch
 from turbodistill.core.card import StudentCard, fingerprint, read_student
 from turbodistill.core.student import Student, student_bytes
 from turbodistill.trainer.run import training
+from turbodistill.trainer.run.state_file import read_state
 
 
 @pytest.fixture(scope="session")
@@ -229,7 +230,7 @@ def tensors(places, name="my-turbo"):
 
 
 def state(places, name="my-turbo"):
-    return torch.serialization.load(folder(places, name) / training.STATE, weights_only=True)
+    return read_state(folder(places, name) / training.STATE)
 
 
 def x0(model, comfyui):

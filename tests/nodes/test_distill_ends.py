@@ -7,9 +7,8 @@ import weakref
 
 import pytest
 import torch
-from turbodistill.trainer.data.files import write_whole
 from turbodistill.trainer.loop import start
-from turbodistill.trainer.run import student_file, training
+from turbodistill.trainer.run import state_file, student_file, training
 from turbodistill.trainer.run.memory import OutOfMemory
 
 RUN = "/turbodistill/runs/3"
@@ -180,17 +179,13 @@ def test_a_run_that_has_ended_holds_no_model(graph, loaded, toys, server):
 @pytest.mark.parametrize("part", [training.STATE, training.BEST])
 def test_a_full_disk_is_told_and_the_next_run_goes_on(graph, server, places, kit, monkeypatch, part):
     pairs = graph.pairs()
-    write = write_whole
 
-    def full(path, content):
-        if path.name == part:
-            raise OSError(28, "No space left on device")
-        write(path, content)
+    def full(*_):
+        raise OSError(28, "No space left on device")
 
     before = kit.bits(graph.model)
     with monkeypatch.context() as patch:
-        for module in (training, student_file):
-            patch.setattr(module, "write_whole", full)
+        patch.setattr(*(state_file, "save_file") if part == training.STATE else (student_file, "write_whole"), full)
         with pytest.raises(OSError, match="No space left on device"):
             graph.distill(pairs, "cut")
     told = server.sent[-1][1]

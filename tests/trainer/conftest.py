@@ -23,14 +23,23 @@ from turbodistill.trainer.data.samples import Samples
 from turbodistill.trainer.loop.start import features
 from turbodistill.trainer.loop.state import State
 from turbodistill.trainer.run import run, training
+from turbodistill.trainer.run.state_file import read_state
 
 TOKENS, STATES, SIDE = 5, 16, 8
 WORDS = ("fox", "owl", "elk", "ant", "bee", "cod", "emu", "yak", "rat", "hen", "pig", "ram")
 
 
-_spec = importlib.util.spec_from_file_location("turbodistill_trainer_toys", Path(__file__).parents[1] / "toys.py")
-toys = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(toys)
+def _beside(name):
+    """A module of the folder of all tests."""
+    spec = importlib.util.spec_from_file_location(
+        f"turbodistill_trainer_{name}", Path(__file__).parents[1] / f"{name}.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+toys, pickles = _beside("toys"), _beside("pickles")
 
 
 class ToyHost:
@@ -129,7 +138,7 @@ def updates(folder) -> list[int]:
 
 def saved(folder) -> dict:
     """The last state of a run."""
-    return torch.serialization.load(folder / training.STATE, weights_only=True)
+    return read_state(folder / training.STATE)
 
 
 class Refused(Exception):

@@ -20,6 +20,7 @@ from turbodistill.trainer.config import Config
 from turbodistill.trainer.data.pairs import load_pairs
 from turbodistill.trainer.run import training
 from turbodistill.trainer.run.memory import OutOfMemory
+from turbodistill.trainer.run.state_file import read_values
 
 COMMANDS = ("demo", "distill", "sample", "evaluate", "info")
 QUICK = [
@@ -329,7 +330,7 @@ def test_interrupting_saves_and_says_how_to_go_on(pipeline_folder, prompts, tmp_
     assert process.returncode == 130, err
     assert "stopping after this update" in err and "Traceback" not in err
     assert f"saved; to go on: turbodistill distill --model {pipeline_folder}" in out
-    done = torch.serialization.load(tmp_path / training.STATE, weights_only=True)["update"]
+    done = read_values(tmp_path / training.STATE)["update"]
     assert done == len(history.read_text().splitlines()) - 1 >= 3
     assert cli.main(["distill", *flags, "--updates", str(done + 2)]) == 0
     assert len(history.read_text().splitlines()) - 1 == done + 2

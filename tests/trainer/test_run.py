@@ -28,7 +28,7 @@ def test_events_come_in_order_and_nothing_is_printed(kit, host, tmp_path, capfd)
     assert preview.student.shape == preview.teacher.shape == (len(preview.prompts), *host.latent_shape)
     assert len(preview.seeds) == len(preview.prompts) and set(preview.seeds) <= set(range(12))
     assert kit.updates(tmp_path) == [1, 2, 3, 4, 5]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["history.csv", "pairs", "state.pt", "student.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["history.csv", "pairs", training.STATE, training.BEST]
 
 
 def test_the_student_file_says_how_it_was_made(kit, host, tmp_path):

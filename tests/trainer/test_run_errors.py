@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from turbodistill.core import losses
 from turbodistill.core.card import read_card
 from turbodistill.core.student import load_student
@@ -16,7 +18,7 @@ from turbodistill.trainer.config import ConfigError
 from turbodistill.trainer.data.files import DataError, whole_file, write_whole
 from turbodistill.trainer.loop import start
 from turbodistill.trainer.loop.distill import Diverged, Step
-from turbodistill.trainer.run import run, training
+from turbodistill.trainer.run import run, state_file, training
 from turbodistill.trainer.run.events import Finished, PairsMade, Selected, Warned
 from turbodistill.trainer.run.memory import OutOfMemory
 
@@ -155,8 +157,10 @@ def test_pairs_that_are_deleted_while_they_are_made_are_told_and_made_again(kit,
 
 
 def test_a_file_whose_folder_goes_while_it_is_written_says_so(tmp_path):
-    path = tmp_path / "run" / "state.pt"
-    told = pytest.raises(OSError, match=r"cannot write .*state.pt .*folder was deleted or moved .*run it again")
+    path = tmp_path / "run" / training.STATE
+    told = pytest.raises(
+        OSError, match=r"cannot write .*state\.safetensors .*folder was deleted or moved .*run it again"
+    )
     with told, whole_file(path) as part:
         part.write_bytes(b"half")
         shutil.rmtree(path.parent)
@@ -169,7 +173,7 @@ def test_a_broken_state_is_told_and_deleting_it_begins_anew(kit, host, tmp_path)
     path = tmp_path / training.STATE
     for length in (1000, 0):
         path.write_bytes(path.read_bytes()[:length])
-        told = r"state.pt cannot be read \(.+\): delete it to begin anew; the teacher pairs stay"
+        told = r"state\.safetensors cannot be read \(.+\): delete it to begin anew; the teacher pairs stay"
         with pytest.raises(ConfigError, match=told):
             kit.go(host, kit.config(), tmp_path)
     path.unlink()
@@ -192,12 +196,27 @@ def full_disk(name, room):
     return write_bytes
 
 
+def full_for_states(room):
+    """safetensors' save_file, which finds no room after a few."""
+    writes = []
+
+    def save(tensors, path, about):
+        writes.append(path)
+        if len(writes) <= room:
+            return save_file(tensors, path, about)
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    return save
+
+
 @pytest.mark.parametrize("name", [training.STATE, training.BEST])
 def test_a_full_disk_leaves_the_earlier_state_and_the_run_goes_on(kit, host, tmp_path, monkeypatch, name):
     settings = kit.config(updates=8, save_every=2, evaluate_every=2)
     kit.go(host, settings, tmp_path / "whole", score=lambda s, t: 1.0)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full_disk(name, 2))
+        patch.setattr(state_file, "save_file", full_for_states(2) if name == training.STATE else save_file)
         with pytest.raises(OSError, match=r"cannot write .*No space left on device.*: free some space"):
             kit.go(host, settings, tmp_path / "full", score=lambda s, t: 1.0)
     # Of a state that cannot be written the one before is left, of a student that cannot, all but that.
@@ -303,6 +322,6 @@ def test_what_was_trained_is_free_once_out_of_memory_is_told(kit, host, tmp_path
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux's /proc, in which no folder can be made")
 def test_a_folder_that_cannot_be_made_was_not_deleted():
-    told = pytest.raises(OSError, match=r"cannot write /proc/run/state.pt .*: free some space or choose another folder")
-    with told, whole_file(Path("/proc/run/state.pt")):
+    told = pytest.raises(OSError, match=r"cannot write /proc/run/file .*: free some space or choose another folder")
+    with told, whole_file(Path("/proc/run/file")):
         pass

@@ -180,6 +180,15 @@ def test_a_file_that_lacks_weights_is_refused(kit, host, settings, folder, tmp_p
         start.features(host, settings(pixel_backbone=str(tmp_path)))
 
 
+def test_weights_that_are_a_pickle_are_refused(kit, host, settings, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "vit")
+    (tmp_path / "vit" / "model.safetensors").unlink()
+    (tmp_path / "vit" / "pytorch_model.bin").write_bytes(kit.pickles.archive(tmp_path / "ran"))
+    with pytest.raises(ConfigError, match=r"pixel_backbone is .*which cannot be loaded: .*model\.safetensors"):
+        start.features(host, settings(pixel_backbone=str(tmp_path / "vit")))
+    assert not (tmp_path / "ran").exists()
+
+
 def test_taps_are_of_its_own_modules(kit, host, settings):
     with pytest.raises(ConfigError, match=r"taps \['blocks.0'\] are no modules of Dinov2Model"):
         start.features(host, settings(taps="blocks.0"))

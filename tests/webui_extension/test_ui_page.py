@@ -131,4 +131,4 @@ def test_what_runs_is_saved_when_the_program_is_ended(served):
     log = (folder / "log.txt").read_text()
     assert "cancelling the distillation: Resume goes on from there" in log and "Traceback" not in log
     run = folder / "runs" / "longer"
-    assert json.loads((run / "run.json").read_text())["state"] == "cancelled" and (run / "state.pt").exists()
+    assert json.loads((run / "run.json").read_text())["state"] == "cancelled" and (run / "state.safetensors").exists()

@@ -16,14 +16,14 @@ def load_vision(name: str) -> tuple[nn.Module, int]:
     """A vision transformer in float32, and the side of its patches in pixels.
 
     `name` is "embedded", a folder in transformers' layout, or a hub's name. Raises ValueError for one
-    that cannot be had whole, or that has no patches.
+    that cannot be had whole, that has no patches, or whose weights are a pickle.
     """
     try:
         from transformers import AutoModel
 
         with _without_progress():
             network, info = AutoModel.from_pretrained(
-                str(VISION) if name == EMBEDDED else name, output_loading_info=True
+                str(VISION) if name == EMBEDDED else name, output_loading_info=True, use_safetensors=True
             )
     except (ImportError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"pixel_backbone is {name!r}, which cannot be loaded: {error}") from None

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 from ...core.card import read_student
 from ...core.student import load_weights
 from ..config import Config, ConfigError, check_resumable
-from ..data.files import reason, write_whole
+from ..data.files import reason
 from ..data.pairs import changes
 from ..data.samples import Samples
 from ..host import Host
@@ -29,10 +28,11 @@ from .events import Begun, Control, Event, Finished, Preview, Selected, Warned
 from .history import History
 from .memory import PREVIEWS, is_out_of_memory, measure_memory
 from .scores import Score
+from .state_file import read_state, read_values, write_state
 from .student_file import write_student
 
 log = logging.getLogger(__name__)
-STATE, HISTORY, BEST = "state.pt", "history.csv", "student.safetensors"
+STATE, HISTORY, BEST = "state.safetensors", "history.csv", "student.safetensors"
 
 
 def student_pictures(state: State, pairs: Samples, rows: Tensor, steps: int = 1) -> Tensor:
@@ -48,21 +48,21 @@ def student_pictures(state: State, pairs: Samples, rows: Tensor, steps: int = 1)
 
 def save_state(state: State, folder: Path) -> None:
     """Write the state into a run's folder, whole or not at all; raises OSError."""
-    buffer = io.BytesIO()
-    torch.save(state.state_dict(), buffer)
-    write_whole(folder / STATE, buffer.getvalue())
+    write_state(folder / STATE, state.state_dict())
 
 
-def read_state(folder: Path, device: torch.device | str = "cpu", mmap: bool = False) -> dict[str, Any] | None:
-    """A folder's last state, if it has one, mapped into memory or read; raises ConfigError for a file that is none."""
+def _saved(folder: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any] | None:
+    """A folder's last state, if it has one; raises ConfigError for a file that is none."""
     path = folder / STATE
     if not path.exists():
         return None
     try:
-        saved = torch.serialization.load(path, weights_only=True, map_location=device, mmap=mmap)
+        saved = read(path)
         check_state(saved)
         return saved
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise _unusable(path, error) from None
 
 
@@ -72,7 +72,7 @@ def _unusable(path: Path, error: Exception) -> ConfigError:
 
 def check_saved(folder: Path, config: Config, recipe: Mapping[str, str]) -> None:
     """Raise ConfigError if the training in a folder cannot go on with these settings and pairs of this recipe."""
-    saved = read_state(folder, mmap=True)
+    saved = _saved(folder, read_values)
     if saved is None:
         return
     check_resumable(saved["config"], config)
@@ -84,7 +84,7 @@ def check_saved(folder: Path, config: Config, recipe: Mapping[str, str]) -> None
 
 def resume(state: State, folder: Path) -> bool:
     """Load the folder's last state, if it has one; raises ConfigError for one of other settings or another shape."""
-    saved = read_state(folder, state.student.device)
+    saved = _saved(folder, read_state)
     if saved is None:
         return False
     try:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from turbodistill.trainer.run.state_file import read_values
 
 pytestmark = pytest.mark.host
 
@@ -204,7 +205,7 @@ def test_many_cancels_at_random_moments_leave_the_model_as_it_was(comfyui, disti
     assert after[0] == before[0] and torch.equal(after[1], before[1])
     # A second training starts clean, and a cancelled one goes on.
     graph = new_graph()
-    done = torch.serialization.load(runs(comfyui, "cancelled-4") / "state.pt", weights_only=True)["update"]
+    done = read_values(runs(comfyui, "cancelled-4") / "state.safetensors")["update"]
     nodes = distilling("cancelled-4", graph, pairs={"seed": 104}, updates=done + 2)
     comfyui.run(graph)
     assert snapshot(comfyui, nodes["distill"])["done"] == done + 2
@@ -403,7 +404,7 @@ def test_an_output_folder_that_is_deleted_is_made_anew(comfyui, graph, distillin
     comfyui.wait(queued)
     assert snapshot(comfyui, nodes["distill"])["state"] == "stopped"
     left = {path.name for path in runs(comfyui, "deleted").iterdir()}
-    assert left == {"history.csv", "state.pt", "student.safetensors"}
+    assert left == {"history.csv", "state.safetensors", "student.safetensors"}
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs Linux: a limit on the server's files")
