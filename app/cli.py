@@ -91,7 +91,11 @@ def make_parser() -> argparse.ArgumentParser:
         type=place,
         help="text file, one prompt a line; of {red|blue} in it one is drawn (default: the embedded model's)",
     )
-    distill.add_argument("--images", type=place, help="folder of captioned pictures for the discriminator")
+    distill.add_argument(
+        "--images",
+        type=place,
+        help="captioned pictures for the discriminator: a folder, or a .tar or .parquet file (see docs/data.md)",
+    )
     distill.add_argument(
         "--out", type=folder, default=Path("runs/distill"), help="folder for everything; a run there goes on"
     )

@@ -93,7 +93,7 @@ def load_reference(path: str | Path) -> Reference:
 
 
 def unpack_reference(path: str | Path, split: str, folder: Path) -> None:
-    """Write the pictures of one split of a reference zip as a captioned folder, as `read_image_folder` takes it."""
+    """Write the pictures of one split of a reference zip as a captioned folder, as `read_pictures` takes it."""
     with zipfile.ZipFile(path) as archive:
         rows = [row for row in _rows(archive) if row["split"] == split]
         archive.extractall(folder, [row["file_name"] for row in rows])

@@ -13,11 +13,13 @@ from comfy_api.latest import io, ui
 
 from ..demo import files
 from ..trainer.checks import check_text_file
-from ..trainer.config import OF_PAIRS, Config
+from ..trainer.config import OF_IMAGES, OF_PAIRS, Config
 from ..trainer.data.files import DataError
-from ..trainer.data.images import check_pictures, load_picture, read_image_folder
+from ..trainer.data.images import check_pictures, load_picture, load_some
 from ..trainer.data.pairs import make_pairs, pairs_key
+from ..trainer.data.pictures import read_pictures
 from ..trainer.data.prompts import ANYTHING, draw_prompts, prompt_lines, read_prompts
+from ..trainer.data.walk import stamp
 from ..trainer.run.events import PairsMade
 from ..trainer.run.monitor import Monitor
 from .graph import file_names
@@ -43,6 +45,14 @@ class Pairs:
     settings: dict[str, Any]
     width: int
     height: int
+
+
+@dataclass(frozen=True)
+class Images:
+    """Where captioned pictures lie, and what happens to those that cannot be used."""
+
+    place: Path
+    broken_pictures: str
 
 
 class Prompts(io.ComfyNode):
@@ -125,13 +135,18 @@ class ImageFolder(io.ComfyNode):
                     "folder",
                     default="",
                     tooltip="A folder of pictures, each with a .txt of the same name, or with one metadata.jsonl "
-                    "(file_name, text): its name in ComfyUI's input folder, or its whole path.",
+                    "(file_name, text); or of .tar or .parquet files. Its name in ComfyUI's input folder, or its whole "
+                    "path.",
                 ),
+                *widgets(OF_IMAGES),
             ],
             outputs=[
                 IMAGES.Output("IMAGES", display_name="IMAGES", tooltip="For Distill."),
                 PROMPTS.Output(
                     "CAPTIONS", display_name="CAPTIONS", tooltip="The captions as prompts, for Teacher Pairs."
+                ),
+                io.String.Output(
+                    "about", display_name="about", tooltip="How many pictures there are, and what is left out and why."
                 ),
             ],
             is_output_node=True,
@@ -142,21 +157,24 @@ class ImageFolder(io.ComfyNode):
         if not folder.strip():
             return ""
         try:
-            found = read_image_folder(page.input_path(folder))
+            return stamp(page.input_path(folder))
         except DataError as error:
             return str(error)
-        return "\n".join(f"{path} {path.stat().st_mtime_ns if path.exists() else 0} {text}" for path, text in found)
 
     @classmethod
-    def execute(cls, folder: str) -> io.NodeOutput:
+    def execute(cls, folder: str, broken_pictures: str) -> io.NodeOutput:
         if not folder.strip():
             raise DataError("folder is empty: give the name of a folder in ComfyUI's input folder, or a whole path")
-        path = page.input_path(folder)
-        found = read_image_folder(path)
-        check_pictures(found)
-        shown = torch.stack([load_picture(p, (256, 256)) for p, _ in found[:SHOWN]])
-        captions = list(dict.fromkeys(text for _, text in found if text))
-        return io.NodeOutput(path, captions, ui=ui.PreviewImage(shown.movedim(1, -1), cls=cls))
+        images = Images(page.input_path(folder), Config(broken_pictures=broken_pictures).broken_pictures)
+        found = read_pictures(images.place, broken_pictures)
+        if broken_pictures == "stop":
+            check_pictures(found.pictures)
+            shown = [load_picture(picture, (256, 256)) for picture in found.pictures[:SHOWN]]
+        else:
+            shown = load_some(found.pictures, (256, 256), SHOWN)
+        about = found.in_words() or f"{len(found.pictures)} pictures"
+        preview = ui.PreviewImage(torch.stack(shown).movedim(1, -1), cls=cls)
+        return io.NodeOutput(images, found.captions, about, ui=preview)
 
 
 def base_name(cls, model) -> str:

@@ -18,7 +18,7 @@ from ..trainer.data.pairs import pairs_key
 from ..trainer.run import run
 from ..trainer.run.events import Finished, Preview
 from ..trainer.run.monitor import Monitor
-from .data import IMAGES, PAIRS, Pairs, base_name
+from .data import IMAGES, PAIRS, Images, Pairs, base_name
 from .graph import file_names
 from .host import page, patcher, save
 from .host.training import ComfyUIHost, cancellable, trainable
@@ -110,10 +110,13 @@ class Distill(io.ComfyNode):
         return stopped_early(name)
 
     @classmethod
-    def execute(cls, model, clip, vae, pairs: Pairs, name: str, images=None, settings=None, **chosen) -> io.NodeOutput:
+    def execute(
+        cls, model, clip, vae, pairs: Pairs, name: str, images: Images | None = None, settings=None, **chosen
+    ) -> io.NodeOutput:
         config = Config(**(settings or {}) | pairs.settings | chosen)
-        if images is not None and config.positives == "teacher":
-            config = config.replace(positives="both")
+        if images is not None:
+            positives = "both" if config.positives == "teacher" else config.positives
+            config = config.replace(positives=positives, broken_pictures=images.broken_pictures)
         if config.init_student:
             check_inside(config.init_student, page.readable_folders())
         folder = run_folder(name)
@@ -144,7 +147,8 @@ class Distill(io.ComfyNode):
     def _train(loaded, config, folder, pairs, images, panel) -> tuple[Preview, Finished]:
         """Run to the end; the last preview, and what was made."""
         control = panel.monitor.control
-        events = run.run(loaded, config, folder, pairs.prompts, images, pairs_folder=pairs.folder, control=control)
+        place = None if images is None else images.place
+        events = run.run(loaded, config, folder, pairs.prompts, place, pairs_folder=pairs.folder, control=control)
         preview: Preview | None = None
         with closing(events):
             for event in events:

@@ -23,9 +23,10 @@ from ..core.gradient_checkpointing import blocks
 from ..trainer.checks import check_inside, check_name, check_size
 from ..trainer.config import ConfigError
 from ..trainer.data.files import write_whole
-from ..trainer.data.images import check_pictures, read_image_folder
+from ..trainer.data.images import check_pictures
 from ..trainer.data.lock import InUse, locked
 from ..trainer.data.pairs import make_pairs, pairs_key
+from ..trainer.data.pictures import read_pictures
 from ..trainer.host import Host
 from ..trainer.run import run
 from ..trainer.run.events import Event, Finished, Interrupted, PairsMade
@@ -77,9 +78,13 @@ class Job:
         folders = backend.readable_folders()
         if self.config.init_student:
             check_inside(self.config.init_student, folders)
+        captions: list[str] = []
         if request.images:
-            check_pictures(read_image_folder(check_inside(request.images, folders)))
-        self.prompts = request.lines(backend.prompts(), folders)
+            found = read_pictures(check_inside(request.images, folders), self.config.broken_pictures)
+            if self.config.broken_pictures == "stop":
+                check_pictures(found.pictures)
+            captions = found.captions
+        self.prompts = request.lines(backend.prompts(), folders, captions)
         self.begun = time.time()
         self.result = ""  # what came of it, in words
         self.memory: Memory | None = None

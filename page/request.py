@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..trainer.checks import check_inside, check_text_file
+from ..trainer.checks import check_text_file
 from ..trainer.config import Config, ConfigError
 from ..trainer.data.files import DataError, path_of
-from ..trainer.data.images import read_image_folder
 from ..trainer.data.prompts import prompt_lines, read_prompts
 
 KINDS = ("pairs", "distill", "estimate")
@@ -58,8 +57,10 @@ class Request:
         config = Config.from_dict(dict(self.settings))
         return config.replace(positives="both") if self.images and config.positives == "teacher" else config
 
-    def lines(self, built_in: Mapping[str, Path], folders: Sequence[Path] | None) -> list[str]:
-        """The prompts before any choice in them is drawn, from files in `folders` (None: any).
+    def lines(
+        self, built_in: Mapping[str, Path], folders: Sequence[Path] | None, captions: Sequence[str] = ()
+    ) -> list[str]:
+        """The prompts before any choice in them is drawn, from files in `folders` (None: any), or else the captions.
 
         Raises DataError where there are none, or the file may not be read.
         """
@@ -71,11 +72,6 @@ class Request:
             if self.built_in not in built_in:
                 raise DataError(f"there is no prompt list {self.built_in!r:.100}: known are {', '.join(built_in)}")
             return read_prompts(built_in[self.built_in])
-        captions = (
-            dict.fromkeys(text for _, text in read_image_folder(check_inside(self.images, folders)) if text)
-            if self.images
-            else ()
-        )
         if not captions:
             raise DataError("there are no prompts: write some, one a line, or name a text file or a built-in list")
         return list(captions)

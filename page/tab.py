@@ -13,7 +13,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..trainer.config import ADVANCED, OF_DISTILL, OF_PAIRS, ConfigError
+from ..trainer.config import ADVANCED, OF_DISTILL, OF_IMAGES, OF_PAIRS, ConfigError
 from . import curves, fields, job, runs, view
 from .backend import Backend
 from .events import listen
@@ -23,7 +23,7 @@ TEXT, FILE, CAPTIONS = "the text below", "a text file", "the captions of my pict
 BUILT_IN = "built in: "
 EXAMPLE = "a {red|black|white} {fox|cat|owl} in a {forest|city|garden}, {photo|oil painting}"
 MAIN = (*OF_PAIRS, *OF_DISTILL)
-SETTINGS = (*MAIN, *ADVANCED)
+SETTINGS = (*MAIN, *ADVANCED, *OF_IMAGES)
 OF_RUN = ("name", "source", "text", "file", "images", "width", "height")  # what else the form asks for
 MISTAKES = (ValueError, OSError, job.Busy, job.NothingRuns, job.NoTraining)
 
@@ -171,7 +171,8 @@ def _form(backend: Backend) -> Form:
     images = gr.Textbox(
         value="",
         label="Picture folder (not needed)",
-        info="Pictures of your own, each with a .txt of the same name, for the discriminator to take for real",
+        info="Captioned pictures of your own for the discriminator to take for real: a folder with a .txt beside each, "
+        "or with a metadata.jsonl, .tar or .parquet files",
         max_lines=1,
         elem_id="turbodistill-images",
     )
@@ -180,7 +181,7 @@ def _form(backend: Backend) -> Form:
         high = gr.Number(value=0, label="Height", info=pixels, precision=0, minimum=0)
     settings = fields.components(MAIN, backend.settings, backend.limits)
     with gr.Accordion("Advanced settings", open=False, elem_id="turbodistill-advanced"):
-        settings |= fields.grouped(ADVANCED, backend.settings, backend.limits)
+        settings |= fields.grouped((*ADVANCED, *OF_IMAGES), backend.settings, backend.limits)
     return Form(dict(zip(OF_RUN, (name, source, text, file, images, wide, high), strict=True)), settings)
 
 

@@ -18,7 +18,8 @@ from turbodistill.page.request import Request
 from turbodistill.trainer.checks import check_name, check_size
 from turbodistill.trainer.config import Config, ConfigError
 from turbodistill.trainer.data.files import DataError, checksum, read_tensors
-from turbodistill.trainer.data.images import check_pictures, load_picture, read_image_folder
+from turbodistill.trainer.data.images import check_pictures, load_picture
+from turbodistill.trainer.data.pictures import read_pictures
 from turbodistill.trainer.data.prompts import expand, read_prompts
 from turbodistill.trainer.data.samples import load_samples
 from turbodistill.trainer.loop.distill import Step
@@ -82,12 +83,12 @@ def test_tables_and_captions(fuzz, endures, tmp_path):
     def table(draws):
         rows = [json.dumps(fuzz.values_of(draws, {"file_name": "a.png", "text": "a fox"})) for _ in range(3)]
         (tmp_path / "metadata.jsonl").write_bytes(fuzz.bytes_of(draws, "\n".join(rows).encode()))
-        read_image_folder(tmp_path)
+        read_pictures(tmp_path)
 
     def commas(draws):
         raw = b'file_name,text\na.png,"a fox"\nb.png,an owl\n'
         (tmp_path / "metadata.csv").write_bytes(fuzz.bytes_of(draws, raw))
-        read_image_folder(tmp_path)
+        read_pictures(tmp_path)
 
     assert endures(table, fresh=tmp_path, share=2) and endures(commas, fresh=tmp_path, share=2)
 
@@ -132,10 +133,10 @@ def test_pictures(fuzz, endures, tmp_path):
             raw = fuzz.bytes_of(draws, raw)
         (tmp_path / name).write_bytes(raw)
         (tmp_path / "a.txt").write_bytes(fuzz.bytes_of(draws, b"a fox") if draws.random() < 0.3 else b"a fox")
-        found = read_image_folder(tmp_path)
-        check_pictures(found)
-        for path, _ in found:
-            assert load_picture(path, (8, 8)).shape == (3, 8, 8)
+        found = read_pictures(tmp_path)
+        check_pictures(found.pictures)
+        for each in found.pictures:
+            assert load_picture(each, (8, 8)).shape == (3, 8, 8)
 
     assert endures(picture, fresh=tmp_path, share=4)
 
@@ -210,5 +211,7 @@ def test_records_of_runs(fuzz, endures, tmp_path):
 def test_a_picture_of_many_pixels_takes_a_bounded_memory(fuzz, tmp_path):
     """Ten kilobytes of file, a quarter of a gigabyte of pixels."""
     Image.new("1", (9000, 9000), 1).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("white")
     with fuzz.bounded(700 << 20):
-        assert (load_picture(tmp_path / "a.png", (8, 8)) == 1).all()
+        (found,) = read_pictures(tmp_path).pictures
+        assert (load_picture(found, (8, 8)) == 1).all()

@@ -122,6 +122,13 @@ class Config:
         ("teacher", "real", "both"),
     )
     real_share: float = option(0.5, "Share of your own pictures when positives is 'both'.", "data", low=0, high=1)
+    broken_pictures: str = option(
+        "stop",
+        "What happens where a picture of your own cannot be read or has no caption: stop ends and names it; skip goes "
+        "on without it and says how many there were.",
+        "data",
+        ("stop", "skip"),
+    )
     # Training
     updates: int = option(
         2000,
@@ -444,17 +451,19 @@ def nearest(name: str) -> str | None:
     return next(iter(difflib.get_close_matches(name.lower(), [f.name for f in fields], 1, 0.7)), None)
 
 
-# What forms ask for at once: what decides the pairs, and what a training needs said. All else is advanced.
+# What forms ask for at once: what decides the pairs, what pictures need, what a training needs. All else is advanced.
 OF_PAIRS = ("pairs", "pair_steps", "pair_sampler", "guidance", "seed")
+OF_IMAGES = ("broken_pictures",)
 OF_DISTILL = ("rank", "updates", "batch_size", "gradient_checkpointing")
 # What hosts cannot do yet, which have no gradients through their autoencoder: their forms leave it out.
 OF_PIXELS = ("pixel_backbone", "pixel_size")
-ADVANCED = tuple(f.name for f in dataclasses.fields(Config) if f.name not in OF_PAIRS + OF_DISTILL + OF_PIXELS)
+ASKED = OF_PAIRS + OF_IMAGES + OF_DISTILL + OF_PIXELS
+ADVANCED = tuple(f.name for f in dataclasses.fields(Config) if f.name not in ASKED)
 
 # What may change between a run and its resumption: it decides how long, how often and with how much memory.
 RESUMABLE = {"updates", "minutes", "preview_every", "save_every", "evaluate_every"}
 RESUMABLE |= {"batch_size", "gradient_accumulation", "precision", "gradient_checkpointing"}
-RESUMABLE |= {"init_student"}  # only the start needs it
+RESUMABLE |= {"init_student", "broken_pictures"}  # only the start needs them
 
 
 def check_resumable(saved: dict[str, Any], config: Config) -> None:

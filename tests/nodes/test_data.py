@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from turbodistill.demo import files
-from turbodistill.trainer.config import OF_PAIRS
+from turbodistill.trainer.config import OF_PAIRS, ConfigError
 from turbodistill.trainer.data.files import DataError
 from turbodistill.trainer.data.pairs import load_pairs
 from turbodistill.trainer.data.prompts import ANYTHING, read_prompts
@@ -99,7 +99,7 @@ def test_where_others_reach_comfyui_files_are_read_from_its_own_folders_alone(
             prompts(nodes.data.Prompts.FILE, file=str(path))
         assert nodes.data.Prompts.fingerprint_inputs(nodes.data.Prompts.FILE, "", str(path))
     with pytest.raises(DataError, match="is outside the folders"):
-        nodes.data.ImageFolder.run(folder=str(tmp_path))
+        nodes.data.ImageFolder.run(folder=str(tmp_path), broken_pictures="stop")
     assert "is outside the folders" in nodes.data.ImageFolder.fingerprint_inputs(str(tmp_path))
     settings = nodes.distill.AdvancedSettings.run(init_student=str(tmp_path / "theirs.safetensors"))[0]
     pairs = nodes.data.Pairs(places.output, ["a fox"], {}, 64, 64)
@@ -130,8 +130,9 @@ def pictures(places):
 def test_a_folder_of_pictures_with_their_captions(nodes, pictures):
     node = nodes.data.ImageFolder
     for name in ("pets", " pets ", str(pictures)):
-        made = node.run(folder=name)
-        assert made.args == (pictures, ["a fox", "an owl"])  # as prompts, each once
+        made = node.run(folder=name, broken_pictures="stop")
+        assert made[0] == nodes.data.Images(pictures, "stop") and made[2] == "4 pictures"
+        assert made[1] == ["a fox", "an owl"]  # as prompts, each once
         assert made.ui.image.shape == (4, 256, 256, 3) and 0 <= made.ui.image.min() <= made.ui.image.max() <= 1
 
 
@@ -139,7 +140,7 @@ def test_of_many_pictures_some_are_shown(nodes, pictures):
     for k in range(4, 20):
         Image.new("RGB", (8, 8)).save(pictures / f"{k}.png")
         (pictures / f"{k}.txt").write_text(f"number {k}")
-    made = nodes.data.ImageFolder.run(folder="pets")
+    made = nodes.data.ImageFolder.run(folder="pets", broken_pictures="stop")
     assert len(made.ui.image) == 16 and len(made[1]) == 18
 
 
@@ -167,7 +168,7 @@ def emptied(folder):
 def test_pictures_that_cannot_be_used_are_told(nodes, pictures, harm, told):
     harm(pictures)
     with pytest.raises(DataError, match=told):
-        nodes.data.ImageFolder.run(folder="pets")
+        nodes.data.ImageFolder.run(folder="pets", broken_pictures="stop")
 
 
 def test_a_broken_picture_is_found_among_those_that_are_not_shown(nodes, pictures):
@@ -176,13 +177,13 @@ def test_a_broken_picture_is_found_among_those_that_are_not_shown(nodes, picture
         (pictures / f"{k}.txt").write_text("a dot")
     (pictures / "9.png").write_bytes(b"no picture")  # the last by name
     with pytest.raises(DataError, match=r"9\.png cannot be read"):
-        nodes.data.ImageFolder.run(folder="pets")
+        nodes.data.ImageFolder.run(folder="pets", broken_pictures="stop")
 
 
 @pytest.mark.parametrize(("name", "told"), [("  ", "folder is empty: give the name"), ("nowhere", "does not exist")])
 def test_a_folder_that_is_none_is_told(nodes, pictures, name, told):
     with pytest.raises(DataError, match=told):
-        nodes.data.ImageFolder.run(folder=name)
+        nodes.data.ImageFolder.run(folder=name, broken_pictures="stop")
 
 
 def test_a_changed_folder_is_looked_at_again(nodes, pictures):
@@ -191,8 +192,19 @@ def test_a_changed_folder_is_looked_at_again(nodes, pictures):
     assert stamp("pets") == before
     (pictures / "0.txt").write_text("another")
     assert stamp("pets") != before
+    before = stamp("pets")
     emptied(pictures)
-    assert "holds no picture" in stamp("pets")  # told when it is run, not when it is asked whether to run
+    assert stamp("pets") != before  # that nothing is left is told when it is run, not when it is asked whether to run
+
+
+def test_pictures_that_cannot_be_used_are_left_out_where_that_is_wanted(nodes, pictures):
+    for harm in (broken, lambda folder: (folder / "3.txt").unlink()):
+        harm(pictures)
+    made = nodes.data.ImageFolder.run(folder="pets", broken_pictures="skip")
+    assert made[0].broken_pictures == "skip" and len(made.ui.image) == 2
+    assert "left out: 1 pictures without a caption" in made[2]  # the broken one is found when it is encoded
+    with pytest.raises(ConfigError, match="broken_pictures is 'no': use one of stop, skip"):
+        nodes.data.ImageFolder.run(folder="pets", broken_pictures="no")
 
 
 # --- Teacher Pairs ---

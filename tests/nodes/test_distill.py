@@ -126,7 +126,7 @@ def images(nodes, places):
     for k in range(3):
         Image.effect_noise((20, 20), 60).convert("RGB").save(pets / f"{k}.png")
         (pets / f"{k}.txt").write_text(f"pet {k}")
-    return nodes.data.ImageFolder.run(folder="pets")
+    return nodes.data.ImageFolder.run(folder="pets", broken_pictures="stop")
 
 
 @pytest.mark.parametrize(("positives", "used"), [("teacher", "both"), ("both", "both"), ("real", "real")])

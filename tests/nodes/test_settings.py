@@ -15,8 +15,8 @@ NOT_SETTINGS = {("TurboDistillTeacherPairs", "width")}  # of the pictures; Advan
 
 @pytest.fixture(scope="module")
 def widgets(nodes):
-    """Pairs of node id and widget, of the three nodes that ask for settings."""
-    asking = (nodes.data.TeacherPairs, nodes.distill.Distill, nodes.distill.AdvancedSettings)
+    """Pairs of node id and widget, of the nodes that ask for settings."""
+    asking = (nodes.data.ImageFolder, nodes.data.TeacherPairs, nodes.distill.Distill, nodes.distill.AdvancedSettings)
     schemas = [node.define_schema() for node in asking]
     inputs = [
         (schema.node_id, i) for schema in schemas for i in schema.inputs if i.io_type in (*KINDS.values(), "COMBO")

@@ -1,12 +1,17 @@
 """Prompts and captioned pictures: encoded once, and refused with a reason when they cannot be used."""
 
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from turbodistill.trainer.data import conditioning, images
 from turbodistill.trainer.data.files import DataError
-from turbodistill.trainer.data.images import cache_images, check_pictures, load_images, load_picture, read_image_folder
+from turbodistill.trainer.data.found import Picture, open_file
+from turbodistill.trainer.data.images import check_pictures, load_images, load_picture
+from turbodistill.trainer.data.pictures import read_pictures
 from turbodistill.trainer.data.prompts import prompt_lines, read_prompts
 from turbodistill.trainer.data.samples import Samples
 
@@ -34,6 +39,20 @@ def test_a_bad_prompt_file_is_told(tmp_path, content, told):
         read_prompts(path)
 
 
+def in_folder(folder):
+    """The pictures of a folder as pairs of path and caption."""
+    return [(Path(found.name), found.text) for found in read_pictures(folder).pictures]
+
+
+def load(path, size):
+    """A picture file's pixels, whatever lies beside it."""
+    return load_picture(Picture(str(path), path.name, "", partial(open_file, path)), size)
+
+
+def cache_images(host, folder, cache, broken="stop"):
+    return images.cache_images(host, read_pictures(folder, broken), cache, broken)
+
+
 def picture(path, colour="red", size=(40, 20)):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path)
@@ -47,14 +66,14 @@ def captioned(folder, count=3):
 
 
 def test_captions_come_from_text_files(tmp_path):
-    found = read_image_folder(captioned(tmp_path / "images"))
+    found = in_folder(captioned(tmp_path / "images"))
     assert [(p.name, text) for p, text in found] == [(f"{i}.png", f"picture {i}") for i in range(3)]
 
 
 def test_captions_come_from_a_table(tmp_path):
     picture(tmp_path / "deep" / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "deep/a.png", "text": "a fox", "more": 1}\n\n')
-    assert read_image_folder(tmp_path) == [(tmp_path / "deep" / "a.png", "a fox")]
+    assert in_folder(tmp_path) == [(tmp_path / "deep" / "a.png", "a fox")]
 
 
 def test_tables_come_as_other_programs_write_them(tmp_path):
@@ -62,10 +81,10 @@ def test_tables_come_as_other_programs_write_them(tmp_path):
     path = picture(tmp_path / "deep" / "a.png")
     table = tmp_path / "metadata.jsonl"
     table.write_bytes('\ufeff{"file_name": "deep\\\\a.png", "text": "a\u2028b\u0085cd"}\r\n'.encode())
-    assert [(p.resolve(), text) for p, text in read_image_folder(f' "{tmp_path}" ')] == [(path, "a\u2028b\u0085cd")]
+    assert [(p.resolve(), text) for p, text in in_folder(f' "{tmp_path}" ')] == [(path, "a\u2028b\u0085cd")]
     table.unlink()
     (tmp_path / "metadata.csv").write_bytes(b'\xef\xbb\xbffile_name,text\r\ndeep/a.png,"a fox, red"\r\n')
-    assert read_image_folder(tmp_path) == [(path, "a fox, red")]
+    assert in_folder(tmp_path) == [(path, "a fox, red")]
 
 
 def test_other_endings_are_found_and_the_system_s_own_files_are_not(tmp_path):
@@ -74,10 +93,12 @@ def test_other_endings_are_found_and_the_system_s_own_files_are_not(tmp_path):
         image.save(tmp_path / name, {"b.jfif": "JPEG"}.get(name))
         (tmp_path / caption).write_text(name)
     (tmp_path / "._a.png").write_bytes(b"of macOS")
-    found = read_image_folder(tmp_path)
-    assert [(path.name, text) for path, text in found] == [(n, n) for n in ("a.JPG", "b.jfif", "c.tiff", "d.gif")]
-    assert check_pictures(found) is None
-    assert all(load_picture(path, (8, 8)).shape == (3, 8, 8) for path, _ in found)
+    found = read_pictures(tmp_path)
+    assert [(Path(p.name).name, p.text) for p in found.pictures] == [
+        (n, n) for n in ("a.JPG", "b.jfif", "c.tiff", "d.gif")
+    ]
+    assert check_pictures(found.pictures) is None
+    assert all(load_picture(p, (8, 8)).shape == (3, 8, 8) for p in found.pictures)
 
 
 def test_a_picture_lies_as_its_camera_was_held(tmp_path):
@@ -86,14 +107,14 @@ def test_a_picture_lies_as_its_camera_was_held(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     image.save(tmp_path / "a.png", exif=exif)
-    shown = load_picture(tmp_path / "a.png", (20, 20))
+    shown = load(tmp_path / "a.png", (20, 20))
     assert shown[0, 5, 10] == 1 and shown[2, 15, 10] == 1
 
 
 def test_a_picture_of_sixteen_bits_keeps_its_tones(tmp_path):
     values = np.linspace(0, 65535, 20).astype(np.uint16)[None].repeat(20, 0)
     Image.fromarray(values).save(tmp_path / "a.png")
-    shown = load_picture(tmp_path / "a.png", (20, 20))
+    shown = load(tmp_path / "a.png", (20, 20))
     assert torch.allclose(shown[0, 0], torch.from_numpy(values[0].astype(np.float32) / 65535), atol=1 / 255)
 
 
@@ -123,7 +144,7 @@ def table(line):
         (table(b'{"file_name": "a.png"}'), "every row must have file_name and text"),
         (table(b"a.png, a fox"), "every row must have"),
         (table(b'["a.png", "a fox"]'), "every row must have"),
-        (table(b'{"file_name": "a.png", "text": null}'), "every row must have .*no text"),
+        (table(b'{"file_name": "a.png", "text": null}'), "1 pictures have no caption, the first is .*a.png"),
         (table(b'{"file_name": "a.png", "text": " "}'), "1 pictures have an empty caption, the first is .*a.png"),
         (table(b'{"file_name": "../a.png", "text": "a"}'), "names '../a.png', which is not in its folder"),
         (table(b'{"file_name": "/etc/passwd", "text": "a"}'), "names '/etc/passwd', which is not in its folder"),
@@ -138,21 +159,21 @@ def test_a_bad_image_folder_is_told(tmp_path, make, told):
     folder.mkdir()
     make(folder)
     with pytest.raises(DataError, match=told):
-        read_image_folder(folder)
+        read_pictures(folder)
 
 
 def test_a_picture_is_scaled_and_cropped_about_its_centre(tmp_path):
     wide = Image.new("RGB", (80, 20), "red")
     wide.paste("blue", (30, 0, 50, 20))
     wide.save(tmp_path / "wide.png")
-    x = load_picture(tmp_path / "wide.png", (10, 10))
+    x = load(tmp_path / "wide.png", (10, 10))
     assert x.shape == (3, 10, 10) and x.dtype == torch.float32
     assert (x[2] - x[0] > 0.9)[:, 2:-2].all()  # the blue middle; its edges are filtered
 
 
 def test_a_transparent_picture_is_put_on_white(tmp_path):
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert (load_picture(tmp_path / "clear.png", (8, 8)) == 1).all()
+    assert (load(tmp_path / "clear.png", (8, 8)) == 1).all()
 
 
 def broken_pictures():
@@ -176,7 +197,7 @@ def test_a_broken_picture_is_named(tmp_path, kind):
     path = tmp_path / "a.png"
     path.write_bytes(broken_pictures()[kind])
     with pytest.raises(DataError, match=r"picture .*a.png cannot be read .*: replace or remove it"):
-        load_picture(path, (8, 8))
+        load(path, (8, 8))
 
 
 def test_pictures_are_encoded_once(kit, host, tmp_path, monkeypatch):
@@ -185,7 +206,7 @@ def test_pictures_are_encoded_once(kit, host, tmp_path, monkeypatch):
     first = load_images(cache, 3)
     assert done == 3 and first.prompts == ["picture 0", "picture 1", "picture 2"] and first.seeds is None
     assert first.latents.shape == (3, *host.latent_shape)
-    expected = host.encode_images(load_picture(folder / "1.png", host.resolution)[None])
+    expected = host.encode_images(load(folder / "1.png", host.resolution)[None])
     assert torch.equal(latents[1:2], expected) and torch.allclose(first.latents[:], latents, atol=2e-3)
     assert torch.allclose(first.cond.rows(slice(3)).context, host.encode_text(first.prompts).context, atol=2e-3)
     encoded, encode = [], host.encode_images
@@ -253,12 +274,12 @@ def test_prompts_are_the_lines_of_a_text():
 
 
 def test_whole_pictures_pass(tmp_path):
-    assert check_pictures(read_image_folder(captioned(tmp_path / "images"))) is None
+    assert check_pictures(read_pictures(captioned(tmp_path / "images")).pictures) is None
 
 
 @pytest.mark.parametrize("kind", ["empty", "text", "chunk", "length"])
 def test_a_broken_picture_among_others_is_named_without_decoding_them(tmp_path, monkeypatch, kind):
-    found = read_image_folder(captioned(tmp_path / "images"))
+    found = read_pictures(captioned(tmp_path / "images")).pictures
     (tmp_path / "images" / "1.png").write_bytes(broken_pictures()[kind])
     monkeypatch.setattr(images, "load_picture", None)
     with pytest.raises(DataError, match=r"picture .*1\.png cannot be read .*: replace or remove it"):
@@ -267,5 +288,6 @@ def test_a_broken_picture_among_others_is_named_without_decoding_them(tmp_path, 
 
 def test_a_picture_that_a_table_names_must_be_there(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a fox"}')
-    with pytest.raises(DataError, match=r"picture .*a\.png cannot be read"):
-        check_pictures(read_image_folder(tmp_path))
+    told = r"1 pictures that a table names are not there, the first is a\.png .*row 1.*: put them there"
+    with pytest.raises(DataError, match=told):
+        read_pictures(tmp_path)

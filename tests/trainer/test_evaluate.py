@@ -16,7 +16,7 @@ from turbodistill.measure import bench, evaluate, report
 from turbodistill.measure.evaluate import Evaluator, Floor, Score, Timing, load_reference
 from turbodistill.measure.metrics import Interval
 from turbodistill.trainer.data.files import DataError
-from turbodistill.trainer.data.images import read_image_folder
+from turbodistill.trainer.data.pictures import read_pictures
 from turbodistill.trainer.run import training
 
 PROMPTS = [f"thing {i}" for i in range(40)]
@@ -249,7 +249,7 @@ def test_the_demonstration_ends_with_a_report(kit, host, reference_zip, tmp_path
     assert "teacher, 50 steps" in text and "student, 1 step" in text and "regression only" in text
     # The discriminator's real pictures are those that nothing is measured against.
     reals = load_reference(reference_zip).split("train").captions
-    assert [caption for _, caption in read_image_folder(tmp_path / "out" / demo.PICTURES)] == reals
+    assert [each.text for each in read_pictures(tmp_path / "out" / demo.PICTURES).pictures] == reals
     shown = bench.Bench(host, reference_zip, 16).shown
     assert [caption in reals for caption in shown] == [True] * 4 + [False] * 4
     encoded = {name: (tmp_path / "out" / name / "images").exists() for name in ("student", "regression")}

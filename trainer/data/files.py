@@ -84,13 +84,19 @@ def path_of(text: str) -> str:
 def read_text(path: Path) -> str:
     """A text file in UTF-8, with a byte order mark or without; raises DataError for anything else."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\0"
+        return text_of(path.read_bytes(), str(path))
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): check it") from None
+
+
+def text_of(raw: bytes, name: str) -> str:
+    """As `read_text`, of the content of a file of this name."""
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
     if "\0" in text:
-        raise DataError(f"{path} is no UTF-8 text: save it as plain text in UTF-8")
+        raise DataError(f"{name} is no UTF-8 text: save it as plain text in UTF-8")
     return text
 
 

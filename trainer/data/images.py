@@ -1,118 +1,107 @@
-"""Captioned pictures of one's own, and their latents."""
+"""Captioned pictures of one's own: decoded, and encoded into latents once."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
+import importlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..host import Host
 from .conditioning import Conditioning
-from .files import DataError, lines_of, log, path_of, read_text, reason
+from .files import DataError, log, read_tensors, reason, said_of, texts_of
+from .found import BROKEN, Found, Picture, shown
 from .samples import SHARD, Samples, Shard, load_samples, read_shard, write_shard
 
-PICTURES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
-CAPTIONS = (".txt", ".caption")
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow's decoders raise
+WRONG = "wrong"  # what a file says of pictures that could not be read
+# What Pillow's decoders raise; DataError is among them.
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, Image.DecompressionBombError)
+# By these alone: Pillow's others run programs (EPS), or read what no picture of this name is.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "JXL")
+PLUGINS = {".jxl": "pillow-jxl-plugin", ".avif": "a newer Pillow (11.3)"}  # what reads them where Pillow does not
+MOST_PIXELS = 2**28  # of a picture; Pillow's own bound is lower, but hosts switch it off
+AT_ONCE = 8  # pictures that are encoded together
 
 
-def read_image_folder(folder: str | Path) -> list[tuple[Path, str]]:
-    """Pictures of a folder with their captions.
-
-    These are in a table `metadata.jsonl` or `metadata.csv` (file_name, text), or in a .txt or .caption beside each.
-    Raises DataError for a folder without pictures, or a picture without a caption.
-    """
-    folder = Path(path_of(str(folder)))
-    if not os.path.isdir(folder):  # unlike Path's, false for what no folder can be called
-        raise DataError(f"image folder {folder!s:.300} does not exist: check the name")
-    table = next((path for name in ("metadata.jsonl", "metadata.csv") if (path := folder / name).exists()), None)
-    found = _of_table(folder, table) if table else _of_captions(folder)
-    if not found:
-        raise DataError(f"image folder {folder} holds no picture ({', '.join(sorted(PICTURES))})")
-    empty = [path for path, text in found if not text]
-    if empty:
-        raise DataError(f"{len(empty)} pictures have an empty caption, the first is {empty[0]}: write what it shows")
-    return found
-
-
-def _of_captions(folder: Path) -> list[tuple[Path, str]]:
-    """Pictures with a caption's file beside each."""
-    # Names that begin with a dot are the system's: macOS leaves `._a.png` beside `a.png`.
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    captions = {p.with_suffix(""): p for p in files if p.suffix.lower() in CAPTIONS}
-    paths = [p for p in files if p.suffix.lower() in PICTURES]
-    missing = [p for p in paths if p.with_suffix("") not in captions]
-    if missing:
-        raise DataError(f"{len(missing)} pictures have no caption, the first is {missing[0]}: write it to a .txt")
-    return [(p, read_text(captions[p.with_suffix("")]).strip()) for p in paths]
-
-
-def _of_table(folder: Path, table: Path) -> list[tuple[Path, str]]:
-    """Pictures and captions of a table's rows."""
-    text = read_text(table)
-    try:
-        if table.suffix == ".csv":
-            rows: list[Any] = list(csv.DictReader(io.StringIO(text, newline="")))
-        else:
-            rows = [json.loads(line) for line in lines_of(text) if line.strip()]
-        pairs = [(row["file_name"], row["text"]) for row in rows]
-        if not all(isinstance(value, str) for pair in pairs for value in pair):
-            raise ValueError("a value is no text")
-    except (ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
-        raise DataError(f"{table}: every row must have file_name and text ({error!s:.200})") from None
-    return [(_below(folder, name, table), text.strip()) for name, text in pairs]
-
-
-def _below(folder: Path, name: str, table: Path) -> Path:
-    """The picture of a table's row; raises DataError for one that lies elsewhere."""
-    path = folder / name
-    try:
-        if not path.exists():
-            path = folder / name.replace("\\", "/")  # as Windows writes it
-            path.exists()
-    except (OSError, ValueError) as error:
-        raise DataError(f"{table} names {name[:80]!r}, which no file can be called ({error.args[-1]:.80})") from None
-    if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder)):
-        raise DataError(f"{table} names {name[:200]!r}, which is not in its folder: move it there")
-    return path
-
-
-def check_pictures(found: Sequence[tuple[Path, str]]) -> None:
+def check_pictures(pictures: Sequence[Picture]) -> None:
     """Raise DataError if one of the pictures is missing or broken, without decoding them all."""
-    for path, _ in found:
-        try:
-            with Image.open(path) as file:
-                file.verify()
-        except UNREADABLE as error:
-            raise DataError(f"picture {path} cannot be read ({reason(error)}): replace or remove it") from None
+    for picture in pictures:
+        with _said_of(picture), picture.open() as file, _opened(file) as image:
+            image.verify()
 
 
-def load_picture(path: Path, size: tuple[int, int]) -> Tensor:
+@contextmanager
+def _said_of(picture: Picture) -> Iterator[None]:
+    """Within, whatever is wrong with a picture is a DataError that names it."""
+    try:
+        yield
+    except UNREADABLE as error:
+        words = reason(error)
+        if isinstance(error, UnidentifiedImageError):
+            suffix = os.path.splitext(picture.name)[1].lower()
+            reader = PLUGINS.get(suffix)
+            missing = reader and suffix not in Image.registered_extensions()
+            words = f"{suffix} needs {reader}" if missing else "it is empty or no picture"
+        raise DataError(f"picture {shown(picture.name)} cannot be read ({words:.200}): replace or remove it") from None
+
+
+def _opened(file: BinaryIO) -> Image.Image:
+    """A picture whose pixels are not read yet; raises ValueError for too many of them, and as Pillow does."""
+    image = Image.open(file, formats=_formats())
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels, the most is {MOST_PIXELS:,}")
+    return image
+
+
+@cache
+def _formats() -> list[str]:
+    """Those of FORMATS that the installed Pillow reads."""
+    if find_spec("pillow_jxl"):
+        importlib.import_module("pillow_jxl")  # which makes itself known to Pillow
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def load_picture(picture: Picture, size: tuple[int, int]) -> Tensor:
     """A picture on white, scaled and cropped about its centre to (width, height) -> (3, height, width) in [0, 1].
 
     Raises DataError for a file that cannot be read.
     """
     width, height = size
-    try:
-        with Image.open(path) as file:
-            picture = _on_white(_eight_bits(ImageOps.exif_transpose(file)))
-    except UNREADABLE as error:
-        raise DataError(f"picture {path} cannot be read ({reason(error)}): replace or remove it") from None
-    scale = max(width / picture.width, height / picture.height)
-    scaled = picture.resize((max(width, round(picture.width * scale)), max(height, round(picture.height * scale))))
+    with _said_of(picture), picture.open() as file, _opened(file) as image:
+        whole = _on_white(_eight_bits(ImageOps.exif_transpose(image)))
+    scale = max(width / whole.width, height / whole.height)
+    scaled = whole.resize((max(width, round(whole.width * scale)), max(height, round(whole.height * scale))))
     left, top = (scaled.width - width) // 2, (scaled.height - height) // 2
     cropped = scaled.crop((left, top, left + width, top + height))
     return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 255
+
+
+def load_some(pictures: Sequence[Picture], size: tuple[int, int], count: int) -> list[Tensor]:
+    """The first `count` of the pictures that can be read, as `load_picture`; raises DataError if none can."""
+    loaded: list[Tensor] = []
+    wrong: DataError | None = None
+    for picture in pictures:
+        if len(loaded) == count:
+            break
+        try:
+            loaded.append(load_picture(picture, size))
+        except DataError as error:
+            wrong = error
+    if wrong and not loaded:
+        raise wrong
+    return loaded
 
 
 def _on_white(picture: Image.Image) -> Image.Image:
@@ -147,35 +136,69 @@ def _autoencoder(host: Host, device: torch.device) -> list[float]:
 
 
 @torch.no_grad()
-def cache_images(host: Host, folder: str | Path, cache: str | Path) -> Iterator[tuple[int, Tensor]]:
-    """Encode a captioned image folder once into latents and conditioning under `cache`.
+def cache_images(host: Host, found: Found, folder: str | Path, broken: str = "stop") -> Iterator[tuple[int, Tensor]]:
+    """Encode pictures once into latents and conditioning under `folder`.
 
-    Yields (number done so far, the newest latents (n, C, H, W)) after each shard; resumable as `make_pairs`.
-    Raises DataError for a folder or picture that cannot be used.
+    Yields (number done so far, the newest latents (n, C, H, W)) after each shard; resumable as `make_pairs`. One that
+    cannot be read is left out, in `found`, if `broken` is "skip"; else, or if none is left, raises DataError.
     """
-    found = read_image_folder(folder)
-    stamp = [f"{p.name} {p.stat().st_size if p.exists() else 0} {text}" for p, text in found]
+    pictures, folder = found.pictures, Path(folder)
     device = host.denoiser.device
-    about = [host.base_hash, host.text_hash, _autoencoder(host, device), host.resolution, *stamp]
+    stamps = [f"{picture.stamp} {picture.text}" for picture in pictures]
+    about = [host.base_hash, host.text_hash, _autoencoder(host, device), host.resolution, *stamps]
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-    conditioning = Conditioning(host, [text for _, text in found], Path(cache), key, replace_others=True)
-    for first in range(0, len(found), SHARD):
-        path = Path(cache) / f"images-{first:07d}.safetensors"
-        part = found[first : first + SHARD]
-        texts = [text for _, text in part]
+    conditioning = Conditioning(host, [picture.text for picture in pictures], folder, key, replace_others=True)
+    done, wrong = 0, [""]
+    for first in range(0, len(pictures), SHARD):
+        path = folder / f"images-{first:07d}.safetensors"
+        part = pictures[first : first + SHARD]
+        latents, texts, wrong = _stored(path, key)
+        if len(texts) + len(wrong) < len(part) or (wrong and broken == "stop"):
+            latents, texts, wrong = _encoded(host, part, broken)
+            if texts:
+                write_shard(path, Shard(latents, texts), key, {WRONG: json.dumps(wrong)})
+            else:
+                path.unlink(missing_ok=True)
+        for words in wrong:
+            found.leave(BROKEN, "", words)
+        if texts:
+            conditioning.of(texts)
+            done += len(texts)
+            yield first + len(part), latents
+    if not done:
+        raise DataError(f"none of the {len(pictures)} pictures of {found.place} can be read, the first: {wrong[0]}")
+
+
+def _stored(path: Path, key: str) -> tuple[Tensor, list[str], list[str]]:
+    """What a file holds already: latents, their captions, and what was said of those that could not be read."""
+    if path.exists():
         try:
-            latents = read_shard(path, key).latents if path.exists() else None
+            shard = read_shard(path, key)
+            with said_of(path):
+                return shard.latents, shard.prompts, texts_of(read_tensors(path)[1].get(WRONG, "[]"))
         except DataError as error:
             log.warning("%s", error)
-            latents = None
-        if latents is None:
-            pictures = torch.stack([load_picture(p, host.resolution) for p, _ in part])
-            latents = torch.cat([host.encode_images(chunk.to(device)).float().cpu() for chunk in pictures.split(8)])
-            write_shard(path, Shard(latents, texts), key)
-        conditioning.of(texts)
-        yield first + len(part), latents
+    return torch.empty(0), [], []
 
 
-def load_images(cache: str | Path, count: int) -> Samples:
+def _encoded(host: Host, part: Sequence[Picture], broken: str) -> tuple[Tensor, list[str], list[str]]:
+    """Pictures as latents (n, C, H, W), their captions, and what is wrong with those that are left out."""
+    latents, texts, wrong = [], [], []
+    for first in range(0, len(part), AT_ONCE):
+        loaded = []
+        for picture in part[first : first + AT_ONCE]:
+            try:
+                loaded.append(load_picture(picture, host.resolution))
+                texts.append(picture.text)
+            except DataError as error:
+                if broken == "stop":
+                    raise
+                wrong.append(str(error))
+        if loaded:
+            latents.append(host.encode_images(torch.stack(loaded).to(host.denoiser.device)).float().cpu())
+    return torch.cat(latents) if latents else torch.empty(0), texts, wrong
+
+
+def load_images(folder: str | Path, count: int) -> Samples:
     """What `cache_images` has encoded of `count` pictures; raises DataError if it is broken."""
-    return load_samples(cache, "images", count)
+    return load_samples(folder, "images", count)

@@ -14,20 +14,23 @@ import torch
 from torch import Tensor
 
 from ..config import Config, ConfigError
-from ..data.images import cache_images, load_images, read_image_folder
+from ..data.found import BROKEN
+from ..data.images import cache_images, check_pictures, load_images
 from ..data.lock import locked
 from ..data.pairs import load_pairs, make_pairs, pairs_recipe, pairs_size
+from ..data.pictures import read_pictures
 from ..data.prompts import draw_prompts
 from ..data.samples import Samples
 from ..host import Host
 from ..loop.start import begin, check, features
-from .events import Control, Event, PairsMade
+from .events import Control, Event, PairsMade, Warned
 from .memory import PREVIEWS, Memory, OutOfMemory, advice, is_out_of_memory, measure_memory
 from .scores import Score, latent_score
 from .training import Training, check_saved
 
 HELD_OUT = 96  # pairs, at most, that are kept from training to choose the best student by
 FEWEST = 4  # of them, with which every score works
+IMAGES = "images"  # the folder of encoded pictures, in that of a run
 
 
 def split(pairs: Samples) -> tuple[Tensor, Tensor]:
@@ -76,8 +79,8 @@ def run(
 
     Makes what is missing of the teacher pairs (in `pairs_folder`, by default inside `folder`), then
     trains; yields events as it goes. Closing the generator, or an error in a host's pass, saves the
-    state and stops; `control` asks for a preview, or for an early end. `images` is a captioned folder
-    of real pictures for the discriminator. Ends with Finished. Raises DataError, ConfigError,
+    state and stops; `control` asks for a preview, or for an early end. `images` are captioned
+    pictures for the discriminator, as `read_pictures` takes them. Ends with Finished. Raises DataError, ConfigError,
     OutOfMemory, Diverged (after writing the last good student), or InUse (while another run has the folder).
     """
     out_of_memory = ""
@@ -117,20 +120,27 @@ def _run(
         raise ConfigError("positives is 'teacher', which takes no images: leave them out, or set positives to 'both'")
     with locked(folder):
         pairs_folder = Path(pairs_folder or folder / "pairs")
-        total = 0 if images is None else len(read_image_folder(images))
+        found = None if images is None else read_pictures(images, config.broken_pictures)
         seen = features(host, config)  # a setting that does not fit this model is reported before hours of pairs
         check(host, config)
         recipe = pairs_recipe(host, config, prompts)
         check_saved(folder, config, recipe)
+        if found:
+            if config.broken_pictures == "stop" and not (folder / IMAGES).exists():
+                check_pictures(found.pictures)  # before hours of pairs
+            if words := found.in_words():
+                yield Warned(0, words)
         for done, newest in make_pairs(host, config, prompts, pairs_folder):
             yield PairsMade(done, config.pairs, "teacher pairs", newest)
         pairs = load_pairs(pairs_folder, config.pairs)
         reals = None
-        if images is not None:
+        if found:
             doing.what = "encoding pictures"
-            for done, newest in cache_images(host, images, folder / "images"):
-                yield PairsMade(done, total, "pictures", newest)
-            reals = load_images(folder / "images", total)
+            for done, newest in cache_images(host, found, folder / IMAGES, config.broken_pictures):
+                yield PairsMade(done, len(found.pictures), "pictures", newest)
+            if BROKEN in found.left:
+                yield Warned(0, found.in_words())
+            reals = load_images(folder / IMAGES, found.usable)
         train_rows, held_rows = split(pairs)
         train, held = pairs.select(train_rows), pairs.select(held_rows)
         doing.what = "training"

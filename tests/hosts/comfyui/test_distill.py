@@ -295,7 +295,7 @@ def test_a_folder_with_a_broken_picture(comfyui, graph, distilling, node_error):
         (folder / f"{k}.txt").write_text("a square")
     whole = (folder / "1.png").read_bytes()
     (folder / "1.png").write_bytes(whole[:60])
-    images = graph.add("TurboDistillImageFolder", folder="mine")
+    images = graph.add("TurboDistillImageFolder", folder="mine", broken_pictures="stop")
     nodes = distilling("mine", images=images)
     with pytest.raises(node_error, match=r"picture .*1\.png cannot be read .*replace or remove it"):
         comfyui.run(graph)
