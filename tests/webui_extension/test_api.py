@@ -166,6 +166,8 @@ def test_files_outside_of_the_allowed_folders_are_not_read(client, quick, backen
     allowed, secret = tmp_path / "allowed", tmp_path / "secret.txt"
     allowed.mkdir()
     secret.write_text("password")
+    for name in ("secret.tar", "secret.parquet"):
+        (tmp_path / name).write_text("password")
     (allowed / "prompts.txt").write_text("fox\nowl")
     (allowed / "config.json").write_text("{}")
     backend.readable = [allowed]
@@ -176,6 +178,8 @@ def test_files_outside_of_the_allowed_folders_are_not_read(client, quick, backen
         ("prompt_file", allowed / "config.json"),
         ("images", tmp_path),
         ("images", "/"),
+        ("images", tmp_path / "secret.tar"),
+        ("images", allowed / ".." / "secret.parquet"),
     ):
         answer = client.post(f"{ROOT}/distill", json=quick | {"prompts": "", field: str(path)})
         assert answer.status_code == 400 and "password" not in answer.text and job.current() is None

@@ -99,6 +99,21 @@ def test_captions_are_the_prompts_where_none_are_given(toy, backend, tmp_path):
     assert finish(begun)["state"] == "done"
 
 
+def test_pictures_that_cannot_be_used_stop_it_or_are_told_beside_the_run(toy, backend, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for k in range(4):
+        (folder / f"{k}.png").write_bytes(toy.png(k) if k else b"broken")
+        (folder / f"{k}.txt").write_text(f"thing {k}")
+    (folder / "notes.pdf").touch()
+    with pytest.raises(DataError, match=r"0\.png cannot be read"):
+        job.start(backend, ask(toy, images=str(folder)))
+    told = go(toy, backend, images=str(folder), settings={"broken_pictures": "skip"})
+    first, second = told["warnings"][:2]
+    assert told["state"] == "done" and first.endswith("left out: 1 other files (.pdf)")
+    assert second.startswith("3 pictures of ") and "1 pictures that cannot be read (picture " in second
+
+
 def test_choices_in_prompts_are_drawn(toy, backend, tmp_path):
     go(toy, backend, kind="pairs", prompts="a {red|blue} fox")
     (folder,) = (backend.runs_folder().parent / "pairs").iterdir()
