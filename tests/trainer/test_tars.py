@@ -168,6 +168,25 @@ def test_an_archive_without_pictures_is_told(unwritten, files):
         read_pictures(unwritten)
 
 
+def test_what_is_said_of_a_name_can_be_printed_anywhere(unwritten):
+    name = "a\x1b[31m\n\udcff.txt"
+    tar(unwritten / "a.tar", [(name.replace("txt", "png"), encoded()), (name, b"caf\xe9"), *FOX[:2]])
+    with pytest.raises(DataError, match=r"a\?\[31m\?\?\.txt is no UTF-8 text") as told:
+        read_pictures(unwritten)
+    assert str(told.value).isprintable() and read_pictures(unwritten, "skip").in_words().isprintable()
+
+
+def test_an_archive_that_may_not_be_read_is_told(unwritten, monkeypatch):
+    tar(unwritten / "a.tar", FOX)
+
+    def refused(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(DataError, match=r"archive .*a\.tar cannot be read to its end .*Permission denied"):
+        read_pictures(unwritten)
+
+
 def test_sizes_in_an_archive_are_bounded(unwritten, monkeypatch):
     tar(unwritten / "a.tar", [*FOX[:2], ("b.png", encoded()), ("b.txt", b"x" * 2000)])
     monkeypatch.setattr(captions, "LARGEST", 1000)

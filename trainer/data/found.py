@@ -121,7 +121,7 @@ class Found:
         """Raise DataError where no picture is left, or one is left out that must not be where `broken` is "stop"."""
         for reason, left in self.left.items() if broken == "stop" else ():
             if reason.stops:
-                words = reason.stops.format(count=left.count, first=shown(left.first), words=left.words)
+                words = reason.stops.format(count=left.count, first=shown(left.first), words=printable(left.words))
                 raise DataError(f"{words}. Or set broken_pictures to skip")
         if not self.pictures:
             raise DataError(f"{self.place} holds no picture that can be used{self._left_out()}")
@@ -147,14 +147,19 @@ class Found:
         for reason, left in self.left.items():
             detail = f" ({', '.join(self.endings)})" if reason is OTHER else ""
             if reason.stops:
-                detail = f" ({shown(left.words[:300]) if left.words else f'the first is {shown(left.first)}'})"
+                detail = f" ({printable(left.words[:300]) if left.words else f'the first is {shown(left.first)}'})"
             parts.append(f"{left.count} {reason.what}{detail}")
         return f"; left out: {', '.join(parts)}" if parts else ""
 
 
 def shown(text: str) -> str:
-    """A name or a few words from a file as they can be printed anywhere, the end of them where they are too long."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text[-300:])
+    """A name from a folder or an archive as it can be printed anywhere, its end where it is too long."""
+    return printable(text[-300:])
+
+
+def printable(text: str) -> str:
+    """A text without what a terminal or a page would take for more than letters."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def check_size(size: int) -> None:

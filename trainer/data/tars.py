@@ -56,7 +56,8 @@ def read_tar(path: Path, name: str, found: Found) -> None:
             raise
         words = f"archive {path} cannot be read to its end ({error!s:.200}): get it again (as a plain, unpacked .tar)"
         found.leave(DAMAGED, name, words)
-    _samples(path, name, pictures, texts, found)
+    if pictures or texts:
+        _samples(path, name, pictures, texts, found)
 
 
 def _members(tar: Any, file: BinaryIO, found: Found, name: str) -> Iterator[Member]:
