@@ -18,6 +18,7 @@ SD3, SD35_MEDIUM, SD35_LARGE = (
 )
 FLUX_DEV, FLUX_SCHNELL, FLUX2 = "flux-1-dev", "flux-1-schnell", "flux-2"
 CHROMA, Z_IMAGE, QWEN_IMAGE, WAN = "chroma", "z-image", "qwen-image", "wan"
+LUMINA2, SANA = "lumina-2", "sana"
 
 # Width of the text that a Stable Diffusion UNet attends to -> what it is.
 UNETS = {768: SD1, 1024: SD2, 2048: SDXL, 1280: SDXL_REFINER}
@@ -26,7 +27,10 @@ KNOWN = {
     *(SD3, SD35_MEDIUM, SD35_LARGE),
     *(FLUX_DEV, FLUX_SCHNELL, FLUX2),
     *(CHROMA, Z_IMAGE, QWEN_IMAGE, WAN),
+    *(LUMINA2, SANA),
 }
+# The width of the text that these two of the same blocks embed -> which it is.
+CAPTIONS = {3840: Z_IMAGE, 2304: LUMINA2}
 
 
 def architecture_of(shapes: Mapping[str, Sequence[int]]) -> str:
@@ -50,8 +54,10 @@ def architecture_of(shapes: Mapping[str, Sequence[int]]) -> str:
         if "img_in.weight" not in shapes or "vector_in.in_layer.weight" not in shapes:
             return ""  # video models, and others of the same blocks
         return FLUX_DEV if any(n.startswith("guidance_in.") for n in shapes) else FLUX_SCHNELL
-    if shapes.get("cap_embedder.1.weight", (0,))[0] == 3840:  # Lumina 2, of the same blocks, has 2304
-        return Z_IMAGE
+    if found := CAPTIONS.get(shapes.get("cap_embedder.1.weight", (0,))[0]):
+        return found
+    if "blocks.0.cross_attn.kv_linear.weight" in shapes and "blocks.0.mlp.inverted_conv.conv.weight" in shapes:
+        return SANA
     if shapes.get("txt_norm.weight", (0,))[0] == 3584:
         return QWEN_IMAGE
     return WAN if "head.modulation" in shapes else ""

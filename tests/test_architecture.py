@@ -49,7 +49,16 @@ def test_a_unet_is_told_by_the_width_of_its_text(unet, width, expected):
         (QKV | {"distilled_guidance_layer.norms.0.scale": (5120,)}, "chroma"),
         (QKV | {"txt_in.individual_token_refiner.blocks.0.norm1.weight": (3072,)}, ""),  # a video model
         ({"cap_embedder.1.weight": (3840, 2560)}, "z-image"),
-        ({"cap_embedder.1.weight": (2304, 2304)}, ""),  # Lumina 2
+        ({"cap_embedder.1.weight": (2304, 2304)}, "lumina-2"),
+        ({"cap_embedder.1.weight": (2560, 2304)}, ""),
+        (
+            {
+                "blocks.0.cross_attn.kv_linear.weight": (4480, 2240),
+                "blocks.0.mlp.inverted_conv.conv.weight": (11200, 2240, 1, 1),
+            },
+            "sana",
+        ),
+        ({"blocks.0.cross_attn.kv_linear.weight": (2304, 1152)}, ""),  # PixArt
         ({"txt_norm.weight": (3584,)}, "qwen-image"),
         ({"head.modulation": (1, 2, 5120)}, "wan"),
         ({"input_blocks.1.1.time_stack.0.attn2.to_k.weight": (320, 1024)}, ""),  # a video model

@@ -1,0 +1,7 @@
+"""What is said of a checkpoint that cannot be loaded."""
+
+from __future__ import annotations
+
+
+class ModelError(ValueError):
+    """A checkpoint that cannot be loaded: the message says why and what to do."""

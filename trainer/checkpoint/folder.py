@@ -1,0 +1,199 @@
+"""A diffusers folder, read as it is stored: safetensors only, and no code that lies in it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import ModelError
+from .header import Header, read_header
+from .weights import check_finite
+
+INDEX = "model_index.json"
+# The pipelines that make pictures of text, and nothing else.
+PIPELINES = {
+    "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline",
+    "ChromaPipeline", "Lumina2Pipeline", "Lumina2Text2ImgPipeline", "ZImagePipeline", "QwenImagePipeline",
+    "SanaPipeline",
+}  # fmt: skip
+OTHERS = (
+    (r"Inpaint|Fill", "an inpainting model"),
+    (r"Pix2Pix|Edit|Kontext", "a model that edits pictures"),
+    (r"XLImg2Img", "the refiner of Stable Diffusion XL"),
+    (r"ControlNet|Control", "a model with a ControlNet"),
+    (r"Upscale", "an upscaler"),
+    (r"Depth2Img", "a depth-to-image model"),
+    (r"Video|Animate|Wan|LTX|Mochi|CogVideo|Cosmos", "a video model"),
+)
+BESIDE = ("safety_checker", "feature_extractor", "image_encoder", "image_processor")  # of a pipeline, and not needed
+LIBRARIES = ("diffusers", "transformers")
+WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>[^.]+))?\.safetensors")
+SHARDS = re.compile(r"(?:diffusion_pytorch_model|model)\.safetensors\.index(?:\.(?P<variant>[^.]+))?\.json")
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+PICKLED = re.compile(r".*\.(bin|ckpt|pt|pth|msgpack)")
+# safetensors' words for types -> torch's.
+TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object; raises ModelError for anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read ({error!s:.200}): get the folder again") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} holds no description of a model: get the folder again")
+    return found
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """A folder's `model_index.json`; raises ModelError for a folder that is no pipeline that makes pictures of text."""
+    if not (folder / INDEX).is_file():
+        single = sorted(p.name for p in folder.glob("*.safetensors"))
+        hint = f"; it holds {', '.join(single[:3])}: give one of these files" if single else ""
+        if (folder / "config.json").is_file():
+            hint = ": it is a part of one; give the folder above it"
+        raise ModelError(f"{folder} is no diffusers folder, it has no {INDEX}{hint or ': check the name'}")
+    index = read_json(folder / INDEX)
+    name = str(index.get("_class_name"))
+    if name not in PIPELINES:
+        kind = next((what for pattern, what in OTHERS if re.search(pattern, name)), "another kind of model")
+        raise ModelError(
+            f"{folder} is a folder of {name:.80}, {kind}: give one that makes pictures of text alone, of "
+            "Stable Diffusion 1.x, 2.x, XL or 3.x, Flux, Chroma, Lumina 2, Z-Image, Qwen-Image or Sana"
+        )
+    return index
+
+
+def components_of(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """A pipeline's components that are stored, with library and class."""
+    pairs = ((name, value) for name, value in index.items() if isinstance(value, list) and len(value) == 2)
+    return {name: (str(v[0]), str(v[1])) for name, v in pairs if v[1] and name not in BESIDE}
+
+
+def choose_variant(names: Iterable[str], variant: str | None) -> tuple[str | None, list[str]]:
+    """Of the files of one component: which variant is read, and its files, without the shards of an index.
+
+    The one that is asked for; else the plain files, else float16, else the only one. No files where there is none.
+    """
+    found: dict[str | None, list[str]] = {}
+    for name in sorted(names):
+        match = SHARDS.fullmatch(name) or WEIGHTS.fullmatch(name)
+        if match and not SHARD.search(name):
+            found.setdefault(match["variant"], []).append(name)
+    wanted = [variant] if variant else [None, "fp16", *found]
+    chosen = next((v for v in wanted if v in found), None)
+    return chosen, found.get(chosen, [])
+
+
+def load_components(
+    folder: Path, *, dtype: torch.dtype | None = None, variant: str | None = None, only: Collection[str] | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """The components of a diffusers folder by name, on the CPU, as stored or in `dtype`; and remarks.
+
+    All of them, or `only` those. Raises ModelError for what is missing, broken, or needs code of its own.
+    """
+    index = read_index(folder)
+    parts, remarks = {}, []
+    for name, (library, kind) in components_of(index).items():
+        if only is not None and name not in only:
+            continue
+        if library not in LIBRARIES:
+            raise ModelError(f"{folder}: its {name} needs code of its own ({library:.80}), which is not run")
+        made: Any = getattr(importlib.import_module(library), kind, None)
+        if made is None:
+            raise ModelError(
+                f"{folder}: its {name} is a {kind:.80}, which the installed {library} does not know: update it"
+            )
+        if isinstance(made, type) and issubclass(made, torch.nn.Module):
+            parts[name], said = load_module(folder, name, made, dtype, variant)
+            remarks += [said] if said else []
+        else:
+            parts[name] = _from_pretrained(folder, name, made)
+    return parts, remarks
+
+
+def _from_pretrained(folder: Path, name: str, made: Any, **options: Any) -> Any:
+    """A component by its library's own loader, without the network; raises ModelError with the library's reason."""
+    place = folder / name
+    if not place.is_dir():
+        raise ModelError(f"{folder} lacks its folder {name}: get it again")
+    try:
+        return made.from_pretrained(place, local_files_only=True, **options)
+    except Exception as error:  # there is no end to what the libraries raise for odd files
+        if isinstance(error, MemoryError) or "memory" in str(error).lower():
+            raise
+        raise ModelError(f"{folder}: its {name} cannot be loaded ({error!s:.300}): get it again") from None
+
+
+def load_module(
+    folder: Path, name: str, made: Any, dtype: torch.dtype | None, variant: str | None
+) -> tuple[torch.nn.Module, str]:
+    """A network, and a remark on the type of its weights where they have several."""
+    place = folder / name
+    names = [p.name for p in place.iterdir()] if place.is_dir() else []
+    chosen, files = choose_variant(names, variant)
+    if not files:
+        pickled = next((n for n in names if PICKLED.fullmatch(n)), "")
+        what = f"its weights of {name} are missing" + (f" in the variant {variant:.60}" if variant else "")
+        if pickled:
+            what = f"its weights of {name} are pickles alone ({pickled:.80}), which can run code and are not read"
+        raise ModelError(
+            f"{folder}: {what}: "
+            + (
+                "load it in diffusers and save it with save_pretrained(..., safe_serialization=True)"
+                if pickled
+                else "get it again"
+            )
+        )
+    headers = [read_header(path) for path in _whole(place, files[0])]
+    types = _types(headers)
+    stored = TYPES.get(types.most_common(1)[0][0], torch.bfloat16) if types else torch.float32
+    import transformers
+
+    word = "dtype" if _is(made, "transformers") and int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+    options = {word: dtype or stored, "use_safetensors": True, "output_loading_info": True}
+    module, info = _from_pretrained(folder, name, made, **options | ({"variant": chosen} if chosen else {}))
+    for key, told in (("missing_keys", "are missing"), ("unexpected_keys", "are of no layer that is known")):
+        odd = sorted(n for n in map(str, info.get(key) or ()) if not n.endswith(("position_ids", "logit_scale")))
+        if odd:
+            raise ModelError(f"{folder}: {len(odd)} weights of {name} {told}, such as {odd[0]:.200}: get it again")
+    check_finite(folder, name, module)
+    mixed = " and ".join(sorted(types)) if len(types) > 1 or (types and next(iter(types)) not in TYPES) else ""
+    return module.eval(), f"{name} is stored in {mixed}: it is loaded in {stored}." if mixed and dtype is None else ""
+
+
+def _is(made: Any, library: str) -> bool:
+    return str(getattr(made, "__module__", "")).startswith(library)
+
+
+def _types(headers: Iterable[Header]) -> Counter[str]:
+    """How many numbers there are of each floating-point type."""
+    found: Counter[str] = Counter()
+    for header in headers:
+        for name, kind in header.dtypes.items():
+            if kind.startswith(("F", "BF")):
+                found[kind] += max(1, torch.Size(header.shapes[name]).numel())
+    return found
+
+
+def _whole(place: Path, name: str) -> list[Path]:
+    """The weight files of one component, all of which are there; raises ModelError for one that is not."""
+    if not name.endswith(".json"):
+        return [place / name]
+    table = read_json(place / name).get("weight_map")
+    files = sorted({str(f) for f in table.values()}) if isinstance(table, dict) else []
+    if not files or any(Path(f).name != f for f in files):
+        raise ModelError(f"{place / name} names no weight files: get it again")
+    if absent := [f for f in files if not (place / f).is_file()]:
+        raise ModelError(
+            f"{place}: {len(absent)} of its {len(files)} weight files are missing, such as {absent[0]:.200}: get them"
+        )
+    return [place / f for f in files]

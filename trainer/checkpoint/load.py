@@ -1,0 +1,277 @@
+"""A checkpoint as people have it, loaded as a pipeline of diffusers: one door for files, folders and the hub."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...core import architecture as names
+from ...core.architecture import architecture_of
+from . import hub
+from .errors import ModelError
+from .folder import components_of, load_components, load_module, read_index, read_json
+from .single_file import CONFIGS, Parts, facts, load_parts, load_vae
+from .tokenizer import clip_tokenizer
+
+WORDS = {"eps": "epsilon", "v": "v_prediction"}  # ours -> diffusers'
+TRANSFORMERS = {
+    "ChromaTransformer2DModel": names.CHROMA,
+    "Lumina2Transformer2DModel": names.LUMINA2,
+    "ZImageTransformer2DModel": names.Z_IMAGE,
+    "QwenImageTransformer2DModel": names.QWEN_IMAGE,
+    "SanaTransformer2DModel": names.SANA,
+}
+INSTALL = "pip install 'turbodistill[demo]'"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A loaded pipeline, on the CPU.
+
+    `prediction` is eps, v or flow; `size` (width, height) in pixels is what it was trained at; `zero_terminal` says
+    that its noise schedule ends without signal; `remarks` are sentences to show.
+    """
+
+    pipe: Any
+    name: str
+    architecture: str
+    prediction: str
+    size: tuple[int, int]
+    zero_terminal: bool = False
+    remarks: tuple[str, ...] = field(default=())
+
+
+def load_pipeline(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    variant: str | None = None,
+    tokenizer: str | Path | None = None,
+    vae: str | Path | None = None,
+    components: str | Path | None = None,
+    prediction: str | None = None,
+) -> Loaded:
+    """A checkpoint as a diffusers pipeline, on the CPU, in the types that it is stored in (or `dtype`).
+
+    `source` is a .safetensors file, a diffusers folder, or on the hub `owner/name` or `owner/name/file.safetensors`;
+    `revision`, `token` and `variant` are diffusers' own. What a single file lacks comes from `components`, a folder or
+    model of the hub of the same architecture; its autoencoder from `vae`, a file or folder; CLIP's vocabulary from
+    `tokenizer`. `prediction` (eps or v) overrides what the checkpoint says. Raises ModelError, in words, for everything
+    that cannot be loaded.
+    """
+    if prediction not in (None, *WORDS):
+        raise ModelError(f"prediction is {prediction!r:.80}: give eps or v")
+    try:
+        path = _place(source, revision, token, variant)
+        if path.is_dir():
+            return _folder(path, str(source), dtype, variant, prediction)
+        return _single(path, dtype, tokenizer, vae, components, prediction, variant, token)
+    except ModelError:
+        raise
+    except ImportError as error:
+        raise ModelError(f"loading a model here needs {error.name or error}: {INSTALL}") from None
+
+
+def _place(source: str | Path, revision: str | None, token: str | bool | None, variant: str | None) -> Path:
+    """The file or folder that a source names, on this machine or from the hub."""
+    if os.path.exists(source):  # unlike Path's, false for what no file can be called
+        return Path(source)
+    named = hub.named(str(source)) if isinstance(source, str) else None
+    if named is None:
+        raise ModelError(f"model {source!s:.300} does not exist: check the name")
+    return hub.fetch(*named, revision=revision, token=token, variant=variant)
+
+
+def _folder(path: Path, name: str, dtype: torch.dtype | None, variant: str | None, prediction: str | None) -> Loaded:
+    index = read_index(path)
+    stored = components_of(index)
+    part = next((n for n in ("unet", "transformer") if n in stored), "denoiser")
+    if absent := [n for n in (part, "vae", "scheduler") if n not in stored]:
+        raise ModelError(f"{path} has no {_listed(absent)}: get it again")
+    parts, remarks = load_components(path, dtype=dtype, variant=variant)
+    denoiser, scheduler = parts[part], parts["scheduler"]
+    architecture = architecture_of_module(denoiser)
+    if part == "unet" and (channels := denoiser.config.in_channels) != 4:
+        raise ModelError(f"{path} holds a UNet with {channels} channels in, where 4 are usual: give a base model")
+    if prediction and part == "unet":
+        parts["scheduler"] = scheduler = type(scheduler).from_config(
+            scheduler.config, prediction_type=WORDS[prediction]
+        )
+    said = _said(path, scheduler, part == "unet")
+    options = {k: v for k, v in index.items() if not k.startswith("_") and not isinstance(v, list)}
+    pipe = _pipeline(str(index["_class_name"]), parts, options)
+    size = _size(pipe, denoiser, architecture)
+    name = Path(name).resolve().name if os.path.exists(name) else name
+    return Loaded(pipe, name, architecture, said, size, _ends_in_noise(scheduler), tuple(remarks))
+
+
+def _single(
+    path: Path,
+    dtype: torch.dtype | None,
+    tokenizer: str | Path | None,
+    vae: str | Path | None,
+    components: str | Path | None,
+    prediction: str | None,
+    variant: str | None,
+    token: str | bool | None,
+) -> Loaded:
+    parts = load_parts(path, dtype)
+    known, modules = parts.facts, dict[str, Any](parts.modules)
+    if vae is not None:
+        modules["vae"] = _vae_of(Path(vae), known, dtype)
+    said = "flow" if parts.content.prediction == "flow" else prediction or parts.prediction
+    zero = said == "v" and parts.content.zero_terminal
+    _complete(path, parts, modules, components, tokenizer, (variant, token), dtype)
+    modules["scheduler"] = _scheduler(known, said, zero)
+    size = known.get(said, {}).get("size", known["size"])
+    if sample := known.get(said, {}).get("sample_size"):
+        modules["unet"].register_to_config(sample_size=sample)
+    pipe = _pipeline(known["pipeline"], modules, known["options"])
+    architecture = parts.content.architecture
+    return Loaded(pipe, path.stem, architecture, said, (size, size), zero, tuple(parts.remarks))
+
+
+def _complete(
+    path: Path,
+    parts: Parts,
+    modules: dict[str, Any],
+    components: str | Path | None,
+    tokenizer: str | Path | None,
+    how: tuple[str | None, str | bool | None],
+    dtype: torch.dtype | None,
+) -> None:
+    """Add what a file lacks: text encoders and autoencoder from `components`, tokenizers from there or this machine."""
+    known = parts.facts
+    encoders = list(known["text_encoders"])
+    if known["pipeline"] == "StableDiffusion3Pipeline" and components is None and "text_encoder" in modules:
+        modules.setdefault("text_encoder_3", None)  # T5, without which it works, too
+    lacking = [n for n in ("vae", *encoders) if n not in modules]
+    if lacking and components is None:
+        raise ModelError(
+            f"{path} holds no {_listed(lacking)}: give as components a diffusers folder or model of the hub that has "
+            f"them, such as {known['like']}" + (", or a file as vae" if lacking == ["vae"] else "")
+        )
+    tokenizers = {n.replace("text_encoder", "tokenizer"): n for n in encoders}
+    clip = {t: n for t, n in tokenizers.items() if t in known["padding"] and components is None}
+    for name, encoder in clip.items():
+        rows = modules[encoder].config.vocab_size
+        modules[name] = clip_tokenizer(known["padding"][name], tokenizer, rows)
+    rest = lacking + [t for t, n in tokenizers.items() if t not in clip and modules.get(n, True) is not None]
+    modules |= {t: None for t, n in tokenizers.items() if modules.get(n, True) is None}
+    if not rest:
+        return
+    if components is None:
+        raise ModelError(
+            f"{path} needs the {_listed(rest)}: give as components a diffusers folder or model of the hub that has it, "
+            f"such as {known['like']}"
+        )
+    variant, token = how
+    folder = _place(str(components), None, token, variant)
+    if not folder.is_dir():
+        raise ModelError(f"components {components!s:.300} is a file: give a diffusers folder or a model of the hub")
+    stored = components_of(read_index(folder))
+    if absent := [n for n in rest if n not in stored]:
+        raise ModelError(
+            f"components {components!s:.300} has no {_listed(absent)}: give another, such as {known['like']}"
+        )
+    _check_same(components, known, stored)
+    more, remarks = load_components(folder, dtype=dtype, variant=variant, only=rest)
+    modules |= more
+    parts.remarks += remarks
+
+
+def _check_same(components: str | Path, known: Mapping[str, Any], stored: Mapping[str, tuple[str, str]]) -> None:
+    """Raise ModelError for components of another architecture."""
+    name, kind, _ = known["denoiser"]
+    texts = sum(n.startswith("text_encoder") for n in stored)
+    if stored.get(name, ("", ""))[1] != kind or texts != len(known["text_encoders"]):
+        raise ModelError(f"components {components!s:.300} is of another architecture: give one like {known['like']}")
+
+
+def _listed(parts: list[str]) -> str:
+    return ", ".join(parts[:-1]) + " and " * (len(parts) > 1) + parts[-1]
+
+
+def _vae_of(path: Path, known: Mapping[str, Any], dtype: torch.dtype | None) -> Any:
+    """An autoencoder by itself: a file in LDM's names, or a diffusers folder of one."""
+    import diffusers
+
+    if not path.is_dir():
+        return load_vae(path, known["vae"], dtype)
+    place = path if (path / "config.json").is_file() else path / "vae"
+    kind = str(read_json(place / "config.json").get("_class_name"))
+    made = getattr(diffusers, kind, None) if kind.startswith("Autoencoder") else None
+    if made is None:
+        raise ModelError(f"vae {path} is a folder of {kind:.80}, no autoencoder: give another")
+    return load_module(place.parent, place.name, made, dtype, None)[0]
+
+
+def _scheduler(known: Mapping[str, Any], prediction: str, zero: bool) -> Any:
+    import diffusers
+
+    kind, config = known["scheduler"]
+    changed = {"prediction_type": WORDS[prediction]} if prediction in WORDS else {}
+    if zero:
+        changed |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return getattr(diffusers, kind)(**config | changed)
+
+
+def _pipeline(kind: str, parts: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    """The pipeline of these components; what it takes besides, and is not given, it does without."""
+    import diffusers
+
+    made = getattr(diffusers, kind, None)
+    if made is None:
+        raise ModelError(f"the installed diffusers {diffusers.__version__} has no {kind:.80}: update it")
+    wanted = list(inspect.signature(made.__init__).parameters.values())[1:]
+    absent = {p.name: None for p in wanted if p.default is p.empty}
+    known = {p.name for p in wanted}
+    return made(**absent | {k: v for k, v in (*options.items(), *parts.items()) if k in known})
+
+
+def architecture_of_module(denoiser: Any) -> str:
+    """A diffusers denoiser's architecture in ModelSpec's words; "unknown" where it is none of those that are known."""
+    kind, config = type(denoiser).__name__, denoiser.config
+    if kind == "SD3Transformer2DModel":
+        if config.get("dual_attention_layers"):
+            return names.SD35_MEDIUM
+        return names.SD35_LARGE if config.num_layers == 38 else names.SD3
+    if kind == "FluxTransformer2DModel":
+        return names.FLUX_DEV if config.guidance_embeds else names.FLUX_SCHNELL
+    if kind in TRANSFORMERS:
+        return TRANSFORMERS[kind]
+    return architecture_of({name: parameter.shape for name, parameter in denoiser.named_parameters()}) or "unknown"
+
+
+def _said(path: Path, scheduler: Any, unet: bool) -> str:
+    """The prediction type that a folder's scheduler says."""
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if not unet:
+        return "flow"
+    if kind not in WORDS.values():
+        raise ModelError(f"{path} predicts {kind!r:.100}: known are epsilon and v_prediction")
+    return next(ours for ours, theirs in WORDS.items() if theirs == kind)
+
+
+def _ends_in_noise(scheduler: Any) -> bool:
+    """Whether a scheduler's last step holds no signal."""
+    table = getattr(scheduler, "alphas_cumprod", None)
+    return bool(scheduler.config.get("rescale_betas_zero_snr")) or (table is not None and float(table[-1]) < 1e-6)
+
+
+def _size(pipe: Any, denoiser: Any, architecture: str) -> tuple[int, int]:
+    """The width and height in pixels that a folder's model was trained at."""
+    latents = denoiser.config.get("sample_size")
+    if not isinstance(latents, int):
+        side = int(facts(architecture)["size"]) if (CONFIGS / f"{architecture}.json").is_file() else 512
+        return side, side
+    side = latents * int(getattr(pipe, "vae_scale_factor", 8))
+    return side, side

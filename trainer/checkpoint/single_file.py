@@ -1,0 +1,260 @@
+"""A single file in an original layout, read into diffusers' and transformers' classes.
+
+The conversion of names is diffusers' own. Modules are made without memory and take the file's mapped weights, so that
+nothing is read twice.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ...core.naming import is_diffusers, to_single_file
+from . import shapes as told
+from .errors import ModelError
+from .header import Header, read_header
+from .identify import SD2_BIAS, TEXTS, VAES, Content, identify
+from .refusals import Shapes
+from .weights import loaded
+
+CONFIGS = Path(__file__).parent / "configs"
+DENOISERS = {
+    "UNet2DConditionModel": told.unet,
+    "SD3Transformer2DModel": told.sd3,
+    "FluxTransformer2DModel": told.flux,
+    "ChromaTransformer2DModel": told.chroma,
+    "Lumina2Transformer2DModel": told.lumina2,
+    "ZImageTransformer2DModel": told.z_image,
+    "QwenImageTransformer2DModel": told.qwen_image,
+    "SanaTransformer2DModel": told.sana,
+}
+# Left by training or by other programs: none of it makes a picture.
+HARMLESS = re.compile(r"model_ema\.|[^.]*$|denoiser\.|edm_|bundle_emb\.|embedding_manager\.|\S*\.logit_scale$")
+MARKS = ("v_pred", "ztsnr", "edm_vpred.sigma_max")
+POSITIONS = re.compile(r"(^|\.)(position_ids|logit_scale)$")
+# An autoencoder's attention as programs of these years have named it -> LDM's names.
+ATTENTION = (
+    (r"(mid\.attn_1)\.(to_q|query)\.", r"\1.q."),
+    (r"(mid\.attn_1)\.(to_k|key)\.", r"\1.k."),
+    (r"(mid\.attn_1)\.(to_v|value)\.", r"\1.v."),
+    (r"(mid\.attn_1)\.(to_out\.0|proj_attn)\.", r"\1.proj_out."),
+    (r"(mid\.attn_1)\.group_norm\.", r"\1.norm."),
+)
+
+
+@dataclass
+class Parts:
+    """What was read of a file: modules by diffusers' names of components, and what is to say of it."""
+
+    content: Content
+    facts: dict[str, Any]
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    prediction: str = ""
+    remarks: list[str] = field(default_factory=list)
+
+
+@lru_cache
+def _facts(folder: Path, architecture: str) -> str:
+    return (folder / f"{architecture}.json").read_text(encoding="utf-8")
+
+
+def facts(architecture: str) -> dict[str, Any]:
+    """What is publicly known of an architecture and cannot be read from the shapes of its weights."""
+    return json.loads(_facts(CONFIGS, architecture))
+
+
+def load_parts(path: Path, dtype: torch.dtype | None = None) -> Parts:
+    """The modules in a single file, on the CPU, as they are stored or in `dtype`.
+
+    Raises ModelError for what is no base model, or not whole.
+    """
+    header = read_header(path)
+    content = identify(header)
+    parts = Parts(content, facts(content.architecture))
+    with safe_open(path, "pt") as file:
+        names = set(header.shapes)
+        network = _tensors(file, header, content.prefix)
+        parts.prediction = content.prediction or unsaid_prediction(content, network)
+        used = {content.prefix + n for n in network}
+        name, kind, config = parts.facts["denoiser"]
+        module, remark = _denoiser(path, kind, config, network, dtype)
+        parts.modules[name] = module
+        if content.vae is not None and parts.facts["vae"] is not None:
+            weights = _tensors(file, header, content.vae)
+            used |= {content.vae + n for n in weights}
+            parts.modules["vae"], said = _vae(path, parts.facts["vae"], weights, dtype)
+            remark += said and f" {said}"
+        for at, text in content.texts.items():
+            for component, (wanted, kind, config) in parts.facts["text_encoders"].items():
+                if wanted == text:
+                    weights = _tensors(file, header, at)
+                    used |= {at + n for n in weights}
+                    parts.modules[component], said = _text_encoder(path, text, kind, config, weights, dtype)
+                    remark += said and f" {said}"
+    parts.remarks += [remark.strip()] if remark else []
+    if rest := sorted(n for n in names - used if not HARMLESS.match(n)):
+        parts.remarks.append(f"{len(rest)} weights in {path.name} are not used, such as {rest[0]:.100}.")
+    return parts
+
+
+def _tensors(file: Any, header: Header, prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin so, without it; they stay in the file until they are looked at.
+
+    Without a prefix all but what lies beside a denoiser.
+    """
+    beside = () if prefix else (*VAES, *TEXTS, *MARKS, "model_ema.", "text_encoders.")
+    found = (n for n in header.shapes if n.startswith(prefix) and not n.startswith(beside))
+    return {n.removeprefix(prefix): file.get_tensor(n) for n in found}
+
+
+def _shapes(weights: dict[str, Tensor]) -> Shapes:
+    return {name: tuple(value.shape) for name, value in weights.items()}
+
+
+def unsaid_prediction(content: Content, network: dict[str, Tensor]) -> str:
+    """The prediction type of a UNet that does not say it: of Stable Diffusion 2 its weights tell, others predict eps.
+
+    The biases of one layer lie further apart in the 768-pixel models, which predict v; ComfyUI tells them by this, too.
+    """
+    bias = network.get(SD2_BIAS)
+    v = (
+        content.architecture == "stable-diffusion-v2"
+        and bias is not None
+        and bool(bias.float().std(correction=0) > 0.09)
+    )
+    return "v" if v else "eps"
+
+
+def _described(path: Path, what: str, describe: Any, weights: dict[str, Tensor]) -> dict[str, Any]:
+    """What a network's shapes say; raises ModelError where they are of none that is known."""
+    try:
+        return describe(_shapes(weights))
+    except (KeyError, IndexError, ValueError, StopIteration, ZeroDivisionError) as error:
+        raise ModelError(
+            f"{path}: the {what} is not whole, or of a kind that is not known (it lacks {error!s:.200}): get it again"
+        ) from None
+
+
+def _stray(given: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that a conversion has left out without a word."""
+    kept = {w.data_ptr() for w in found.values()}
+    return {n: w for n, w in given.items() if w.data_ptr() not in kept}
+
+
+def _denoiser(
+    path: Path, kind: str, config: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype | None
+) -> tuple[nn.Module, str]:
+    """The denoiser in its original layout's names, without a prefix."""
+    import diffusers
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    unet = kind == "UNet2DConditionModel"
+    what = "UNet" if unet else "transformer"
+    if unet and is_diffusers(weights):
+        try:
+            weights = {to: weights[name] for name, to in to_single_file(weights).items()}
+        except (ValueError, KeyError) as error:
+            raise ModelError(f"{path}: {error!s:.300}: it is of a kind that is not known") from None
+    config = config | _described(path, what, DENOISERS[kind], weights)
+    made: Any = getattr(diffusers, kind, None)
+    if made is None or kind not in SINGLE_FILE_LOADABLE_CLASSES:
+        raise ModelError(f"{path}: the installed diffusers {diffusers.__version__} cannot load a {kind}: update it")
+    mapping: Any = SINGLE_FILE_LOADABLE_CLASSES[kind]["checkpoint_mapping_fn"]
+    whole = "model.diffusion_model." if unet else ""
+
+    def convert(module: Any) -> dict[str, Tensor]:
+        given = {whole + n: w for n, w in weights.items() if not POSITIONS.search(n)}
+        try:
+            found = mapping(checkpoint=dict(given), config=dict(module.config))
+            return found | (_stray(given, found) if unet else {})
+        except (KeyError, IndexError, ValueError, RuntimeError) as error:
+            raise ModelError(
+                f"{path}: the {what} is not whole, or of a kind that is not known ({error!s:.200}): get it again"
+            ) from None
+
+    return loaded(
+        path, what, lambda: made.from_config(config), convert, dtype, torch.float16 if unet else torch.bfloat16
+    )
+
+
+def _vae(
+    path: Path, config: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype | None
+) -> tuple[nn.Module, str]:
+    """An autoencoder in LDM's names, without a prefix."""
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    for pattern, name in ATTENTION:
+        weights = {re.sub(pattern, name, n): w for n, w in weights.items()}
+    weights = {n: w for n, w in weights.items() if not n.startswith("loss.") and n != "model_ema.decay"}
+    config = config | _described(path, "autoencoder", told.vae, weights)
+
+    def convert(module: Any) -> dict[str, Tensor]:
+        found = convert_ldm_vae_checkpoint(dict(weights), dict(module.config))
+        return found | _stray(weights, found)
+
+    return loaded(
+        path,
+        "autoencoder",
+        lambda: AutoencoderKL(**config),
+        convert,
+        dtype,
+        torch.float16,
+    )
+
+
+def _text_encoder(
+    path: Path, text: str, kind: str, config: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype | None
+) -> tuple[nn.Module, str]:
+    """A text encoder in transformers' or OpenCLIP's names, without a prefix."""
+    import transformers
+    from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
+
+    library: Any = transformers
+    opened = text.startswith("open_clip")
+    if text in ("clip_l", "clip_g") and not any(n.startswith("text_model.") for n in weights):
+        weights = {n if n.startswith("text_projection") else f"text_model.{n}": w for n, w in weights.items()}
+    weights = {n: w for n, w in weights.items() if not POSITIONS.search(n)}
+    describe = told.open_clip if opened else told.t5 if text == "t5xxl" else told.clip
+    config = config | _described(path, f"text encoder {text}", describe, weights)
+    made = getattr(library, kind)
+
+    def convert(module: Any) -> dict[str, Tensor]:
+        found = dict(weights)
+        if opened:
+            at = "cond_stage_model.model." if text == "open_clip_h" else "conditioner.embedders.1.model."
+            found = convert_open_clip_checkpoint(module, {at + n: w for n, w in weights.items()}, prefix=at)
+        if kind == "CLIPTextModel":
+            found.pop("text_projection.weight", None)
+            # Since transformers 5.6 it has no inner module of this name.
+            found = (
+                found if hasattr(module, "text_model") else {n.removeprefix("text_model."): w for n, w in found.items()}
+            )
+        elif text == "clip_l":
+            # Stable Diffusion 3 takes CLIP-L's summary as it is.
+            found["text_projection.weight"] = torch.eye(config["hidden_size"], dtype=next(iter(found.values())).dtype)
+        return found
+
+    return loaded(
+        path, f"text encoder {text}", lambda: made(made.config_class(**config)), convert, dtype, torch.float16
+    )
+
+
+def load_vae(path: Path, known: dict[str, Any] | None, dtype: torch.dtype | None) -> nn.Module:
+    """An autoencoder alone, from a file in LDM's names; raises ModelError for anything else."""
+    header = read_header(path)
+    prefix = next((p for p in (*VAES, "") if f"{p}decoder.conv_in.weight" in header.shapes), None)
+    if prefix is None or known is None or f"{prefix}encoder.conv_in.weight" not in header.shapes:
+        raise ModelError(
+            f"vae {path} is no autoencoder that is known here for this model: give the one that it was trained with"
+        )
+    with safe_open(path, "pt") as file:
+        return _vae(path, known, _tensors(file, header, prefix), dtype)[0]

