@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..run.memory import is_out_of_memory
 from .errors import ModelError
 from .header import Header, read_header
 from .weights import check_finite
@@ -89,8 +90,7 @@ def choose_variant(names: Iterable[str], variant: str | None) -> tuple[str | Non
         if match and not SHARD.search(name):
             found.setdefault(match["variant"], []).append(name)
     wanted = [variant] if variant else [None, "fp16", *found]
-    chosen = next((v for v in wanted if v in found), None)
-    return chosen, found.get(chosen, [])
+    return next(((v, found[v]) for v in wanted if v in found), (variant, []))
 
 
 def load_components(
@@ -128,9 +128,10 @@ def _from_pretrained(folder: Path, name: str, made: Any, **options: Any) -> Any:
     try:
         return made.from_pretrained(place, local_files_only=True, **options)
     except Exception as error:  # there is no end to what the libraries raise for odd files
-        if isinstance(error, MemoryError) or "memory" in str(error).lower():
+        if isinstance(error, (MemoryError, ImportError)) or is_out_of_memory(error):
             raise
-        raise ModelError(f"{folder}: its {name} cannot be loaded ({error!s:.300}): get it again") from None
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{folder}: its {name} cannot be loaded ({reason:.300}): get it again") from None
 
 
 def load_module(

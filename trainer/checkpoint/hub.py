@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,13 @@ def named(source: str) -> tuple[str, str | None] | None:
     return (match["repository"], match["file"]) if match and ".." not in source and source[0] not in "./~" else None
 
 
-def wanted(names: Iterable[str], variant: str | None) -> list[str]:
-    """Of a repository's files those that a pipeline needs: descriptions, tokenizers, one variant of the weights."""
-    names = [n for n in names if n.partition("/")[0] not in BESIDE]
+def wanted(names: Iterable[str], variant: str | None, only: Collection[str] | None = None) -> list[str]:
+    """Of a repository's files those that a pipeline needs: descriptions, tokenizers, one variant of the weights.
+
+    Of all its components, or `only` of those.
+    """
+    parts = {n.partition("/")[0] for n in names} - set(BESIDE)
+    names = [n for n in names if n.partition("/")[0] in (parts if only is None else {INDEX, *only})]
     chosen = [n for n in names if n == INDEX]
     for component in sorted({n.partition("/")[0] for n in names if n.count("/") == 1}):
         inside = [n.partition("/")[2] for n in names if n.startswith(f"{component}/")]
@@ -42,9 +46,12 @@ def fetch(
     revision: str | None = None,
     token: str | bool | None = None,
     variant: str | None = None,
+    only: Collection[str] | None = None,
     endpoint: str | None = None,
 ) -> Path:
     """The folder of a pipeline, or the single `file`, in the hub's cache; what is not there is downloaded.
+
+    Of a pipeline all components, or `only` those.
 
     Without a network, or with HF_HUB_OFFLINE, the cache alone counts. Raises ModelError, with what to do.
     """
@@ -55,7 +62,7 @@ def fetch(
     try:
         if file:
             return _file(repository, file, revision=revision, token=token, endpoint=endpoint)
-        return _folder(repository, variant, revision=revision, token=token, endpoint=endpoint)
+        return _folder(repository, variant, only, revision=revision, token=token, endpoint=endpoint)
     except ModelError:
         raise
     except Exception as error:  # a network has no end of ways to fail, and none of them is a fault of ours
@@ -94,7 +101,15 @@ def _file(repository: str, file: str, **how: Any) -> Path:
     return Path(hf_hub_download(repository, file, **how))
 
 
-def _folder(repository: str, variant: str | None, revision: str | None, token: Any, endpoint: str | None) -> Path:
+def _folder(
+    repository: str,
+    variant: str | None,
+    only: Collection[str] | None,
+    *,
+    revision: str | None,
+    token: Any,
+    endpoint: str | None,
+) -> Path:
     """A pipeline's folder in the cache, with what was lacking downloaded; without a network as it is there."""
     from huggingface_hub import HfApi, errors, snapshot_download
 
@@ -113,7 +128,7 @@ def _folder(repository: str, variant: str | None, revision: str | None, token: A
         files = sorted(n for n in names if n.endswith(".safetensors") and "/" not in n)
         hint = f"give one of its files, such as {repository}/{files[0]}" if files else "give another"
         raise ModelError(f"{repository} on the hub is no diffusers pipeline, it has no {INDEX}: {hint}")
-    patterns = wanted(names, variant)
+    patterns = wanted(names, variant, only)
     return Path(
         snapshot_download(repository, revision=revision, token=token, endpoint=endpoint, allow_patterns=patterns)
     )

@@ -13,11 +13,12 @@ import torch
 
 from ...core import architecture as names
 from ...core.architecture import architecture_of
+from ..run.memory import is_out_of_memory
 from . import hub
 from .errors import ModelError
 from .folder import components_of, load_components, load_module, read_index, read_json
 from .single_file import CONFIGS, Parts, facts, load_parts, load_vae
-from .tokenizer import clip_tokenizer
+from .tokenizer import TOKENS, clip_tokenizer, t5_tokenizer
 
 WORDS = {"eps": "epsilon", "v": "v_prediction"}  # ours -> diffusers'
 TRANSFORMERS = {
@@ -47,6 +48,19 @@ class Loaded:
     remarks: tuple[str, ...] = field(default=())
 
 
+@dataclass(frozen=True)
+class _How:
+    """What `load_pipeline` is asked for."""
+
+    dtype: torch.dtype | None
+    token: str | bool | None
+    variant: str | None
+    tokenizer: str | Path | None
+    vae: str | Path | None
+    components: str | Path | None
+    prediction: str | None
+
+
 def load_pipeline(
     source: str | Path,
     *,
@@ -69,42 +83,46 @@ def load_pipeline(
     """
     if prediction not in (None, *WORDS):
         raise ModelError(f"prediction is {prediction!r:.80}: give eps or v")
+    how = _How(dtype, token, variant, tokenizer, vae, components, prediction)
     try:
-        path = _place(source, revision, token, variant)
-        if path.is_dir():
-            return _folder(path, str(source), dtype, variant, prediction)
-        return _single(path, dtype, tokenizer, vae, components, prediction, variant, token)
+        path = _place(source, how, revision)
+        return _folder(path, str(source), how) if path.is_dir() else _single(path, how)
     except ModelError:
         raise
     except ImportError as error:
         raise ModelError(f"loading a model here needs {error.name or error}: {INSTALL}") from None
+    except Exception as error:  # there is no end to what the libraries raise for odd files
+        if is_out_of_memory(error) or isinstance(error, MemoryError):
+            raise
+        raise ModelError(
+            f"{source!s:.300} cannot be loaded as a model ({type(error).__name__}: {error!s:.300}): get it again"
+        ) from None
 
 
-def _place(source: str | Path, revision: str | None, token: str | bool | None, variant: str | None) -> Path:
+def _place(source: str | Path, how: _How, revision: str | None = None, only: list[str] | None = None) -> Path:
     """The file or folder that a source names, on this machine or from the hub."""
     if os.path.exists(source):  # unlike Path's, false for what no file can be called
         return Path(source)
-    named = hub.named(str(source)) if isinstance(source, str) else None
+    named = hub.named(str(source))
     if named is None:
         raise ModelError(f"model {source!s:.300} does not exist: check the name")
-    return hub.fetch(*named, revision=revision, token=token, variant=variant)
+    return hub.fetch(*named, revision=revision, token=how.token, variant=how.variant, only=only)
 
 
-def _folder(path: Path, name: str, dtype: torch.dtype | None, variant: str | None, prediction: str | None) -> Loaded:
+def _folder(path: Path, name: str, how: _How) -> Loaded:
     index = read_index(path)
     stored = components_of(index)
     part = next((n for n in ("unet", "transformer") if n in stored), "denoiser")
     if absent := [n for n in (part, "vae", "scheduler") if n not in stored]:
         raise ModelError(f"{path} has no {_listed(absent)}: get it again")
-    parts, remarks = load_components(path, dtype=dtype, variant=variant)
+    parts, remarks = load_components(path, dtype=how.dtype, variant=how.variant)
     denoiser, scheduler = parts[part], parts["scheduler"]
     architecture = architecture_of_module(denoiser)
     if part == "unet" and (channels := denoiser.config.in_channels) != 4:
         raise ModelError(f"{path} holds a UNet with {channels} channels in, where 4 are usual: give a base model")
-    if prediction and part == "unet":
-        parts["scheduler"] = scheduler = type(scheduler).from_config(
-            scheduler.config, prediction_type=WORDS[prediction]
-        )
+    if how.prediction and part == "unet":
+        changed = {"prediction_type": WORDS[how.prediction]}
+        parts["scheduler"] = scheduler = type(scheduler).from_config(scheduler.config, **changed)
     said = _said(path, scheduler, part == "unet")
     options = {k: v for k, v in index.items() if not k.startswith("_") and not isinstance(v, list)}
     pipe = _pipeline(str(index["_class_name"]), parts, options)
@@ -113,23 +131,14 @@ def _folder(path: Path, name: str, dtype: torch.dtype | None, variant: str | Non
     return Loaded(pipe, name, architecture, said, size, _ends_in_noise(scheduler), tuple(remarks))
 
 
-def _single(
-    path: Path,
-    dtype: torch.dtype | None,
-    tokenizer: str | Path | None,
-    vae: str | Path | None,
-    components: str | Path | None,
-    prediction: str | None,
-    variant: str | None,
-    token: str | bool | None,
-) -> Loaded:
-    parts = load_parts(path, dtype)
+def _single(path: Path, how: _How) -> Loaded:
+    parts = load_parts(path, how.dtype)
     known, modules = parts.facts, dict[str, Any](parts.modules)
-    if vae is not None:
-        modules["vae"] = _vae_of(Path(vae), known, dtype)
-    said = "flow" if parts.content.prediction == "flow" else prediction or parts.prediction
+    if how.vae is not None:
+        modules["vae"] = _vae_of(Path(how.vae), known, how.dtype)
+    said = "flow" if parts.content.prediction == "flow" else how.prediction or parts.prediction
     zero = said == "v" and parts.content.zero_terminal
-    _complete(path, parts, modules, components, tokenizer, (variant, token), dtype)
+    _complete(path, parts, modules, how)
     modules["scheduler"] = _scheduler(known, said, zero)
     size = known.get(said, {}).get("size", known["size"])
     if sample := known.get(said, {}).get("sample_size"):
@@ -139,51 +148,49 @@ def _single(
     return Loaded(pipe, path.stem, architecture, said, (size, size), zero, tuple(parts.remarks))
 
 
-def _complete(
-    path: Path,
-    parts: Parts,
-    modules: dict[str, Any],
-    components: str | Path | None,
-    tokenizer: str | Path | None,
-    how: tuple[str | None, str | bool | None],
-    dtype: torch.dtype | None,
-) -> None:
+def _complete(path: Path, parts: Parts, modules: dict[str, Any], how: _How) -> None:
     """Add what a file lacks: text encoders and autoencoder from `components`, tokenizers from there or this machine."""
-    known = parts.facts
-    encoders = list(known["text_encoders"])
+    known, components = parts.facts, how.components
+    encoders: dict[str, Any] = known["text_encoders"]
     if known["pipeline"] == "StableDiffusion3Pipeline" and components is None and "text_encoder" in modules:
         modules.setdefault("text_encoder_3", None)  # T5, without which it works, too
-    lacking = [n for n in ("vae", *encoders) if n not in modules]
-    if lacking and components is None:
+    rest = [n for n in ("vae", *encoders) if n not in modules]
+    if rest and components is None:
         raise ModelError(
-            f"{path} holds no {_listed(lacking)}: give as components a diffusers folder or model of the hub that has "
-            f"them, such as {known['like']}" + (", or a file as vae" if lacking == ["vae"] else "")
+            f"{path} holds no {_listed(rest)}: give as components a diffusers folder or model of the hub that has "
+            f"them, such as {known['like']}" + (", or a file as vae" if rest == ["vae"] else "")
         )
-    tokenizers = {n.replace("text_encoder", "tokenizer"): n for n in encoders}
-    clip = {t: n for t, n in tokenizers.items() if t in known["padding"] and components is None}
-    for name, encoder in clip.items():
-        rows = modules[encoder].config.vocab_size
-        modules[name] = clip_tokenizer(known["padding"][name], tokenizer, rows)
-    rest = lacking + [t for t, n in tokenizers.items() if t not in clip and modules.get(n, True) is not None]
-    modules |= {t: None for t, n in tokenizers.items() if modules.get(n, True) is None}
-    if not rest:
-        return
+    for encoder, (kind, *_) in encoders.items():
+        name = encoder.replace("text_encoder", "tokenizer")
+        if modules.get(encoder, parts) is None:
+            modules[name] = None
+        elif name in known["padding"] and (components is None or how.tokenizer is not None):
+            rows = modules[encoder].config.vocab_size if encoder in modules else TOKENS
+            modules[name] = clip_tokenizer(known["padding"][name], how.tokenizer, rows)
+        elif components is None and kind == "t5xxl" and (found := t5_tokenizer()):
+            modules[name] = found
+        else:
+            rest.append(name)
+    if rest:
+        _take(path, rest, parts, modules, how)
+
+
+def _take(path: Path, rest: list[str], parts: Parts, modules: dict[str, Any], how: _How) -> None:
+    """Add these components from the folder or model of the hub that `components` names."""
+    components, like = how.components, parts.facts["like"]
     if components is None:
         raise ModelError(
             f"{path} needs the {_listed(rest)}: give as components a diffusers folder or model of the hub that has it, "
-            f"such as {known['like']}"
+            f"such as {like}"
         )
-    variant, token = how
-    folder = _place(str(components), None, token, variant)
+    folder = _place(components, how, only=rest)
     if not folder.is_dir():
         raise ModelError(f"components {components!s:.300} is a file: give a diffusers folder or a model of the hub")
     stored = components_of(read_index(folder))
     if absent := [n for n in rest if n not in stored]:
-        raise ModelError(
-            f"components {components!s:.300} has no {_listed(absent)}: give another, such as {known['like']}"
-        )
-    _check_same(components, known, stored)
-    more, remarks = load_components(folder, dtype=dtype, variant=variant, only=rest)
+        raise ModelError(f"components {components!s:.300} has no {_listed(absent)}: give another, such as {like}")
+    _check_same(components, parts.facts, stored)
+    more, remarks = load_components(folder, dtype=how.dtype, variant=how.variant, only=rest)
     modules |= more
     parts.remarks += remarks
 

