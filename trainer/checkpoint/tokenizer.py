@@ -115,6 +115,8 @@ def _files(place: Path) -> tuple[Path, ...]:
     pair = (place / "vocab.json", place / "merges.txt")
     if all(p.is_file() for p in pair):
         return pair
+    if (place / "tokenizer.json").is_file():  # the three in one
+        return (place / "tokenizer.json",)
     for part in ("", "data", "tokenizer"):
         for name in (f"{BPE}.gz", BPE):
             if (place / part / name).is_file():
@@ -144,18 +146,15 @@ def _from_hub() -> tuple[Path, ...]:
 def _read(files: tuple[Path, ...], padding: str, rows: int) -> Any:
     from transformers import CLIPTokenizer
 
+    made: Any
+    options: Any = {"model_max_length": LENGTH, "pad_token": padding}
     try:
         with tempfile.TemporaryDirectory() as folder:
-            if len(files) == 1:
-                raw = files[0].read_bytes()
-                words, merges = vocabulary((gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8"))
-                files = (Path(folder) / "vocab.json", Path(folder) / "merges.txt")
-                files[0].write_text(json.dumps(words), encoding="utf-8")
-                files[1].write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
-            made: Any = CLIPTokenizer(
-                str(files[0]), str(files[1]), model_max_length=LENGTH, pad_token=padding,
-                bos_token=BEGIN, eos_token=END, unk_token=END,
-            )  # fmt: skip
+            if files[0].name == "tokenizer.json":
+                made = CLIPTokenizer.from_pretrained(files[0].parent, local_files_only=True, **options)
+            else:
+                vocab, merges = files if len(files) == 2 else _pair(files[0], Path(folder))
+                made = CLIPTokenizer(str(vocab), str(merges), bos_token=BEGIN, eos_token=END, unk_token=END, **options)
     except (OSError, ValueError, KeyError, EOFError, TypeError) as error:
         raise ModelError(f"tokenizer {files[0]} is no vocabulary of CLIP ({error!s:.200}): give another") from None
     if len(made) > rows:
@@ -163,3 +162,12 @@ def _read(files: tuple[Path, ...], padding: str, rows: int) -> Any:
             f"tokenizer {files[0]} knows {len(made)} tokens, the text encoder {rows}: give the one of its training"
         )
     return made
+
+
+def _pair(file: Path, folder: Path) -> tuple[Path, Path]:
+    """The two files that transformers reads, made of CLIP's one text, in a folder."""
+    raw = file.read_bytes()
+    words, merges = vocabulary((gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8"))
+    (folder / "vocab.json").write_text(json.dumps(words), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    return folder / "vocab.json", folder / "merges.txt"
