@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ...core.architecture import SD2
 from ...core.naming import is_diffusers, to_single_file
 from . import shapes as told
 from .errors import ModelError
@@ -79,28 +81,24 @@ def load_parts(path: Path, dtype: torch.dtype | None = None) -> Parts:
     header = read_header(path)
     content = identify(header)
     parts = Parts(content, facts(content.architecture))
+    used: set[str] = set()
+
+    def add(name: str, prefix: str, load: Callable[[dict[str, Tensor]], tuple[nn.Module, str]]) -> None:
+        weights = _tensors(file, header, prefix)
+        used.update(prefix + n for n in weights)
+        parts.modules[name], remark = load(weights)
+        parts.remarks += [remark] if remark else []
+
     with safe_open(path, "pt") as file:
-        names = set(header.shapes)
-        network = _tensors(file, header, content.prefix)
-        parts.prediction = content.prediction or unsaid_prediction(content, network)
-        used = {content.prefix + n for n in network}
         name, kind, config = parts.facts["denoiser"]
-        module, remark = _denoiser(path, kind, config, network, dtype)
-        parts.modules[name] = module
+        add(name, content.prefix, lambda weights: _denoiser(parts, path, kind, config, weights, dtype))
         if content.vae is not None and parts.facts["vae"] is not None:
-            weights = _tensors(file, header, content.vae)
-            used |= {content.vae + n for n in weights}
-            parts.modules["vae"], said = _vae(path, parts.facts["vae"], weights, dtype)
-            remark += said and f" {said}"
+            add("vae", content.vae, lambda weights: _vae(path, parts.facts["vae"], weights, dtype))
         for at, text in content.texts.items():
-            for component, (wanted, kind, config) in parts.facts["text_encoders"].items():
+            for name, (wanted, *more) in parts.facts["text_encoders"].items():
                 if wanted == text:
-                    weights = _tensors(file, header, at)
-                    used |= {at + n for n in weights}
-                    parts.modules[component], said = _text_encoder(path, text, kind, config, weights, dtype)
-                    remark += said and f" {said}"
-    parts.remarks += [remark.strip()] if remark else []
-    if rest := sorted(n for n in names - used if not HARMLESS.match(n)):
+                    add(name, at, partial(_text_encoder, path, text, *more, dtype))
+    if rest := sorted(n for n in header.shapes if n not in used and not HARMLESS.match(n)):
         parts.remarks.append(f"{len(rest)} weights in {path.name} are not used, such as {rest[0]:.100}.")
     return parts
 
@@ -125,12 +123,9 @@ def unsaid_prediction(content: Content, network: dict[str, Tensor]) -> str:
     The biases of one layer lie further apart in the 768-pixel models, which predict v; ComfyUI tells them by this, too.
     """
     bias = network.get(SD2_BIAS)
-    v = (
-        content.architecture == "stable-diffusion-v2"
-        and bias is not None
-        and bool(bias.float().std(correction=0) > 0.09)
-    )
-    return "v" if v else "eps"
+    if content.architecture != SD2 or bias is None:
+        return "eps"
+    return "v" if bias.float().std(correction=0) > 0.09 else "eps"
 
 
 def _described(path: Path, what: str, describe: Any, weights: dict[str, Tensor]) -> dict[str, Any]:
@@ -150,9 +145,14 @@ def _stray(given: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Tens
 
 
 def _denoiser(
-    path: Path, kind: str, config: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype | None
+    parts: Parts,
+    path: Path,
+    kind: str,
+    config: dict[str, Any],
+    weights: dict[str, Tensor],
+    dtype: torch.dtype | None,
 ) -> tuple[nn.Module, str]:
-    """The denoiser in its original layout's names, without a prefix."""
+    """The denoiser in its original layout's names, without a prefix; its prediction type goes into `parts`."""
     import diffusers
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
@@ -163,6 +163,7 @@ def _denoiser(
             weights = {to: weights[name] for name, to in to_single_file(weights).items()}
         except (ValueError, KeyError) as error:
             raise ModelError(f"{path}: {error!s:.300}: it is of a kind that is not known") from None
+    parts.prediction = parts.content.prediction or unsaid_prediction(parts.content, weights)
     config = config | _described(path, what, DENOISERS[kind], weights)
     made: Any = getattr(diffusers, kind, None)
     if made is None or kind not in SINGLE_FILE_LOADABLE_CLASSES:
@@ -194,25 +195,18 @@ def _vae(
 
     for pattern, name in ATTENTION:
         weights = {re.sub(pattern, name, n): w for n, w in weights.items()}
-    weights = {n: w for n, w in weights.items() if not n.startswith("loss.") and n != "model_ema.decay"}
+    weights = {n: w for n, w in weights.items() if not n.startswith("loss.")}
     config = config | _described(path, "autoencoder", told.vae, weights)
 
     def convert(module: Any) -> dict[str, Tensor]:
         found = convert_ldm_vae_checkpoint(dict(weights), dict(module.config))
         return found | _stray(weights, found)
 
-    return loaded(
-        path,
-        "autoencoder",
-        lambda: AutoencoderKL(**config),
-        convert,
-        dtype,
-        torch.float16,
-    )
+    return loaded(path, "autoencoder", lambda: AutoencoderKL(**config), convert, dtype, torch.float16)
 
 
 def _text_encoder(
-    path: Path, text: str, kind: str, config: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype | None
+    path: Path, text: str, kind: str, config: dict[str, Any], dtype: torch.dtype | None, weights: dict[str, Tensor]
 ) -> tuple[nn.Module, str]:
     """A text encoder in transformers' or OpenCLIP's names, without a prefix."""
     import transformers
@@ -235,9 +229,8 @@ def _text_encoder(
         if kind == "CLIPTextModel":
             found.pop("text_projection.weight", None)
             # Since transformers 5.6 it has no inner module of this name.
-            found = (
-                found if hasattr(module, "text_model") else {n.removeprefix("text_model."): w for n, w in found.items()}
-            )
+            inner = "" if hasattr(module, "text_model") else "text_model."
+            found = {n.removeprefix(inner): w for n, w in found.items()}
         elif text == "clip_l":
             # Stable Diffusion 3 takes CLIP-L's summary as it is.
             found["text_projection.weight"] = torch.eye(config["hidden_size"], dtype=next(iter(found.values())).dtype)
