@@ -9,16 +9,20 @@ from typing import Any
 
 from .errors import ModelError
 from .folder import BESIDE, INDEX, SHARD, choose_variant
+from .header import PICKLES
 
 NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:/(?P<file>.+\.safetensors))?")
 SMALL = (".json", ".txt", ".model", ".jinja")
+ENDINGS = (".safetensors", *PICKLES)  # of a file that is not there, rather than of a repository
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 def named(source: str) -> tuple[str, str | None] | None:
     """A repository of the hub, and a file in it, that a source names: owner/name or owner/name/file.safetensors."""
     match = NAME.fullmatch(source)
-    return (match["repository"], match["file"]) if match and ".." not in source and source[0] not in "./~" else None
+    if match is None or ".." in source or source[0] in "./~" or match["repository"].endswith(ENDINGS):
+        return None
+    return match["repository"], match["file"]
 
 
 def wanted(names: Iterable[str], variant: str | None, only: Collection[str] | None = None) -> list[str]:
@@ -77,8 +81,8 @@ def fetch(
             ),
             (
                 errors.LocalEntryNotFoundError,
-                f"{what} is not in the hub's cache, and the hub cannot be reached (no network, or HF_HUB_OFFLINE is "
-                "set): connect once, or give a file or folder",
+                f"{what} is neither a file or folder here nor in the hub's cache, and the hub cannot be reached (no "
+                "network, or HF_HUB_OFFLINE is set): check the name, or connect once",
             ),
             (errors.EntryNotFoundError, f"{what} on the hub has no file {file!s:.200}: check the name"),
             (errors.HFValidationError, f"{repository:.200} can be no model on the hub: check the name"),

@@ -28,6 +28,12 @@ FIRST = {
     **dict.fromkeys((names.SD3, names.SD35_MEDIUM, names.SD35_LARGE), ("x_embedder.proj.weight", 16)),
     **dict.fromkeys((names.FLUX_DEV, names.FLUX_SCHNELL, names.CHROMA), ("img_in.weight", 64)),
 }
+# A weight that a transformer has in its original names, and not in diffusers'.
+ORIGINAL = {
+    **{architecture: first for architecture, (first, _) in FIRST.items()},
+    **dict.fromkeys((names.LUMINA2, names.Z_IMAGE), "x_embedder.weight"),
+    names.SANA: "x_embedder.proj.weight",
+}
 PREDICTIONS = {"epsilon": "eps", "eps": "eps", "v": "v", "v_prediction": "v", "v-prediction": "v"}
 UNETS = (names.SD1, names.SD2, names.SDXL)
 # Of Stable Diffusion 2 only the weights tell the prediction type: this layer's, which ComfyUI looks at, too.
@@ -72,8 +78,9 @@ def identify(header: Header) -> Content:
         told = "is the refiner of Stable Diffusion XL, which only ends what its base began: give the base model"
     if not told and not architecture:
         told = _unet_of_no_kind(network) or part(shapes)
-    if not told:
-        told = _more_channels(architecture, network)
+    if not told and architecture not in UNETS and ORIGINAL.get(architecture, "") not in (*network, ""):
+        told = "is a part of a diffusers folder: give the folder that holds model_index.json"
+    told = told or _more_channels(architecture, network)
     if told:
         raise ModelError(f"{header.path} {told}")
     prediction, zero = _prediction(header, architecture)

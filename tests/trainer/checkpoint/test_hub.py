@@ -85,7 +85,10 @@ def test_what_is_in_the_cache_is_used_without_a_network(server, monkeypatch):
     assert load_pipeline("me/half").name == "me/half"
     assert load_pipeline("me/file/mine.safetensors", tokenizer=tokenizer).name == "mine"
     assert server.asked == []
-    with pytest.raises(ModelError, match=r"me/both is not in the hub's cache, and the hub cannot be reached .*OFFLINE"):
+    with pytest.raises(
+        ModelError,
+        match=r"me/both is neither a file or folder here nor in the hub's cache, .*OFFLINE",
+    ):
         load_pipeline("me/both")
 
 
@@ -93,7 +96,10 @@ def test_where_the_network_is_down_the_cache_counts(server, monkeypatch):
     load_pipeline("me/half")
     monkeypatch.setattr(hub, "fetch", lambda *names, **how: FETCH(*names, **how | {"endpoint": "http://127.0.0.1:9"}))
     assert load_pipeline("me/half").name == "me/half"
-    with pytest.raises(ModelError, match=r"me/both is not in the hub's cache, and the hub cannot be reached"):
+    with pytest.raises(
+        ModelError,
+        match=r"me/both is neither a file or folder here nor in the hub's cache, and the hub cannot be reached",
+    ):
         load_pipeline("me/both")
 
 
@@ -120,7 +126,7 @@ def test_a_private_model_needs_the_token(server, capsys, caplog):
         ("me/gated", r"is gated: accept its terms on its page there, then log in with `hf auth login`"),
         ("me/unknown", r"me/unknown is neither a file or folder here nor a model on the hub that you can see"),
         ("me/forbidden", r"cannot be had from the hub \(403, not allowed: log in"),
-        ("me/broken", r"is not in the hub's cache, and the hub cannot be reached"),
+        ("me/broken", r"is neither a file or folder here nor in the hub's cache, and the hub cannot be reached"),
         ("me/file", r"is no diffusers pipeline, it has no model_index.json: give .* such as me/file/mine.safetensors"),
         ("me/file/other.safetensors", r"me/file on the hub has no file other.safetensors: check the name"),
         ("me/-odd-", r"me/-odd- can be no model on the hub|is neither a file or folder here"),
@@ -150,6 +156,8 @@ def test_a_single_file_s_components_are_taken_from_the_hub_and_no_more(server, s
         ("./owner/name", None),
         ("owner/name/", None),
         ("owner/../name", None),
+        ("models/mine.safetensors", None),
+        ("models/mine.ckpt", None),
         ("C:\\models\\a", None),
     ],
 )

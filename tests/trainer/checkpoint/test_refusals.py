@@ -108,6 +108,7 @@ FLUX = {
         ({"body.0.rdb1.conv1.weight": (8, 8, 3, 3), "conv_first.weight": (8, 3, 3, 3)}, "is an upscaler .ESRGAN"),
         ({"layers.0.residual_group.blocks.0.norm1.weight": (8,)}, "is an upscaler"),
         ({"transformer_blocks.0.attn.to_q.weight": (8, 8)}, "is a part of a diffusers folder: give the folder"),
+        ({"cap_embedder.1.weight": (3840, 2560), "all_x_embedder.2-1.weight": (3840, 64)}, "is a part of a diffusers"),
         ({"model_ema.diffusion_modelinput_blocks00weight": (8, 4, 3, 3)}, "only the moving average .EMA."),
         ({"a": (1,), "b": (1,)}, "is of a kind that is not known .its weights are called a, b.: load a model"),
         ({}, "is of a kind that is not known .its weights are called none"),
