@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from .naming import of_an_adapter, without_adapter
+
 SD1, SD2, SDXL = "stable-diffusion-v1", "stable-diffusion-v2", "stable-diffusion-xl-v1-base"
 SDXL_REFINER = "stable-diffusion-xl-v1-refiner"
 SD3, SD35_MEDIUM, SD35_LARGE = (
@@ -26,8 +28,7 @@ KNOWN = {
     *UNETS.values(),
     *(SD3, SD35_MEDIUM, SD35_LARGE),
     *(FLUX_DEV, FLUX_SCHNELL, FLUX2),
-    *(CHROMA, Z_IMAGE, QWEN_IMAGE, WAN),
-    *(LUMINA2, SANA),
+    *(CHROMA, Z_IMAGE, QWEN_IMAGE, WAN, LUMINA2, SANA),
 }
 # The width of the text that these two of the same blocks embed -> which it is.
 CAPTIONS = {3840: Z_IMAGE, 2304: LUMINA2}
@@ -38,6 +39,7 @@ def architecture_of(shapes: Mapping[str, Sequence[int]]) -> str:
 
     "" where it is none of those that are known.
     """
+    shapes = {without_adapter(n): s for n, s in shapes.items() if not of_an_adapter(n)}
     if any(n.startswith(("input_blocks.", "down_blocks.")) for n in shapes):
         if any("time_stack" in n or "temporal" in n for n in shapes):
             return ""  # a video model
@@ -54,13 +56,33 @@ def architecture_of(shapes: Mapping[str, Sequence[int]]) -> str:
         if "img_in.weight" not in shapes or "vector_in.in_layer.weight" not in shapes:
             return ""  # video models, and others of the same blocks
         return FLUX_DEV if any(n.startswith("guidance_in.") for n in shapes) else FLUX_SCHNELL
-    if found := CAPTIONS.get(shapes.get("cap_embedder.1.weight", (0,))[0]):
-        return found
     if "blocks.0.cross_attn.kv_linear.weight" in shapes and "blocks.0.mlp.inverted_conv.conv.weight" in shapes:
         return SANA
+    if any(n.startswith("transformer_blocks.") for n in shapes) and (found := _of_diffusers(shapes)):
+        return found
+    caption = shapes.get("cap_embedder.1.weight", shapes.get("time_caption_embed.caption_embedder.1.weight", (0,)))
+    if caption[0] in CAPTIONS:
+        return CAPTIONS[caption[0]]
     if shapes.get("txt_norm.weight", (0,))[0] == 3584:
         return QWEN_IMAGE
     return WAN if "head.modulation" in shapes else ""
+
+
+def _of_diffusers(shapes: Mapping[str, Sequence[int]]) -> str:
+    """The architecture of a transformer in diffusers' layout that other hosts have in another; or ""."""
+    if "single_transformer_blocks.0.attn.to_q.weight" in shapes:
+        if any(n.startswith("distilled_guidance_layer.") for n in shapes):
+            return CHROMA
+        if "time_text_embed.text_embedder.linear_1.weight" not in shapes or "x_embedder.weight" not in shapes:
+            return ""  # video models, and others of the same blocks
+        return FLUX_DEV if any(n.startswith("time_text_embed.guidance_embedder.") for n in shapes) else FLUX_SCHNELL
+    if any(n.startswith("double_stream_modulation_img.") for n in shapes):
+        return FLUX2
+    if "pos_embed.proj.weight" in shapes and "transformer_blocks.0.attn.add_q_proj.weight" in shapes:
+        if any(".attn2." in n for n in shapes):
+            return SD35_MEDIUM
+        return SD35_LARGE if "transformer_blocks.37.attn.to_q.weight" in shapes else SD3
+    return SANA if "caption_norm.weight" in shapes and "patch_embed.proj.weight" in shapes else ""
 
 
 WHOLE = "model.diffusion_model."  # before a network's names in the file of a whole checkpoint

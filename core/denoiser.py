@@ -73,12 +73,14 @@ class Cond:
 class Denoiser(abc.ABC):
     """Predicts x0 (B, C, H, W) from a noisy x at sigma (B,), in k-diffusion's space (see `schedule`).
 
-    `backbone` is the module in which LoRA and feature taps go; `prediction` is what it puts out.
+    `backbone` is the module in which LoRA and feature taps go; `prediction` is what it puts out. `lora_style` is how
+    a LoRA file names its layers (`lora.FORMATS`).
     """
 
     schedule: Schedule
     backbone: nn.Module
     prediction: str
+    lora_style: str = "kohya"
 
     @abc.abstractmethod
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
@@ -87,6 +89,13 @@ class Denoiser(abc.ABC):
     def output(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         """The backbone's own output (B, C, H, W): eps, v or flow, as `prediction` says."""
         return self.schedule.from_x0(self.prediction, x, self(x, sigma, cond), sigma)
+
+    def picture_part(self, tap: str, output: Tensor | tuple, x: Tensor, cond: Cond) -> Tensor:
+        """What the module `tap` of the backbone put out for x and cond -> the picture's part, without the text.
+
+        (B, C', H', W'), or tokens (B, N, C') by rows.
+        """
+        return picture_part(tap, output, cond.context.shape[1])
 
     def with_backbone(self, backbone: nn.Module) -> Denoiser:
         """The same adapter over another module of the same architecture."""
@@ -97,6 +106,20 @@ class Denoiser(abc.ABC):
     @property
     def device(self) -> torch.device:
         return next(self.backbone.parameters()).device
+
+
+# Blocks of text and picture: where the picture stands in what they put out (first, where none is named),
+# and those whose tokens may come as one sequence, the text's before the picture's.
+PICTURE_AT = {"joint_blocks": -1, "transformer_blocks": -1, "single_transformer_blocks": -1}
+ONE_SEQUENCE = ("single_blocks", "single_transformer_blocks")
+
+
+def picture_part(tap: str, output: Tensor | tuple, text: int) -> Tensor:
+    """What a tapped module put out -> its part of the picture, without the `text` tokens that went through beside."""
+    kind = tap.split(".")[-2] if "." in tap else ""
+    if isinstance(output, tuple):
+        return output[PICTURE_AT.get(kind, 0)]
+    return output[:, text:] if kind in ONE_SEQUENCE else output
 
 
 def guided(denoiser: Denoiser, x: Tensor, sigma: Tensor, cond: Cond, uncond: Cond | None, scale: float) -> Tensor:

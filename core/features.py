@@ -24,10 +24,6 @@ HOSTS_BLOCK = re.compile(r"^(input_blocks|middle_block)\.\d*[1-9]\d*(?:\.0)?$")
 TRANSFORMER_TAPS = re.compile(r"^(?:joint_blocks|double_blocks|transformer_blocks|blocks|layers)\.\d+$")
 VISION_BLOCK = re.compile(r"(?:^|\.)(?:layer|layers|blocks)\.\d+$")
 COUNT = 5
-# Blocks of text and picture: where the picture stands in what they put out (first, where none is named),
-# and those whose tokens may come as one sequence, the text's before the picture's.
-PICTURE_AT = {"joint_blocks": -1, "transformer_blocks": -1, "single_transformer_blocks": -1}
-ONE_SEQUENCE = ("single_blocks", "single_transformer_blocks")
 
 
 class _Collected(Exception):
@@ -129,7 +125,7 @@ class TeacherFeatures:
         """
 
         def take(tap: str, output: Any) -> Tensor:
-            return picture_part(tap, output, cond.context.shape[1]).clone()  # the next block may add to it in place
+            return self.teacher.picture_part(tap, output, x, cond).clone()  # the next block may add to it in place
 
         maps = outputs(self.modules, take, lambda: self.teacher(x, sigma, cond))
         return [as_picture(m, x).float() for m in maps]
@@ -192,14 +188,6 @@ class VisionFeatures:
 
 
 Features = TeacherFeatures | VisionFeatures
-
-
-def picture_part(tap: str, output: Tensor | tuple, text: int) -> Tensor:
-    """What a tapped module put out -> its part of the picture, without the `text` tokens that went through beside."""
-    kind = tap.split(".")[-2] if "." in tap else ""
-    if isinstance(output, tuple):
-        return output[PICTURE_AT.get(kind, 0)]
-    return output[:, text:] if kind in ONE_SEQUENCE else output
 
 
 def as_picture(features: Tensor, x: Tensor) -> Tensor:

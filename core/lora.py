@@ -17,16 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .naming import is_diffusers, suggestion, to_single_file
+from .naming import is_diffusers, of_an_adapter, suggestion, to_diffusers, to_single_file, without_adapter
 
 # What is adapted, as patterns on module names; hosts' and diffusers' layouts, UNets and DiTs.
 TARGETS = {
-    "attention": r"attn\d?\.(to_[qkv]|to_out\.0|qkv|proj)$|attentions?\..*\.(to_[qkv]|to_out\.0)$",
-    "transformer": r"transformer_blocks|attn|attention|mlp|proj_(in|out)$|(single|double|joint)_?blocks",
+    "attention": r"attn\d?\.(to_[qkv]|to_out\.0|qkv|proj)$|attentions?\.(.*\.)?(to_[qkv]|to_out\.0|qkv|out)$",
+    "transformer": r"transformer_blocks|attn|attention|mlp|feed_forward|proj_(in|out)$|(single|double|joint)_?blocks",
     "all": r"",
 }
-FORMATS = {"kohya": "lora_unet_", "comfy": "diffusion_model."}
+# The prefix of layers in a LoRA file of each style. `kohya` and `comfy` have a UNet's single-file names; `diffusers` is
+# kohya's with a UNet's diffusers names, as kohya itself writes Stable Diffusion 1 and 2; `peft` is for a transformer of
+# diffusers, and diffusers and ComfyUI load it.
+FORMATS = {"kohya": "lora_unet_", "diffusers": "lora_unet_", "comfy": "diffusion_model.", "peft": "transformer."}
 PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
+PEFT_PARTS = ("lora_A.weight", "lora_B.weight")  # without alpha: it is multiplied into B
 
 
 def adaptable(module: nn.Module) -> bool:
@@ -45,8 +49,11 @@ def quantised(weight: Tensor) -> bool:
 
 
 def matching_layers(backbone: nn.Module, targets: str) -> dict[str, nn.Module]:
-    """The layers by name that `targets`, a key of TARGETS or a pattern, picks; raises ValueError if there are none."""
-    layers = {n: m for n, m in backbone.named_modules() if adaptable(m)}
+    """The layers by name that `targets`, a key of TARGETS or a pattern, picks; raises ValueError if there are none.
+
+    Of a layer that carries a LoRA of peft's, which is the teacher's, it is the layer itself, by its own name.
+    """
+    layers = {without_adapter(n): m for n, m in backbone.named_modules() if adaptable(m) and not of_an_adapter(n)}
     remedy = f"use {', '.join(TARGETS)}, or a regular expression that fits names of layers"
     try:
         pattern = re.compile(TARGETS.get(targets, targets))
@@ -152,44 +159,66 @@ class LoRA(nn.Module):
         self._hooks.clear()
 
     def file_names(self, backbone: nn.Module, style: str = "kohya") -> list[str]:
-        """The key prefix of each branch in a LoRA file, in single-file names."""
-        names, parameters = self.names, [n for n, _ in backbone.named_parameters()]
+        """The key prefix of each branch in a LoRA file of a style in FORMATS."""
+        names, parameters = self.names, [without_adapter(n) for n, _ in backbone.named_parameters()]
         if is_diffusers(parameters):
-            table = to_single_file(parameters)
-            modules = {k.rpartition(".")[0]: v.rpartition(".")[0] for k, v in table.items()}
-            names = [modules[n] for n in names]
-        return [FORMATS[style] + (n.replace(".", "_") if style == "kohya" else n) for n in names]
+            table = {} if style in ("diffusers", "peft") else to_single_file(parameters)
+        else:
+            table = to_diffusers(parameters) if style == "diffusers" else {}
+        modules = {k.rpartition(".")[0]: v.rpartition(".")[0] for k, v in table.items()}
+        names = [modules.get(n, n) for n in names]
+        underscored = FORMATS[style] == FORMATS["kohya"]
+        return [FORMATS[style] + (n.replace(".", "_") if underscored else n) for n in names]
 
     def export(
         self, backbone: nn.Module, style: str = "kohya", dtype: torch.dtype = torch.float16
     ) -> dict[str, Tensor]:
-        """Tensors of a LoRA file: `<name>.lora_down.weight`, `.lora_up.weight`, `.alpha`."""
+        """Tensors of a LoRA file: `<name>.lora_down.weight`, `.lora_up.weight`, `.alpha`, or as peft names them."""
         tensors = {}
         for name, branch in zip(self.file_names(backbone, style), self.each(), strict=True):
-            tensors[f"{name}.lora_down.weight"] = branch.down.detach().to(dtype).cpu().contiguous()
-            tensors[f"{name}.lora_up.weight"] = branch.up.detach().to(dtype).cpu().contiguous()
-            tensors[f"{name}.alpha"] = torch.tensor(branch.scale * branch.down.shape[0], dtype=dtype)
+            down, up = branch.down.detach(), branch.up.detach()
+            if style == "peft":
+                values = (down, up * branch.scale)
+            else:
+                values = (down, up, torch.tensor(branch.scale * down.shape[0]))
+            for part, value in zip(parts_of(style), values, strict=True):
+                tensors[f"{name}.{part}"] = value.to(dtype).cpu().contiguous()
         return tensors
 
     @torch.no_grad()
     def load(self, backbone: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Fill the branches from a LoRA file's tensors, kohya or comfy names.
+        """Fill the branches from a LoRA file's tensors, of any style in FORMATS.
 
         Raises ValueError if a key of the file, or a branch, has no counterpart.
         """
-        for name, branch in self.check(backbone, {k: v.shape for k, v in tensors.items()}).items():
-            down, up = tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"]
+        shapes = {k: v.shape for k, v in tensors.items()}
+        a, b, *alpha = parts_of(self._style(backbone, shapes))
+        for name, branch in self.check(backbone, shapes).items():
+            down, up = tensors[f"{name}.{a}"], tensors[f"{name}.{b}"]
             branch.down = nn.Parameter(down.to(branch.down))
             branch.up = nn.Parameter(up.to(branch.up))
-            branch.scale = float(tensors[f"{name}.alpha"]) / down.shape[0]
+            branch.scale = float(tensors[f"{name}.{alpha[0]}"]) / down.shape[0] if alpha else 1.0
+
+    def _style(self, backbone: nn.Module, names: Iterable[str]) -> str:
+        """The style whose names most of a file's are."""
+        names = set(names)
+
+        def found(style: str) -> int:
+            if not any(n.startswith(FORMATS[style]) for n in names):
+                return 0
+            first = parts_of(style)[0]
+            return sum(f"{name}.{first}" in names for name in self.file_names(backbone, style))
+
+        return max(FORMATS, key=found)  # the first, where none fits
 
     def check(self, backbone: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[str, Branch]:
         """The branches by their names in a file with tensors of these shapes; raises as `load`."""
-        style = "comfy" if any(k.startswith(FORMATS["comfy"]) for k in shapes) else "kohya"
+        style = self._style(backbone, shapes)
+        parts = parts_of(style)
         wanted = dict(zip(self.file_names(backbone, style), self.each(), strict=True))
-        check_match("LoRA", shapes, [f"{name}.{part}" for name in wanted for part in PARTS])
+        check_match("LoRA", shapes, [f"{name}.{part}" for name in wanted for part in parts])
         for name, branch in wanted.items():
-            down, up = shapes[f"{name}.lora_down.weight"], shapes[f"{name}.lora_up.weight"]
+            down, up = shapes[f"{name}.{parts[0]}"], shapes[f"{name}.{parts[1]}"]
             found, own = (up[0], *down[1:]), (branch.up.shape[0], *branch.down.shape[1:])
             if found != own:
                 raise ValueError(
@@ -203,9 +232,10 @@ class LoRA(nn.Module):
         weights = dict(backbone.named_parameters())
         merged = {}
         for name, branch in zip(self.names, self.each(), strict=True):
-            weight = weights[f"{name}.weight"]
+            key = f"{name}.weight" if f"{name}.weight" in weights else f"{name}.base_layer.weight"
+            weight = weights[key]
             delta = branch.delta().detach().to(weight.device)
-            merged[f"{name}.weight"] = (weight.detach().float() + delta).to(weight.dtype)
+            merged[key] = (weight.detach().float() + delta).to(weight.dtype)
         return merged
 
     @contextmanager
@@ -227,6 +257,11 @@ class LoRA(nn.Module):
             self._folded = False
             for name, value in kept.items():
                 weights[name].data = value
+
+
+def parts_of(style: str) -> tuple[str, ...]:
+    """How the tensors of one layer end in a file of a style: down, up and, but for peft's, alpha."""
+    return PEFT_PARTS if style == "peft" else PARTS
 
 
 def check_match(what: str, given: Iterable[str], wanted: Iterable[str]) -> None:

@@ -73,6 +73,61 @@ def _inside(kind: str, rest: str) -> str:
     return f"{RESNET[head]}.{tail}"
 
 
+def to_diffusers(names: Iterable[str]) -> dict[str, str]:
+    """Parameter names of a UNet in single-file layout -> diffusers' names: the inverse of `to_single_file`.
+
+    Needs all the names of the UNet at once; names of another network are left out.
+    """
+    names = list(names)
+    blocks = [(int(m[1]), m[2]) for m in (re.match(r"input_blocks\.(\d+)\.0\.(op)?", n) for n in names) if m]
+    last = max((number for number, _ in blocks), default=0)
+    # A level is its layers and a downsampling; a UNet without one is one level.
+    level = min((number for number, op in blocks if op), default=last + 1)
+    found = {n: _diffusers_name(n, level) for n in names}
+    return {n: name for n, name in found.items() if name}
+
+
+def _diffusers_name(name: str, level: int) -> str:
+    for theirs, ours in OUTER.items():
+        if name.startswith(ours + "."):
+            return theirs + name.removeprefix(ours)
+    side, _, rest = name.partition(".")
+    number, _, rest = rest.partition(".")
+    if side == "middle_block" and number in ("0", "1", "2"):
+        attends = number == "1"
+        return f"mid_block.attentions.0.{rest}" if attends else f"mid_block.resnets.{int(number) // 2}.{_outside(rest)}"
+    index, _, rest = rest.partition(".")
+    if side == "input_blocks":
+        block, layer = divmod(int(number) - 1, level)
+        if rest.startswith("op."):
+            return f"down_blocks.{block}.downsamplers.0.conv.{rest.removeprefix('op.')}"
+    elif side == "output_blocks":
+        block, layer = divmod(int(number), level)
+        if index != "0" and rest.startswith("conv."):
+            return f"up_blocks.{block}.upsamplers.0.{rest}"
+    else:
+        return ""
+    end = "down" if side == "input_blocks" else "up"
+    kind, inner = ("attentions", rest) if index == "1" else ("resnets", _outside(rest))
+    return f"{end}_blocks.{block}.{kind}.{layer}.{inner}"
+
+
+def _outside(rest: str) -> str:
+    """The rest of a residual block's name in diffusers' layout."""
+    found = next((ours for ours, theirs in RESNET.items() if rest.startswith(theirs + ".")), None)
+    return f"{found}{rest.removeprefix(RESNET[found])}" if found else rest
+
+
+def of_an_adapter(name: str) -> bool:
+    """Whether a module or parameter of this name is part of a LoRA that peft has put into the network."""
+    return any(part.startswith("lora_") for part in name.split("."))
+
+
+def without_adapter(name: str) -> str:
+    """The name that a layer has without peft's LoRA around it."""
+    return name.replace(".base_layer", "")
+
+
 def suggestion(name: str, known: Sequence[str]) -> str:
     """How a message about an unknown name ends: with the known one that was most likely meant, if one is near."""
     near = difflib.get_close_matches(name, known, 1)

@@ -16,7 +16,7 @@ from .card import CardError, StudentCard, fingerprint, header, read_card, read_s
 from .denoiser import Cond, Denoiser
 from .fit import Base, check_fit
 from .lora import LoRA, check_match, quantised
-from .naming import is_diffusers, to_single_file
+from .naming import is_diffusers, of_an_adapter, to_single_file
 from .sampling import sample_few_step, sigmas_of
 from .schedule import Schedule, trailing_timesteps
 
@@ -130,6 +130,11 @@ class Student(Denoiser):
 
 def check_copyable(backbone: nn.Module) -> None:
     """Raise ValueError for a backbone of which no full copy can be trained."""
+    if any(of_an_adapter(name) for name, _ in backbone.named_parameters()):
+        raise ValueError(
+            "rank 0 trains a full copy, but the model carries a LoRA: fuse it into the weights and unload it "
+            "(pipe.fuse_lora(), pipe.unload_lora_weights()), or give a rank of 1 or more"
+        )
     packed = [name for name, weight in backbone.named_parameters() if quantised(weight)]
     if packed:
         raise ValueError(
@@ -149,12 +154,12 @@ def _full_names(backbone: nn.Module) -> dict[str, str]:
 
 
 def student_bytes(student: Student, card: StudentCard, dtype: torch.dtype = torch.float16) -> bytes:
-    """A student file: kohya LoRA, or the whole backbone in single-file names, with the card in its header.
+    """A student file: a LoRA, or the whole backbone in single-file names, with the card in its header.
 
     Raises ValueError for weights that are no numbers, or too large for `dtype`.
     """
     if student.lora is not None:
-        tensors = student.lora.export(student.backbone, "kohya", dtype)
+        tensors = student.lora.export(student.backbone, student.teacher.lora_style, dtype)
     else:
         names = _full_names(student.backbone)
         tensors = {names[k]: v.detach().to(dtype).cpu().contiguous() for k, v in student.backbone.state_dict().items()}
@@ -192,16 +197,30 @@ def _check_full(backbone: nn.Module, shapes: Mapping[str, Sequence[int]]) -> Non
             )
 
 
+def full_weights(backbone: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """A full student's tensors by the backbone's own names; raises CardError for those of another."""
+    try:
+        _check_full(backbone, {k: v.shape for k, v in tensors.items()})
+    except ValueError as error:
+        raise CardError(f"{path} does not fit this model: {error}") from None
+    return {name: tensors[there] for name, there in _full_names(backbone).items()}
+
+
+def check_student(card: StudentCard, teacher: Denoiser, path: str | Path) -> str:
+    """What does not fit between a student's card and its base, in words or ""; raises CardError as `check_fit`."""
+    shapes = {name: parameter.shape for name, parameter in teacher.backbone.named_parameters()}
+    base = Base(architecture_of(shapes), teacher.prediction, (fingerprint(teacher.backbone),))
+    return "\n".join(check_fit(card, base, path))
+
+
 def load_student(path: str | Path, teacher: Denoiser) -> tuple[Student, StudentCard, str]:
     """A student file over its loaded base model: the student, its card, and a warning in words or "".
 
     The warning says that the base is not the one the student was made for. Raises CardError for a
     file that cannot be read, and for one that does not fit this architecture or prediction.
     """
-    shapes = {name: parameter.shape for name, parameter in teacher.backbone.named_parameters()}
-    base = Base(architecture_of(shapes), teacher.prediction, (fingerprint(teacher.backbone),))
     card = read_card(path)
-    warning = "\n".join(check_fit(card, base, path))
+    warning = check_student(card, teacher, path)
     prediction = "inherit" if card.prediction == card.base_prediction else "x0"
     student: Student | None = None
     try:

@@ -9,6 +9,14 @@ QKV = {"double_blocks.0.img_attn.qkv.weight": (9216, 3072), "img_in.weight": (30
 FLUX = QKV | {"vector_in.in_layer.weight": (3072, 768)}
 JOINT = {f"joint_blocks.{i}.{b}_block.attn.qkv.weight": (4608, 1536) for i in range(24) for b in ("x", "context")}
 LARGE = {f"joint_blocks.{i}.{b}_block.attn.qkv.weight": (7296, 2432) for i in range(38) for b in ("x", "context")}
+# Of diffusers' transformers.
+DOUBLE = {"transformer_blocks.0.attn.to_q.weight": (3072, 3072)}
+THEIRS = DOUBLE | {
+    "single_transformer_blocks.0.attn.to_q.weight": (3072, 3072),
+    "x_embedder.weight": (3072, 64),
+    "time_text_embed.text_embedder.linear_1.weight": (3072, 768),
+}
+SD3 = {"pos_embed.proj.weight": (1536, 16, 2, 2), "transformer_blocks.0.attn.add_q_proj.weight": (1536, 1536)}
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +67,17 @@ def test_a_unet_is_told_by_the_width_of_its_text(unet, width, expected):
             "sana",
         ),
         ({"blocks.0.cross_attn.kv_linear.weight": (2304, 1152)}, ""),  # PixArt
+        (THEIRS | {"time_text_embed.guidance_embedder.linear_1.weight": (3072, 256)}, "flux-1-dev"),
+        (THEIRS, "flux-1-schnell"),
+        (THEIRS | {"distilled_guidance_layer.in_proj.weight": (5120, 64)}, "chroma"),
+        ({k: v for k, v in THEIRS.items() if k != "x_embedder.weight"}, ""),  # a video model
+        (DOUBLE | {"double_stream_modulation_img.linear.weight": (18432, 3072)}, "flux-2"),
+        (DOUBLE | SD3, "stable-diffusion-v3-medium"),
+        (DOUBLE | SD3 | {"transformer_blocks.0.attn2.to_q.weight": (1536, 1536)}, "stable-diffusion-v3.5-medium"),
+        (DOUBLE | SD3 | {"transformer_blocks.37.attn.to_q.weight": (2432, 2432)}, "stable-diffusion-v3.5-large"),
+        (DOUBLE | {"caption_norm.weight": (2240,), "patch_embed.proj.weight": (2240, 32, 1, 1)}, "sana"),
+        ({"time_caption_embed.caption_embedder.1.weight": (2304, 2304)}, "lumina-2"),
+        ({"cap_embedder.1.base_layer.weight": (3840, 2560), "cap_embedder.1.lora_A.a.weight": (8, 2560)}, "z-image"),
         ({"txt_norm.weight": (3584,)}, "qwen-image"),
         ({"head.modulation": (1, 2, 5120)}, "wan"),
         ({"input_blocks.1.1.time_stack.0.attn2.to_k.weight": (320, 1024)}, ""),  # a video model

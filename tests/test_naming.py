@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from turbodistill.core.naming import is_diffusers, to_single_file
+from turbodistill.core.naming import is_diffusers, to_diffusers, to_single_file
 
 PREFIX = "model.diffusion_model."
 
@@ -22,6 +22,21 @@ def test_diffusers_own_conversion_leads_back(toys):
 def test_names_are_unique(toys):
     names = to_single_file(toys.small_unet().state_dict())
     assert len(set(names.values())) == len(names)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 4])
+def test_single_file_names_lead_back(levels):
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        block_out_channels=(32,) * levels,
+        down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
+        cross_attention_dim=16,
+    )
+    table = to_single_file(unet.state_dict())
+    assert to_diffusers(table.values()) == {theirs: ours for ours, theirs in table.items()}
+    assert to_diffusers(["double_blocks.0.img_attn.qkv.weight"]) == {}
 
 
 @pytest.mark.parametrize(

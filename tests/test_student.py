@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 from turbodistill.core.card import CardError, StudentCard, fingerprint, read_student
-from turbodistill.core.lora import TARGETS, LoRA, check_match
+from turbodistill.core.lora import FORMATS, TARGETS, LoRA, check_match
 from turbodistill.core.sampling import seeded_noise
 from turbodistill.core.student import Student, load_student, student_bytes
 
@@ -176,7 +176,7 @@ def test_impossible_loras_are_refused(toys):
     assert not any(m._forward_hooks for m in backbone.modules())
 
 
-@pytest.mark.parametrize("style", ["kohya", "comfy"])
+@pytest.mark.parametrize("style", FORMATS)
 def test_a_lora_file_goes_there_and_back(toys, style):
     teacher = toys.unet()
     x, sigma, cond = inputs(toys, teacher)

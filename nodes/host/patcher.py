@@ -25,7 +25,7 @@ from ...core.architecture import architecture_of
 from ...core.card import CardError, StudentCard, fingerprint
 from ...core.families import SamplingRecipe, by_files, lcm_boundary, of_card, recognise
 from ...core.fit import Base, check_fit
-from ...core.lora import PARTS, check_match
+from ...core.lora import PARTS, PEFT_PARTS, check_match
 from ...core.sampling import sample_euler, sample_few_step
 from .patches import patches_hash
 
@@ -153,18 +153,30 @@ def true_shapes(model) -> dict[str, tuple[int, ...]]:
 def _check_lora(model, shapes: Mapping[str, Sequence[int]]) -> None:
     """Raise ValueError if tensors of these names and shapes are no LoRA for the MODEL."""
     table = comfy.lora.model_lora_keys_unet(model.model, {})
-    names = {key.removesuffix(f".{part}") for key in shapes for part in PARTS if key.endswith(f".{part}")}
+    parts = PEFT_PARTS if any(key.endswith(PEFT_PARTS) for key in shapes) else PARTS
+    names = {key.removesuffix(f".{part}") for key in shapes for part in parts if key.endswith(f".{part}")}
     known = names.intersection(table)
     if not names or known != names:
         stray = sorted(names - known)[:2]
         raise ValueError(f"{len(known)} of its {len(names)} layers are in this model (not: {stray}).")
-    check_match("LoRA", shapes, [f"{name}.{part}" for name in names for part in PARTS])
+    check_match("LoRA", shapes, [f"{name}.{part}" for name in names for part in parts])
     weights = true_shapes(model)
     for name in sorted(names):
-        own = weights[table[name]]
-        up, down = shapes[f"{name}.lora_up.weight"], shapes[f"{name}.lora_down.weight"]
+        own = _shape_at(weights, table[name])
+        down, up = shapes[f"{name}.{parts[0]}"], shapes[f"{name}.{parts[1]}"]
         if (up[0], *down[1:]) != own:
             raise ValueError(f"{name} is for a layer of shape {(up[0], *down[1:])}, here it is {own}.")
+
+
+def _shape_at(weights: Mapping[str, tuple[int, ...]], place: Any) -> tuple[int, ...]:
+    """The shape at a place in ComfyUI's table: a weight, or (name, None or (dimension, start, size) of a part, ...)."""
+    if isinstance(place, str):
+        return weights[place]
+    shape = list(weights[place[0]])
+    if place[1] is not None:
+        dimension, _, size = place[1]
+        shape[dimension] = size
+    return tuple(shape)
 
 
 def _with_lora(model, tensors: Mapping[str, Tensor], strength: float):

@@ -154,6 +154,31 @@ def test_a_full_student_with_a_missing_weight_is_refused(nodes, teacher, model_o
         nodes.patcher.with_student(model_of(teacher), tensors, card, 1.0, "file")
 
 
+def test_a_lora_of_a_diffusers_transformer_fits_parts_of_weights(nodes, teacher, model_of, monkeypatch):
+    """ComfyUI holds query, key and value as one weight, and some others the other way round."""
+    import comfy.lora
+
+    width, text = teacher.backbone.text.weight.shape
+    table = {
+        "transformer.to_q": (f"{PREFIX}text.weight", (0, 0, width // 2)),
+        "transformer.proj": (f"{PREFIX}time.weight", None, torch.flip),
+    }
+    monkeypatch.setattr(comfy.lora, "model_lora_keys_unet", lambda _model, _table: table)
+    shapes = {
+        "transformer.to_q.lora_A.weight": (4, text),
+        "transformer.to_q.lora_B.weight": (width // 2, 4),
+        "transformer.proj.lora_A.weight": (1, 1),
+        "transformer.proj.lora_B.weight": (width, 1),
+    }
+    nodes.patcher._check_lora(model_of(teacher), shapes)
+    with pytest.raises(
+        ValueError, match=rf"to_q is for a layer of shape \({width}, {text}\), here it is \({width // 2}, "
+    ):
+        nodes.patcher._check_lora(model_of(teacher), shapes | {"transformer.to_q.lora_B.weight": (width, 4)})
+    with pytest.raises(ValueError, match="3 of 4 names match"):
+        nodes.patcher._check_lora(model_of(teacher), {k: v for k, v in shapes.items() if "proj.lora_B" not in k})
+
+
 @pytest.mark.parametrize("wrong", ["no layer at all", "half a layer", "a tensor of no layer"])
 def test_a_lora_is_complete_or_refused(nodes, teacher, model_of, student_of, saved, wrong):
     tensors, card = read_student(saved(student_of(teacher)))
