@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,13 +54,8 @@ class EmbeddedBackend:
 
     @contextmanager
     def open(self, width: int, height: int) -> Iterator[Host]:
-        factor = self.sizes[1] // self.host.latent_shape[1]
-        if width % factor or height % factor:
-            raise ValueError(f"{width} x {height} pixels: give multiples of {factor}, which the autoencoder works in")
+        sized = self.host.sized(width, height)
         with self.generator.bare():
-            sized = copy.copy(self.host)
-            sized.resolution = (width, height)
-            sized.latent_shape = (self.host.latent_shape[0], height // factor, width // factor)
             yield sized
 
     def readable_folders(self) -> None:

@@ -174,3 +174,26 @@ def test_a_run_in_float16_goes_on_bit_for_bit(kit, host, tmp_path):
     kit.go(host, kit.config(precision="float16", updates=4, evaluate_every=2), tmp_path / "cut")
     whole, cut = kit.saved(tmp_path / "whole"), kit.saved(tmp_path / "cut")
     assert kit.same(whole["student"], cut["student"]) and whole["scaler"] == cut["scaler"]
+
+
+@pytest.mark.parametrize(
+    ("stored", "precision", "scaled"),
+    [
+        (torch.float16, "float32", True),  # passes compute in what the weights are in
+        (torch.float16, "bfloat16", False),
+        (torch.bfloat16, "float32", False),
+        (torch.float32, "float16", True),
+    ],
+)
+def test_gradients_are_scaled_where_passes_compute_in_float16(monkeypatch, stored, precision, scaled):
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    scaler = grad_scaler(Config(precision=precision), torch.device("cuda"), nn.Linear(2, 2).to(stored))
+    assert scaler.is_enabled() is scaled
+
+
+def test_the_last_layer_of_narrow_weights_computes_in_float32():
+    denoiser = on("cpu", Last(False).to(torch.bfloat16))
+    x = torch.randn(1, 4, 2, 2)
+    with autocast(Config(precision="float32"), denoiser):
+        assert denoiser.backbone.conv_out(x).dtype == torch.float32
+    assert denoiser.backbone.conv_out(x.bfloat16()).dtype == torch.bfloat16

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import amp
+from torch import amp, nn
 
 from ...core.denoiser import Denoiser
 from ...core.precision import fast_bfloat16, output_in_float32
@@ -16,10 +16,18 @@ LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def low_precision(config: Config, device: torch.device) -> torch.dtype | None:
-    """What passes compute in on this device; None for float32. `auto` is bfloat16 where the device is fast in it."""
+    """What passes compute in on this device; None for that of the weights, float32 as a rule.
+
+    `auto` is bfloat16 where the device is fast in it.
+    """
     if config.precision == "auto":
         return torch.bfloat16 if fast_bfloat16(device) else None
     return LOW.get(config.precision)
+
+
+def stored_precision(backbone: nn.Module) -> torch.dtype:
+    """What a network's weights are in, by the first of them."""
+    return next((p.dtype for p in backbone.parameters() if p.is_floating_point()), torch.float32)
 
 
 @contextmanager
@@ -38,15 +46,16 @@ def autocast(config: Config, *denoisers: Denoiser) -> Iterator[None]:
                 raise ConfigError(
                     f"precision is {config.precision!r}, which this torch does not have on {device.type}: use float32"
                 ) from None
-        if low is not None:
-            for backbone in {id(d.backbone): d.backbone for d in denoisers}.values():
+        for backbone in {id(d.backbone): d.backbone for d in denoisers}.values():
+            if low is not None or stored_precision(backbone) in LOW.values():
                 stack.enter_context(output_in_float32(backbone))
         yield
 
 
-def grad_scaler(config: Config, device: torch.device) -> amp.GradScaler:
+def grad_scaler(config: Config, device: torch.device, backbone: nn.Module | None = None) -> amp.GradScaler:
     """What keeps float16's small gradients from becoming 0 (arXiv 1710.03740, section 3.2); else it does nothing."""
-    enabled = low_precision(config, device) == torch.float16
+    computed = low_precision(config, device) or (stored_precision(backbone) if backbone else None)
+    enabled = computed == torch.float16
     if not hasattr(amp, "GradScaler"):  # torch before 2.3 has the one for CUDA alone
         return torch.cuda.amp.GradScaler(enabled=enabled)
     return amp.GradScaler(device.type, enabled=enabled)

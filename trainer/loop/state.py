@@ -73,7 +73,7 @@ class State:
             adam(trained, config.lr, (0.9, 0.99)),
             adam(discriminator, config.lr_discriminator, (0.0, 0.99)),
             copy.deepcopy(trained).requires_grad_(False),
-            grad_scaler(config, device),
+            grad_scaler(config, device, student.backbone),
             FakeScore(student, config)
             if config.distillation_weight > 0 and config.distillation == "matching"
             else None,

@@ -16,6 +16,7 @@ from ...core.lora import check_match
 from ...core.schedule import DiscreteSchedule, scaled_linear
 from ...demo.files import HEADER
 from ...demo.text_encoder import TextEncoder
+from .denoisers import UNetDenoiser
 from .host import ModelError, PipelineHost
 
 MOST, MOST_LAYERS = 65_536, 32  # numbers in an architecture, and layers in a block
@@ -77,14 +78,14 @@ def load_single_file(path: Path, device: str) -> PipelineHost:
     architecture = about.get("modelspec.architecture", "unknown")
     name = about.get("modelspec.title", path.stem)
     return PipelineHost(
-        unet,
+        UNetDenoiser(unet, DiscreteSchedule(table), prediction),
         vae,
-        lambda texts: Cond(encoder.encode(texts)),
-        DiscreteSchedule(table),
-        prediction,
+        lambda texts, _size: Cond(encoder.encode(list(texts))),
         name,
         architecture,
         size,
+        channels=vae.config.latent_channels,
+        factor=2 ** (len(vae.config.block_out_channels) - 1),
     )
 
 

@@ -1,44 +1,82 @@
-"""What a diffusers pipeline holds, as the trainer's host."""
+"""A loaded model of diffusers' classes, as the trainer's host: its own weights, left as they are."""
 
 from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...core.card import fingerprint
-from ...core.denoiser import Cond, Denoiser
-from ..host import decoded_at_once
-from .denoisers import UNetDenoiser
+from ...core.denoiser import Cond
+from ...core.schedule import Schedule
+from .autoencoder import Autoencoder
+from .denoisers import NetworkDenoiser
+
+Size = tuple[int, int]  # width, height in pixels
 
 
 class ModelError(ValueError):
-    """A checkpoint that cannot be loaded: the message says why and what to do."""
+    """A model that cannot be loaded, or used here: the message says why and what to do."""
 
 
 class PipelineHost:
-    """A loaded UNet, autoencoder and text encoder, as `trainer.host.Host` asks for them."""
+    """A network, an autoencoder and a text encoder, as `trainer.host.Host` asks for them.
+
+    `encode(prompts, size)` makes conditions, `factor` is how many pixels a latent is wide, and `multiple` what both
+    sides of a picture must be multiples of. `schedule(size)` gives the noise levels where they depend on the size.
+    `pipe` is the pipeline that all of it comes from, if there is one.
+    """
 
     def __init__(
-        self, unet, vae, encode_text, schedule, prediction: str, name: str, architecture: str, size: tuple[int, int]
+        self,
+        denoiser: NetworkDenoiser,
+        vae: Any,
+        encode: Callable[[Sequence[str], Size], Cond],
+        name: str,
+        architecture: str,
+        size: Size,
+        *,
+        channels: int,
+        factor: int,
+        multiple: int = 1,
+        schedule: Callable[[Size], Schedule] | None = None,
+        pipe: Any = None,
     ):
-        self.denoiser: Denoiser = UNetDenoiser(unet, schedule, prediction)
-        self.vae = vae.requires_grad_(False)
-        # Its attention leaves the channels last: a CPU's group norm is slow backwards then, above all in bfloat16.
-        vae.decoder.mid_block.register_forward_hook(lambda _module, _args, maps: maps.contiguous())
-        self._encode_text = encode_text
-        self.name, self.architecture, self.resolution = name, architecture, size
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.latent_shape = (vae.config.latent_channels, size[1] // factor, size[0] // factor)
-        self.base_hash, self.text_hash = fingerprint(unet), ""
+        self.denoiser, self.vae, self.pipe = denoiser, vae, pipe
+        self.name, self.architecture = name, architecture
+        self._autoencoder, self._encode, self._schedule = Autoencoder(vae), encode, schedule
+        self._channels, self._factor, self._multiple = channels, factor, multiple
+        self.base_hash, self.text_hash = fingerprint(denoiser.backbone), ""
+        self._resize(size)
+
+    def _resize(self, size: tuple[int, ...]) -> None:
+        if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+            raise ModelError(f"the size is {size!r:.80}: give width and height in pixels")
+        width, height = size
+        multiple = self._factor * self._multiple
+        if width % multiple or height % multiple:
+            raise ModelError(f"{width} x {height} pixels: give multiples of {multiple}, which this model works in")
+        self.resolution = size
+        self.latent_shape = (self._channels, height // self._factor, width // self._factor)
+        if self._schedule is not None:
+            self.denoiser = copy.copy(self.denoiser)
+            self.denoiser.schedule = self._schedule(size)
+
+    def sized(self, *size: int) -> PipelineHost:
+        """The same model at another width and height of pictures; raises ModelError where it does not work in them."""
+        other = copy.copy(self)
+        other._resize(size)
+        return other
 
     @torch.no_grad()
-    def encode_text(self, prompts: list[str]) -> Cond:
-        return self._encode_text(prompts)
+    def encode_text(self, prompts: Sequence[str]) -> Cond:
+        return self._encode(prompts, self.resolution)
 
     def decoder(self, latents: Tensor) -> Tensor:
-        z = latents.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
-        images = [self.vae.decode(chunk).sample for chunk in z.split(decoded_at_once(self.resolution))]
-        return torch.cat(images).float() / 2 + 0.5
+        return self._autoencoder.decode(latents, self.resolution)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -46,5 +84,4 @@ class PipelineHost:
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        x = images.to(self.vae.device, self.vae.dtype) * 2 - 1
-        return self.vae.encode(x).latent_dist.mean * self.vae.config.scaling_factor
+        return self._autoencoder.encode(images)

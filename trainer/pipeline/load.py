@@ -1,29 +1,82 @@
-"""A model for plain Python and the command line: the embedded one, or a diffusers folder."""
+"""A model for plain Python and the command line: the embedded one, a diffusers folder, or a loaded pipeline."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from ...core.architecture import architecture_of
 from ...core.denoiser import Cond
-from ...core.schedule import DiscreteSchedule
 from ...demo.files import MODEL
 from ..run.memory import is_out_of_memory
+from .check import check_pipeline, check_trainable
+from .denoisers import as_it_samples
 from .embedded import load_single_file
-from .host import ModelError, PipelineHost
+from .host import ModelError, PipelineHost, Size
+from .kinds import channels_of, default_size, kind_of, prediction_of, schedule_of
 
 
-def load_model(path: str | Path | None = None, device: str | None = None) -> PipelineHost:
-    """The embedded model, another single file with its architecture in the header, or a diffusers folder.
+def load_model(source: Any = None, device: str | None = None, size: Size | None = None) -> PipelineHost:
+    """What can be distilled: the embedded model, a file or folder, or a pipeline of diffusers that is loaded.
 
-    Raises ModelError for anything else, and for a device that is not there, with the reason.
+    `source` is None for the embedded model, the path of another single file with its architecture in the header or of
+    a diffusers folder, or a pipeline. A pipeline's weights are shared and left as they are, and where they are. `size`
+    (width, height) is that of the pictures, by default the model's own. Raises ModelError for anything else, and for
+    a device that is not there, with the reason.
     """
+    host = host_of(source, device) if hasattr(source, "components") else _from_disk(source, device)
+    return host if size is None else host.sized(*size)
+
+
+def host_of(pipe: Any, device: str | None = None, name: str = "", architecture: str = "") -> PipelineHost:
+    """A loaded pipeline as a host; raises ModelError for one that cannot be distilled, and says why.
+
+    `name` and `architecture` are the model's where they are known better than by the pipeline.
+    """
+    kind = kind_of(pipe)
+    network = check_pipeline(pipe, kind)
+    check_trainable(pipe, network, kind.network[0])
+    there = next(network.parameters()).device
+    if device is not None and torch.device(device).type != there.type:
+        raise ModelError(f"the pipeline is on {there}, and stays there: call pipe.to({device!r}) and leave device out")
+    size = default_size(pipe, kind)
+    encoders = [part for key, part in pipe.components.items() if key.startswith("text_encoder") and part is not None]
+
+    def encode(prompts: Sequence[str], size: Size) -> Cond:
+        with ExitStack() as stack:
+            for encoder in encoders:
+                stack.enter_context(as_it_samples(encoder))
+            return kind.encode(pipe, prompts, size)
+
+    make: Any = kind.denoiser
+    denoiser = make(network, schedule_of(pipe, kind, size), prediction_of(pipe, kind))
+    found = architecture or architecture_of({name: p.shape for name, p in network.named_parameters()}) or "unknown"
+    if not kind.flows and network.config.addition_embed_type is None:
+        denoiser.lora_style = "diffusers"
+    return PipelineHost(
+        denoiser,
+        pipe.vae,
+        encode,
+        name or Path(pipe.name_or_path or "").name or type(pipe).__name__,
+        found,
+        size,
+        channels=channels_of(network, kind),
+        factor=pipe.vae_scale_factor,
+        multiple=kind.multiple,
+        schedule=(lambda size: schedule_of(pipe, kind, size)) if kind.flows else None,
+        pipe=pipe,
+    )
+
+
+def _from_disk(path: str | Path | None, device: str | None) -> PipelineHost:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
@@ -87,33 +140,10 @@ def _load_folder(path: Path, device: str) -> PipelineHost:
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"{path} is no Stable Diffusion folder that diffusers can load: {error!s:.500}") from None
     pipe.to(device)
-    for module in (pipe.unet, pipe.vae, pipe.text_encoder):
+    modules: list[nn.Module] = [pipe.unet, pipe.vae, pipe.text_encoder]
+    for module in modules:
         module.float().eval().requires_grad_(False)  # files in float16 come as that
-
-    def encode_text(prompts: list[str]) -> Cond:
-        tokens = pipe.tokenizer(
-            prompts,
-            padding="max_length",
-            truncation=True,
-            max_length=pipe.tokenizer.model_max_length,
-            return_tensors="pt",
-        )
-        return Cond(pipe.text_encoder(tokens.input_ids.to(device))[0])
-
-    kind = {"epsilon": "eps", "v_prediction": "v"}.get(pipe.scheduler.config.prediction_type)
-    if kind is None:
-        raise ModelError(
-            f"{path} predicts {pipe.scheduler.config.prediction_type!r:.100}: known are epsilon and v_prediction"
-        )
-    factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    side = pipe.unet.config.sample_size * factor
-    return PipelineHost(
-        pipe.unet,
-        pipe.vae,
-        encode_text,
-        DiscreteSchedule(pipe.scheduler.alphas_cumprod),
-        kind,
-        path.name,
-        architecture_of({name: parameter.shape for name, parameter in pipe.unet.named_parameters()}) or "unknown",
-        (side, side),
-    )
+    try:
+        return host_of(pipe, name=path.name)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
