@@ -1,8 +1,8 @@
 """TurboDistill: turn the diffusion checkpoint you have loaded into its own one-step Turbo.
 
 The public API is what `dir(turbodistill)` lists: `Config`, `load_model`, `make_pairs`, `distill`, `Step`,
-`load_student`, `sample`, `to_image`, `evaluate`, `__version__`. Each is imported when it is first asked for, so that
-importing this file does no work: ComfyUI finds its door here, and pytest imports it too.
+`use_student`, `scheduler_of`, `load_student`, `sample`, `to_image`, `evaluate`, `__version__`. Each is imported when it
+is first asked for, so that importing this file does no work: ComfyUI finds its door here, and pytest imports it too.
 """
 
 WEB_DIRECTORY = "./web"  # ComfyUI's front-end extension and help pages
@@ -14,6 +14,8 @@ PUBLIC = {
     "make_pairs": ("trainer.data.pairs", "make_pairs"),
     "distill": ("trainer.run.run", "run"),
     "Step": ("trainer.loop.distill", "Step"),
+    "use_student": ("trainer.pipeline.use", "use_student"),
+    "scheduler_of": ("trainer.pipeline.stock", "scheduler_of"),
     "load_student": ("generate.load", "load_student"),
     "sample": ("generate.sample", "sample"),
     "to_image": ("trainer.data.images", "to_image"),
