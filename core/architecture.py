@@ -49,13 +49,7 @@ def architecture_of(shapes: Mapping[str, Sequence[int]]) -> str:
             return SD35_MEDIUM
         return SD35_LARGE if "joint_blocks.37.x_block.attn.qkv.weight" in shapes else SD3
     if "double_blocks.0.img_attn.qkv.weight" in shapes:
-        if "double_stream_modulation_img.lin.weight" in shapes:
-            return FLUX2
-        if any(n.startswith("distilled_guidance_layer.") for n in shapes):
-            return CHROMA
-        if "img_in.weight" not in shapes or "vector_in.in_layer.weight" not in shapes:
-            return ""  # video models, and others of the same blocks
-        return FLUX_DEV if any(n.startswith("guidance_in.") for n in shapes) else FLUX_SCHNELL
+        return _of_double_blocks(shapes)
     if "blocks.0.cross_attn.kv_linear.weight" in shapes and "blocks.0.mlp.inverted_conv.conv.weight" in shapes:
         return SANA
     if any(n.startswith("transformer_blocks.") for n in shapes) and (found := _of_diffusers(shapes)):
@@ -66,6 +60,17 @@ def architecture_of(shapes: Mapping[str, Sequence[int]]) -> str:
     if shapes.get("txt_norm.weight", (0,))[0] == 3584:
         return QWEN_IMAGE
     return WAN if "head.modulation" in shapes else ""
+
+
+def _of_double_blocks(shapes: Mapping[str, Sequence[int]]) -> str:
+    """The architecture of a network of Flux's blocks; or ""."""
+    if "double_stream_modulation_img.lin.weight" in shapes:
+        return FLUX2
+    if any(n.startswith("distilled_guidance_layer.") for n in shapes):
+        return CHROMA
+    if "img_in.weight" not in shapes or "vector_in.in_layer.weight" not in shapes:
+        return ""  # video models, and others of the same blocks
+    return FLUX_DEV if any(n.startswith("guidance_in.") for n in shapes) else FLUX_SCHNELL
 
 
 def _of_diffusers(shapes: Mapping[str, Sequence[int]]) -> str:
