@@ -12,14 +12,11 @@ from torch import Tensor
 from ...core.card import fingerprint
 from ...core.denoiser import Cond
 from ...core.schedule import Schedule
+from ..checkpoint.errors import ModelError
 from .autoencoder import Autoencoder
 from .denoisers import NetworkDenoiser
 
 Size = tuple[int, int]  # width, height in pixels
-
-
-class ModelError(ValueError):
-    """A model that cannot be loaded, or used here: the message says why and what to do."""
 
 
 class PipelineHost:
