@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .architecture import architecture_of
+from .architecture import SD1, SD2, architecture_of
 from .card import CardError, StudentCard, fingerprint, header, read_card, read_student
 from .denoiser import Cond, Denoiser
 from .fit import Base, check_fit
@@ -143,6 +143,8 @@ def check_copyable(backbone: nn.Module) -> None:
         )
 
 
+# Of these, kohya's LoRAs have diffusers' names, which everybody reads; single-file names only the hosts.
+DIFFUSERS_NAMES = (SD1, SD2)
 FULL_PREFIX = "model.diffusion_model."
 
 
@@ -159,7 +161,8 @@ def student_bytes(student: Student, card: StudentCard, dtype: torch.dtype = torc
     Raises ValueError for weights that are no numbers, or too large for `dtype`.
     """
     if student.lora is not None:
-        tensors = student.lora.export(student.backbone, student.teacher.lora_style, dtype)
+        style = "diffusers" if card.architecture in DIFFUSERS_NAMES else student.teacher.lora_style
+        tensors = student.lora.export(student.backbone, style, dtype)
     else:
         names = _full_names(student.backbone)
         tensors = {names[k]: v.detach().to(dtype).cpu().contiguous() for k, v in student.backbone.state_dict().items()}
