@@ -143,8 +143,6 @@ def check_copyable(backbone: nn.Module) -> None:
         )
 
 
-# Of these, kohya's LoRAs have diffusers' names, which everybody reads; single-file names only the hosts.
-DIFFUSERS_NAMES = (SD1, SD2)
 FULL_PREFIX = "model.diffusion_model."
 
 
@@ -155,14 +153,26 @@ def _full_names(backbone: nn.Module) -> dict[str, str]:
     return {n: FULL_PREFIX + file_name for n, file_name in table.items()}
 
 
+def _lora_style(student: Student, card: StudentCard) -> str:
+    """How the layers are named in a LoRA file, so that every host and diffusers read it.
+
+    Kohya's LoRAs of Stable Diffusion 1 and 2 have diffusers' names; hosts know these of UNets with two layers a block.
+    """
+    if (
+        card.architecture in (SD1, SD2)
+        and f"{FULL_PREFIX}input_blocks.3.0.op.weight" in _full_names(student.backbone).values()
+    ):
+        return "diffusers"
+    return student.teacher.lora_style
+
+
 def student_bytes(student: Student, card: StudentCard, dtype: torch.dtype = torch.float16) -> bytes:
     """A student file: a LoRA, or the whole backbone in single-file names, with the card in its header.
 
     Raises ValueError for weights that are no numbers, or too large for `dtype`.
     """
     if student.lora is not None:
-        style = "diffusers" if card.architecture in DIFFUSERS_NAMES else student.teacher.lora_style
-        tensors = student.lora.export(student.backbone, style, dtype)
+        tensors = student.lora.export(student.backbone, _lora_style(student, card), dtype)
     else:
         names = _full_names(student.backbone)
         tensors = {names[k]: v.detach().to(dtype).cpu().contiguous() for k, v in student.backbone.state_dict().items()}
