@@ -23,14 +23,9 @@ MOST, MOST_LAYERS = 65_536, 32  # numbers in an architecture, and layers in a bl
 
 
 def load_single_file(path: Path, device: str) -> PipelineHost:
-    """A single file whose header holds its architecture; raises ModelError for any other."""
+    """A single file whose header holds its architecture; raises ModelError where that is odd, or the file broken."""
     with _opened(path) as file:
         about = file.metadata() or {}
-    if HEADER not in about:
-        raise ModelError(
-            f"{path} does not say its architecture in its header. Convert it to a diffusers folder first, "
-            "or load it in ComfyUI or the WebUI and distil it there"
-        )
     try:
         from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
         from diffusers.models.attention_processor import AttnProcessor

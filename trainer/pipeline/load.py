@@ -1,21 +1,21 @@
-"""A model for plain Python and the command line: the embedded one, a diffusers folder, or a loaded pipeline."""
+"""A model for plain Python and the command line: the embedded one, a checkpoint, or a loaded pipeline."""
 
 from __future__ import annotations
 
-import json
-import os
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from ...core.architecture import architecture_of
+from ...core.card import header
 from ...core.denoiser import Cond
-from ...demo.files import MODEL
+from ...demo.files import HEADER, MODEL
+from ..checkpoint.load import Loaded, load_pipeline
 from ..run.memory import is_out_of_memory
 from .check import check_pipeline, check_trainable
 from .denoisers import as_it_samples
@@ -23,16 +23,24 @@ from .embedded import load_single_file
 from .host import ModelError, PipelineHost, Size
 from .kinds import channels_of, default_size, kind_of, prediction_of, schedule_of
 
+log = logging.getLogger(__name__)
 
-def load_model(source: Any = None, device: str | None = None, size: Size | None = None) -> PipelineHost:
-    """What can be distilled: the embedded model, a file or folder, or a pipeline of diffusers that is loaded.
 
-    `source` is None for the embedded model, the path of another single file with its architecture in the header or of
-    a diffusers folder, or a pipeline. A pipeline's weights are shared and left as they are, and where they are. `size`
-    (width, height) is that of the pictures, by default the model's own. Raises ModelError for anything else, and for
-    a device that is not there, with the reason.
+def load_model(source: Any = None, device: str | None = None, size: Size | None = None, **how: Any) -> PipelineHost:
+    """What can be distilled: the embedded model, a checkpoint, or a pipeline of diffusers that is loaded.
+
+    `source` is None for the embedded model, a .safetensors file, a diffusers folder, a model of the hub
+    (`owner/name`, `owner/name/file.safetensors`), or a pipeline. A pipeline's weights are shared and left as they are,
+    and where they are. `size` (width, height) is that of the pictures, by default the model's own. `how` are the
+    options of `checkpoint.load.load_pipeline`: dtype, revision, token, variant, tokenizer, vae, components, prediction.
+    Raises ModelError for anything else, and for a device that is not there, with the reason.
     """
-    host = host_of(source, device) if hasattr(source, "components") else _from_disk(source, device)
+    if unknown := sorted(set(how) - set(load_pipeline.__kwdefaults__ or ())):
+        raise TypeError(f"load_model has no option {unknown[0]!r}")
+    loaded = hasattr(source, "components")
+    if how and (loaded or source is None):
+        raise ModelError(f"{next(iter(how))} is an option for files, folders and the hub: leave it out")
+    host = host_of(source, device) if loaded else _from_disk(source, device, how)
     return host if size is None else host.sized(*size)
 
 
@@ -76,7 +84,7 @@ def host_of(pipe: Any, device: str | None = None, name: str = "", architecture: 
     )
 
 
-def _from_disk(path: str | Path | None, device: str | None) -> PipelineHost:
+def _from_disk(source: str | Path | None, device: str | None, how: dict[str, Any]) -> PipelineHost:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
@@ -85,65 +93,30 @@ def _from_disk(path: str | Path | None, device: str | None) -> PipelineHost:
         raise ModelError(
             f"device {device!r} cannot be used ({reason}): leave it out, or install a torch for it"
         ) from None
-    path = MODEL if path is None else Path(path)
-    if not os.path.exists(path):  # unlike Path's, false for what no file can be called
-        raise ModelError(f"model {path!s:.300} does not exist: check the name")
+    source = MODEL if source is None else source
     try:
-        return _load_folder(path, device) if path.is_dir() else load_single_file(path, device)
+        if HEADER in header(source)[0]:
+            return load_single_file(Path(source), device)
+        return _placed(load_pipeline(source, **how), device, how.get("dtype"))
     except ModelError:
         raise
     except Exception as error:  # there is no end to what the libraries below raise for odd files
         if is_out_of_memory(error):
             raise
         raise ModelError(
-            f"{path} cannot be loaded as a model ({type(error).__name__}: {error!s:.300}): get it again"
+            f"{source!s:.300} cannot be loaded as a model ({type(error).__name__}: {error!s:.300}): get it again"
         ) from None
 
 
-def _check_index(path: Path) -> None:
-    """Raise ModelError for a folder of another kind of pipeline, before any of its weights is read."""
+def _placed(loaded: Loaded, device: str, dtype: torch.dtype | None) -> PipelineHost:
+    """A loaded checkpoint on its device, as a host; a CPU computes in float32 unless another type is asked for."""
+    for part in loaded.pipe.components.values():
+        if isinstance(part, nn.Module):
+            part = part.float() if torch.device(device).type == "cpu" and dtype is None else part
+            part.to(device).eval().requires_grad_(False)
+    for remark in loaded.remarks:
+        log.warning(remark)
     try:
-        index = dict(json.loads((path / "model_index.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return  # diffusers says what is wrong with it
-    if "unet" not in index or "text_encoder_2" in index:
-        raise ModelError(
-            f"{path} is a folder of {index.get('_class_name')!s:.60}, the command line loads Stable Diffusion 1.x and "
-            "2.x: distil it in ComfyUI or the WebUI"
-        )
-
-
-def _load_folder(path: Path, device: str) -> PipelineHost:
-    """A Stable Diffusion 1.x or 2.x pipeline folder."""
-    _check_index(path)
-    try:
-        import diffusers
-        import transformers
-
-        library: Any = diffusers
-        kinds: dict[str, Any] = {
-            "unet": library.UNet2DConditionModel,
-            "vae": library.AutoencoderKL,
-            "text_encoder": transformers.CLIPTextModel,
-        }
-        parts = {}
-        for name, kind in kinds.items():
-            # What a file lacks would else be random.
-            parts[name], info = kind.from_pretrained(
-                path, subfolder=name, local_files_only=True, output_loading_info=True
-            )
-            if missing := sorted(info["missing_keys"]):
-                raise ValueError(f"{len(missing)} weights of {name} are missing, such as {missing[0]}")
-        pipe = library.StableDiffusionPipeline.from_pretrained(
-            path, local_files_only=True, safety_checker=None, **parts
-        )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ModelError(f"{path} is no Stable Diffusion folder that diffusers can load: {error!s:.500}") from None
-    pipe.to(device)
-    modules: list[nn.Module] = [pipe.unet, pipe.vae, pipe.text_encoder]
-    for module in modules:
-        module.float().eval().requires_grad_(False)  # files in float16 come as that
-    try:
-        return host_of(pipe, name=path.name)
+        return host_of(loaded.pipe, name=loaded.name, architecture=loaded.architecture)
     except ModelError as error:
-        raise ModelError(f"{path}: {error}") from None
+        raise ModelError(f"{loaded.name}: {error}") from None
