@@ -39,7 +39,7 @@ def check_prediction(denoiser: Denoiser, latent_shape: tuple[int, int, int], con
         return ""
     return (
         f"this model is labelled {WORDS[label]}, but its output is that of a model that predicts {WORDS[other]}: load "
-        f"it with prediction {other}, or pictures will be noise"
+        f"it as one that predicts {other}, or all of its pictures will be noise"
     )
 
 

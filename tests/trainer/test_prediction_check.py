@@ -12,11 +12,13 @@ from turbodistill.core.schedule import DiscreteSchedule, FlowSchedule, expand, s
 from turbodistill.demo.files import MODEL
 from turbodistill.trainer.pipeline.load import load_model
 from turbodistill.trainer.prediction_check import check_prediction, reading_distance
+from turbodistill.trainer.run import run
+from turbodistill.trainer.run.events import PairsMade, Warned
 
 SIDE = 16
 TOLD = {
-    "eps": r"is labelled epsilon, but .* predicts v_prediction: load it with prediction v",
-    "v": r"is labelled v_prediction, but .* predicts epsilon: load it with prediction eps",
+    "eps": r"is labelled epsilon, but .* predicts v_prediction: load it as one that predicts v",
+    "v": r"is labelled v_prediction, but .* predicts epsilon: load it as one that predicts eps",
 }
 SCHEDULES = {"usual": DiscreteSchedule(), "zero-terminal": DiscreteSchedule(zero_terminal(scaled_linear()))}
 
@@ -165,3 +167,15 @@ def test_a_network_that_was_trained_for_seconds_is_told_when_it_is_labelled_wron
     model, shape, cond = train("eps", toys), (4, 8, 8), Cond(torch.zeros(1, 3, toys.TEXT))
     assert check_prediction(model, shape, cond) == ""
     assert "predicts epsilon" in check_prediction(relabelled(model, "v"), shape, cond)
+
+
+def test_a_run_says_it_before_the_first_pair(embedded, kit, tmp_path):
+    host = copy.copy(embedded)
+    settings = kit.config(taps="")
+    for label, first in (("v", PairsMade), ("eps", Warned)):
+        host.denoiser = relabelled(embedded.denoiser, label)
+        events = run.run(host, settings, tmp_path / label, ["a fox", "an owl"])
+        event = next(events)
+        events.close()
+        assert isinstance(event, first)
+        assert label == "v" or "predicts v_prediction" in event.text

@@ -23,6 +23,7 @@ from ..data.prompts import draw_prompts
 from ..data.samples import Samples
 from ..host import Host
 from ..loop.start import begin, check, features
+from ..prediction_check import check_prediction
 from .events import Control, Event, PairsMade, Warned
 from .memory import PREVIEWS, Memory, OutOfMemory, advice, is_out_of_memory, measure_memory
 from .scores import Score, latent_score
@@ -130,6 +131,9 @@ def _run(
                 check_pictures(found.pictures)  # before hours of pairs
             if words := found.in_words():
                 yield Warned(0, words)
+        new = not pairs_folder.exists()  # of a model that is read wrongly every pair would be noise
+        if new and (words := check_prediction(host.denoiser, host.latent_shape, host.encode_text([""]))):
+            yield Warned(0, words)
         for done, newest in make_pairs(host, config, prompts, pairs_folder):
             yield PairsMade(done, config.pairs, "teacher pairs", newest)
         pairs = load_pairs(pairs_folder, config.pairs)
