@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..trainer.config import Config
 
@@ -38,6 +39,35 @@ def place(text: str) -> Path:
     if any(len(part.encode("utf-8", "surrogatepass")) > LONGEST for part in Path(text).parts):
         raise argparse.ArgumentTypeError(f"is {text[:60]!r}..., longer than a file's name can be: give a path")
     return Path(text)
+
+
+# Of a checkpoint, besides its name -> what `load_model` takes and what is said of it.
+OF_MODEL = {
+    "revision": "branch, tag or commit of a model on the hub",
+    "variant": "which of its weight files, such as fp16 (default: the plain ones, else what is there)",
+    "components": "diffusers folder or model of the hub that gives what a single file lacks: text encoders, tokenizers",
+    "vae": "autoencoder's file or folder in place of the checkpoint's own",
+    "tokenizer": "file or folder of CLIP's vocabulary, for a single file (default: looked for on this machine)",
+}
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Flags for the model and how it is loaded."""
+    parser.add_argument(
+        "--model",
+        type=place,
+        help=".safetensors file, diffusers folder, or owner/name on the Hugging Face hub (default: the embedded model)",
+    )
+    group = parser.add_argument_group("model")
+    for name, about in OF_MODEL.items():
+        group.add_argument(f"--{name}", type=str if name in ("revision", "variant") else place, help=about)
+    group.add_argument("--model-prediction", choices=("eps", "v"), help="what it predicts, where it says it wrongly")
+
+
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `load_model` is asked for besides the model, by the flags of `add_model`."""
+    how = {name: getattr(args, name) for name in OF_MODEL} | {"prediction": args.model_prediction}
+    return {name: value for name, value in how.items() if value is not None}
 
 
 def folder(text: str) -> Path:

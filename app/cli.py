@@ -17,7 +17,7 @@ from ..core.version import VERSION
 from ..demo import files
 from ..trainer.config import Config, ConfigError, nearest
 from . import ui
-from .arguments import MOST_STEPS, SEEDS, between, folder, new_file, place
+from .arguments import MOST_STEPS, SEEDS, add_model, between, folder, model_options, new_file, place
 from .progress import follow, interruptible
 
 
@@ -85,7 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
     demo.set_defaults(command=run_demo)
 
     distill = commands.add_parser("distill", help="distil a checkpoint with prompts alone, or with your pictures")
-    distill.add_argument("--model", type=place, help="checkpoint or diffusers folder (default: the embedded model)")
+    add_model(distill)
     distill.add_argument(
         "--prompts",
         type=place,
@@ -109,7 +109,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     sample = commands.add_parser("sample", help="make pictures with a student")
     sample.add_argument("prompt", nargs="+", help="one or more prompts")
-    sample.add_argument("--model", type=place, help="checkpoint or diffusers folder (default: the embedded model)")
+    add_model(sample)
     sample.add_argument(
         "--student", type=place, default=files.STUDENT, help="student file (default: the embedded model's)"
     )
@@ -122,7 +122,7 @@ def make_parser() -> argparse.ArgumentParser:
     sample.set_defaults(command=run_sample)
 
     evaluate = commands.add_parser("evaluate", help="measure students against their teacher")
-    evaluate.add_argument("--model", type=place, help="checkpoint or diffusers folder (default: the embedded model)")
+    add_model(evaluate)
     evaluate.add_argument(
         "--student", type=place, action="append", help="student file, repeatable (default: the shipped one)"
     )
@@ -175,7 +175,7 @@ def run_distill(args: argparse.Namespace) -> int:
     from ..trainer.run.scores import latent_score
 
     config = settings(args)
-    host = load_model(args.model)
+    host = load_model(args.model, **model_options(args))
     if args.prompts is None and args.model is not None:
         raise ConfigError("--model needs --prompts: a text file with one prompt a line, of what the model is good at")
     prompts = read_prompts(args.prompts or files.PROMPTS)
@@ -226,7 +226,7 @@ def run_sample(args: argparse.Namespace) -> int:
     from ..trainer.pipeline.load import load_model
 
     check_choices(args.prompt)
-    host = load_model(args.model)
+    host = load_model(args.model, **model_options(args))
     student, card, warning = load_student(args.student, host.denoiser)
     for remark in filter(None, (warning, *check_fit(card, Base(), args.student.name, steps=args.steps))):
         print(f"turbodistill: {remark}", file=sys.stderr)
@@ -270,7 +270,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
             "{file_name, text, style, split}, where split is train or heldout"
         )
     students, reference = args.student or [files.STUDENT], args.reference or files.REFERENCE
-    text, figures = evaluate(load_model(args.model), students, reference, args.count, args.seeds)
+    text, figures = evaluate(load_model(args.model, **model_options(args)), students, reference, args.count, args.seeds)
     print(text)
     if args.out:
         from ..trainer.data.files import write_whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import fastapi
 import gradio as gr
@@ -38,10 +39,13 @@ class OwnPages:
         await answer(scope, receive, send)
 
 
-def make_app(model: Path | None, student: Path | None, folder: Path) -> fastapi.FastAPI:
-    """A model's pages, with what they make in `folder`; raises ModelError, or CardError for the student."""
+def make_app(model: Path | None, student: Path | None, folder: Path, **how: Any) -> fastapi.FastAPI:
+    """A model's pages, with what they make in `folder`; `how` goes to `load_model`.
+
+    Raises ModelError, or CardError for the student.
+    """
     shipped = {student.stem: student} if student else {} if model else {"embedded": STUDENT}
-    backend = EmbeddedBackend(load_model(model), folder.resolve(), shipped, own=model is None)
+    backend = EmbeddedBackend(load_model(model, **how), folder.resolve(), shipped, own=model is None)
     for path in shipped.values():
         backend.generator.make(path, "", [0], 1)  # what does not fit is told now
     app = fastapi.FastAPI(title="TurboDistill", docs_url=None, redoc_url=None)  # their pages load what is not ours

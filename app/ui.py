@@ -9,7 +9,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from .arguments import between, folder, place
+from .arguments import add_model, between, folder, model_options, place
 
 ADDRESS = "127.0.0.1"
 
@@ -20,7 +20,7 @@ def command(commands: Any) -> None:
         "ui", help="pages in the browser: pictures as you type, distil"
     )
     parser.add_argument("--port", type=between(1, 65535), default=7860, help=f"port on {ADDRESS} (default: 7860)")
-    parser.add_argument("--model", type=place, help="checkpoint or diffusers folder (default: the embedded model)")
+    add_model(parser)
     parser.add_argument("--student", type=place, help="student file (default: the embedded model's)")
     parser.add_argument(
         "--out", type=folder, default=Path("runs/ui"), help="folder for runs, pairs and students (default: runs/ui)"
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise ImportError(f"the pages need {error.name}: pip install 'turbodistill[ui]'") from None
 
-    app = server.make_app(args.model, args.student, args.out)
+    app = server.make_app(args.model, args.student, args.out, **model_options(args))
     print(f"TurboDistill: http://{ADDRESS}:{args.port} (Ctrl-C ends it)", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: else nothing below would be done
     try:

@@ -103,7 +103,7 @@ def _place(source: str | Path, how: _How, revision: str | None = None, only: lis
     """The file or folder that a source names, on this machine or from the hub."""
     if os.path.exists(source):  # unlike Path's, false for what no file can be called
         return Path(source)
-    named = hub.named(str(source))
+    named = hub.named(source.as_posix() if isinstance(source, Path) else source)
     if named is None:
         raise ModelError(f"model {source!s:.300} does not exist: check the name")
     return hub.fetch(*named, revision=revision, token=how.token, variant=how.variant, only=only)

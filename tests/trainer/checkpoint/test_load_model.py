@@ -56,3 +56,18 @@ def test_a_remark_on_the_checkpoint_is_logged(small_sd1, vocabulary, tmp_path, c
     path = small_sd1.write(tmp_path / "mine.safetensors", **{"more.weight": torch.zeros(1)})
     load_model(path, "cpu", tokenizer=vocabulary)
     assert "1 weights in mine.safetensors are not used, such as more.weight." in caplog.messages
+
+
+def test_the_command_line_takes_a_file_and_what_it_lacks(small_sd1, files, vocabulary, tmp_path, capsys):
+    pytest.importorskip("tqdm")
+    from turbodistill.app.cli import main
+
+    path = small_sd1.without("first_stage_model.").write(tmp_path / "mine.safetensors")
+    files.Made(files.vae_weights(small_sd1.modules["vae"])).write(tmp_path / "vae.safetensors")
+    given = ["sample", "a", "--model", str(path), "--tokenizer", str(vocabulary), "--out", str(tmp_path)]
+    assert main(given) == 1
+    assert f"turbodistill: {path} holds no vae: give as components" in capsys.readouterr().err
+    assert main([*given, "--vae", str(tmp_path / "vae.safetensors")]) == 1
+    assert "was made for a model that predicts v, the loaded one predicts eps" in capsys.readouterr().err
+    assert main(["sample", "a", "--revision", "v1", "--out", str(tmp_path)]) == 1
+    assert "revision is an option for files, folders and the hub" in capsys.readouterr().err
