@@ -15,7 +15,7 @@ NAMES = {
     "full": [f"model.diffusion_model.middle_block.{i}.weight" for i in range(16)],
 }
 CASES = [
-    ("model", None, "full", "does not say its architecture in its header"),
+    ("model", None, "full", "is of a kind that is not known"),
     ("card", None, "lora", "holds no student card"),
     ("student", None, "lora", "holds no student card"),
     ("student", CARD, "lora", "made for a model that predicts eps, the loaded one predicts v"),
