@@ -27,8 +27,9 @@ TARGETS = {
 }
 # The prefix of layers in a LoRA file of each style. `kohya` and `comfy` have a UNet's single-file names; `diffusers` is
 # kohya's with a UNet's diffusers names, as kohya itself writes Stable Diffusion 1 and 2; `peft` is for a transformer of
-# diffusers, and diffusers and ComfyUI load it.
+# diffusers, and diffusers and ComfyUI load it; `peft-unet` is what diffusers itself saves of a UNet.
 FORMATS = {"kohya": "lora_unet_", "diffusers": "lora_unet_", "comfy": "diffusion_model.", "peft": "transformer."}
+FORMATS |= {"peft-unet": "unet."}
 PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
 PEFT_PARTS = ("lora_A.weight", "lora_B.weight")  # without alpha: it is multiplied into B
 
@@ -161,10 +162,11 @@ class LoRA(nn.Module):
     def file_names(self, backbone: nn.Module, style: str = "kohya") -> list[str]:
         """The key prefix of each branch in a LoRA file of a style in FORMATS."""
         names, parameters = self.names, [without_adapter(n) for n, _ in backbone.named_parameters()]
+        theirs = style in ("diffusers", "peft", "peft-unet")
         if is_diffusers(parameters):
-            table = {} if style in ("diffusers", "peft") else to_single_file(parameters)
+            table = {} if theirs else to_single_file(parameters)
         else:
-            table = to_diffusers(parameters) if style == "diffusers" else {}
+            table = to_diffusers(parameters) if theirs else {}
         modules = {k.rpartition(".")[0]: v.rpartition(".")[0] for k, v in table.items()}
         names = [modules.get(n, n) for n in names]
         underscored = FORMATS[style] == FORMATS["kohya"]
@@ -177,7 +179,7 @@ class LoRA(nn.Module):
         tensors = {}
         for name, branch in zip(self.file_names(backbone, style), self.each(), strict=True):
             down, up = branch.down.detach(), branch.up.detach()
-            if style == "peft":
+            if parts_of(style) == PEFT_PARTS:
                 values = (down, up * branch.scale)
             else:
                 values = (down, up, torch.tensor(branch.scale * down.shape[0]))
@@ -261,7 +263,7 @@ class LoRA(nn.Module):
 
 def parts_of(style: str) -> tuple[str, ...]:
     """How the tensors of one layer end in a file of a style: down, up and, but for peft's, alpha."""
-    return PEFT_PARTS if style == "peft" else PARTS
+    return PEFT_PARTS if style.startswith("peft") else PARTS
 
 
 def check_match(what: str, given: Iterable[str], wanted: Iterable[str]) -> None:

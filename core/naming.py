@@ -25,6 +25,12 @@ OUTER = {
 }
 BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
+SINGLE = re.compile(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.+)")
+SINGLE_MIDDLE = re.compile(r"middle_block\.(\d+)\.(.+)")
+# The parts of single-file names that hold a "_": kohya's LoRA files have it in place of each dot, too.
+UNDERSCORED = "input_blocks middle_block output_blocks transformer_blocks time_embed label_emb in_layers out_layers "
+UNDERSCORED += "emb_layers skip_connection proj_in proj_out to_q to_k to_v to_out"
+WORD = re.compile("|".join([*UNDERSCORED.split(), "[^_]+"]))
 
 
 def is_diffusers(names: Iterable[str]) -> bool:
@@ -73,49 +79,63 @@ def _inside(kind: str, rest: str) -> str:
     return f"{RESNET[head]}.{tail}"
 
 
-def to_diffusers(names: Iterable[str]) -> dict[str, str]:
-    """Parameter names of a UNet in single-file layout -> diffusers' names: the inverse of `to_single_file`.
+def is_single_file(names: Iterable[str]) -> bool:
+    """Whether these are parameter or module names of a UNet in the single-file layout."""
+    return any(n.startswith(("input_blocks.", "middle_block.", "output_blocks.")) for n in names)
 
-    Needs all the names of the UNet at once; names of another network are left out.
+
+def to_diffusers(names: Iterable[str], layers: int = 0) -> dict[str, str]:
+    """The inverse of `to_single_file`, for names of parameters or modules; those of another network are left out.
+
+    `layers` are those of each block; 0 reads them from the names.
     """
     names = list(names)
-    blocks = [(int(m[1]), m[2]) for m in (re.match(r"input_blocks\.(\d+)\.0\.(op)?", n) for n in names) if m]
-    last = max((number for number, _ in blocks), default=0)
-    # A level is its layers and a downsampling; a UNet without one is one level.
-    level = min((number for number, op in blocks if op), default=last + 1)
-    found = {n: _diffusers_name(n, level) for n in names}
-    return {n: name for n, name in found.items() if name}
+    layers = layers or layers_of(names)
+    found = {name: _diffusers_name(name, layers) for name in names}
+    return {name: theirs for name, theirs in found.items() if theirs}
 
 
-def _diffusers_name(name: str, level: int) -> str:
-    for theirs, ours in OUTER.items():
-        if name.startswith(ours + "."):
-            return theirs + name.removeprefix(ours)
-    side, _, rest = name.partition(".")
-    number, _, rest = rest.partition(".")
-    if side == "middle_block" and number in ("0", "1", "2"):
-        attends = number == "1"
-        return f"mid_block.attentions.0.{rest}" if attends else f"mid_block.resnets.{int(number) // 2}.{_outside(rest)}"
-    index, _, rest = rest.partition(".")
-    if side == "input_blocks":
-        block, layer = divmod(int(number) - 1, level)
-        if rest.startswith("op."):
-            return f"down_blocks.{block}.downsamplers.0.conv.{rest.removeprefix('op.')}"
-    elif side == "output_blocks":
-        block, layer = divmod(int(number), level)
-        if index != "0" and rest.startswith("conv."):
-            return f"up_blocks.{block}.upsamplers.0.{rest}"
-    else:
+def layers_of(names: Iterable[str]) -> int:
+    """How many layers each block of a UNet has, by its single-file names: up to the first downsampling.
+
+    Where no name is a downsampling's (a LoRA on attention alone), the fewest with which no layer falls on one.
+    """
+    found = [m for m in map(SINGLE.match, names) if m and m[1] == "input" and m[2] != "0"]
+    if ends := [int(m[2]) for m in found if m[4].partition(".")[0] == "op"]:
+        return min(ends) - 1
+    held = {int(m[2]) for m in found}
+    return next(n for n in range(1, 2 + max(held, default=0)) if not any(i % (n + 1) == 0 for i in held))
+
+
+def _diffusers_name(name: str, layers: int) -> str:
+    """The name in diffusers' layout, "" where there is none."""
+    for ours, theirs in OUTER.items():
+        if f"{name}.".startswith(theirs + "."):
+            return ours + name.removeprefix(theirs)
+    if match := SINGLE_MIDDLE.match(name):
+        index, rest = int(match[1]), match[2]
+        return f"mid_block.attentions.0.{rest}" if index == 1 else f"mid_block.resnets.{index // 2}.{_outside(rest)}"
+    match = SINGLE.match(name)
+    if match is None:
         return ""
-    end = "down" if side == "input_blocks" else "up"
-    kind, inner = ("attentions", rest) if index == "1" else ("resnets", _outside(rest))
-    return f"{end}_blocks.{block}.{kind}.{layer}.{inner}"
+    side, number, place, rest = match.groups()
+    number = int(number) - (side == "input")
+    block, index = f"{'down' if side == 'input' else 'up'}_blocks.{number // (layers + 1)}", number % (layers + 1)
+    head, _, tail = rest.partition(".")
+    if head in ("op", "conv"):
+        return f"{block}.{'downsamplers' if head == 'op' else 'upsamplers'}.0.conv" + (f".{tail}" if tail else "")
+    return f"{block}.attentions.{index}.{rest}" if place == "1" else f"{block}.resnets.{index}.{_outside(rest)}"
 
 
 def _outside(rest: str) -> str:
     """The rest of a residual block's name in diffusers' layout."""
-    found = next((ours for ours, theirs in RESNET.items() if rest.startswith(theirs + ".")), None)
+    found = next((ours for ours, theirs in RESNET.items() if f"{rest}.".startswith(theirs + ".")), None)
     return f"{found}{rest.removeprefix(RESNET[found])}" if found else rest
+
+
+def dotted(name: str) -> str:
+    """A UNet module's single-file name from that in a kohya file without its prefix, where each dot is a "_"."""
+    return ".".join(WORD.findall(name))
 
 
 def of_an_adapter(name: str) -> bool:

@@ -199,9 +199,12 @@ def load_weights(student: Student, module: nn.Module, tensors: Mapping[str, Tens
 
 
 def _check_full(backbone: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raise ValueError if tensors of these names and shapes are no full student of this backbone."""
+    """Raise ValueError if tensors of these names and shapes are no full student of this backbone.
+
+    A whole checkpoint is one, too: its text encoder and autoencoder are not looked at.
+    """
     names, own = _full_names(backbone), backbone.state_dict()
-    check_match("student", shapes, names.values())
+    check_match("student", [n for n in shapes if n.startswith(FULL_PREFIX)] or shapes, names.values())
     for name, there in names.items():
         if tuple(shapes[there]) != tuple(own[name].shape):
             raise ValueError(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from turbodistill.core.naming import is_diffusers, to_diffusers, to_single_file
+from turbodistill.core.naming import dotted, is_diffusers, layers_of, to_diffusers, to_single_file
 
 PREFIX = "model.diffusion_model."
 
@@ -73,3 +73,30 @@ def test_a_name_without_counterpart_is_refused(toys):
     names = [*toys.small_unet().state_dict(), "controlnet_cond_embedding.weight"]
     with pytest.raises(ValueError, match=r"controlnet_cond_embedding\.weight"):
         to_single_file(names)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["CrossAttnDownBlock2D", "DownBlock2D"])
+def test_names_of_modules_lead_back_too(layers, kind):
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32, 64),
+            layers_per_block=layers,
+            down_block_types=("DownBlock2D", kind),
+            up_block_types=(kind.replace("Down", "Up"), "UpBlock2D"),
+            cross_attention_dim=8,
+        )
+    names = to_single_file(unet.state_dict())
+    assert layers_of(names.values()) == layers
+    modules = {v.rpartition(".")[0]: k.rpartition(".")[0] for k, v in names.items()}
+    assert to_diffusers(modules) == modules
+    assert all(dotted(m.replace(".", "_")) == m for m in modules)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_names_of_attention_alone_tell_how_many_layers_a_block_has(layers):
+    names = [f"input_blocks.{1 + b * (layers + 1) + k}.1.proj_in" for b in range(3) for k in range(layers)]
+    assert layers_of(names) == layers
