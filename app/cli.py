@@ -1,4 +1,4 @@
-"""The command line: `turbodistill demo | distill | sample | evaluate | info | ui`."""
+"""The command line: `turbodistill demo | distill | sample | evaluate | info | export | ui`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 from ..core.version import VERSION
 from ..demo import files
 from ..trainer.config import Config, ConfigError, nearest
-from . import ui
+from . import export, ui
 from .arguments import MOST_STEPS, SEEDS, add_model, between, folder, model_options, new_file, place
 from .progress import follow, interruptible
 
@@ -140,6 +140,7 @@ def make_parser() -> argparse.ArgumentParser:
     info.add_argument("file", type=place)
     info.set_defaults(command=run_info)
 
+    export.command(commands)
     ui.command(commands)
     return parser
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +62,39 @@ def whole_file(path: Path) -> Iterator[Path]:
         except BaseException:
             part.unlink(missing_ok=True) if part.parent.exists() else None
             raise
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Where to write a folder so that a crash or a full disk leaves the old one or the new one, never a half.
+
+    A folder that is there is replaced. Raises OSError, which says what to do.
+    """
+    part, old = (path.with_name(f"{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
+    with writing(path):
+        try:
+            part.mkdir(parents=True)
+            yield part
+            if path.exists():
+                os.replace(path, old)
+            os.replace(part, path)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            if old.exists() and not path.exists():
+                os.replace(old, path)
+            raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Raise DataError if `needed` bytes have no room on the disk where `path` will be."""
+    disk = next(parent for parent in path.absolute().parents if parent.exists())
+    free = shutil.disk_usage(disk).free
+    if needed > free:
+        raise DataError(
+            f"{path} takes about {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there: make room, or choose "
+            "another place"
+        )
 
 
 def reason(error: BaseException) -> str:
