@@ -1,4 +1,4 @@
-"""The command line: `turbodistill demo | distill | sample | evaluate | info | export | ui`."""
+"""The command line: `turbodistill demo | distill | sample | evaluate | info | export | push | ui`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 from ..core.version import VERSION
 from ..demo import files
 from ..trainer.config import Config, ConfigError, nearest
-from . import export, ui
+from . import export, push, ui
 from .arguments import MOST_STEPS, SEEDS, add_model, between, folder, model_options, new_file, place
 from .progress import follow, interruptible
 
@@ -141,6 +141,7 @@ def make_parser() -> argparse.ArgumentParser:
     info.set_defaults(command=run_info)
 
     export.command(commands)
+    push.command(commands)
     ui.command(commands)
     return parser
 

@@ -22,7 +22,7 @@ from turbodistill.trainer.run import training
 from turbodistill.trainer.run.memory import OutOfMemory
 from turbodistill.trainer.run.state_file import read_values
 
-COMMANDS = ("demo", "distill", "sample", "evaluate", "info")
+COMMANDS = ("demo", "distill", "sample", "evaluate", "info", "export", "push")
 QUICK = [
     *(
         "--rank",
