@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ...trainer.data.files import trim
 from .merge import Merge
 from .student import Layer
 
@@ -74,6 +75,8 @@ def extract(merge: Merge, rank: int, errors: Errors) -> Iterator[tuple[str, Laye
             continue
         layer = truncated(change, rank)
         errors.add(_class_of(name), squared, float((change - layer.delta()).square().sum(dtype=torch.float64)))
+        del change
+        trim()
         yield module, layer, nbytes
 
 

@@ -155,7 +155,7 @@ def checksum(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _trim() -> None:
+def trim() -> None:
     """Give freed memory back: in glibc before 2.38 no buffer fits into the hole that an equal one left."""
     if LIBC is not None and hasattr(LIBC, "malloc_trim"):
         LIBC.malloc_trim(0)
@@ -165,7 +165,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str])
     """Write tensors with a checksum, whole or not at all. `about["key"]` says how they were made."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     write_whole(path, save(tensors, about | {"checksum": checksum(tensors)}))
-    _trim()
+    trim()
 
 
 def read_tensors(path: Path, key: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:

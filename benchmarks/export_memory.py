@@ -1,0 +1,84 @@
+"""How much of the computer's memory an export takes, against the size of the checkpoint.
+
+    python benchmarks/export_memory.py                  # a synthetic SDXL of 6.9 GB in float16
+    python benchmarks/export_memory.py --kind sd15
+
+Each export runs in a process of its own. Printed are the largest resident set (VmHWM), with the pages of mapped files
+that the system can take back, and the memory that it cannot (RssAnon), both with Python and torch in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1] / "tests" / "export"
+EXPORT = """
+import sys, threading
+from pathlib import Path
+from turbodistill.generate.export.export import Export
+
+def status(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
+
+most, over = [0], threading.Event()
+def watch():
+    while not over.wait(0.02):
+        most[0] = max(most[0], status("RssAnon"))
+thread = threading.Thread(target=watch)
+thread.start()
+student, to, out, base, tokenizer = sys.argv[1:]
+for _ in Export(Path(student), to, Path(out), Path(base), tokenizer=Path(tokenizer)).run():
+    pass
+over.set()
+thread.join()
+print(status("VmHWM") * 1024, most[0] * 1024)
+"""
+
+
+def synthetic():
+    """The tests' full-size checkpoints."""
+    spec = importlib.util.spec_from_file_location("turbodistill_full_size", TESTS / "full_size.py")
+    sys.modules[spec.name] = found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", default="sdxl", choices=("sd15", "sd21", "sdxl"))
+    parser.add_argument("--folder", type=Path, help="where the files lie meanwhile (default: the system's for such)")
+    args = parser.parse_args()
+    made = synthetic()
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        place = Path(folder)
+        base = made.write(place / "base.safetensors", args.kind)
+        student = made.write_student(place / "student.safetensors", base, args.kind)
+        (place / "vocab.json").write_text('{"!": 0, "<|startoftext|>": 1, "<|endoftext|>": 2}')
+        (place / "merges.txt").write_text("#version: 0.2\n")
+        size = base.stat().st_size
+        print(f"{args.kind}: {size / 1e9:.2f} GB in float16")
+        print(f"{'export':<12}{'VmHWM':>10}{'of the file':>13}{'RssAnon':>10}{'of the file':>13}")
+        for to in ("kohya", "peft", "merged", "diffusers"):
+            out = place / ("out" if to == "diffusers" else "out.safetensors")
+            ran = subprocess.run(
+                [sys.executable, "-c", EXPORT, *map(str, (student, to, out, base, place))],
+                capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+            if ran.returncode:
+                sys.exit(ran.stderr)
+            whole, anonymous = map(int, ran.stdout.split())
+            told = (f"{n / 1e9:>7.2f} GB{n / size:>13.2f}" for n in (whole, anonymous))
+            print(f"{to:<12}{''.join(told)}", flush=True)
+            if out.is_file():
+                out.unlink()
+
+
+if __name__ == "__main__":
+    main()

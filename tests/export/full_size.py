@@ -1,0 +1,146 @@
+"""Synthetic Stable Diffusion 1.5, 2.1 and XL in full size: single files of random numbers in float16, and students.
+
+Written tensor by tensor from one pool of noise, so that making them takes neither memory nor time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from turbodistill.core.card import StudentCard
+from turbodistill.core.fit import read_base
+from turbodistill.core.naming import to_single_file
+from turbodistill.generate.export import layout
+from turbodistill.generate.export.merge import TEXT_ENCODERS
+from turbodistill.generate.export.tensors import Entry, write_safetensors
+
+TOKENS = 49408
+XL = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A full-size model: its UNet's settings, and of each text encoder (width, layers, middle, projected)."""
+
+    architecture: str
+    unet: dict[str, Any]
+    texts: tuple[tuple[int, int, int, bool], ...]
+    prediction: str = "eps"
+    marks: tuple[str, ...] = ()
+
+
+SD2 = {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
+SDXL = XL | {"cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20), "use_linear_projection": True}
+CLIP_L, CLIP_H, CLIP_G = (768, 12, 3072, False), (1024, 23, 4096, False), (1280, 32, 5120, True)
+XL_NAME = "stable-diffusion-xl-v1-base"
+KINDS = {
+    "sd15": Kind("stable-diffusion-v1", {"cross_attention_dim": 768, "attention_head_dim": 8}, (CLIP_L,)),
+    "sd21": Kind("stable-diffusion-v2", SD2, (CLIP_H,), "v"),
+    "sdxl": Kind(XL_NAME, SDXL, (CLIP_L, CLIP_G)),
+    "sdxl-v": Kind(XL_NAME, SDXL, (CLIP_L, CLIP_G), "v", ("v_pred", "ztsnr")),
+}
+
+
+def modules(kind: Kind) -> dict[str, Any]:
+    """The networks without weights, by diffusers' names of a pipeline's parts."""
+    import diffusers
+    import transformers
+
+    library: Any = diffusers
+    with torch.device("meta"):
+        parts: dict[str, Any] = {"unet": library.UNet2DConditionModel(sample_size=64, **kind.unet)}
+        parts["vae"] = library.AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+        )  # fmt: skip
+        for i, (width, layers, middle, projected) in enumerate(kind.texts):
+            config = transformers.CLIPTextConfig(
+                vocab_size=TOKENS, hidden_size=width, intermediate_size=middle, num_hidden_layers=layers,
+                num_attention_heads=width // 64, projection_dim=width,
+            )  # fmt: skip
+            model = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+            parts["text_encoder_2" if i else "text_encoder"] = model(config)
+    return parts
+
+
+def shapes_of(module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
+
+
+def single_file_shapes(kind: Kind) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the whole single file."""
+    parts = {name: shapes_of(module) for name, module in modules(kind).items()}
+    table = to_single_file(parts["unet"])
+    found = {"model.diffusion_model." + table[n]: s for n, s in parts["unet"].items()}
+    found |= {"first_stage_model." + p.name: p.shape for p in layout.vae_to_single(parts["vae"])}
+    for part, (prefix, encoder) in TEXT_ENCODERS[kind.architecture].items():
+        if encoder == "clip":
+            pieces = layout.clip_to_single(parts[part])
+        else:
+            pieces = layout.open_clip_to_single(parts[part], complete=True)
+        found |= {prefix + p.name: p.shape for p in pieces}
+    return found | dict.fromkeys(kind.marks, (0,))
+
+
+class Noise:
+    """Random weights of a network that neither dies nor explodes, as views of one pool."""
+
+    def __init__(self, seed: int = 0):
+        self.pool = torch.randn(2**22, generator=torch.Generator().manual_seed(seed))
+        self.at = 0
+
+    def __call__(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if len(shape) < 2:
+            is_norm = "norm" in name or "ln_" in name or ".in_layers.0" in name or ".out_layers.0" in name
+            one = name.endswith("weight") and (is_norm or name.endswith("out.0.weight"))
+            return torch.full(shape, float(one)).half()
+        count, scale = torch.Size(shape).numel(), torch.Size(shape[1:]).numel() ** -0.5
+        self.at = (self.at + 40_503) % (len(self.pool) // 2)
+        end = self.at + count
+        pool = self.pool if end <= len(self.pool) else self.pool.repeat(-(-end // len(self.pool)))
+        return (pool[self.at : end] * scale).half().view(shape)
+
+
+def write(path: Path, kind: str) -> Path:
+    """The checkpoint as a single file."""
+    noise = Noise()
+    entries = [
+        Entry(n, s, torch.float16, lambda n=n, s=s: noise(n, s)) for n, s in single_file_shapes(KINDS[kind]).items()
+    ]
+    for _ in write_safetensors(path, entries, {}):
+        pass
+    return path
+
+
+def write_student(path: Path, base: Path, kind: str, rank: int = 4) -> Path:
+    """A LoRA on all layers of the UNet."""
+    noise, about = Noise(1), KINDS[kind]
+    tensors = {}
+    for name, shape in single_file_shapes(about).items():
+        module = name.removeprefix("model.diffusion_model.").removesuffix(".weight")
+        if name == module or not name.endswith(".weight") or len(shape) < 2 or not name.startswith("model."):
+            continue
+        key, small = "lora_unet_" + module.replace(".", "_"), min(rank, shape[0])
+        tensors[f"{key}.lora_down.weight"] = noise("down", (small, *shape[1:])).clone()
+        up = noise("up", (shape[0], small, *(1 for _ in shape[2:])))
+        tensors[f"{key}.lora_up.weight"] = (0.1 * up).half()
+        tensors[f"{key}.alpha"] = torch.tensor(float(small))
+    card = StudentCard(
+        "lora", base.stem, read_base(base).hashes[0], about.architecture, about.prediction, about.prediction, (999,),
+        4.0, (512, 512), rank=rank, alpha=float(rank),
+    )  # fmt: skip
+    save_file(tensors, path, card.to_metadata())
+    return path
