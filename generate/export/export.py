@@ -25,6 +25,7 @@ from .tensors import DTYPES, Entry, ExportError, write_safetensors
 LORAS = ("kohya", "comfy", "peft")
 FORMATS = (*LORAS, "merged", "diffusers", "lora")
 RANKS = 1, 1024
+LAST = 999  # the timestep at which every sampler begins by itself
 SLACK = 2**22  # bytes of headers and JSON
 
 
@@ -69,6 +70,7 @@ class Export:
         self._check_options(base)
         self.base = None if base is None else Checkpoint(base)
         self.remarks = [] if self.base is None else check_fit(self.card, self.base.as_base(), student.name)
+        self.remarks += _unknown_elsewhere(self.card, to)
         self._prepare(tokenizer)
 
     def _check_options(self, base: Path | None) -> None:
@@ -206,6 +208,17 @@ def _stored(tensors: Mapping[str, torch.Tensor]) -> list[Entry]:
 
 def _as_full(card: StudentCard) -> StudentCard:
     return replace(card, kind="full", rank=0, alpha=0.0)
+
+
+def _unknown_elsewhere(card: StudentCard, to: str) -> list[str]:
+    """What a program that does not read the card gets wrong of a student, in words."""
+    said = []
+    if card.prediction != card.base_prediction and to != "diffusers":
+        said.append(f"predicts {card.prediction} where its base predicts {card.base_prediction}")
+    if card.timesteps[0] != LAST:
+        said.append(f"begins at timestep {card.timesteps[0]}")
+    words = " and ".join(said)
+    return [f"the student {words}: of ComfyUI and the WebUIs only our nodes and samplers know that."] if said else []
 
 
 def _check_out(out: Path, to: str, force: bool, *sources: Path | None) -> None:

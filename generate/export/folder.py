@@ -14,6 +14,7 @@ from . import configs, layout
 from .merge import TEXT_ENCODERS, Merge, entry, from_pieces
 from .tensors import Entry, ExportError, Weights
 
+CHANNELS = 4  # of latents that a model takes which makes pictures from text
 FACTOR = 8  # pixels for each of a latent's, in Stable Diffusion
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data")
 CARD = "turbodistill.json"
@@ -85,6 +86,10 @@ def _from_file(merge: Merge, dtype, tokenizer: Path | None) -> Folder:
         raise ExportError(
             f"{base.path} is no Stable Diffusion 1, 2 or XL: its diffusers folder is made from a base that is a "
             "folder. Give that, or use --to peft"
+        )
+    if (channels := base.network["input_blocks.0.0.weight"][1]) != CHANNELS:
+        raise ExportError(
+            f"{base.path} takes {channels} channels, as inpainting models do: give the base as a diffusers folder"
         )
     side = max(card.resolution)
     names = to_diffusers(base.network, layers_of(base.network))

@@ -122,6 +122,13 @@ def test_a_base_that_is_none_is_told_for_what_it_is(student, tmp_path, capsys, c
     fails(capsys, told, student, "--to", "merged", *given)
 
 
+def test_what_only_our_samplers_know_is_told(base, tmp_path, capsys):
+    student = base.student(tmp_path / "student.safetensors", prediction="x0", timesteps=(399,))
+    assert run(student, "--to", "kohya", "--out", tmp_path / "out.safetensors") == 0
+    told = capsys.readouterr().err
+    assert "predicts x0 where its base predicts eps and begins at timestep 399: of ComfyUI and the WebUIs only" in told
+
+
 def test_broken_files_are_told(student, base, tmp_path, capsys):
     out = ["--out", tmp_path / "out.safetensors"]
     (tmp_path / "base.ckpt").write_bytes(b"pickle")

@@ -139,6 +139,18 @@ def test_a_single_file_without_an_autoencoder_is_refused(kit, base, student, sin
         kit.export(student, "diffusers", tmp_path / "out", base=tmp_path / "bare.safetensors", tokenizer=base.tokenizer)
 
 
+def test_an_inpainting_model_is_no_base_for_a_folder(kit, make, tmp_path):
+    base = make("sd1")
+    student = base.student(tmp_path / "student.safetensors", targets="attention")
+    kit.export(student, "merged", tmp_path / "base.safetensors", base=base.folder)
+    tensors, first = load_file(tmp_path / "base.safetensors"), "model.diffusion_model.input_blocks.0.0.weight"
+    tensors[first] = torch.cat([tensors[first], torch.zeros(32, 5, 3, 3).half()], 1)
+    save_file(tensors, tmp_path / "base.safetensors")
+    with pytest.raises(ExportError, match="takes 9 channels, as inpainting models do"):
+        options = {"base": tmp_path / "base.safetensors", "tokenizer": base.tokenizer}
+        kit.export(student, "diffusers", tmp_path / "out", **options)
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
