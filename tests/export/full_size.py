@@ -103,6 +103,8 @@ class Noise:
         self.at = 0
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if name.endswith("text_model.final_layer_norm.bias"):  # hosts divide by the mean of what it gives
+            return torch.full(shape, 0.1).half()
         if len(shape) < 2:
             is_norm = "norm" in name or "ln_" in name or ".in_layers.0" in name or ".out_layers.0" in name
             one = name.endswith("weight") and (is_norm or name.endswith("out.0.weight"))

@@ -184,6 +184,36 @@ def test_a_transformer_s_lora_is_split_as_diffusers_splits_its_weights(kit, sd3)
     assert changed == len(made) / 2 > 30
 
 
+def test_diffusers_transformer_with_the_lora_is_the_merged_one(kit, sd3, peft, caplog):
+    """A real Stable Diffusion 3 of two blocks, loaded once with the merged weights and once with base and LoRA."""
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers as convert
+
+    student, base = sd3 / "student.safetensors", sd3 / "sd3.safetensors"
+    for to in ("peft", "merged"):
+        kit.export(student, to, sd3 / f"{to}.safetensors", base=base, dtype="float32")
+    networks = []
+    for file in (base, sd3 / "merged.safetensors"):
+        network = SD3Transformer2DModel(
+            sample_size=8, num_layers=2, num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=128,
+            pooled_projection_dim=24, out_channels=16, pos_embed_max_size=8,
+        ).eval()  # fmt: skip
+        network.load_state_dict(convert({k: 0.1 * v for k, v in load_file(file).items()}))
+        networks.append(network)
+    lora = {k: 0.1 * v if "lora_B" in k else v for k, v in load_file(sd3 / "peft.safetensors").items()}
+    inputs = {
+        "hidden_states": torch.randn(1, 16, 8, 8), "encoder_hidden_states": torch.randn(1, 5, 32),
+        "pooled_projections": torch.randn(1, 24), "timestep": torch.tensor([500.0]),
+    }  # fmt: skip
+    with torch.no_grad():
+        plain, expected = (n(**inputs).sample for n in networks)
+        with caplog.at_level(logging.WARNING):
+            StableDiffusion3Pipeline.load_lora_into_transformer(lora, networks[0])
+        assert not [r.message for r in caplog.records if "keys" in r.message]
+        found = networks[0](**inputs).sample
+    assert kit.gap(found, expected) < 1e-3 < 0.1 < kit.gap(plain, expected)
+
+
 def test_a_lora_in_diffusers_names_is_merged_into_a_single_file(kit, sd3):
     student, base = sd3 / "student.safetensors", sd3 / "sd3.safetensors"
     kit.export(student, "peft", sd3 / "peft.safetensors", base=base, dtype="float32")
@@ -202,6 +232,24 @@ def test_a_transformer_s_kohya_file_keeps_its_host_s_names(kit, sd3):
 def test_a_transformer_without_its_base_is_asked_for_it(kit, sd3):
     with pytest.raises(ExportError, match=r"is no LoRA of a Stable Diffusion UNet .*: give its base by --base"):
         kit.export(sd3 / "student.safetensors", "peft", sd3 / "peft.safetensors")
+
+
+def test_z_image_s_layers_are_split_as_in_diffusers():
+    shapes = {"layers.0.attention.qkv.weight": (24, 8), "layers.0.attention.out.weight": (8, 8)}
+    shapes |= {"layers.0.feed_forward.w1.weight": (16, 8), "x_embedder.weight": (8, 64)}
+    rows = transformers.rows_of(shapes, "z-image")
+    source, numbers = rows["layers.0.attention.to_k"]
+    assert source == "layers.0.attention.qkv" and torch.equal(numbers, torch.arange(8, 16))
+    assert rows["layers.0.attention.to_out.0"][0] == "layers.0.attention.out"
+    assert rows["all_x_embedder.2-1"][0] == "x_embedder"
+
+
+def test_what_diffusers_cannot_convert_is_told():
+    for architecture in ("", "wan"):
+        with pytest.raises(ExportError, match="the installed diffusers converts no"):
+            transformers.rows_of({"head.weight": (4, 4)}, architecture)
+    with pytest.raises(ExportError, match="diffusers cannot convert this stable-diffusion-v3-medium"):
+        transformers.rows_of({"joint_blocks.0.x_block.attn.qkv.weight": (12, 4)}, "stable-diffusion-v3-medium")
 
 
 def test_flux_s_layers_are_split_as_in_diffusers():

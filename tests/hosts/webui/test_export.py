@@ -1,0 +1,57 @@
+"""Exported files in a real AUTOMATIC1111 and Forge: full-size Stable Diffusion 1.5 makes the student's picture."""
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from turbodistill.generate.export.export import Export
+
+pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.timeout(1800)]
+HERE = Path(__file__).parent
+ROUNDED = 2.0  # of 255: the hosts sum the same in another order
+CHANGED = 10.0  # what a student changes of the picture at least
+
+
+def beside(path):
+    spec = importlib.util.spec_from_file_location(f"turbodistill_of_export_{path.stem}", path)
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def pictures(kind, installation, tmp_path_factory):
+    """What the host makes of the base alone, with the student's own file, its kohya export, and the merged file."""
+    client, full = beside(HERE / "client.py"), beside(HERE.parents[1] / "export" / "full_size.py")
+    data = tmp_path_factory.mktemp(f"export-{kind.name}")
+    models, loras = data / "models" / "Stable-diffusion", data / "models" / "Lora"
+    for folder in (models, loras, data / "extensions"):
+        folder.mkdir(parents=True)
+    (data / "extensions" / "turbodistill").symlink_to(HERE.parents[2], target_is_directory=True)
+    base = full.write(models / "base.safetensors", "sd15")
+    student = full.write_student(loras / "own.safetensors", base, "sd15")
+    for to, out in (("kohya", loras / "kohya.safetensors"), ("merged", models / "merged.safetensors")):
+        for _ in Export(student, to, out, base).run():
+            pass
+    with client.serve(client.KINDS[kind.name], *installation, data) as server:
+        titles = {m["model_name"]: m["title"] for m in server.call("sdapi/v1/sd-models")}
+        server.set(sd_model_checkpoint=titles["base"])
+        made = {"base": server.txt2img().picture}
+        for name in ("own", "kohya"):
+            made[name] = server.txt2img(prompt=f"a fox <lora:{name}:1>").picture
+        server.set(sd_model_checkpoint=titles["merged"])
+        made["merged"] = server.txt2img().picture
+    yield made
+    shutil.rmtree(data / "models")  # pytest keeps its last folders; the log is enough
+
+
+def test_the_kohya_file_makes_the_picture_of_the_student_s_own(pictures, gap, distance):
+    assert gap(pictures["kohya"], pictures["own"]) <= ROUNDED
+    assert distance(pictures["own"], pictures["base"]) > CHANGED
+
+
+def test_the_merged_file_makes_the_student_s_picture(pictures, distance):
+    """To the rounding of its weights to float16."""
+    assert distance(pictures["merged"], pictures["own"]) < CHANGED / 10
