@@ -27,10 +27,11 @@ BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|u
 MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 SINGLE = re.compile(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.+)")
 SINGLE_MIDDLE = re.compile(r"middle_block\.(\d+)\.(.+)")
-# The parts of single-file names that hold a "_": kohya's LoRA files have it in place of each dot, too.
-UNDERSCORED = "input_blocks middle_block output_blocks transformer_blocks time_embed label_emb in_layers out_layers "
-UNDERSCORED += "emb_layers skip_connection proj_in proj_out to_q to_k to_v to_out"
-WORD = re.compile("|".join([*UNDERSCORED.split(), "[^_]+"]))
+# The parts of names, in either layout, that hold a "_": kohya's LoRA files have it in place of each dot, too.
+UNDERSCORED = "input_blocks middle_block output_blocks time_embed label_emb in_layers out_layers emb_layers "
+UNDERSCORED += "skip_connection down_blocks mid_block up_blocks time_embedding add_embedding linear_1 linear_2 conv_in "
+UNDERSCORED += "conv_out time_emb_proj conv_shortcut transformer_blocks proj_in proj_out to_q to_k to_v to_out"
+WORD = re.compile("|".join([*sorted(UNDERSCORED.split(), key=len, reverse=True), "[^_]+"]))
 
 
 def is_diffusers(names: Iterable[str]) -> bool:
@@ -41,12 +42,12 @@ def is_diffusers(names: Iterable[str]) -> bool:
 def to_single_file(names: Iterable[str]) -> dict[str, str]:
     """Parameter names of a diffusers UNet -> `input_blocks.*`, `middle_block.*`, `output_blocks.*`.
 
-    Needs all the names of the UNet at once: the number of layers and which blocks attend are read
-    from them. Raises ValueError for a name that has no counterpart.
+    Needs all the names of the UNet at once, or of all its attention: the number of layers and which blocks attend are
+    read from them. Raises ValueError for a name that has no counterpart.
     """
     names = list(names)
     found = [m for m in map(BLOCK.match, names) if m]
-    layers = 1 + max(int(m[4]) for m in found if m[1] == "down" and m[3] == "resnets")
+    layers = 1 + max(int(m[4]) - (m[1] == "up") for m in found if m[3] in ("resnets", "attentions"))
     attending = {int(m[2]) for m in found if m[1] == "up" and m[3] == "attentions"}
     return {name: _single_file_name(name, layers, attending) for name in names}
 
@@ -134,7 +135,7 @@ def _outside(rest: str) -> str:
 
 
 def dotted(name: str) -> str:
-    """A UNet module's single-file name from that in a kohya file without its prefix, where each dot is a "_"."""
+    """A UNet module's name from that in a kohya file without its prefix, where each dot is a "_"."""
     return ".".join(WORD.findall(name))
 
 

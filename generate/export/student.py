@@ -12,7 +12,7 @@ from torch import Tensor
 from ...core.architecture import KNOWN, QWEN_IMAGE, UNETS, WAN
 from ...core.card import StudentCard, read_card, read_student
 from ...core.lora import PARTS, PEFT_PARTS
-from ...core.naming import dotted, is_single_file, layers_of, to_diffusers
+from ...core.naming import dotted, is_diffusers, is_single_file, layers_of, to_diffusers, to_single_file
 from ...core.student import FULL_PREFIX
 from .tensors import ExportError, Weights
 
@@ -56,8 +56,9 @@ class StudentFile:
             raise ExportError(f"{path} has the card of a full student, but no network in it: get the file again")
 
     def of_a_unet(self) -> bool:
-        """Whether this is a LoRA in the single-file names of a Stable Diffusion UNet."""
-        return is_single_file(map(_module, self.layers))
+        """Whether this is a LoRA of a Stable Diffusion UNet, by its names."""
+        modules = list(map(_module, self.layers))
+        return is_single_file(modules) or is_diffusers(modules)
 
     def splits_layers(self) -> bool:
         """Whether this is a LoRA of a transformer in diffusers' names, whose layers a single file fuses."""
@@ -66,15 +67,18 @@ class StudentFile:
     def of(self, network: Iterable[str] | None) -> dict[str, Layer]:
         """The LoRA by its modules' single-file names, which are those of `network`'s weights.
 
-        Without a network they are read from kohya's names alone, which only those of a UNet allow. Raises ExportError.
+        Without a network they are read from the file's own names, which only those of a UNet allow. Raises ExportError.
         """
         if network is None:
-            modules = {name: _module(name) for name in self.layers}
             if not self.of_a_unet():
                 raise ExportError(
-                    f"{self.path} is no LoRA of a Stable Diffusion UNet in single-file names ({next(iter(modules))}): "
-                    "give its base by --base, by which its layers are told"
+                    f"{self.path} is no LoRA of a Stable Diffusion UNet ({next(iter(self.layers))}): give its base by "
+                    "--base, by which its layers are told"
                 )
+            modules = {name: _module(name) for name in self.layers}
+            if is_diffusers(modules.values()):
+                table = to_single_file(f"{m}.weight" for m in modules.values())
+                modules = {name: table[f"{m}.weight"].removesuffix(".weight") for name, m in modules.items()}
             return {modules[name]: layer for name, layer in self.layers.items()}
         known = aliases(n.removesuffix(".weight") for n in network if n.endswith(".weight"))
         missing = [n for n in self.layers if n not in known]
@@ -90,7 +94,7 @@ def aliases(modules: Iterable[str]) -> dict[str, str]:
     """What files call a network's modules, without prefix: with dots or "_", in single-file or diffusers' names."""
     modules = list(modules)
     other = to_diffusers(modules, layers_of(modules)) if is_single_file(modules) else {m: m for m in modules}
-    names = {other[m]: m for m in modules} | {m: m for m in modules}
+    names = {theirs: m for m, theirs in other.items()} | {m: m for m in modules}
     return {n.replace(".", "_"): m for n, m in names.items()} | names
 
 

@@ -17,7 +17,7 @@ from turbodistill.core.denoiser import Cond
 from turbodistill.core.schedule import DiscreteSchedule
 from turbodistill.core.student import Student, load_student, student_bytes
 from turbodistill.generate.export.export import Export
-from turbodistill.trainer.diffusers_host import DiffusersDenoiser
+from turbodistill.trainer.pipeline.denoisers import UNetDenoiser
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 LETTERS = [chr(c) for c in range(ord("a"), ord("z") + 1)]
@@ -122,7 +122,7 @@ class Made:
     kind: str
     pipe: Any
     folder: Path
-    denoiser: DiffusersDenoiser
+    denoiser: UNetDenoiser
     noise: Tensor
     cond: Cond
 
@@ -139,8 +139,11 @@ class Made:
         }  # fmt: skip
         return StudentCard(**about | changes)
 
-    def student(self, path: Path, dtype=torch.float16, full: bool = False, targets: str = "all", **changes) -> Path:
-        """A student's file that has learnt something."""
+    def student(
+        self, path: Path, dtype=torch.float16, full: bool = False, targets: str = "all", style: str = "kohya", **changes
+    ) -> Path:
+        """A student's file that has learnt something; of a LoRA in a style of `core.lora`."""
+        self.denoiser.lora_style = style
         student = Student(self.denoiser, 0 if full else 4, 2.0, targets)
         with torch.no_grad():
             if full:
@@ -200,7 +203,7 @@ def make(tmp_path_factory):
             pooled = torch.randn(1, 64) if kind == "sdxl" else None
             more = {"time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]])} if kind == "sdxl" else {}
             cond = Cond(torch.randn(1, 77, width), pooled, more)
-            denoiser = DiffusersDenoiser(pipe.unet, DiscreteSchedule(), prediction)
+            denoiser = UNetDenoiser(pipe.unet, DiscreteSchedule(), prediction)
             made[kind, prediction] = Made(kind, pipe, folder, denoiser, torch.randn(1, 4, 8, 8), cond)
         return made[kind, prediction]
 

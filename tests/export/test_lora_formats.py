@@ -53,6 +53,35 @@ def test_diffusers_loads_it_with_no_key_left_over(kit, base, peft, tmp_path, cap
     assert kit.gap(found, base.picture(student)) < 1e-4
 
 
+def changes(tensors):
+    """What a LoRA file of any style changes of each layer's weight, as (out, in)."""
+    found = {}
+    for key, up in tensors.items():
+        for second, first in (("lora_up.weight", "lora_down.weight"), ("lora_B.weight", "lora_A.weight")):
+            if key.endswith(second):
+                name = key.removesuffix(second)
+                scale = float(tensors.get(f"{name}alpha", up.shape[1])) / up.shape[1]
+                found[name] = scale * up.flatten(1) @ tensors[name + first].flatten(1)
+    return found
+
+
+@pytest.mark.parametrize("targets", ["all", "attention"])
+@pytest.mark.parametrize("written", ["diffusers", "peft-unet"])
+def test_a_student_in_diffusers_names_is_exported_as_one_in_single_file_names(kit, base, tmp_path, written, targets):
+    """Without a base: a UNet's names tell enough."""
+    for style in ("kohya", written):
+        torch.manual_seed(5)
+        base.student(tmp_path / f"{style}.safetensors", torch.float32, targets=targets, style=style)
+    for to in STYLES:
+        found = []
+        for style in ("kohya", written):
+            options = {"force": True, "dtype": "float32"}
+            kit.export(tmp_path / f"{style}.safetensors", to, tmp_path / "out.safetensors", **options)
+            found.append(changes(load_file(tmp_path / "out.safetensors")))
+        assert found[0].keys() == found[1].keys()
+        assert all(torch.allclose(found[0][k], found[1][k], atol=1e-6) for k in found[0])
+
+
 def test_a_file_of_another_style_is_a_student_too(kit, base, student, tmp_path):
     """Each style's file is exported to the others, by its base."""
     for style in STYLES:

@@ -154,7 +154,7 @@ def test_the_embedded_model_with_its_student_is_a_model_of_its_own(kit, tmp_path
     """Its header says its architecture, which the merged file keeps: it loads as the embedded one does."""
     from turbodistill.core.sampling import seeded_noise
     from turbodistill.demo.files import MODEL, STUDENT
-    from turbodistill.trainer.diffusers_host import load_model
+    from turbodistill.trainer.pipeline.load import load_model
 
     if not MODEL.exists():
         pytest.skip("the embedded model is not in this checkout: demo/model.safetensors")

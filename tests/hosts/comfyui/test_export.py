@@ -13,7 +13,7 @@ from turbodistill.core.denoiser import Cond
 from turbodistill.core.schedule import DiscreteSchedule
 from turbodistill.core.student import load_student
 from turbodistill.generate.export.export import Export
-from turbodistill.trainer.diffusers_host import DiffusersDenoiser
+from turbodistill.trainer.pipeline.denoisers import UNetDenoiser
 
 pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.timeout(1800)]
 HERE = Path(__file__).parent
@@ -39,7 +39,7 @@ def python_picture(base, student, given):
     weights = load_file(base)
     own = {k: weights[f"model.diffusion_model.{v}"].float() for k, v in to_single_file(unet.state_dict()).items()}
     unet.load_state_dict(own, assign=True)
-    denoiser = DiffusersDenoiser(unet.eval().requires_grad_(False), DiscreteSchedule(), "eps")
+    denoiser = UNetDenoiser(unet.eval().requires_grad_(False), DiscreteSchedule(), "eps")
     made, _, warning = load_student(student, denoiser)
     assert not warning
     with torch.no_grad():
