@@ -39,7 +39,14 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(items):
-    """What takes long begins first: hosts' tests, other gradios', then files with slow tests."""
+    """What takes long begins first: hosts' tests, other gradios', then files with slow tests; full size when asked."""
+    if not os.environ.get("FULL_SIZE"):
+        asked = pytest.mark.skip(
+            reason="in full size, which takes gigabytes and minutes: set FULL_SIZE=1, run it alone"
+        )
+        for item in items:
+            if item.get_closest_marker("full_size"):
+                item.add_marker(asked)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
 
     def later(item):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
+pytestmark = [pytest.mark.full_size, pytest.mark.timeout(3000)]
 HERE = Path(__file__).parent
 BYTES = {"sd15": 6e9, "sd21": 6e9, "sdxl": 12e9, "sdxl-v": 12e9}  # of free memory
 

@@ -15,7 +15,7 @@ from turbodistill.core.student import load_student
 from turbodistill.generate.export.export import Export
 from turbodistill.trainer.pipeline.denoisers import UNetDenoiser
 
-pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.host, pytest.mark.full_size, pytest.mark.timeout(1800)]
 HERE = Path(__file__).parent
 STYLES = ("kohya", "comfy")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from turbodistill.generate.export.export import Export
 
-pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.host, pytest.mark.full_size, pytest.mark.timeout(1800)]
 HERE = Path(__file__).parent
 ROUNDED = 2.0  # of 255: the hosts sum the same in another order
 CHANGED = 10.0  # what a student changes of the picture at least

@@ -323,7 +323,7 @@ def test_a_transformer_of_full_width_and_one_layer_is_read_whole(architecture, s
     assert sum(p.numel() for p in transformer.parameters()) == numbers
 
 
-@pytest.mark.slow
+@pytest.mark.full_size
 @pytest.mark.parametrize(
     ("name", "marks", "prediction"),
     [
