@@ -41,7 +41,9 @@ def command(commands: Any) -> None:
         "--dtype", choices=DTYPES, default="float16", help="precision of what is written (default: float16)"
     )
     parser.add_argument(
-        "--tokenizer", type=place, help="folder with CLIP's vocab.json and merges.txt (--to diffusers of a single file)"
+        "--tokenizer",
+        type=place,
+        help="file or folder of CLIP's vocabulary, for --to diffusers of a single file (default: found)",
     )
     parser.add_argument("--force", action="store_true", help="replace an --out that is there")
     parser.set_defaults(command=run)

@@ -6,15 +6,20 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ...core.architecture import SD1, SD2, SDXL
 from ...core.card import StudentCard
 from ...core.naming import layers_of
+from ...core.schedule import scaled_linear, zero_terminal
+from ...trainer.pipeline.stock import SAID, discrete_settings
 from .tensors import ExportError
 
 Shapes = Mapping[str, tuple[int, ...]]
 SCALES = {SD1: 0.18215, SD2: 0.18215, SDXL: 0.13025}  # of latents
 PIPELINES = {SD1: "StableDiffusionPipeline", SD2: "StableDiffusionPipeline", SDXL: "StableDiffusionXLPipeline"}
-PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+LAST = 999  # the last timestep, which is pure noise
 HEADS = 8  # of each attention in Stable Diffusion 1; in later ones each head has 64 channels
 HEAD_WIDTH = 64
 
@@ -106,24 +111,25 @@ def text_encoder(shapes: Shapes, activation: str, projected: bool) -> dict[str, 
     }
 
 
-def scheduler(card: StudentCard, zero_snr: bool) -> dict[str, Any]:
-    """A stock scheduler that samples the student in one step, from the last timestep, and in a few."""
-    if card.prediction not in PREDICTIONS:
+def scheduler(card: StudentCard, base: Mapping[str, Any]) -> dict[str, Any]:
+    """A stock scheduler that samples the student as its card says; `base` is the base's own configuration, or part."""
+    if card.prediction not in SAID or card.prediction == "flow":
         raise ExportError(f"a UNet's student that predicts {card.prediction} has no scheduler in diffusers")
-    return {
-        "_class_name": "EulerDiscreteScheduler",
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "num_train_timesteps": 1000,
-        "prediction_type": PREDICTIONS[card.prediction],
-        "rescale_betas_zero_snr": zero_snr,
-        "timestep_spacing": "trailing",
-        "steps_offset": 1,
-    }
+    config = {**BETAS, **base}
+    if config["beta_schedule"] != BETAS["beta_schedule"] or config.get("trained_betas") is not None:
+        if card.timesteps[0] != LAST:
+            raise ExportError(
+                f"the base's beta_schedule {config['beta_schedule']!r:.60} is another than Stable Diffusion's"
+            )
+        table = torch.ones(LAST + 1)  # not looked at
+    else:
+        table = scaled_linear(LAST + 1, config["beta_start"], config["beta_end"])
+        table = zero_terminal(table) if config.get("rescale_betas_zero_snr") else table
+    name, settings = discrete_settings(card, config, table)
+    return {"_class_name": name, "steps_offset": 1, **settings}
 
 
-def index(architecture: str, encoders: Mapping[str, bool]) -> dict[str, Any]:
+def index(architecture: str, encoders: Mapping[str, bool], scheduler: str) -> dict[str, Any]:
     """model_index.json; `encoders` says of each text encoder whether it has a projection."""
     parts: dict[str, Any] = {"_class_name": PIPELINES[architecture], "_diffusers_version": "0.31.0"}
     for name, projected in encoders.items():
@@ -132,7 +138,7 @@ def index(architecture: str, encoders: Mapping[str, bool]) -> dict[str, Any]:
     parts |= {
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
-        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        "scheduler": ["diffusers", scheduler],
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
     }

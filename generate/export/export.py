@@ -41,10 +41,10 @@ class Export:
     """One export: everything is checked when it is made, `run` does it, `report` then says what came of it.
 
     `to` is one of FORMATS, `base` the base model's file or diffusers folder: merged, diffusers and lora need it, and
-    peft where the denoiser is no UNet. `rank` is that of `lora`, `dtype` a key of DTYPES, `tokenizer` a folder with
-    CLIP's for `diffusers` of a single file. An `out` that is there is replaced only with `force`. `remarks` are
-    warnings.
-    Raises ExportError, CardError or DataError, which say what to do.
+    peft where the denoiser is no UNet. `rank` is that of `lora`, `dtype` a key of DTYPES. `tokenizer` is a file or
+    folder of CLIP's vocabulary for `diffusers` of a single file, else it is looked for. An `out` that is there is
+    replaced only with `force`. `remarks` are warnings.
+    Raises ExportError, CardError, DataError or ModelError, which say what to do.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.naming import is_single_file, layers_of, to_diffusers
-from ...trainer.data.files import read_text
+from ...trainer.checkpoint.tokenizer import clip_vocabulary
 from . import configs, layout
 from .merge import TEXT_ENCODERS, Merge, entry, from_pieces
 from .tensors import Entry, ExportError, Weights
@@ -70,10 +70,8 @@ def _schedule(merge: Merge, made: Folder) -> None:
     place, own = "scheduler/scheduler_config.json", merge.base.config("scheduler", "scheduler_config.json")
     made.copies.pop(place, None)
     if merge.base.component == "unet":
-        kept = {k: v for k, v in own.items() if k.startswith("beta") or k in ("num_train_timesteps", "trained_betas")}
-        zero_snr = bool(own.get("rescale_betas_zero_snr"))
-        made.texts[place] = configs.scheduler(merge.student.card, zero_snr) | kept
-        made.texts["model_index.json"]["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
+        made.texts[place] = told = configs.scheduler(merge.student.card, own)
+        made.texts["model_index.json"]["scheduler"] = ["diffusers", told["_class_name"]]
     else:
         # Qwen-Image's would divide nought by nought at a single step.
         made.texts[place] = own | ({"shift_terminal": None} if own.get("shift_terminal") else {})
@@ -118,8 +116,10 @@ def _from_file(merge: Merge, dtype, tokenizer: Path | None) -> Folder:
         made.texts[f"{part}/config.json"] = configs.text_encoder(found, activation, projected)
         made.weights[f"{part}/model.safetensors"] = from_pieces(pieces, weights, "", dtype, prefix)
     _tokenizers(made, encoders, tokenizer)
-    made.texts["scheduler/scheduler_config.json"] = configs.scheduler(card, "ztsnr" in weights)
-    made.texts["model_index.json"] = configs.index(base.architecture, {p: p == "text_encoder_2" for p in encoders})
+    told = configs.scheduler(card, {"rescale_betas_zero_snr": "ztsnr" in weights})
+    made.texts["scheduler/scheduler_config.json"] = told
+    projected = {part: part == "text_encoder_2" for part in encoders}
+    made.texts["model_index.json"] = configs.index(base.architecture, projected, told["_class_name"])
     return made
 
 
@@ -146,20 +146,7 @@ def _tokenizers(made: Folder, encoders: Mapping[str, tuple[str, str]], tokenizer
         }
 
 
-def _vocabulary(folder: Path | None) -> tuple[dict[str, int], str]:
-    """The numbers of CLIP's tokens and its merges, from vocab.json and merges.txt, or from tokenizer.json."""
-    try:
-        if folder is not None and (folder / "vocab.json").exists():
-            return dict(json.loads(read_text(folder / "vocab.json"))), read_text(folder / "merges.txt")
-        if folder is not None:
-            model = json.loads(read_text(folder / "tokenizer.json"))["model"]
-            merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-            return dict(model["vocab"]), "\n".join(["#version: 0.2", *merges, ""])
-    except (ValueError, TypeError, KeyError) as error:
-        raise ExportError(
-            f"{folder} holds no tokenizer of CLIP ({error!s:.200}): give another by --tokenizer"
-        ) from None
-    raise ExportError(
-        "a single file holds no tokenizer: give CLIP's by --tokenizer, a folder with vocab.json and merges.txt or with "
-        "tokenizer.json, such as tokenizer/ of a diffusers folder"
-    )
+def _vocabulary(source: Path | None) -> tuple[dict[str, int], str]:
+    """The numbers of CLIP's tokens and its merges, from `source`, or from where they are on this machine or the hub."""
+    vocab, merges = clip_vocabulary(source)
+    return vocab, "\n".join(["#version: 0.2", *merges, ""])

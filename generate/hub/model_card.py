@@ -136,14 +136,15 @@ def _diffusers(page: Page) -> str:
     else:
         return ""
     kinds = ["DiffusionPipeline" if not page.file else pipeline]
-    if unet:
+    if unet and page.file:  # a folder has the student's own
         reading = ', prediction_type="sample"' if card.prediction == "x0" else ""
         scheduler = "EulerDiscreteScheduler"
         load.append(
             f'pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config, timestep_spacing="trailing"{reading})'
         )
         kinds.append(scheduler)
-    start = "num_inference_steps=1" if card.timesteps[0] == LAST or not unet else f"timesteps=[{card.timesteps[0]}]"
+    early = unet and page.file and card.timesteps[0] != LAST
+    start = f"timesteps=[{card.timesteps[0]}]" if early else "num_inference_steps=1"
     lines = [
         "import torch",
         f"from diffusers import {', '.join(sorted(kinds))}",

@@ -9,6 +9,11 @@ from safetensors.torch import load_file, save_file
 from turbodistill.core.card import KEY, StudentCard
 from turbodistill.generate.export import configs
 from turbodistill.generate.export.tensors import ExportError
+from turbodistill.trainer.checkpoint.errors import ModelError
+
+
+def load(base, folder):
+    return type(base.pipe).from_pretrained(folder, local_files_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +42,6 @@ def folder(request, kit, base, student, single, tmp_path_factory):
     else:
         kit.export(student, "diffusers", out, base=base.folder, dtype="float32")
     return out
-
-
-def load(base, folder):
-    return type(base.pipe).from_pretrained(folder, local_files_only=True)
 
 
 def test_diffusers_loads_it_and_makes_the_student_s_picture(kit, base, student, folder):
@@ -112,14 +113,39 @@ def test_a_folder_that_is_there_is_replaced_only_if_an_export_wrote_it(kit, make
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "out", "student.safetensors"]
 
 
-def test_a_single_file_without_a_tokenizer_is_asked_for_one(kit, base, student, single, tmp_path):
+def test_a_tokenizer_that_is_none_is_told(kit, base, student, single, tmp_path):
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "tokenizer.json").write_text('{"model": 3}')
-    for tokenizer in (None, tmp_path, tmp_path / "odd"):
-        with pytest.raises(ValueError, match="tokenizer"):
-            kit.export(student, "diffusers", tmp_path / "out", base=single, tokenizer=tokenizer)
-    with pytest.raises(ExportError, match=r"holds no tokenizer: give CLIP's by --tokenizer"):
-        kit.export(student, "diffusers", tmp_path / "out", base=single)
+    (tmp_path / "none").mkdir()
+    told = {"none": "holds neither bpe_simple_vocab_16e6.txt", "odd": "is no vocabulary of CLIP"}
+    for name, words in told.items():
+        with pytest.raises(ModelError, match=words):
+            kit.export(student, "diffusers", tmp_path / "out", base=single, tokenizer=tmp_path / name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_tokenizer_it_is_looked_for(kit, base, student, single, tmp_path, monkeypatch):
+    own = kit.write_tokenizer(tmp_path / "own")
+    monkeypatch.setattr("turbodistill.trainer.checkpoint.tokenizer.found", lambda: iter([tmp_path / "not", own]))
+    kit.export(student, "diffusers", tmp_path / "out", base=single)
+    assert json.loads((tmp_path / "out" / "tokenizer" / "vocab.json").read_text()) == json.loads(
+        (own / "vocab.json").read_text()
+    )
+
+
+@pytest.mark.parametrize("changes", [{"timesteps": (399,)}, {"prediction": "x0"}, {"timesteps": (999, 499)}], ids=str)
+def test_the_scheduler_is_the_one_that_the_card_asks_for(kit, make, tmp_path, changes):
+    """One step of the folder's own pipeline is the student's picture, whatever it begins at and predicts."""
+    base = make("sd1")
+    student = base.student(tmp_path / "student.safetensors", torch.float32, **changes)
+    kit.export(student, "diffusers", tmp_path / "out", base=base.folder, dtype="float32")
+    pipe = load(base, tmp_path / "out")
+    pipe.set_progress_bar_config(disable=True)
+    found = pipe(
+        prompt_embeds=base.cond.context, num_inference_steps=1, guidance_scale=0, latents=base.noise.clone(),
+        height=64, width=64, output_type="latent",
+    ).images  # fmt: skip
+    assert kit.gap(found, base.picture(student)) < 0.01  # a scheduler for several steps takes noise of the scale 1
 
 
 def test_either_kind_of_tokenizer_file_will_do(kit, base, student, single, tmp_path):

@@ -69,16 +69,37 @@ def clip_tokenizer(padding: str, source: str | Path | None = None, rows: int = T
     hosts, then in the hub's cache, then on the hub. Raises ModelError where it is not found, with what to do, and for
     one with more tokens than the text encoder has `rows` for.
     """
-    places = [Path(source)] if source is not None else found()
-    for place in places:
+    return _read(_found_files(source), padding, rows)
+
+
+def clip_vocabulary(source: str | Path | None = None) -> tuple[dict[str, int], list[str]]:
+    """CLIP's tokens with their numbers, and the merges, each of two parts; found as by `clip_tokenizer`."""
+    files = _found_files(source)
+    try:
+        if files[0].name == "tokenizer.json":
+            model = json.loads(files[0].read_text(encoding="utf-8"))["model"]
+            return dict(model["vocab"]), [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        if len(files) == 1:
+            return vocabulary(_text(files[0]))
+        words, merges = (file.read_text(encoding="utf-8") for file in files)
+        return dict(json.loads(words)), [
+            line for line in merges.split("\n") if line and not line.startswith("#version")
+        ]
+    except (OSError, ValueError, KeyError, EOFError, TypeError) as error:
+        raise ModelError(f"tokenizer {files[0]} is no vocabulary of CLIP ({error!s:.200}): give another") from None
+
+
+def _found_files(source: str | Path | None) -> tuple[Path, ...]:
+    """The files of the vocabulary: of `source`, or where it is found first."""
+    for place in [Path(source)] if source is not None else found():
         if files := _files(place):
-            return _read(files, padding, rows)
+            return files
     if source is not None:
         raise ModelError(
             f"tokenizer {source!s:.300} holds neither {BPE}(.gz) nor vocab.json and merges.txt: give a folder or file "
             "of CLIP's vocabulary"
         )
-    return _read(_from_hub(), padding, rows)
+    return _from_hub()
 
 
 def t5_tokenizer() -> Any:
@@ -166,8 +187,13 @@ def _read(files: tuple[Path, ...], padding: str, rows: int) -> Any:
 
 def _pair(file: Path, folder: Path) -> tuple[Path, Path]:
     """The two files that transformers reads, made of CLIP's one text, in a folder."""
-    raw = file.read_bytes()
-    words, merges = vocabulary((gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8"))
+    words, merges = vocabulary(_text(file))
     (folder / "vocab.json").write_text(json.dumps(words), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
     return folder / "vocab.json", folder / "merges.txt"
+
+
+def _text(file: Path) -> str:
+    """CLIP's one text, which may be packed."""
+    raw = file.read_bytes()
+    return (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8")

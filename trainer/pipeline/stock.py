@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...core.card import StudentCard
 from .host import ModelError
@@ -72,23 +74,30 @@ def scheduler_of(card: StudentCard, pipe: Any) -> Any:
 def _discrete(card: StudentCard, pipe: Any) -> Any:
     import diffusers
 
-    library: Any = diffusers
-    config = pipe.scheduler.config
+    name, settings = discrete_settings(card, pipe.scheduler.config, pipe.scheduler.alphas_cumprod)
+    return getattr(diffusers, name)(**settings)
+
+
+def discrete_settings(card: StudentCard, config: Mapping[str, Any], table: Tensor) -> tuple[str, dict[str, Any]]:
+    """The class and the settings of diffusers' scheduler for a student of eps, v or x0.
+
+    `config` is that of the base's scheduler, `table` its alphas_cumprod (T,).
+    """
     steps = card.timesteps[0] + 1
     settings: dict[str, Any] = {
         "prediction_type": SAID[card.prediction],
         "timestep_spacing": "trailing",
         **{name: config[name] for name in BETAS if config.get(name) is not None},
     }
-    if steps < config.num_train_timesteps:  # noise enters earlier: the table ends there
-        table = pipe.scheduler.alphas_cumprod.double().cpu()
+    if steps < len(table):  # noise enters earlier: the table ends there
+        table = table.double().cpu()
         betas = 1 - table / torch.cat([table.new_ones(1), table[:-1]])
         settings |= {"num_train_timesteps": steps, "trained_betas": betas[:steps].tolist()}
         settings["rescale_betas_zero_snr"] = False
     if len(card.timesteps) == 1:
-        return library.EulerDiscreteScheduler(**settings)
+        return "EulerDiscreteScheduler", settings
     # Every timestep may begin a step, and c_skip is 0, c_out 1.
-    return library.LCMScheduler(**settings, original_inference_steps=steps, timestep_scaling=1e6)
+    return "LCMScheduler", settings | {"original_inference_steps": steps, "timestep_scaling": 1e6}
 
 
 def _flow(card: StudentCard, pipe: Any) -> Any:
