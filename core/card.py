@@ -181,7 +181,7 @@ def read_student(path: str | Path) -> tuple[dict[str, Tensor], StudentCard]:
     Raises CardError for a file that is missing, truncated, no safetensors (a pickle), without a card, or with weights
     that are no numbers.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         card = StudentCard.from_metadata(file.metadata(), path)
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not iterable in safetensors 0.4.2
         broken = [k for k, v in tensors.items() if not (v if v.element_size() > 1 else v.float()).isfinite().all()]
@@ -195,7 +195,7 @@ def read_student(path: str | Path) -> tuple[dict[str, Tensor], StudentCard]:
 
 def read_card(path: str | Path) -> StudentCard:
     """The card alone, from the file's header; raises as `read` does."""
-    with _opened(path) as file:
+    with opened(path) as file:
         return StudentCard.from_metadata(file.metadata(), path)
 
 
@@ -205,7 +205,7 @@ def header(path: str | Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]
     The tensors are not read.
     """
     try:
-        with _opened(path) as file:
+        with opened(path) as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dict
             return file.metadata() or {}, shapes
     except (CardError, OSError):
@@ -219,7 +219,7 @@ def titles(path: str | Path) -> list[str]:
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Any]:
+def opened(path: str | Path) -> Iterator[Any]:
     """A safetensors file; raises CardError for a file that is missing, truncated, or another kind."""
     path = Path(path)
     if not os.path.isfile(path):  # unlike Path's, false for what no file can be called

@@ -70,6 +70,12 @@ def toys():
 
 
 @pytest.fixture(scope="session")
+def others():
+    """The module `others.py`: LoRA files as others write them."""
+    return beside("others")
+
+
+@pytest.fixture(scope="session")
 def foreign():
     """The module `foreign.py`: another site's page."""
     return beside("foreign")

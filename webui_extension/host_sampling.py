@@ -18,7 +18,7 @@ from torch import Tensor
 from ..core.card import CardError
 from ..core.families import SamplingRecipe
 from ..core.fit import Base, read_base
-from ..core.sampling import sample_euler, sample_few_step
+from ..generate.recipe import as_it_was_put_out, run_steps, schedule_for, to_x0
 from . import host
 from .host_denoiser import architecture, prediction_of
 from .host_denoiser import space_of as network_space
@@ -29,14 +29,11 @@ from .samplers import (
     MODEL,
     TIMESTEPS,
     Found,
-    as_it_was_put_out,
     find,
     misfits,
     passes,
     remarks,
-    schedule_for,
     students_among,
-    to_x0,
     too_many,
     unet_weight,
 )
@@ -130,7 +127,7 @@ class Space:
 
 
 class OneStepSampler(KDiffusionSampler):
-    """Core's few-step sampler, or its Euler, at the levels and with the reading of the model that is sampled."""
+    """The recipe's sampler at the levels and with the reading of the model that is sampled."""
 
     def __init__(self, name: str, sd_model):
         super().__init__(self.run, sd_model)
@@ -141,9 +138,7 @@ class OneStepSampler(KDiffusionSampler):
     @torch.no_grad()
     def run(self, model, x: Tensor, sigmas: Tensor, extra_args=None, callback=None, disable=None) -> Tensor:
         """Noisy latents x (B, C, H, W) at sigmas[0], sigmas (n + 1,) -> latents (B, C, H, W)."""
-        if not self.found.sampling.renoise:
-            return sample_euler(model, x, sigmas, extra_args, callback)
-        return sample_few_step(model, x, sigmas, extra_args, callback, schedule=Space(shared.sd_model))
+        return run_steps(self.found.sampling, model, x, sigmas, extra_args, callback, schedule=Space(shared.sd_model))
 
     def get_sigmas(self, p, steps: int) -> Tensor:
         """Our levels. For image to image the host asks for more, of which it takes the last."""

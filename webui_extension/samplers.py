@@ -8,12 +8,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
-
 from ..core.card import CardError, StudentCard, read_card
-from ..core.families import FAMILIES, MOST, SamplingRecipe, by_file, by_files, lcm_boundary
+from ..core.families import FAMILIES, MOST, SamplingRecipe, by_file, by_files
 from ..core.fit import Base, check_fit
-from ..core.schedule import DiscreteSchedule, FlowSchedule, Schedule
 
 # A name must not end in " Simple", " Turbo" or another scheduler's name: the host would cut that off.
 ONE_STEP, FEW_STEP = "ADD 1-step", "ADD few-step"
@@ -94,23 +91,6 @@ def unet_weight(given: Sequence[str]) -> float:
         return float(weight)
     except ValueError:
         return 1.0
-
-
-def schedule_for(prediction: str) -> Schedule:
-    """The kind of schedule of a network that predicts this; its reading of outputs needs no more."""
-    return FlowSchedule() if prediction == "flow" else DiscreteSchedule()
-
-
-def to_x0(prediction: str, schedule: Schedule, x: Tensor, output: Tensor, sigma: Tensor, timestep: Tensor) -> Tensor:
-    """What the network put out (B, ...) for x (B, ...) at sigma, timestep (B,) -> x0 (B, ...)."""
-    if prediction == "lcm":
-        return lcm_boundary(x, schedule.to_x0("eps", x, output, sigma), timestep)
-    return schedule.to_x0(prediction, x, output, sigma)
-
-
-def as_it_was_put_out(base: str, x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
-    """x0 as the host has read it from a network that predicts `base` -> what the network put out, all (B, ...)."""
-    return schedule_for(base).from_x0(base, x, x0, sigma)
 
 
 def too_many(name: str, steps: int) -> list[str]:

@@ -18,7 +18,7 @@ import torch
 from turbodistill.core.families import SamplingRecipe
 from turbodistill.core.sampling import sample_euler, seeded_noise, sigmas_of, trailing_sigmas
 from turbodistill.core.schedule import DiscreteSchedule, FlowSchedule, expand, scaled_linear, zero_terminal
-from turbodistill.webui_extension import samplers
+from turbodistill.generate import recipe
 
 HERE = Path(__file__).parent
 HOSTS = ("comfyui", "a1111", "forge")
@@ -178,7 +178,7 @@ def test_core_reads_the_network_as_the_host_does(host, model):
     seen = x if prediction == "flow" else expand(schedule.alpha_sigma(sigma)[0], x) * x
     output = record.Network()(seen, told)
     if model == "lcm":
-        x0 = samplers.to_x0("lcm", schedule, x, output, sigma, told)
+        x0 = recipe.to_x0("lcm", schedule, x, output, sigma, told)
     else:
         x0 = schedule.to_x0(prediction, x, output, sigma)
         assert torch.allclose(schedule.from_x0(prediction, x, x0, sigma), output, atol=1e-5)

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from turbodistill.core.card import CardError, StudentCard
 from turbodistill.core.families import FAMILIES, MOST
 from turbodistill.core.fit import Base
+from turbodistill.generate import recipe
 from turbodistill.webui_extension import samplers
 from turbodistill.webui_extension.samplers import DETECT, FEW_STEP, LIMITS, ONE_STEP, Found, find, passes, remarks
 
@@ -157,14 +158,14 @@ def test_more_steps_than_are_made_are_told():
 def test_what_the_network_put_out_is_found_again(toys, base):
     toy, x, cond = toys.conv(base), toys.picture(), toys.cond()
     sigma = torch.tensor([0.9, 0.3])
-    found = samplers.as_it_was_put_out(base, x, toy(x, sigma, cond), sigma)
+    found = recipe.as_it_was_put_out(base, x, toy(x, sigma, cond), sigma)
     assert torch.allclose(found, toy.output(x, sigma, cond), atol=1e-5)
 
 
 def test_lcm_is_eps_between_its_boundaries(toys):
-    schedule, x, output = samplers.schedule_for("eps"), toys.picture(), toys.picture()
+    schedule, x, output = recipe.schedule_for("eps"), toys.picture(), toys.picture()
     sigma, timestep = torch.tensor([14.6, 0.0292]), torch.tensor([999.0, 0.0])
-    found = samplers.to_x0("lcm", schedule, x, output, sigma, timestep)
+    found = recipe.to_x0("lcm", schedule, x, output, sigma, timestep)
     assert torch.allclose(found[0], (x - 14.6 * output)[0], rtol=1e-3)
     assert torch.equal(found[1], x[1])  # at timestep 0 the picture is the input
 
