@@ -33,7 +33,7 @@ from .architecture import (
     architecture_of_file,
 )
 from .card import CardError, StudentCard, header, read_card, titles
-from .sampling import sigmas_at, sigmas_of
+from .sampling import sample_euler, sample_few_step, sigmas_at, sigmas_of
 from .schedule import FlowSchedule, expand, trailing_timesteps
 
 MOST = 8  # steps
@@ -88,6 +88,15 @@ class SamplingRecipe:
         if flows and self.flow_shift:
             return sigmas_of(FlowSchedule(self.flow_shift), timesteps)
         return sigmas_at(table, timesteps)
+
+    def sample(self, model, x: Tensor, sigmas: Tensor, extra_args=None, callback=None, **how: Any) -> Tensor:
+        """Noisy x (B, ...) at sigmas[0], sigmas (n + 1,) -> latents (B, ...), by Euler's steps or with fresh noise.
+
+        `how` is for the latter: `sample_few_step`'s schedule, which adds the noise, and where that comes from.
+        """
+        if not self.renoise:
+            return sample_euler(model, x, sigmas, extra_args, callback)
+        return sample_few_step(model, x, sigmas, extra_args, callback, **how)
 
     def remarks(self, steps: int, cfg: float = 1.0) -> list[str]:
         """What of these settings it was not made for, in words."""

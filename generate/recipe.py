@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.denoiser import Cond, Denoiser, guided
 from ..core.families import SamplingRecipe, lcm_boundary
-from ..core.sampling import sample_euler, sample_few_step, sigmas_of
+from ..core.sampling import sigmas_of
 from ..core.schedule import DiscreteSchedule, FlowSchedule, Schedule
 
 
@@ -31,18 +31,6 @@ def to_x0(prediction: str, schedule: Schedule, x: Tensor, output: Tensor, sigma:
 def as_it_was_put_out(base: str, x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
     """x0 as the host has read it from a network that predicts `base` -> what the network put out, all (B, ...)."""
     return schedule_for(base).from_x0(base, x, x0, sigma)
-
-
-def run_steps(
-    recipe: SamplingRecipe, model, x: Tensor, sigmas: Tensor, extra_args=None, callback=None, **how
-) -> Tensor:
-    """Noisy x (B, ...) at sigmas[0], sigmas (n + 1,) -> latents (B, ...), by what the recipe has between steps.
-
-    `how` is `sample_few_step`'s schedule, which adds the noise, and where that comes from.
-    """
-    if not recipe.renoise:
-        return sample_euler(model, x, sigmas, extra_args, callback)
-    return sample_few_step(model, x, sigmas, extra_args, callback, **how)
 
 
 class FewStepModel:
@@ -116,4 +104,4 @@ class FewStepModel:
                 return self(x, sigma, cond)
             return guided(self, x, sigma, cond, uncond, self.recipe.cfg)  # pyright: ignore[reportArgumentType]
 
-        return run_steps(self.recipe, model, x, sigmas, schedule=self.schedule, noise=fresh)
+        return self.recipe.sample(model, x, sigmas, schedule=self.schedule, noise=fresh)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..core.card import CardError
 from ..core.families import SamplingRecipe
 from ..core.fit import Base, read_base
-from ..generate.recipe import as_it_was_put_out, run_steps, schedule_for, to_x0
+from ..generate.recipe import as_it_was_put_out, schedule_for, to_x0
 from . import host
 from .host_denoiser import architecture, prediction_of
 from .host_denoiser import space_of as network_space
@@ -138,7 +138,7 @@ class OneStepSampler(KDiffusionSampler):
     @torch.no_grad()
     def run(self, model, x: Tensor, sigmas: Tensor, extra_args=None, callback=None, disable=None) -> Tensor:
         """Noisy latents x (B, C, H, W) at sigmas[0], sigmas (n + 1,) -> latents (B, C, H, W)."""
-        return run_steps(self.found.sampling, model, x, sigmas, extra_args, callback, schedule=Space(shared.sd_model))
+        return self.found.sampling.sample(model, x, sigmas, extra_args, callback, schedule=Space(shared.sd_model))
 
     def get_sigmas(self, p, steps: int) -> Tensor:
         """Our levels. For image to image the host asks for more, of which it takes the last."""

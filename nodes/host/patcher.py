@@ -26,7 +26,6 @@ from ...core.card import CardError, StudentCard, fingerprint
 from ...core.families import SamplingRecipe, by_files, lcm_boundary, of_card, recognise
 from ...core.fit import Base, check_fit
 from ...core.lora import PARTS, PEFT_PARTS, check_match
-from ...generate.recipe import run_steps
 from .patches import patches_hash
 
 log = logging.getLogger(__name__)
@@ -236,7 +235,7 @@ class FewStep(comfy.samplers.KSAMPLER):
     def steps(self, model, x: Tensor, sigmas: Tensor, extra_args=None, callback=None, disable=None) -> Tensor:
         """Noise x (B, C, H, W) at sigmas[0], sigmas (n + 1,) -> latents (B, C, H, W)."""
         schedule = Space(model.inner_model.inner_model.model_sampling)
-        return run_steps(self.sampling, model, x, sigmas, extra_args, callback, schedule=schedule)
+        return self.sampling.sample(model, x, sigmas, extra_args, callback, schedule=schedule)
 
 
 def euler(model, steps: int) -> tuple[Any, Tensor]:
