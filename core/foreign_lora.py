@@ -81,16 +81,17 @@ class Change:
         """The change in the weight's shape."""
         return (self.scale * (self.up @ self.down)).reshape(self.shape)
 
-    def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
+    def truncated(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """The best approximation of a rank at most `rank`: up (out, k), down (k, in ...), the scale evenly in both.
 
-        By the singular values of the product (Eckart and Young), of which only the small core is decomposed.
+        By the singular values of the product (Eckart and Young), which are returned as well, all of them, falling. Only
+        the small core of the product is decomposed.
         """
         q, core = torch.linalg.qr(self.up.double())
         p, other = torch.linalg.qr(self.down.double().mT)
         u, s, v = torch.linalg.svd(core @ other.mT * self.scale, full_matrices=False)
         root = s[:rank].sqrt()
-        return (q @ u[:, :rank] * root).float(), (root[:, None] * v[:rank] @ p.mT).float()
+        return (q @ u[:, :rank] * root).float(), (root[:, None] * v[:rank] @ p.mT).float(), s
 
 
 @dataclass(frozen=True)

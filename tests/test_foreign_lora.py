@@ -112,9 +112,10 @@ def test_merged_weights_are_the_changed_ones_and_go_back_to_the_bit(unet, pairs,
 def test_the_best_approximation_of_a_rank_is_that_of_the_singular_values(unet, pairs, others, tmp_path, rank):
     changes = ForeignLoRA(others.write(tmp_path / "a.safetensors", pairs)).changes(unet)
     for name, delta in others.deltas(pairs).items():
-        up, down = changes.layers[name].truncated(rank)
+        up, down, found = changes.layers[name].truncated(rank)
         values = torch.linalg.svdvals(delta.flatten(1).double())
         lost = (delta.flatten(1) - up @ down).norm().item()
+        assert torch.allclose(found, values[: len(found)], atol=1e-5)
         assert lost == pytest.approx(values[rank:].norm().item(), abs=1e-5)
         assert torch.allclose(up.norm(dim=0), down.norm(dim=1), atol=1e-4)
 

@@ -12,6 +12,7 @@ from ...core.student import Student, check_copyable, load_weights
 from ..config import Config, ConfigError
 from ..data.samples import Samples
 from ..host import Host
+from .foreign_start import Start, begin_from, foreign_start
 from .pixel_backbone import load_vision
 from .state import State, tap_names
 
@@ -29,6 +30,8 @@ def check(host: Host, config: Config) -> None:
         raise ConfigError(str(error)) from None
     if not config.init_student:
         return
+    if _foreign(host, config):
+        return
     denoiser = host.denoiser
     prediction = denoiser.prediction if config.prediction == "inherit" else config.prediction
     wanted = (host.base_hash, prediction, config.start_timestep, config.rank)
@@ -44,21 +47,40 @@ def check(host: Host, config: Config) -> None:
         )
 
 
+def _foreign(host: Host, config: Config) -> Start | None:
+    """The LoRA of others to begin from, if `init_student` is one; raises ConfigError for one that cannot be used."""
+    try:
+        return foreign_start(host, config) if config.init_student else None
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"init_student: {error}") from None
+
+
 def create(host: Host, config: Config) -> Student:
-    """A fresh student, the same for the same seed; raises ConfigError as `check`, and for weights that do not fit."""
+    """A student that is the teacher yet, the same for the same seed; raises ConfigError as `check`."""
     check(host, config)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        student = Student(
+        return Student(
             host.denoiser, config.rank, config.alpha or None, config.targets, config.prediction, config.start_timestep
         )
-    if config.init_student:
-        try:
-            load_weights(student, student.trained, read_student(config.init_student)[0])
-        except ValueError as error:
-            student.release()
-            raise ConfigError(f"init_student: {error}") from None
-    return student
+
+
+def init(student: Student, host: Host, config: Config) -> dict[str, float]:
+    """Make a fresh student what `init_student` names; what of that its own card will say.
+
+    Raises ConfigError for weights that do not fit.
+    """
+    try:
+        if start := _foreign(host, config):
+            return begin_from(start, student)
+        load_weights(student, student.trained, read_student(config.init_student)[0])
+        return trained_before(read_card(config.init_student))
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"init_student: {error}") from None
 
 
 def features(host: Host, config: Config) -> Features:
@@ -79,20 +101,21 @@ def features(host: Host, config: Config) -> Features:
 
 
 def begin(host: Host, config: Config, sample: Samples, seen: Features | None = None) -> State:
-    """A fresh state of a fresh student, judged by `seen` (by the settings' own features, if None).
+    """A fresh state of a student as it begins, judged by `seen` (by the settings' own features, if None).
 
     Whoever asks for it releases it.
     """
     seen = seen or features(host, config)
     student = create(host, config)
     try:
+        earlier = init(student, host, config) if config.init_student else {}
         state = State.create(student, config, sample, seen)
         if config.init_student:
-            state.extra["earlier"] = trained_before(read_card(config.init_student))
+            state.extra["earlier"] = earlier
         return state
     except BaseException as error:
         student.release()
-        if isinstance(error, ValueError):
+        if isinstance(error, ValueError) and not isinstance(error, ConfigError):
             raise ConfigError(str(error)) from error
         raise
 

@@ -38,6 +38,7 @@ def make_card(host: Host, state: State, metrics: dict[str, Any]) -> StudentCard:
             "updates": state.update + earlier.get("updates", 0),
             "minutes": round(state.spent / 60 + earlier.get("minutes", 0), 1),
             **_settings(config),
+            **{name: earlier[name] for name in ("init_error",) if name in earlier},
         },
         metrics=metrics,
     )
