@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -16,8 +15,8 @@ from typing import Any
 from ..core.version import VERSION
 from ..demo import files
 from ..trainer.config import Config, ConfigError, nearest
-from . import export, push, ui
-from .arguments import MOST_STEPS, SEEDS, add_model, between, folder, model_options, new_file, place
+from . import export, push, sample, ui
+from .arguments import add_model, between, folder, model_options, new_file, place
 from .progress import follow, interruptible
 
 
@@ -107,20 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_settings(distill)
     distill.set_defaults(command=run_distill)
 
-    sample = commands.add_parser("sample", help="make pictures with a student")
-    sample.add_argument("prompt", nargs="+", help="one or more prompts")
-    add_model(sample)
-    sample.add_argument(
-        "--student", type=place, default=files.STUDENT, help="student file (default: the embedded model's)"
-    )
-    sample.add_argument("--steps", type=between(1, MOST_STEPS), default=1, help=f"1 to {MOST_STEPS} (default: 1)")
-    sample.add_argument(
-        "--seed", type=between(*SEEDS), default=0, help="seed of the first picture; the next ones count on"
-    )
-    sample.add_argument("--count", type=between(1, 10_000), default=1, help="pictures per prompt (default: 1)")
-    sample.add_argument("--out", type=folder, default=Path("."), help="folder for the PNG files (default: here)")
-    sample.set_defaults(command=run_sample)
-
+    sample.command(commands)
     evaluate = commands.add_parser("evaluate", help="measure students against their teacher")
     add_model(evaluate)
     evaluate.add_argument(
@@ -213,52 +199,6 @@ def run_demo(args: argparse.Namespace) -> int:
         return 1
     print(f"\nreport: {page.resolve()}")
     return 0
-
-
-def run_sample(args: argparse.Namespace) -> int:
-    """Write pictures that a student makes in one step."""
-    from PIL.PngImagePlugin import PngInfo
-
-    from ..core.fit import Base, check_fit
-    from ..core.student import load_student
-    from ..generate.sample import sample
-    from ..trainer.data.files import write_whole
-    from ..trainer.data.images import to_image
-    from ..trainer.data.prompts import check_choices, draw_prompts
-    from ..trainer.pipeline.load import load_model
-
-    check_choices(args.prompt)
-    host = load_model(args.model, **model_options(args))
-    student, card, warning = load_student(args.student, host.denoiser)
-    for remark in filter(None, (warning, *check_fit(card, Base(), args.student.name, steps=args.steps))):
-        print(f"turbodistill: {remark}", file=sys.stderr)
-    prompts = draw_prompts(
-        [p for p in args.prompt for _ in range(args.count)], args.count * len(args.prompt), args.seed
-    )
-    first = 1 + max((int(path.name[:5]) for path in args.out.glob("[0-9]" * 5 + "-*.png")), default=0)
-    sampler = f"ADD {'1-step' if args.steps == 1 else 'few-step'}"
-    size = f"Size: {host.resolution[0]}x{host.resolution[1]}"
-    pictures = sample(host, student, prompts, args.seed, args.steps)
-    for k, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
-        seed, number = args.seed + k, first + k
-        about = PngInfo()
-        settings = f"Steps: {args.steps}, Sampler: {sampler}, CFG scale: 1, Seed: {seed}, {size}"
-        about.add_text("parameters", f"{prompt}\n{settings}, Model: {card.base_model}, Student: {args.student.name}")
-        path = args.out / f"{number:05d}-{_slug(prompt)}-{seed}.png"
-        write_whole(path, _png_bytes(to_image(picture), about))
-        print(path)
-    return 0
-
-
-def _slug(prompt: str) -> str:
-    """The beginning of a prompt as a part of a file's name."""
-    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:50].strip("-") or "picture"
-
-
-def _png_bytes(image, about) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "png", pnginfo=about)
-    return buffer.getvalue()
 
 
 def run_evaluate(args: argparse.Namespace) -> int:

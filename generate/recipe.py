@@ -88,12 +88,12 @@ class FewStepModel:
         strength: float = 1.0,
         fresh: Callable[[int], Tensor] | None = None,
     ) -> Tensor:
-        """Unit noise (B, C, H, W), and the latents of a picture to begin from, if any -> latents (B, C, H, W).
+        """Unit noise (B, C, H, W), and a picture's latents to begin from, if any -> latents (B, C, H, W).
 
         `fresh(i)` draws the noise that follows step i, by default as every host does.
         """
         sigmas = self.sigmas(steps, strength).to(noise)
-        start = torch.zeros_like(noise) if picture is None else picture.to(noise)
+        start = torch.zeros_like(noise) if picture is None else picture.to(noise).expand_as(noise)
         x = self.schedule.add_noise(start, noise, sigmas[:1])
         if picture is None and not self.recipe.exact and not isinstance(self.schedule, FlowSchedule):
             x = (1 + sigmas[0] ** 2).sqrt() * noise  # so that the network is given the noise itself, as by diffusers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,23 +12,37 @@ from ..core.denoiser import Cond
 from ..core.sampling import seeded_noise
 from ..core.student import Student
 from ..trainer.host import Host
+from .recipe import FewStepModel
 
 BATCH_SIZE = 16
 
 
 @torch.no_grad()
-def sample_latents(host: Host, student: Student, cond: Cond, seeds: Sequence[int], steps: int = 1) -> Tensor:
-    """Latents (B, C, H, W) of B conditions and as many seeds, by the student as it stands (merged or not)."""
+def sample_latents(
+    host: Host, student: Student | FewStepModel, cond: Cond, seeds: Sequence[int], steps: int = 1, **start: Any
+) -> Tensor:
+    """Latents (B, C, H, W) of B conditions and as many seeds, by the student as it stands (merged or not).
+
+    `start` is the `picture` and the `strength` of a FewStepModel.
+    """
     device = host.denoiser.device
     noise = seeded_noise(seeds, host.latent_shape, device)
-    return student.generate(noise, cond.to(device), steps)
+    return student.generate(noise, cond.to(device), steps, **start)
 
 
 @torch.no_grad()
 def sample(
-    host: Host, student: Student, prompts: Sequence[str], seed: int = 0, steps: int = 1, batch_size: int = BATCH_SIZE
+    host: Host,
+    student: Student | FewStepModel,
+    prompts: Sequence[str],
+    seed: int = 0,
+    steps: int = 1,
+    batch_size: int = BATCH_SIZE,
+    **start: Any,
 ) -> Iterator[Tensor]:
     """Pictures (3, height, width) in [0, 1] on the CPU, one a prompt in their order; prompt k has seed `seed + k`.
+
+    A FewStepModel takes the latents (1, C, H, W) of a `picture` to begin from, with a `strength`.
 
     A picture depends on its prompt and seed alone, not on the batch. The LoRA is merged while a batch is made and
     the model is as before between two pictures. Raises ValueError for steps or a batch size below 1, and for a text in
@@ -41,5 +56,5 @@ def sample(
         texts = list(prompts[first : first + batch_size])
         seeds = range(seed + first, seed + first + len(texts))
         with student.merged():
-            latents = sample_latents(host, student, host.encode_text(texts), seeds, steps)
+            latents = sample_latents(host, student, host.encode_text(texts), seeds, steps, **start)
         yield from host.decode(latents).cpu()

@@ -235,15 +235,14 @@ def test_of_choices_one_is_drawn_for_each_picture(pipeline_folder, made, tmp_pat
     fails(capsys, ["sample", "a {red fox", "--model", pipeline_folder], "has a brace without its other one")
 
 
-@pytest.mark.parametrize("steps", ["1", "3"])
-def test_the_same_seed_gives_the_same_file_and_a_batch_its_singles(pipeline_folder, made, tmp_path, steps):
-    both = sample(pipeline_folder, made, tmp_path / "a", "a fox", "an owl", "--count", "2", "--steps", steps)
+def test_the_same_seed_gives_the_same_file_and_a_batch_its_singles(pipeline_folder, made, tmp_path):
+    both = sample(pipeline_folder, made, tmp_path / "a", "a fox", "an owl", "--count", "2")
     assert list(both) == ["00001-a-fox-0.png", "00002-a-fox-1.png", "00003-an-owl-2.png", "00004-an-owl-3.png"]
-    again = sample(pipeline_folder, made, tmp_path / "b", "a fox", "an owl", "--count", "2", "--steps", steps)
+    again = sample(pipeline_folder, made, tmp_path / "b", "a fox", "an owl", "--count", "2")
     for name in both:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
         assert again[name].text == both[name].text
-    alone = sample(pipeline_folder, made, tmp_path / "c", "an owl", "--seed", "2", "--steps", steps)
+    alone = sample(pipeline_folder, made, tmp_path / "c", "an owl", "--seed", "2")
     # Another batch size rounds otherwise: a level of 255 at most.
     assert (pixels(alone["00001-an-owl-2.png"]) - pixels(both["00003-an-owl-2.png"])).abs().max() <= 1
     assert (pixels(both["00001-a-fox-0.png"]) != pixels(both["00002-a-fox-1.png"])).any()
@@ -288,13 +287,6 @@ def test_what_cannot_be_is_told_before_a_model_is_loaded(capsys, flags, told):
 
 def test_a_model_of_ones_own_is_not_measured_against_emoji(capsys, pipeline_folder):
     fails(capsys, ["evaluate", "--model", pipeline_folder], "--model needs --reference: a zip of pictures")
-
-
-@pytest.mark.parametrize(("steps", "said"), [("1", ""), ("4", "steps is 4: student.safetensors was made for 1 step.")])
-def test_more_steps_than_the_student_learnt_are_told(pipeline_folder, made, tmp_path, capsys, steps, said):
-    sample(pipeline_folder, made, tmp_path, "a fox", "--steps", steps)
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("turbodistill: ")]
-    assert len(told) == bool(said) and all(said in line for line in told)
 
 
 def test_sampling_with_a_student_that_is_none_is_told(tmp_path, capsys, pipeline_folder):

@@ -89,7 +89,7 @@ def _from_disk(source: str | Path | None, device: str | None, how: dict[str, Any
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without CUDA
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0].partition(". ")[0]
         raise ModelError(
             f"device {device!r} cannot be used ({reason}): leave it out, or install a torch for it"
         ) from None

@@ -1,0 +1,181 @@
+"""`turbodistill sample`: pictures by a student, a few-step LoRA of others, or a few-step checkpoint, as PNG files."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..demo import files
+from ..trainer.config import ConfigError
+from .arguments import MOST_STEPS, SEEDS, add_model, between, folder, model_options, place
+from .quiet import quiet
+
+NONE = Path("none")
+MOST_PROMPTS = 100_000
+TOGETHER = 2**20  # pixels that are made at once: one picture of 1024 x 1024, four of 512 x 512
+
+
+def command(commands: Any) -> None:
+    """Add `sample` to the command line's subparsers."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "sample", help="make pictures with a student, a few-step LoRA or a few-step checkpoint"
+    )
+    parser.add_argument("prompt", nargs="*", help="one or more prompts")
+    parser.add_argument("--prompts", type=place, help="text file of further prompts, one a line")
+    add_model(parser)
+    parser.add_argument(
+        "--student",
+        type=place,
+        help="file of a student, or of an LCM, Lightning, Hyper-SD, DMD2, TCD or Turbo LoRA; none where --model is "
+        "itself such a checkpoint (default: the embedded model's, with --model none)",
+    )
+    parser.add_argument(
+        "--steps", type=between(1, MOST_STEPS), help=f"1 to {MOST_STEPS} (default: what the file was made for)"
+    )
+    parser.add_argument("--size", type=size, help="WIDTHxHEIGHT in pixels (default: the model's own)")
+    parser.add_argument("--image", type=place, help="picture to begin from, scaled and cropped to the size")
+    parser.add_argument(
+        "--strength",
+        type=between(0.01, 1, float),
+        help="with --image: how much of it is made anew, 0.01 to 1; 0.3 keeps most, 1 hardly anything (default: 0.6)",
+    )
+    parser.add_argument(
+        "--seed", type=between(*SEEDS), default=0, help="seed of the first picture; the next ones count on"
+    )
+    parser.add_argument("--count", type=between(1, 10_000), default=1, help="pictures per prompt (default: 1)")
+    parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1, mps or xpu (default: cuda if there is one)")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        default="auto",
+        help="precision (default: auto, which is float32 on a CPU and half precision elsewhere)",
+    )
+    parser.add_argument("--out", type=folder, default=Path("."), help="folder for the PNG files (default: here)")
+    parser.set_defaults(command=run)
+
+
+def size(text: str) -> tuple[int, int]:
+    """What argparse calls for WIDTHxHEIGHT."""
+    from ..trainer.checks import check_size
+
+    match = re.fullmatch(r"(\d{1,6})[xX×](\d{1,6})", text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"is {text[:60]!r}: give WIDTHxHEIGHT in pixels, such as 1024x768")
+    found = int(match[1]), int(match[2])
+    try:
+        check_size(*found)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(f"is {text!r}: {error}") from None
+    return found
+
+
+def device(text: str) -> str:
+    """What argparse calls for a device."""
+    if not re.fullmatch(r"cpu|mps|(cuda|xpu)(:\d{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"is {text[:60]!r}: give cpu, cuda, mps or xpu, or one of several as cuda:1")
+    return text
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the pictures, and print where they are."""
+    prompts = _prompts(args)
+    if args.strength is not None and args.image is None:
+        raise ConfigError("--strength belongs to --image: give a picture to begin from, or leave it out")
+    libraries = ("diffusers", "transformers") if args.model else ("diffusers",)
+    with quiet(*libraries):
+        return _make(args, prompts)
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    """Every prompt as often as it is wanted, its choices drawn."""
+    from ..trainer.data.prompts import check_choices, draw_prompts, read_prompts
+
+    check_choices(args.prompt)
+    given = [*args.prompt, *(read_prompts(args.prompts) if args.prompts else [])]
+    if not given:
+        raise ConfigError("there is no prompt: write one or more, or give a file with --prompts")
+    if len(given) * args.count > MOST_PROMPTS:
+        raise ConfigError(f"{len(given)} prompts {args.count} times each: at most {MOST_PROMPTS} pictures are made")
+    return draw_prompts([p for p in given for _ in range(args.count)], args.count * len(given), args.seed)
+
+
+def _make(args: argparse.Namespace, prompts: list[str]) -> int:
+    from ..generate.few_step import cast, check_steps, few_step_model, open_file
+    from ..generate.sample import sample
+    from ..trainer.data.files import write_whole
+    from ..trainer.data.images import to_image
+    from ..trainer.pipeline.load import load_model
+
+    student = args.student or (NONE if args.model else files.STUDENT)
+    file = None if student == NONE else open_file(student)
+    if file:  # before minutes of loading
+        check_steps(file.recipe, args.steps)
+    if args.image:
+        _picture(args.image, (16, 16))
+    host = load_model(args.model, args.device, args.size, **model_options(args))
+    model, remarks = few_step_model(host, file, args.model)
+    steps, said = check_steps(model.recipe, args.steps)
+    for remark in [*remarks, *said]:
+        print(f"turbodistill: {remark}", file=sys.stderr)
+    cast(host, model, args.dtype)
+    start: dict[str, Any] = {}
+    if args.image:
+        start["strength"] = args.strength or 0.6
+        start["picture"] = host.encode_images(_picture(args.image, host.resolution)[None])
+    base = file.card.base_model if file and file.card else host.name
+    settings = {
+        "Steps": steps,
+        "Sampler": f"ADD {'1-step' if steps == 1 else 'few-step'}",
+        "CFG scale": f"{model.recipe.cfg:g}",
+        "Seed": 0,
+        "Size": f"{host.resolution[0]}x{host.resolution[1]}",
+        "Denoising strength": start.get("strength"),
+        "ADD model": None if file and file.card else model.recipe.name,
+        "ADD timesteps": " ".join(map(str, model.recipe.timesteps(steps, start.get("strength", 1.0)))),
+        "Model": base,
+        "Student": file.path.name if file else None,
+    }
+    together = max(1, min(16, TOGETHER // (host.resolution[0] * host.resolution[1])))
+    first = 1 + max((int(path.name[:5]) for path in args.out.glob("[0-9]" * 5 + "-*.png")), default=0)
+    for k, picture in enumerate(sample(host, model, prompts, args.seed, steps, together, **start)):
+        seed = args.seed + k
+        path = args.out / f"{first + k:05d}-{_slug(prompts[k])}-{seed}.png"
+        write_whole(path, _png_bytes(to_image(picture), infotext(prompts[k], settings | {"Seed": seed})))
+        print(path)
+    return 0
+
+
+def _picture(path: Path, size: tuple[int, int]) -> Any:
+    """The picture to begin from, (3, height, width) in [0, 1]; raises DataError for one that cannot be read."""
+    from ..trainer.data.files import check_file
+    from ..trainer.data.found import Picture
+    from ..trainer.data.images import load_picture
+
+    check_file("picture", path)
+    return load_picture(Picture(str(path), "", "", lambda: path.open("rb")), size)
+
+
+def infotext(prompt: str, settings: dict[str, Any]) -> str:
+    """How a picture was made, in the WebUIs' words, which their tab PNG Info reads; settings of None are left out."""
+    written = {name: str(value) for name, value in settings.items() if value is not None}
+    quoted = {name: json.dumps(v, ensure_ascii=False) if re.search(r"[,:\n]", v) else v for name, v in written.items()}
+    return f"{prompt}\n" + ", ".join(f"{name}: {value}" for name, value in quoted.items())
+
+
+def _slug(prompt: str) -> str:
+    """The beginning of a prompt as a part of a file's name."""
+    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:50].strip("-") or "picture"
+
+
+def _png_bytes(image: Any, parameters: str) -> bytes:
+    from PIL.PngImagePlugin import PngInfo
+
+    about, buffer = PngInfo(), io.BytesIO()
+    about.add_text("parameters", parameters)
+    image.save(buffer, "png", pnginfo=about)
+    return buffer.getvalue()
