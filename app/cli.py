@@ -15,7 +15,7 @@ from typing import Any
 from ..core.version import VERSION
 from ..demo import files
 from ..trainer.config import Config, ConfigError, nearest
-from . import export, push, sample, ui
+from . import export, info, push, sample, ui
 from .arguments import add_model, between, folder, model_options, new_file, place
 from .progress import follow, interruptible
 
@@ -122,10 +122,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", type=new_file, help="also write the figures to this JSON file")
     evaluate.set_defaults(command=run_evaluate)
 
-    info = commands.add_parser("info", help="what a student file says of itself, in words")
-    info.add_argument("file", type=place)
-    info.set_defaults(command=run_info)
-
+    info.command(commands)
     export.command(commands)
     push.command(commands)
     ui.command(commands)
@@ -218,14 +215,6 @@ def run_evaluate(args: argparse.Namespace) -> int:
         from ..trainer.data.files import write_whole
 
         write_whole(args.out, figures.encode())
-    return 0
-
-
-def run_info(args: argparse.Namespace) -> int:
-    """Print a student's card in words."""
-    from ..core.card import read_card
-
-    print(read_card(args.file).in_words())
     return 0
 
 

@@ -246,16 +246,20 @@ def _pipeline(kind: str, parts: Mapping[str, Any], options: Mapping[str, Any]) -
 
 def architecture_of_module(denoiser: Any) -> str:
     """A diffusers denoiser's architecture in ModelSpec's words; "unknown" where it is none of those that are known."""
-    kind, config = type(denoiser).__name__, denoiser.config
+    if found := architecture_of_config(type(denoiser).__name__, denoiser.config):
+        return found
+    return architecture_of({name: parameter.shape for name, parameter in denoiser.named_parameters()}) or "unknown"
+
+
+def architecture_of_config(kind: str, config: Mapping[str, Any]) -> str:
+    """The architecture of a transformer of diffusers by its class and description; "" of any other network."""
     if kind == "SD3Transformer2DModel":
         if config.get("dual_attention_layers"):
             return names.SD35_MEDIUM
-        return names.SD35_LARGE if config.num_layers == 38 else names.SD3
+        return names.SD35_LARGE if config.get("num_layers") == 38 else names.SD3
     if kind == "FluxTransformer2DModel":
-        return names.FLUX_DEV if config.guidance_embeds else names.FLUX_SCHNELL
-    if kind in TRANSFORMERS:
-        return TRANSFORMERS[kind]
-    return architecture_of({name: parameter.shape for name, parameter in denoiser.named_parameters()}) or "unknown"
+        return names.FLUX_DEV if config.get("guidance_embeds") else names.FLUX_SCHNELL
+    return TRANSFORMERS.get(kind, "")
 
 
 def _said(path: Path, scheduler: Any, unet: bool) -> str:
