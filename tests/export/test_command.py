@@ -141,7 +141,7 @@ def test_broken_files_are_told(student, base, tmp_path, capsys):
     tensors = load_file(student)
     save_file(tensors, tmp_path / "no-card.safetensors")
     fails(capsys, "holds no student card", tmp_path / "no-card.safetensors", "--to", "kohya", *out)
-    key = "lora_unet_out_2.lora_up.weight"
+    key = "lora_unet_conv_out.lora_up.weight"
     save_file(tensors | {key: tensors[key] * torch.nan}, tmp_path / "nan.safetensors", base.card().to_metadata())
     fails(capsys, "are no numbers (NaN or infinity)", tmp_path / "nan.safetensors", "--to", "kohya", *out)
 

@@ -123,7 +123,7 @@ def test_peft_s_scale_is_in_its_numbers_and_its_rank_is_one(kit, make, tmp_path)
     kit.export(student, "peft", tmp_path / "peft.safetensors", dtype="float32")
     own, made = load_file(student), load_file(tmp_path / "peft.safetensors")
     assert {v.shape[0] for k, v in made.items() if "lora_A" in k} == {4} and not any("alpha" in k for k in made)
-    up = own["lora_unet_input_blocks_1_1_proj_in.lora_up.weight"].float()
+    up = own["lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight"].float()
     assert torch.equal(made["unet.down_blocks.0.attentions.0.proj_in.lora_B.weight"], up * 0.5)
 
 

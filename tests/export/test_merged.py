@@ -238,7 +238,7 @@ def test_weights_are_the_same_when_their_file_is_opened_anew(tmp_path, monkeypat
 def test_too_large_for_float16_is_an_error_that_leaves_nothing(kit, make, tmp_path):
     base = make("sd1")
     tensors = load_file(base.student(tmp_path / "student.safetensors", torch.float32))
-    tensors["lora_unet_out_2.lora_up.weight"] *= 1e7
+    tensors["lora_unet_conv_out.lora_up.weight"] *= 1e7
     save_file(tensors, tmp_path / "student.safetensors", base.card().to_metadata())
     out = tmp_path / "out.safetensors"
     with pytest.raises(ExportError, match=r"model\.diffusion_model\.out\.2\.weight reaches .*, too large for float16"):

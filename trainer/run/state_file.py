@@ -26,8 +26,17 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     names: dict[tuple[Any, ...], str] = {}
     text = json.dumps(_packed(state, "state", tensors, names))
-    with whole_file(path) as part:
-        save_file(tensors, part, {KEY: text})
+
+    def write() -> None:
+        with whole_file(path) as part:
+            save_file(tensors, part, {KEY: text})
+
+    try:
+        write()
+    except OSError:
+        if path.parent.exists():
+            raise
+        write()  # its folder was deleted meanwhile: that is made anew
 
 
 def read_state(path: Path) -> dict[str, Any]:

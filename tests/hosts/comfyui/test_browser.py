@@ -122,7 +122,7 @@ def test_the_template_browser_shows_ours_with_their_pictures(page, browse):
     for template in TEMPLATES:
         card(page, template).scroll_into_view_if_needed()
         page.wait_for_function(
-            "name => document.querySelector(`[data-testid='template-workflow-${name}'] img`)?.naturalWidth === 512",
+            "name => document.querySelector(`[data-testid='template-workflow-${name}'] img`)?.naturalWidth === 384",
             arg=template.stem,
         )
         assert template.stem in card(page, template).inner_text()
