@@ -369,7 +369,7 @@ def test_out_of_memory_ends_with_a_line(monkeypatch, capsys, error):
     def fail(_args):
         raise error
 
-    monkeypatch.setattr(cli, "run_info", fail)
+    monkeypatch.setattr(cli.info, "run", fail)
     assert cli.main(["info", "x"]) == 1
     told = capsys.readouterr().err
     assert told.startswith("turbodistill: ") and told.count("\n") == 1 and "Traceback" not in told
@@ -385,6 +385,6 @@ def test_an_interruption_ends_with_a_line(monkeypatch, capsys):
     def interrupted(_args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run_info", interrupted)
+    monkeypatch.setattr(cli.info, "run", interrupted)
     assert cli.main(["info", "x"]) == 130
     assert capsys.readouterr().err == "turbodistill: interrupted\n"
