@@ -1,9 +1,9 @@
-"""How much of the computer's memory an export takes, against the size of the checkpoint.
+"""How much of the computer's memory an export takes, and loading, against the size of the checkpoint.
 
     python benchmarks/export_memory.py                  # a synthetic SDXL of 6.9 GB in float16
     python benchmarks/export_memory.py --kind sd15
 
-Each export runs in a process of its own. Printed are the largest resident set (VmHWM), with the pages of mapped files
+Each runs in a process of its own. Printed are the largest resident set (VmHWM), with the pages of mapped files
 that the system can take back, and the memory that it cannot (RssAnon), both with Python and torch in them.
 """
 
@@ -18,10 +18,12 @@ import tempfile
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1] / "tests" / "export"
+WHAT = ("kohya", "peft", "merged", "diffusers", "load")
 EXPORT = """
 import sys, threading
 from pathlib import Path
 from turbodistill.generate.export.export import Export
+from turbodistill.trainer.checkpoint.load import load_pipeline
 
 def status(name):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -34,8 +36,12 @@ def watch():
 thread = threading.Thread(target=watch)
 thread.start()
 student, to, out, base, tokenizer = sys.argv[1:]
-for _ in Export(Path(student), to, Path(out), Path(base), tokenizer=Path(tokenizer)).run():
-    pass
+if to == "load":
+    loaded = load_pipeline(base, tokenizer=tokenizer)
+    assert not any(p.is_meta for p in loaded.pipe.unet.parameters())
+else:
+    for _ in Export(Path(student), to, Path(out), Path(base), tokenizer=Path(tokenizer)).run():
+        pass
 over.set()
 thread.join()
 print(status("VmHWM") * 1024, most[0] * 1024)
@@ -53,6 +59,7 @@ def synthetic():
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", default="sdxl", choices=("sd15", "sd21", "sdxl"))
+    parser.add_argument("--only", nargs="*", choices=WHAT, help="some of them")
     parser.add_argument("--folder", type=Path, help="where the files lie meanwhile (default: the system's for such)")
     args = parser.parse_args()
     made = synthetic()
@@ -64,8 +71,8 @@ def main() -> None:
         (place / "merges.txt").write_text("#version: 0.2\n")
         size = base.stat().st_size
         print(f"{args.kind}: {size / 1e9:.2f} GB in float16")
-        print(f"{'export':<12}{'VmHWM':>10}{'of the file':>13}{'RssAnon':>10}{'of the file':>13}")
-        for to in ("kohya", "peft", "merged", "diffusers"):
+        print(f"{'what':<12}{'VmHWM':>10}{'of the file':>13}{'RssAnon':>10}{'of the file':>13}")
+        for to in args.only or WHAT:
             out = place / ("out" if to == "diffusers" else "out.safetensors")
             ran = subprocess.run(
                 [sys.executable, "-c", EXPORT, *map(str, (student, to, out, base, place))],

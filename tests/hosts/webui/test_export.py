@@ -1,6 +1,7 @@
 """Exported files in a real AUTOMATIC1111 and Forge: full-size Stable Diffusion 1.5 makes the student's picture."""
 
 import importlib.util
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -11,7 +12,17 @@ from turbodistill.generate.export.export import Export
 pytestmark = [pytest.mark.host, pytest.mark.full_size, pytest.mark.timeout(1800)]
 HERE = Path(__file__).parent
 ROUNDED = 2.0  # of 255: the hosts sum the same in another order
-CHANGED = 10.0  # what a student changes of the picture at least
+CHANGED = 5.0  # what a student changes of the picture at least, in the mean
+UNET = {"attention_resolutions": [4, 2, 1], "num_res_blocks": 2, "channel_mult": [1, 2, 4, 4]}
+
+
+def describe(made, models):
+    """What AUTOMATIC1111 builds the networks by, where the hub's tokenizer is not on the machine."""
+    shape = made.FORGE  # of Stable Diffusion 1.5, but for the UNet's levels
+    told = made.description(shape, made.tokenizer(models / "clip", shape))
+    told["model"]["params"]["unet_config"]["params"] |= UNET
+    for name in ("base", "merged"):
+        (models / f"{name}.yaml").write_text(json.dumps(told))
 
 
 def beside(path):
@@ -35,6 +46,8 @@ def pictures(kind, installation, tmp_path_factory):
     for to, out in (("kohya", loras / "kohya.safetensors"), ("merged", models / "merged.safetensors")):
         for _ in Export(student, to, out, base).run():
             pass
+    if kind.name == "a1111":
+        describe(beside(HERE / "checkpoint.py"), models)
     with client.serve(client.KINDS[kind.name], *installation, data) as server:
         titles = {m["model_name"]: m["title"] for m in server.call("sdapi/v1/sd-models")}
         server.set(sd_model_checkpoint=titles["base"])
@@ -54,4 +67,4 @@ def test_the_kohya_file_makes_the_picture_of_the_student_s_own(pictures, gap, di
 
 def test_the_merged_file_makes_the_student_s_picture(pictures, distance):
     """To the rounding of its weights to float16."""
-    assert distance(pictures["merged"], pictures["own"]) < CHANGED / 10
+    assert distance(pictures["merged"], pictures["own"]) < CHANGED / 5
