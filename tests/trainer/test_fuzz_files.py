@@ -129,6 +129,9 @@ def test_paths(fuzz, tmp_path, monkeypatch, capsys):
         except SystemExit as end:
             status = end.code
         told = capsys.readouterr()
+        if name == "info" and status == 0:  # it says of any file what it is
+            assert 10 < len(told.out) < 3000 and not told.err, (given, told)
+            return
         assert status in (1, 2) and "turbodistill" in told.err and "Traceback" not in told.err, (given, told)
         assert len(told.err.strip().splitlines()[-1]) < 1500 or status == 2
 

@@ -61,13 +61,14 @@ def test_a_remark_on_the_checkpoint_is_logged(small_sd1, vocabulary, tmp_path, c
 def test_the_command_line_takes_a_file_and_what_it_lacks(small_sd1, files, vocabulary, tmp_path, capsys):
     pytest.importorskip("tqdm")
     from turbodistill.app.cli import main
+    from turbodistill.demo.files import STUDENT
 
     path = small_sd1.without("first_stage_model.").write(tmp_path / "mine.safetensors")
     files.Made(files.vae_weights(small_sd1.modules["vae"])).write(tmp_path / "vae.safetensors")
     given = ["sample", "a", "--model", str(path), "--tokenizer", str(vocabulary), "--out", str(tmp_path)]
     assert main(given) == 1
     assert f"turbodistill: {path} holds no vae: give as components" in capsys.readouterr().err
-    assert main([*given, "--vae", str(tmp_path / "vae.safetensors")]) == 1
+    assert main([*given, "--vae", str(tmp_path / "vae.safetensors"), "--student", str(STUDENT)]) == 1
     assert "was made for a model that predicts v, the loaded one predicts eps" in capsys.readouterr().err
     assert main(["sample", "a", "--revision", "v1", "--out", str(tmp_path)]) == 1
     assert "revision is an option for files, folders and the hub" in capsys.readouterr().err
