@@ -128,8 +128,13 @@ def _from_pretrained(folder: Path, name: str, made: Any, **options: Any) -> Any:
     try:
         return made.from_pretrained(place, local_files_only=True, **options)
     except Exception as error:  # there is no end to what the libraries raise for odd files
-        if isinstance(error, (MemoryError, ImportError)) or is_out_of_memory(error):
+        if isinstance(error, ImportError):
             raise
+        if isinstance(error, MemoryError) or is_out_of_memory(error):
+            raise ModelError(
+                f"{folder}: its {name} takes more memory than there is, or its config.json is damaged: close other "
+                "programs, or get it again"
+            ) from None
         reason = " ".join(str(error).split())
         raise ModelError(f"{folder}: its {name} cannot be loaded ({reason:.300}): get it again") from None
 
