@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch import Tensor
 from turbodistill.core.card import StudentCard, fingerprint
 from turbodistill.core.denoiser import Cond
@@ -140,10 +141,9 @@ class Made:
         return StudentCard(**about | changes)
 
     def student(
-        self, path: Path, dtype=torch.float16, full: bool = False, targets: str = "all", style: str = "kohya", **changes
+        self, path: Path, dtype=torch.float16, full: bool = False, targets: str = "all", style: str = "", **changes
     ) -> Path:
-        """A student's file that has learnt something; of a LoRA in a style of `core.lora`."""
-        self.denoiser.lora_style = style
+        """A student's file that has learnt something: a LoRA in a style of `core.lora`, or as a training writes it."""
         student = Student(self.denoiser, 0 if full else 4, 2.0, targets)
         with torch.no_grad():
             if full:
@@ -154,7 +154,11 @@ class Made:
                 for branch in student.lora.each():
                     branch.up.normal_(std=0.1)
         about = {"kind": "full", "rank": 0, "alpha": 0.0} if full else {"targets": targets}
-        path.write_bytes(student_bytes(student, self.card(**about | changes), dtype))
+        card = self.card(**about | changes)
+        if style:
+            path.write_bytes(save(student.lora.export(student.backbone, style, dtype), card.to_metadata()))
+        else:
+            path.write_bytes(student_bytes(student, card, dtype))
         student.release()
         return path
 
