@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .naming import is_diffusers, to_single_file
+from .schedule import PREDICTION_TYPES
 
 # A file stays mapped as long as its tensors live; on Windows the next training could not replace it.
 COPIES = os.name == "nt"
@@ -27,7 +28,6 @@ VERSION = 1
 KINDS = ("lora", "full")
 FIELDS = {"str": (str,), "int": (int,), "float": (int, float)}
 FIELDS |= dict.fromkeys(("tuple[int, ...]", "tuple[int, int]"), (list, tuple))
-READINGS = ("eps", "v", "x0", "flow")
 TITLES = ("modelspec.title", "ss_output_name", "title")  # metadata that names a weight file
 # What AUTOMATIC1111 tells the models by that a LoRA is for, besides those of Stable Diffusion 1.
 KOHYA = {
@@ -86,8 +86,8 @@ class StudentCard:
         except ValueError as error:
             raise CardError(f"card: training or metrics hold what is no number ({error})") from None
         for value in (self.prediction, self.base_prediction):
-            if value not in READINGS:
-                raise CardError(f"card: prediction is {value!r:.80}, known are {', '.join(READINGS)}")
+            if value not in PREDICTION_TYPES:
+                raise CardError(f"card: prediction is {value!r:.80}, known are {', '.join(PREDICTION_TYPES)}")
         if not self.timesteps or any(not 0 <= t < 1000 for t in self.timesteps):
             raise CardError(f"card: timesteps are {self.timesteps!r:.80}, they must lie between 0 and 999")
 

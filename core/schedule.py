@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 TIMESTEPS = 1000  # of a discrete model
-PREDICTIONS = ("eps", "v", "x0", "flow")
+# What networks predict -> `prediction_type`, as diffusers' schedulers call it.
+PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}
+OTHER_NAMES = {"v-prediction": "v", "const": "flow"}  # ModelSpec's and the hosts'
+
+
+def prediction_of_name(name: str) -> str:
+    """What a network predicts (eps, v, x0, flow) by any program's name for it; "" for a name that is not known."""
+    names = {theirs: ours for ours, theirs in PREDICTION_TYPES.items()} | OTHER_NAMES
+    return name if name in PREDICTION_TYPES else names.get(name, "")
 
 
 def expand(value: Tensor, like: Tensor) -> Tensor:

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .architecture import SD1, SD2, architecture_of
+from .architecture import architecture_of
 from .card import CardError, StudentCard, fingerprint, header, read_card, read_student
 from .denoiser import Cond, Denoiser
 from .fit import Base, check_fit
 from .lora import LoRA, check_match, quantised
-from .naming import is_diffusers, of_an_adapter, to_single_file
+from .naming import is_diffusers, of_an_adapter, to_single_file, without_adapter
 from .sampling import sample_few_step, sigmas_of
 from .schedule import Schedule, trailing_timesteps
 
@@ -153,17 +153,16 @@ def _full_names(backbone: nn.Module) -> dict[str, str]:
     return {n: FULL_PREFIX + file_name for n, file_name in table.items()}
 
 
-def _lora_style(student: Student, card: StudentCard) -> str:
+def _lora_style(student: Student) -> str:
     """How the layers are named in a LoRA file, so that every host and diffusers read it.
 
-    Kohya's LoRAs of Stable Diffusion 1 and 2 have diffusers' names; hosts know these of UNets with two layers a block.
+    Kohya's LoRAs of Stable Diffusion 1 and 2 have diffusers' names, those of XL the single file's; and hosts know
+    diffusers' names of UNets with two layers a block alone, as these have.
     """
-    if (
-        card.architecture in (SD1, SD2)
-        and f"{FULL_PREFIX}input_blocks.3.0.op.weight" in _full_names(student.backbone).values()
-    ):
-        return "diffusers"
-    return student.teacher.lora_style
+    names = {without_adapter(name) for name in _full_names(student.backbone).values()}
+    two_layers = f"{FULL_PREFIX}input_blocks.3.0.op.weight" in names
+    xl = f"{FULL_PREFIX}label_emb.0.0.weight" in names
+    return "diffusers" if two_layers and not xl else student.teacher.lora_style
 
 
 def student_bytes(student: Student, card: StudentCard, dtype: torch.dtype = torch.float16) -> bytes:
@@ -172,7 +171,7 @@ def student_bytes(student: Student, card: StudentCard, dtype: torch.dtype = torc
     Raises ValueError for weights that are no numbers, or too large for `dtype`.
     """
     if student.lora is not None:
-        tensors = student.lora.export(student.backbone, _lora_style(student, card), dtype)
+        tensors = student.lora.export(student.backbone, _lora_style(student), dtype)
     else:
         names = _full_names(student.backbone)
         tensors = {names[k]: v.detach().to(dtype).cpu().contiguous() for k, v in student.backbone.state_dict().items()}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.denoiser import Cond, Denoiser
 from ..core.sampling import sample_euler, trailing_sigmas
-from ..core.schedule import DiscreteSchedule
+from ..core.schedule import PREDICTION_TYPES, DiscreteSchedule
 
 PURE = 14.0  # sigma at which nearly all is noise
 STEPS = 4  # of the pictures that are sampled
@@ -19,7 +19,6 @@ LEVELS = (0.5, 1.0, 2.0)  # sigmas at which they are noised again
 # are hard to tell from noise at 0.5; networks that put out their input at 0.63 or more, others untrained above 0.8.
 NEAR = {"eps": 0.5, "v": 0.6}
 LARGEST = 64  # latents of a side: more tell no more
-WORDS = {"eps": "epsilon", "v": "v_prediction"}
 
 
 def check_prediction(denoiser: Denoiser, latent_shape: tuple[int, int, int], cond: Cond) -> str:
@@ -30,7 +29,7 @@ def check_prediction(denoiser: Denoiser, latent_shape: tuple[int, int, int], con
     where that does not fit the label.
     """
     label = denoiser.prediction
-    if label not in WORDS or not isinstance(denoiser.schedule, DiscreteSchedule):
+    if label not in NEAR or not isinstance(denoiser.schedule, DiscreteSchedule):
         return ""
     other = "v" if label == "eps" else "eps"
     if (noise_in_output(denoiser, latent_shape, cond) > 0.5) == (label == "eps"):
@@ -38,8 +37,8 @@ def check_prediction(denoiser: Denoiser, latent_shape: tuple[int, int, int], con
     if not reading_distance(denoiser, latent_shape, cond, other) < NEAR[other]:
         return ""
     return (
-        f"this model is labelled {WORDS[label]}, but its output is that of a model that predicts {WORDS[other]}: load "
-        f"it as one that predicts {other}, or all of its pictures will be noise"
+        f"this model is labelled {PREDICTION_TYPES[label]}, but its output is that of a model that predicts "
+        f"{PREDICTION_TYPES[other]}: load it as one that predicts {other}, or all of its pictures will be noise"
     )
 
 

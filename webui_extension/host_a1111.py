@@ -12,7 +12,8 @@ import torch
 from modules import devices, lowvram, sd_hijack, sd_models, sd_unet, shared
 from torch import Tensor, amp
 
-from .host_denoiser import PREDICTIONS, CompvisDenoiser, frozen, in_float32
+from ..core.schedule import prediction_of_name
+from .host_denoiser import CompvisDenoiser, frozen, in_float32
 from .host_training import BESIDE, WebUIHost, emptied, held
 
 HYPERTILE = "__webui_hypertile_params"  # where its extension keeps what it does to a module
@@ -25,7 +26,7 @@ def check(model: Any) -> None:
         raise ValueError(f"{name} is a Stable Diffusion 3, which is not distilled here: use Forge or ComfyUI")
     if getattr(model, "is_sdxl_inpaint", False) or model.model.conditioning_key != "crossattn":
         raise ValueError(BESIDE.format(name))
-    if model.parameterization not in PREDICTIONS:
+    if prediction_of_name(model.parameterization) not in ("eps", "v"):
         raise ValueError(f"{name} predicts {model.parameterization!r}: known are eps and v")
     if shared.cmd_opts.lowvram:
         raise ValueError(
@@ -51,7 +52,7 @@ def trainable(model: Any, width: int, height: int) -> Iterator[WebUIHost]:
         stack.enter_context(held(model, network))
         sd_models.apply_alpha_schedule_override(model)
         denoiser = CompvisDenoiser(
-            network, model.alphas_cumprod, PREDICTIONS[model.parameterization], torch.device(devices.device)
+            network, model.alphas_cumprod, prediction_of_name(model.parameterization), torch.device(devices.device)
         )
         channels = getattr(model, "latent_channels", 4)
         yield WebUIHost(

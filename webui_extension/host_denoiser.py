@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from ..core.borrowed import AppliedDenoiser, in_full
 from ..core.denoiser import Cond, Denoiser
 from ..core.lora import autocasts
-from ..core.schedule import DiscreteSchedule, Schedule, expand, schedule_of
+from ..core.schedule import DiscreteSchedule, Schedule, expand, prediction_of_name, schedule_of
 
-PREDICTIONS = {"epsilon": "eps", "eps": "eps", "v_prediction": "v", "v": "v", "const": "flow", "flow": "flow"}
 # What a model computes in, and a layer's mark that it follows: in Forge and Neo, and in reForge as in old ComfyUI.
 COMPUTING = {"computation_dtype": "parameters_manual_cast", "manual_cast_dtype": "ldm_patched_cast_weights"}
 # Norms whose input is added to in place while backward still needs it, of Forge's UNet and of Flux and its kin.
@@ -80,10 +79,10 @@ def space_of(base):
 
 def prediction_of(space) -> str:
     """What the network predicts, "unknown" for another kind: Forge says it, reForge by the class that reads it."""
-    told = getattr(space, "prediction_type", None)
-    if told is None:
-        told = next((c.__name__ for c in type(space).__mro__ if "calculate_denoised" in vars(c)), "").lower()
-    return PREDICTIONS.get(told, "unknown")
+    name = getattr(space, "prediction_type", None)
+    if name is None:
+        name = next((c.__name__ for c in type(space).__mro__ if "calculate_denoised" in vars(c)), "").lower()
+    return prediction_of_name(name) or "unknown"
 
 
 def levels_of(space) -> tuple[str, Schedule]:

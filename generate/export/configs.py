@@ -12,7 +12,7 @@ from ...core.architecture import SD1, SD2, SDXL
 from ...core.card import StudentCard
 from ...core.naming import layers_of
 from ...core.schedule import scaled_linear, zero_terminal
-from ...trainer.pipeline.stock import SAID, discrete_settings
+from ...trainer.pipeline.stock import discrete_settings
 from .tensors import ExportError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -113,7 +113,7 @@ def text_encoder(shapes: Shapes, activation: str, projected: bool) -> dict[str, 
 
 def scheduler(card: StudentCard, base: Mapping[str, Any]) -> dict[str, Any]:
     """A stock scheduler that samples the student as its card says; `base` is the base's own configuration, or part."""
-    if card.prediction not in SAID or card.prediction == "flow":
+    if card.prediction == "flow":
         raise ExportError(f"a UNet's student that predicts {card.prediction} has no scheduler in diffusers")
     config = {**BETAS, **base}
     if config["beta_schedule"] != BETAS["beta_schedule"] or config.get("trained_betas") is not None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from ...core import architecture as names
 from ...core.architecture import WHOLE, architecture_of
+from ...core.schedule import prediction_of_name
 from .errors import ModelError
 from .header import Header
 from .refusals import CHANNELS, FLUX_CHANNELS, Shapes, addition, channels, part, quantised, unusable
@@ -34,7 +35,6 @@ ORIGINAL = {
     **dict.fromkeys((names.LUMINA2, names.Z_IMAGE), "x_embedder.weight"),
     names.SANA: "x_embedder.proj.weight",
 }
-PREDICTIONS = {"epsilon": "eps", "eps": "eps", "v": "v", "v_prediction": "v", "v-prediction": "v"}
 UNETS = (names.SD1, names.SD2, names.SDXL)
 # Of Stable Diffusion 2 only the weights tell the prediction type: this layer's, which ComfyUI looks at, too.
 SD2_BIAS = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
@@ -127,4 +127,5 @@ def _prediction(header: Header, architecture: str) -> tuple[str, bool]:
         )
     if "v_pred" in header.shapes:
         return "v", "ztsnr" in header.shapes
-    return PREDICTIONS.get(header.metadata.get("modelspec.prediction_type", "").lower(), ""), False
+    prediction = prediction_of_name(header.metadata.get("modelspec.prediction_type", "").lower())
+    return prediction if prediction in ("eps", "v") else "", False

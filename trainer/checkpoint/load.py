@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,14 @@ import torch
 
 from ...core import architecture as names
 from ...core.architecture import architecture_of
+from ...core.schedule import PREDICTION_TYPES
 from ..run.memory import is_out_of_memory
 from . import hub
 from .errors import ModelError
 from .folder import components_of, load_components, load_module, read_index, read_json
-from .single_file import CONFIGS, Parts, facts, load_parts, load_vae
+from .single_file import Parts, load_parts, load_vae
 from .tokenizer import TOKENS, clip_tokenizer, t5_tokenizer
 
-WORDS = {"eps": "epsilon", "v": "v_prediction"}  # ours -> diffusers'
 TRANSFORMERS = {
     "ChromaTransformer2DModel": names.CHROMA,
     "Lumina2Transformer2DModel": names.LUMINA2,
@@ -33,24 +33,16 @@ INSTALL = "pip install 'turbodistill[demo]'"
 
 @dataclass(frozen=True)
 class Loaded:
-    """A loaded pipeline, on the CPU.
-
-    `prediction` is eps, v or flow; `size` (width, height) in pixels is what it was trained at; `zero_terminal` says
-    that its noise schedule ends without signal; `remarks` are sentences to show.
-    """
+    """A loaded pipeline, on the CPU, and what it is called; `remarks` are sentences to show."""
 
     pipe: Any
     name: str
-    architecture: str
-    prediction: str
-    size: tuple[int, int]
-    zero_terminal: bool = False
-    remarks: tuple[str, ...] = field(default=())
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class _How:
-    """What `load_pipeline` is asked for."""
+class _Options:
+    """The options of `load_pipeline`."""
 
     dtype: torch.dtype | None
     token: str | bool | None
@@ -81,12 +73,12 @@ def load_pipeline(
     `tokenizer`. `prediction` (eps or v) overrides what the checkpoint says. Raises ModelError, in words, for everything
     that cannot be loaded.
     """
-    if prediction not in (None, *WORDS):
+    if prediction not in (None, "eps", "v"):
         raise ModelError(f"prediction is {prediction!r:.80}: give eps or v")
-    how = _How(dtype, token, variant, tokenizer, vae, components, prediction)
+    options = _Options(dtype, token, variant, tokenizer, vae, components, prediction)
     try:
-        path = _place(source, how, revision)
-        return _folder(path, str(source), how) if path.is_dir() else _single(path, how)
+        path = _resolve(source, options, revision)
+        return _load_folder(path, str(source), options) if path.is_dir() else _load_file(path, options)
     except ModelError:
         raise
     except ImportError as error:
@@ -99,58 +91,50 @@ def load_pipeline(
         ) from None
 
 
-def _place(source: str | Path, how: _How, revision: str | None = None, only: list[str] | None = None) -> Path:
+def _resolve(source: str | Path, options: _Options, revision: str | None = None, only: list[str] | None = None) -> Path:
     """The file or folder that a source names, on this machine or from the hub."""
     if os.path.exists(source):  # unlike Path's, false for what no file can be called
         return Path(source)
     named = hub.named(source.as_posix() if isinstance(source, Path) else source)
     if named is None:
         raise ModelError(f"model {source!s:.300} does not exist: check the name")
-    return hub.fetch(*named, revision=revision, token=how.token, variant=how.variant, only=only)
+    return hub.fetch(*named, revision=revision, token=options.token, variant=options.variant, only=only)
 
 
-def _folder(path: Path, name: str, how: _How) -> Loaded:
+def _load_folder(path: Path, name: str, options: _Options) -> Loaded:
     index = read_index(path)
     stored = components_of(index)
     part = next((n for n in ("unet", "transformer") if n in stored), "denoiser")
     if absent := [n for n in (part, "vae", "scheduler") if n not in stored]:
         raise ModelError(f"{path} has no {_listed(absent)}: get it again")
-    parts, remarks = load_components(path, dtype=how.dtype, variant=how.variant)
-    denoiser, scheduler = parts[part], parts["scheduler"]
-    architecture = architecture_of_module(denoiser)
-    if part == "unet" and (channels := denoiser.config.in_channels) != 4:
+    parts, remarks = load_components(path, dtype=options.dtype, variant=options.variant)
+    if part == "unet" and (channels := parts[part].config.in_channels) != 4:
         raise ModelError(f"{path} holds a UNet with {channels} channels in, where 4 are usual: give a base model")
-    if how.prediction and part == "unet":
-        changed = {"prediction_type": WORDS[how.prediction]}
-        parts["scheduler"] = scheduler = type(scheduler).from_config(scheduler.config, **changed)
-    said = _said(path, scheduler, part == "unet")
-    options = {k: v for k, v in index.items() if not k.startswith("_") and not isinstance(v, list)}
-    pipe = _pipeline(str(index["_class_name"]), parts, options)
-    size = _size(pipe, denoiser, architecture)
-    name = Path(name).resolve().name if os.path.exists(name) else name
-    return Loaded(pipe, name, architecture, said, size, _ends_in_noise(scheduler), tuple(remarks))
+    if options.prediction and part == "unet":
+        scheduler, prediction_type = parts["scheduler"], PREDICTION_TYPES[options.prediction]
+        parts["scheduler"] = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type)
+    own = {k: v for k, v in index.items() if not k.startswith("_") and not isinstance(v, list)}
+    pipe = _pipeline(str(index["_class_name"]), parts, own)
+    return Loaded(pipe, Path(name).resolve().name if os.path.exists(name) else name, tuple(remarks))
 
 
-def _single(path: Path, how: _How) -> Loaded:
-    parts = load_parts(path, how.dtype)
+def _load_file(path: Path, options: _Options) -> Loaded:
+    parts = load_parts(path, options.dtype)
     known, modules = parts.facts, dict[str, Any](parts.modules)
-    if how.vae is not None:
-        modules["vae"] = _vae_of(Path(how.vae), known, how.dtype)
-    said = "flow" if parts.content.prediction == "flow" else how.prediction or parts.prediction
-    zero = said == "v" and parts.content.zero_terminal
-    _complete(path, parts, modules, how)
-    modules["scheduler"] = _scheduler(known, said, zero)
-    size = known.get(said, {}).get("size", known["size"])
-    if sample := known.get(said, {}).get("sample_size"):
+    if options.vae is not None:
+        modules["vae"] = _vae_of(Path(options.vae), known, options.dtype)
+    flows = parts.content.prediction == "flow"
+    prediction = "flow" if flows else options.prediction or parts.prediction
+    _complete(path, parts, modules, options)
+    modules["scheduler"] = _scheduler(known, prediction, prediction == "v" and parts.content.zero_terminal)
+    if sample := known.get(prediction, {}).get("sample_size"):
         modules["unet"].register_to_config(sample_size=sample)
-    pipe = _pipeline(known["pipeline"], modules, known["options"])
-    architecture = parts.content.architecture
-    return Loaded(pipe, path.stem, architecture, said, (size, size), zero, tuple(parts.remarks))
+    return Loaded(_pipeline(known["pipeline"], modules, known["options"]), path.stem, tuple(parts.remarks))
 
 
-def _complete(path: Path, parts: Parts, modules: dict[str, Any], how: _How) -> None:
+def _complete(path: Path, parts: Parts, modules: dict[str, Any], options: _Options) -> None:
     """Add what a file lacks: text encoders and autoencoder from `components`, tokenizers from there or this machine."""
-    known, components = parts.facts, how.components
+    known, components = parts.facts, options.components
     encoders: dict[str, Any] = known["text_encoders"]
     if known["pipeline"] == "StableDiffusion3Pipeline" and components is None and "text_encoder" in modules:
         modules.setdefault("text_encoder_3", None)  # T5, without which it works, too
@@ -164,33 +148,33 @@ def _complete(path: Path, parts: Parts, modules: dict[str, Any], how: _How) -> N
         name = encoder.replace("text_encoder", "tokenizer")
         if modules.get(encoder, parts) is None:
             modules[name] = None
-        elif name in known["padding"] and (components is None or how.tokenizer is not None):
+        elif name in known["padding"] and (components is None or options.tokenizer is not None):
             rows = modules[encoder].config.vocab_size if encoder in modules else TOKENS
-            modules[name] = clip_tokenizer(known["padding"][name], how.tokenizer, rows)
+            modules[name] = clip_tokenizer(known["padding"][name], options.tokenizer, rows)
         elif components is None and kind == "t5xxl" and (found := t5_tokenizer()):
             modules[name] = found
         else:
             rest.append(name)
     if rest:
-        _take(path, rest, parts, modules, how)
+        _take(path, rest, parts, modules, options)
 
 
-def _take(path: Path, rest: list[str], parts: Parts, modules: dict[str, Any], how: _How) -> None:
+def _take(path: Path, rest: list[str], parts: Parts, modules: dict[str, Any], options: _Options) -> None:
     """Add these components from the folder or model of the hub that `components` names."""
-    components, like = how.components, parts.facts["like"]
+    components, like = options.components, parts.facts["like"]
     if components is None:
         raise ModelError(
             f"{path} needs the {_listed(rest)}: give as components a diffusers folder or model of the hub that has it, "
             f"such as {like}"
         )
-    folder = _place(components, how, only=rest)
+    folder = _resolve(components, options, only=rest)
     if not folder.is_dir():
         raise ModelError(f"components {components!s:.300} is a file: give a diffusers folder or a model of the hub")
     stored = components_of(read_index(folder))
     if absent := [n for n in rest if n not in stored]:
         raise ModelError(f"components {components!s:.300} has no {_listed(absent)}: give another, such as {like}")
     _check_same(components, parts.facts, stored)
-    more, remarks = load_components(folder, dtype=how.dtype, variant=how.variant, only=rest)
+    more, remarks = load_components(folder, dtype=options.dtype, variant=options.variant, only=rest)
     modules |= more
     parts.remarks += remarks
 
@@ -225,7 +209,7 @@ def _scheduler(known: Mapping[str, Any], prediction: str, zero: bool) -> Any:
     import diffusers
 
     kind, config = known["scheduler"]
-    changed = {"prediction_type": WORDS[prediction]} if prediction in WORDS else {}
+    changed = {} if prediction == "flow" else {"prediction_type": PREDICTION_TYPES[prediction]}
     if zero:
         changed |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return getattr(diffusers, kind)(**config | changed)
@@ -260,29 +244,3 @@ def architecture_of_config(kind: str, config: Mapping[str, Any]) -> str:
     if kind == "FluxTransformer2DModel":
         return names.FLUX_DEV if config.get("guidance_embeds") else names.FLUX_SCHNELL
     return TRANSFORMERS.get(kind, "")
-
-
-def _said(path: Path, scheduler: Any, unet: bool) -> str:
-    """The prediction type that a folder's scheduler says."""
-    kind = scheduler.config.get("prediction_type", "epsilon")
-    if not unet:
-        return "flow"
-    if kind not in WORDS.values():
-        raise ModelError(f"{path} predicts {kind!r:.100}: known are epsilon and v_prediction")
-    return next(ours for ours, theirs in WORDS.items() if theirs == kind)
-
-
-def _ends_in_noise(scheduler: Any) -> bool:
-    """Whether a scheduler's last step holds no signal."""
-    table = getattr(scheduler, "alphas_cumprod", None)
-    return bool(scheduler.config.get("rescale_betas_zero_snr")) or (table is not None and float(table[-1]) < 1e-6)
-
-
-def _size(pipe: Any, denoiser: Any, architecture: str) -> tuple[int, int]:
-    """The width and height in pixels that a folder's model was trained at."""
-    latents = denoiser.config.get("sample_size")
-    if not isinstance(latents, int):
-        side = int(facts(architecture)["size"]) if (CONFIGS / f"{architecture}.json").is_file() else 512
-        return side, side
-    side = latents * int(getattr(pipe, "vae_scale_factor", 8))
-    return side, side

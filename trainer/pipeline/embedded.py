@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from ...core.denoiser import Cond
 from ...core.lora import check_match
 from ...core.schedule import DiscreteSchedule, scaled_linear
 from ...demo.files import HEADER
 from ...demo.text_encoder import TextEncoder
+from ..checkpoint.header import read_header
 from .denoisers import UNetDenoiser
 from .host import ModelError, PipelineHost
 
@@ -24,8 +23,7 @@ MOST, MOST_LAYERS = 65_536, 32  # numbers in an architecture, and layers in a bl
 
 def load_single_file(path: Path, device: str) -> PipelineHost:
     """A single file whose header holds its architecture; raises ModelError where that is odd, or the file broken."""
-    with _opened(path) as file:
-        about = file.metadata() or {}
+    about = read_header(path).metadata
     try:
         from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
         from diffusers.models.attention_processor import AttnProcessor
@@ -47,7 +45,7 @@ def load_single_file(path: Path, device: str) -> PipelineHost:
         raise ModelError(
             f"{path}: the architecture in its header cannot be read ({error!r:.300}): get the file again"
         ) from None
-    with _opened(path) as file:
+    with safe_open(path, "pt") as file:
         tensors = {k: file.get_tensor(k).float() for k in file.keys()}  # noqa: SIM118 - no dict
     prefix = "cond_stage_model."
     parts = (
@@ -93,16 +91,3 @@ def _check_numbers(values: Any, name: str = "the header") -> None:
         most = MOST_LAYERS if "layers" in key else MOST
         if isinstance(value, (int, float)) and not abs(value) <= most:
             raise ValueError(f"{key} is {value!s:.20}, at most {most} can be")
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file, of which nothing but the header has been read; raises ModelError if it is none."""
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{path} is no complete safetensors file ({error}). If the download broke off, get it again; "
-            "pickle files (.ckpt, .pt) are not loaded, since they can run code"
-        ) from None

@@ -7,11 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ...core.schedule import DiscreteSchedule, FlowSchedule, Schedule
+from ...core.schedule import DiscreteSchedule, FlowSchedule, Schedule, prediction_of_name
 from . import denoisers, texts
 from .host import ModelError, Size
-
-READINGS = {"epsilon": "eps", "v_prediction": "v"}  # of a scheduler's prediction_type
 
 
 @dataclass(frozen=True)
@@ -99,10 +97,11 @@ def prediction_of(pipe: Any, kind: Kind) -> str:
     """What a pipeline's network predicts, in a card's words; raises ModelError for what is not known here."""
     if kind.flows:
         return "flow"
-    said = pipe.scheduler.config.get("prediction_type", "epsilon")
-    if said not in READINGS:
-        raise ModelError(f"its scheduler says that the model predicts {said!r:.100}: known are {', '.join(READINGS)}")
-    return READINGS[said]
+    name = pipe.scheduler.config.get("prediction_type", "epsilon")
+    prediction = prediction_of_name(name)
+    if prediction not in ("eps", "v"):
+        raise ModelError(f"its scheduler's prediction_type is {name!r:.100}: known are epsilon and v_prediction")
+    return prediction
 
 
 def schedule_of(pipe: Any, kind: Kind, size: Size) -> Schedule:

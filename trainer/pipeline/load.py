@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...core.architecture import architecture_of
 from ...core.card import header
 from ...core.denoiser import Cond
 from ...demo.files import HEADER, MODEL
-from ..checkpoint.load import Loaded, load_pipeline
+from ..checkpoint.load import Loaded, architecture_of_module, load_pipeline
 from ..run.memory import is_out_of_memory
 from .check import check_pipeline, check_trainable
 from .denoisers import as_it_samples
@@ -26,28 +25,29 @@ from .kinds import channels_of, default_size, kind_of, prediction_of, schedule_o
 log = logging.getLogger(__name__)
 
 
-def load_model(source: Any = None, device: str | None = None, size: Size | None = None, **how: Any) -> PipelineHost:
+def load_model(source: Any = None, device: str | None = None, size: Size | None = None, **options: Any) -> PipelineHost:
     """What can be distilled: the embedded model, a checkpoint, or a pipeline of diffusers that is loaded.
 
     `source` is None for the embedded model, a .safetensors file, a diffusers folder, a model of the hub
     (`owner/name`, `owner/name/file.safetensors`), or a pipeline. A pipeline's weights are shared and left as they are,
-    and where they are. `size` (width, height) is that of the pictures, by default the model's own. `how` are the
-    options of `checkpoint.load.load_pipeline`: dtype, revision, token, variant, tokenizer, vae, components, prediction.
+    and where they are. `size` (width, height) is that of the pictures, by default the model's own. `options` are
+    those of `checkpoint.load.load_pipeline`: dtype, revision, token, variant, tokenizer, vae, components, prediction.
     Raises ModelError for anything else, and for a device that is not there, with the reason.
     """
-    if unknown := sorted(set(how) - set(load_pipeline.__kwdefaults__ or ())):
-        raise TypeError(f"load_model has no option {unknown[0]!r}")
+    if unknown := sorted(set(options) - set(load_pipeline.__kwdefaults__ or ())):
+        known = ", ".join(load_pipeline.__kwdefaults__ or ())
+        raise TypeError(f"load_model has no option {unknown[0]!r}: its options are {known}")
     loaded = hasattr(source, "components")
-    if how and (loaded or source is None):
-        raise ModelError(f"{next(iter(how))} is an option for files, folders and the hub: leave it out")
-    host = host_of(source, device) if loaded else _from_disk(source, device, how)
+    if options and (loaded or source is None):
+        raise ModelError(f"{next(iter(options))} is an option for files, folders and the hub: leave it out")
+    host = host_of(source, device) if loaded else _from_disk(source, device, options)
     return host if size is None else host.sized(*size)
 
 
-def host_of(pipe: Any, device: str | None = None, name: str = "", architecture: str = "") -> PipelineHost:
-    """A loaded pipeline as a host; raises ModelError for one that cannot be distilled, and says why.
+def host_of(pipe: Any, device: str | None = None, name: str = "") -> PipelineHost:
+    """A loaded pipeline as a host, called `name` if that is given.
 
-    `name` and `architecture` are the model's where they are known better than by the pipeline.
+    Raises ModelError for one that cannot be distilled, and says why.
     """
     kind = kind_of(pipe)
     network = check_pipeline(pipe, kind)
@@ -66,15 +66,12 @@ def host_of(pipe: Any, device: str | None = None, name: str = "", architecture: 
 
     make: Any = kind.denoiser
     denoiser = make(network, schedule_of(pipe, kind, size), prediction_of(pipe, kind))
-    found = architecture or architecture_of({name: p.shape for name, p in network.named_parameters()}) or "unknown"
-    if not kind.flows and network.config.addition_embed_type is None:
-        denoiser.lora_style = "diffusers"
     return PipelineHost(
         denoiser,
         pipe.vae,
         encode,
         name or Path(pipe.name_or_path or "").name or type(pipe).__name__,
-        found,
+        architecture_of_module(network),
         size,
         channels=channels_of(network, kind),
         factor=pipe.vae_scale_factor,
@@ -84,7 +81,7 @@ def host_of(pipe: Any, device: str | None = None, name: str = "", architecture: 
     )
 
 
-def _from_disk(source: str | Path | None, device: str | None, how: dict[str, Any]) -> PipelineHost:
+def _from_disk(source: str | Path | None, device: str | None, options: dict[str, Any]) -> PipelineHost:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
@@ -97,7 +94,7 @@ def _from_disk(source: str | Path | None, device: str | None, how: dict[str, Any
     try:
         if HEADER in header(source)[0]:
             return load_single_file(Path(source), device)
-        return _placed(load_pipeline(source, **how), device, how.get("dtype"))
+        return _on_device(load_pipeline(source, **options), device, options.get("dtype"))
     except ModelError:
         raise
     except Exception as error:  # there is no end to what the libraries below raise for odd files
@@ -108,7 +105,7 @@ def _from_disk(source: str | Path | None, device: str | None, how: dict[str, Any
         ) from None
 
 
-def _placed(loaded: Loaded, device: str, dtype: torch.dtype | None) -> PipelineHost:
+def _on_device(loaded: Loaded, device: str, dtype: torch.dtype | None) -> PipelineHost:
     """A loaded checkpoint on its device, as a host; a CPU computes in float32 unless another type is asked for."""
     for part in loaded.pipe.components.values():
         if isinstance(part, nn.Module):
@@ -117,6 +114,6 @@ def _placed(loaded: Loaded, device: str, dtype: torch.dtype | None) -> PipelineH
     for remark in loaded.remarks:
         log.warning(remark)
     try:
-        return host_of(loaded.pipe, name=loaded.name, architecture=loaded.architecture)
+        return host_of(loaded.pipe, name=loaded.name)
     except ModelError as error:
         raise ModelError(f"{loaded.name}: {error}") from None

@@ -19,10 +19,16 @@ from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 
 from ...core.sampling import row_noise, sigmas_of
-from ...core.schedule import DiscreteSchedule, FlowSchedule, Schedule, expand, trailing_timesteps
+from ...core.schedule import (
+    PREDICTION_TYPES,
+    DiscreteSchedule,
+    FlowSchedule,
+    Schedule,
+    expand,
+    prediction_of_name,
+    trailing_timesteps,
+)
 from .denoisers import pack, unpack
-
-READINGS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
 
 
 @dataclass
@@ -70,9 +76,11 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
         max_image_seq_len: int = 4096,
         time_shift_type: str = "exponential",
     ):
-        if prediction_type not in READINGS:
-            raise ValueError(f"prediction_type is {prediction_type!r}: use one of {', '.join(READINGS)}")
-        self.prediction = READINGS[prediction_type]
+        self.prediction = prediction_of_name(prediction_type)
+        if not self.prediction:
+            raise ValueError(
+                f"prediction_type is {prediction_type!r:.80}: use one of {', '.join(PREDICTION_TYPES.values())}"
+            )
         if use_flow_sigmas:
             self.schedule: Schedule = FlowSchedule(shift, num_train_timesteps)
         else:

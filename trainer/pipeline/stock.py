@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ...core.card import StudentCard
+from ...core.schedule import PREDICTION_TYPES
 from .host import ModelError
 from .kinds import Kind, flow_shift, kind_of, pixels_to_tokens, schedule_of
 
-SAID = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}
 BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 DYNAMIC = (
     "use_dynamic_shifting",
@@ -34,7 +34,7 @@ def student_scheduler(card: StudentCard, pipe: Any) -> Any:
     config = pipe.scheduler.config
     settings: dict[str, Any] = {
         "num_train_timesteps": config.num_train_timesteps,
-        "prediction_type": SAID[card.prediction],
+        "prediction_type": PREDICTION_TYPES[card.prediction],
         "start_timestep": card.timesteps[0],
         "trained_steps": len(card.timesteps),
     }
@@ -85,7 +85,7 @@ def discrete_settings(card: StudentCard, config: Mapping[str, Any], table: Tenso
     """
     steps = card.timesteps[0] + 1
     settings: dict[str, Any] = {
-        "prediction_type": SAID[card.prediction],
+        "prediction_type": PREDICTION_TYPES[card.prediction],
         "timestep_spacing": "trailing",
         **{name: config[name] for name in BETAS if config.get(name) is not None},
     }

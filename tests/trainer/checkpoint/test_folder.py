@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from turbodistill.trainer.checkpoint.errors import ModelError
 from turbodistill.trainer.checkpoint.folder import choose_variant
-from turbodistill.trainer.checkpoint.load import load_pipeline
+from turbodistill.trainer.checkpoint.load import architecture_of_module, load_pipeline
+from turbodistill.trainer.pipeline.kinds import default_size, kind_of, prediction_of, schedule_of
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -43,13 +44,15 @@ def test_a_folder_is_read_as_it_is_stored(name, how, pipes, files, tmp_path):
     pipes[name].save_pretrained(tmp_path / "mine", **how)
     assert ("max_shard_size" in how) == bool(list(tmp_path.rglob("*.index*.json")))
     loaded = load_pipeline(str(tmp_path / "mine"))
-    assert (loaded.name, loaded.prediction, loaded.remarks) == ("mine", "eps", ())
+    assert (loaded.name, loaded.pipe.scheduler.config.prediction_type, loaded.remarks) == ("mine", "epsilon", ())
     assert type(loaded.pipe) is type(pipes[name])
     for part, module in pipes[name].components.items():
         if isinstance(module, torch.nn.Module):
             assert files.equal(getattr(loaded.pipe, part), module), part
-    assert loaded.architecture.startswith("stable-diffusion-" + {"sd1": "v1", "sd2": "v2", "sdxl": "xl"}[name])
-    assert loaded.size == {"sd1": (128, 128), "sd2": (128, 128), "sdxl": (256, 256)}[name]  # of latents half as large
+    architecture = architecture_of_module(loaded.pipe.unet)
+    assert architecture.startswith("stable-diffusion-" + {"sd1": "v1", "sd2": "v2", "sdxl": "xl"}[name])
+    side = {"sd1": 128, "sd2": 128, "sdxl": 256}[name]  # of latents half as large
+    assert default_size(loaded.pipe, kind_of(loaded.pipe)) == (side, side)
 
 
 def test_a_folder_is_cast_where_a_type_is_asked_for(folder):
@@ -60,8 +63,9 @@ def test_a_folder_is_cast_where_a_type_is_asked_for(folder):
 def test_a_zero_terminal_v_model_is_told_by_its_scheduler(folder):
     scheduler = folder / "scheduler" / "scheduler_config.json"
     change(scheduler, prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    loaded = load_pipeline(folder)
-    assert (loaded.prediction, loaded.zero_terminal) == ("v", True)
+    pipe = load_pipeline(folder).pipe
+    kind = kind_of(pipe)
+    assert prediction_of(pipe, kind) == "v" and schedule_of(pipe, kind, (64, 64)).sigmas[-1] > 4000
     change(scheduler, prediction_type="epsilon", rescale_betas_zero_snr=False)
     assert load_pipeline(folder, prediction="v").pipe.scheduler.config.prediction_type == "v_prediction"
 
@@ -146,10 +150,6 @@ def index(**values):
         (index(_class_name="StableDiffusionUpscalePipeline"), r"an upscaler"),
         (index(_class_name="StableDiffusionInstructPix2PixPipeline"), r"a model that edits pictures"),
         (index(_class_name="MyPipeline"), r"MyPipeline, another kind of model: give one that makes pictures of text"),
-        (
-            lambda folder: change(folder / "scheduler/scheduler_config.json", prediction_type="sample"),
-            r"predicts 'sample': known are epsilon and v_prediction",
-        ),
     ],
 )
 def test_a_folder_that_cannot_be_used_is_told(damage, told, folder):
@@ -246,8 +246,8 @@ def test_a_flow_model_s_folder_is_read_as_it_is_stored(kind, architecture, how, 
     pipe = flow_pipe(kind, files, vocabulary, words)
     pipe.save_pretrained(tmp_path / "mine", **how)
     loaded = load_pipeline(tmp_path / "mine")
-    assert (type(loaded.pipe).__name__, loaded.architecture, loaded.prediction) == (kind, architecture, "flow")
-    assert not loaded.zero_terminal and loaded.remarks == ()
+    assert (type(loaded.pipe).__name__, architecture_of_module(loaded.pipe.transformer)) == (kind, architecture)
+    assert loaded.remarks == ()
     for part, module in pipe.components.items():
         found = getattr(loaded.pipe, part)
         assert (found is None) == (module is None)

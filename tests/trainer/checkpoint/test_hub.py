@@ -7,7 +7,7 @@ import pytest
 import torch
 from turbodistill.trainer.checkpoint import hub
 from turbodistill.trainer.checkpoint.errors import ModelError
-from turbodistill.trainer.checkpoint.load import load_pipeline
+from turbodistill.trainer.checkpoint.load import architecture_of_module, load_pipeline
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 _spec = importlib.util.spec_from_file_location("turbodistill_hub_server", Path(__file__).with_name("hub_server.py"))
@@ -57,7 +57,7 @@ def resolved(server):
 @pytest.mark.parametrize(("name", "variant", "ending"), [("me/both", None, ""), ("me/both", "fp16", ".fp16")])
 def test_of_a_model_only_what_is_needed_is_downloaded(name, variant, ending, server, small_sd1, files):
     loaded = load_pipeline(name, variant=variant)
-    assert (loaded.name, loaded.architecture) == (name, "stable-diffusion-v1")
+    assert (loaded.name, architecture_of_module(loaded.pipe.unet)) == (name, "stable-diffusion-v1")
     assert all(files.equal(getattr(loaded.pipe, k), v) for k, v in small_sd1.modules.items())
     weights = {f for f in resolved(server) if f.endswith((".safetensors", ".bin", ".png"))}
     kind = "diffusion_pytorch_model"
@@ -104,7 +104,7 @@ def test_where_the_network_is_down_the_cache_counts(server, monkeypatch):
 
 
 def test_a_revision_is_asked_for_by_its_name(server):
-    assert load_pipeline("me/half", revision="v1").architecture == "stable-diffusion-v1"
+    assert architecture_of_module(load_pipeline("me/half", revision="v1").pipe.unet) == "stable-diffusion-v1"
     assert any("/revision/v1" in path for path in server.asked)
     with pytest.raises(ModelError, match=r"me/half at revision v9 is not on the hub: give a branch, tag or commit"):
         load_pipeline("me/half", revision="v9")

@@ -8,13 +8,13 @@ from safetensors.torch import save_file
 from turbodistill.core.schedule import DiscreteSchedule
 from turbodistill.trainer.checkpoint.errors import ModelError
 from turbodistill.trainer.checkpoint.identify import SD2_BIAS, Content
-from turbodistill.trainer.checkpoint.load import load_pipeline
+from turbodistill.trainer.checkpoint.load import architecture_of_module, load_pipeline
 from turbodistill.trainer.checkpoint.single_file import load_parts, unsaid_prediction
 
 KINDS = {
-    "small_sd1": ("stable-diffusion-v1", "StableDiffusionPipeline", (512, 512)),
-    "small_sd2": ("stable-diffusion-v2", "StableDiffusionPipeline", (512, 512)),
-    "small_sdxl": ("stable-diffusion-xl-v1-base", "StableDiffusionXLPipeline", (1024, 1024)),
+    "small_sd1": ("stable-diffusion-v1", "StableDiffusionPipeline", 64),
+    "small_sd2": ("stable-diffusion-v2", "StableDiffusionPipeline", 64),
+    "small_sdxl": ("stable-diffusion-xl-v1-base", "StableDiffusionXLPipeline", 128),
 }
 # What the libraries add to a configuration, or write in another way.
 NOT_COMPARED = re.compile(r"_.*|sample_size|scaling_factor|bos_token_id|eos_token_id|dtype|torch_dtype|architectures")
@@ -36,8 +36,9 @@ def made(request):
 def test_a_file_gives_the_modules_that_it_was_written_from(made, files, vocabulary, tmp_path):
     name, checkpoint = made
     loaded = load_pipeline(checkpoint.write(tmp_path / "mine.safetensors"), tokenizer=vocabulary)
-    assert (loaded.architecture, type(loaded.pipe).__name__, loaded.size) == KINDS[name]
-    assert (loaded.name, loaded.prediction, loaded.zero_terminal, loaded.remarks) == ("mine", "eps", False, ())
+    unet = loaded.pipe.unet
+    assert (architecture_of_module(unet), type(loaded.pipe).__name__, unet.config.sample_size) == KINDS[name]
+    assert (loaded.name, loaded.pipe.scheduler.config.prediction_type, loaded.remarks) == ("mine", "epsilon", ())
     for part, module in checkpoint.modules.items():
         found = getattr(loaded.pipe, part)
         assert files.equal(found, module) and type(found) is type(module) and not found.training
@@ -109,22 +110,19 @@ def test_what_belongs_to_nothing_is_named_and_left_out(small_sd1, tmp_path):
 @pytest.mark.parametrize(
     ("marks", "expected"),
     [
-        ((), ("eps", False)),
-        (("v_pred",), ("v", False)),
-        (("v_pred", "ztsnr"), ("v", True)),
-        (("ztsnr",), ("eps", False)),  # as in ComfyUI
+        ((), ("epsilon", False)),
+        (("v_pred",), ("v_prediction", False)),
+        (("v_pred", "ztsnr"), ("v_prediction", True)),
+        (("ztsnr",), ("epsilon", False)),  # as in ComfyUI
     ],
 )
 def test_the_marks_of_v_prediction_and_of_a_zero_terminal_schedule_count(
     marks, expected, small_sdxl, vocabulary, tmp_path
 ):
     path = small_sdxl.write(tmp_path / "mine.safetensors", **dict.fromkeys(marks, torch.zeros(0)))
-    loaded = load_pipeline(path, tokenizer=vocabulary)
-    assert (loaded.prediction, loaded.zero_terminal) == expected
-    config = loaded.pipe.scheduler.config
-    assert config.prediction_type == {"eps": "epsilon", "v": "v_prediction"}[loaded.prediction]
-    assert bool(config.rescale_betas_zero_snr) is loaded.zero_terminal
-    assert config.timestep_spacing == ("trailing" if loaded.zero_terminal else "leading")
+    config = load_pipeline(path, tokenizer=vocabulary).pipe.scheduler.config
+    assert (config.prediction_type, bool(config.rescale_betas_zero_snr)) == expected
+    assert config.timestep_spacing == ("trailing" if expected[1] else "leading")
 
 
 def test_a_zero_terminal_model_gives_numbers_in_every_scheduler(small_sdxl, vocabulary, tmp_path):
@@ -152,7 +150,7 @@ def test_a_header_may_say_the_prediction_type(said, expected, small_sd1, tmp_pat
 def test_the_prediction_type_can_be_given(small_sd1, vocabulary, tmp_path):
     path = small_sd1.write(tmp_path / "mine.safetensors")
     loaded = load_pipeline(path, tokenizer=vocabulary, prediction="v")
-    assert (loaded.prediction, loaded.pipe.scheduler.config.prediction_type) == ("v", "v_prediction")
+    assert loaded.pipe.scheduler.config.prediction_type == "v_prediction"
     with pytest.raises(ModelError, match="prediction is 'flow': give eps or v"):
         load_pipeline(path, prediction="flow")
 

@@ -71,7 +71,7 @@ BOTH = [  # of a training, and of a student that stays
     (in_eight_bits, r"the unet is quantised \(Parameter\): load it in float32"),
     (in_float8, r"the unet is quantised \(float8_e4m3fn\)"),
     (fused, r"attention of this StableDiffusionPipeline is fused.*pipe\.unfuse_qkv_projections\(\)"),
-    (with_another_prediction, "the model predicts 'sample': known are epsilon, v_prediction"),
+    (with_another_prediction, "prediction_type is 'sample': known are epsilon and v_prediction"),
     (with_a_flow_s_scheduler, "FlowMatchEulerDiscreteScheduler has no alphas_cumprod"),
 ]
 
