@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .architecture import architecture_of_file
 from .card import KEY, CardError, header, opened
+from .exclusive import exclusive
 from .lora import matching_layers, quantised
 from .naming import is_diffusers, of_an_adapter, to_diffusers, to_single_file, without_adapter
 
@@ -106,16 +107,17 @@ class Changes:
         """Within, the backbone's weights are the changed ones; the very same tensors are put back at the end."""
         weights = dict(backbone.named_parameters())
         kept: dict[str, Tensor] = {}
-        try:
-            for name, change in self.layers.items():
-                key = weight_of(name, weights)
-                kept[key] = weight = weights[key].data
-                delta = strength * change.delta().to(weight.device)
-                weights[key].data = (weight.float() + delta).to(weight.dtype)
-            yield
-        finally:
-            for key, value in kept.items():
-                weights[key].data = value
+        with exclusive(backbone):
+            try:
+                for name, change in self.layers.items():
+                    key = weight_of(name, weights)
+                    kept[key] = weight = weights[key].data
+                    delta = strength * change.delta().to(weight.device)
+                    weights[key].data = (weight.float() + delta).to(weight.dtype)
+                yield
+            finally:
+                for key, value in kept.items():
+                    weights[key].data = value
 
 
 def weight_of(layer: str, weights: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .architecture import architecture_of
 from .card import CardError, StudentCard, fingerprint, header, read_card, read_student
 from .denoiser import Cond, Denoiser
+from .exclusive import exclusive
 from .fit import Base, check_fit
 from .lora import LoRA, check_match, quantised
 from .naming import is_diffusers, of_an_adapter, to_single_file, without_adapter
@@ -48,14 +49,15 @@ class Student(Denoiser):
         self.prediction = teacher.prediction if prediction == "inherit" else prediction
         self.start_timestep = self.schedule.timesteps - 1 if start_timestep is None else start_timestep
         self.lora: LoRA | None = None
-        if rank > 0:
-            self.backbone = teacher.backbone
-            self.lora = LoRA(teacher.backbone, rank, alpha, targets, teacher.device)
-            self._network = teacher
-        else:
-            check_copyable(teacher.backbone)
-            self.backbone = copy.deepcopy(teacher.backbone)
-            self._network = teacher.with_backbone(self.backbone)
+        with exclusive(teacher.backbone):
+            if rank > 0:
+                self.backbone = teacher.backbone
+                self.lora = LoRA(teacher.backbone, rank, alpha, targets, teacher.device)
+                self._network = teacher
+            else:
+                check_copyable(teacher.backbone)
+                self.backbone = copy.deepcopy(teacher.backbone)
+                self._network = teacher.with_backbone(self.backbone)
 
     @property
     def device(self) -> torch.device:
@@ -85,15 +87,25 @@ class Student(Denoiser):
         if self.lora is None:
             yield
             return
-        before, self.lora.enabled = self.lora.enabled, True
-        try:
-            yield
-        finally:
-            self.lora.enabled = before
+        with exclusive(self.backbone):
+            before, self.lora.enabled = self.lora.enabled, True
+            try:
+                yield
+            finally:
+                self.lora.enabled = before
 
     @contextmanager
     def merged(self) -> Iterator[None]:
         """The LoRA is merged into the shared weights within: for sampling alone, since the teacher is away.
+
+        Other threads that use the model wait.
+        """
+        with exclusive(self.teacher.backbone), self.left_merged():
+            yield
+
+    @contextmanager
+    def left_merged(self) -> Iterator[None]:
+        """As `merged`, but the model is not locked: for whoever has it alone and leaves it so between calls.
 
         Quantised weights, and those of eight bits, have no room for it: it stays beside them.
         """
@@ -125,7 +137,8 @@ class Student(Denoiser):
     def release(self) -> None:
         """Take the LoRA's hooks out of the shared backbone."""
         if self.lora is not None:
-            self.lora.remove()
+            with exclusive(self.backbone):
+                self.lora.remove()
 
 
 def check_copyable(backbone: nn.Module) -> None:
@@ -234,6 +247,11 @@ def load_student(path: str | Path, teacher: Denoiser) -> tuple[Student, StudentC
     The warning says that the base is not the one the student was made for. Raises CardError for a
     file that cannot be read, and for one that does not fit this architecture or prediction.
     """
+    with exclusive(teacher.backbone):  # or its hash would be that of another student's weights
+        return _load_student(path, teacher)
+
+
+def _load_student(path: str | Path, teacher: Denoiser) -> tuple[Student, StudentCard, str]:
     card = read_card(path)
     warning = check_student(card, teacher, path)
     prediction = "inherit" if card.prediction == card.base_prediction else "x0"

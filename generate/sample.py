@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.denoiser import Cond
+from ..core.exclusive import exclusive
 from ..core.sampling import seeded_noise
 from ..core.student import Student
 from ..trainer.host import Host
@@ -45,8 +46,8 @@ def sample(
     A FewStepModel takes the latents (1, C, H, W) of a `picture` to begin from, with a `strength`.
 
     A picture depends on its prompt and seed alone, not on the batch. The LoRA is merged while a batch is made and
-    the model is as before between two pictures. Raises ValueError for steps or a batch size below 1, and for a text in
-    place of a list.
+    the model is as before between two pictures; threads that sample or distil the same model wait for each other.
+    Raises ValueError for steps or a batch size below 1, and for a text in place of a list.
     """
     if isinstance(prompts, str):
         raise ValueError(f"prompts is {prompts[:80]!r}: give a list of prompts")
@@ -55,6 +56,8 @@ def sample(
     for first in range(0, len(prompts), batch_size):
         texts = list(prompts[first : first + batch_size])
         seeds = range(seed + first, seed + first + len(texts))
-        with student.merged():
-            latents = sample_latents(host, student, host.encode_text(texts), seeds, steps, **start)
-        yield from host.decode(latents).cpu()
+        with exclusive(host.denoiser.backbone):
+            with student.merged():
+                latents = sample_latents(host, student, host.encode_text(texts), seeds, steps, **start)
+            pictures = host.decode(latents).cpu()
+        yield from pictures

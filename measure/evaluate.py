@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..core.denoiser import Cond, Guided
+from ..core.exclusive import exclusive
 from ..core.sampling import sample_euler, seeded_noise, trailing_sigmas
 from ..core.student import Student
 from ..trainer.data.files import DataError, check_file, write_whole
@@ -115,7 +116,7 @@ def teacher_arm(host: Host, steps: int, guidance: float) -> Arm:
         x = schedule.add_noise(torch.zeros_like(noise), noise, sigmas[:1].to(noise))
         return sample_euler(model, x, sigmas.to(noise))
 
-    return Arm(make)
+    return Arm(make, lambda: exclusive(host.denoiser.backbone))
 
 
 def student_arm(student: Student, steps: int = 1) -> Arm:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...core.denoiser import Cond, Guided
+from ...core.exclusive import exclusive
 from ...core.sampling import TEACHER_SAMPLERS, seeded_noise, trailing_sigmas
 from ..config import Config
 from ..host import Host
@@ -112,7 +113,7 @@ def make_pairs(host: Host, config: Config, prompts: Sequence[str], folder: str |
                     noise = seeded_noise(seeds[rows].tolist(), host.latent_shape, device)
                     x = schedule.add_noise(torch.zeros_like(noise), noise, sigmas[:1].to(device))
                     model = Guided(host.denoiser, cond.rows(rows).to(device), uncond, config.guidance)
-                    with autocast(config, host.denoiser):
+                    with exclusive(host.denoiser.backbone), autocast(config, host.denoiser):
                         latents = sample(model, x, sigmas.to(device)).float().cpu()
                     _check_finite(latents, {first + row: of_shard[row] for row in rows.tolist()})
                     parts.append(latents)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.denoiser import Cond
+from ...core.exclusive import exclusive
 from ..data.samples import Samples
 from .batch import Reals, draw_batch, generator
 from .feature_cache import FeatureCache
@@ -60,7 +61,8 @@ def distill(state: State, pairs: Samples, uncond: Cond, pictures: Samples | None
             # Spectral norms advance with every pass of the heads: an update that is broken off must not leave its own.
             norms = [buffer.clone() for buffer in state.discriminator.buffers()]
             try:
-                step = _update(state, pairs, uncond, reals)
+                with exclusive(student.teacher.backbone):
+                    step = _update(state, pairs, uncond, reals)
             except BaseException:
                 if state.whole:
                     for buffer, before in zip(state.discriminator.buffers(), norms, strict=True):

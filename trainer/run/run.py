@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...core.exclusive import exclusive
 from ..config import Config, ConfigError
 from ..data.found import BROKEN
 from ..data.images import cache_images, check_pictures, load_images
@@ -132,8 +133,11 @@ def _run(
             if words := found.in_words():
                 yield Warned(0, words)
         new = not pairs_folder.exists()  # of a model that is read wrongly every pair would be noise
-        if new and (words := check_prediction(host.denoiser, host.latent_shape, host.encode_text([""]))):
-            yield Warned(0, words)
+        if new:
+            with exclusive(host.denoiser.backbone):
+                words = check_prediction(host.denoiser, host.latent_shape, host.encode_text([""]))
+            if words:
+                yield Warned(0, words)
         for done, newest in make_pairs(host, config, prompts, pairs_folder):
             yield PairsMade(done, config.pairs, "teacher pairs", newest)
         pairs = load_pairs(pairs_folder, config.pairs)
@@ -148,7 +152,8 @@ def _run(
         train_rows, held_rows = split(pairs)
         train, held = pairs.select(train_rows), pairs.select(held_rows)
         doing.what = "training"
-        state = begin(host, config, pairs, seen)
+        with exclusive(host.denoiser.backbone):
+            state = begin(host, config, pairs, seen)
         state.extra["pairs"] = recipe
         try:
             yield from Training(host, state, folder, train, held, reals, score, control).events()

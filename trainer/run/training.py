@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...core.card import read_student
+from ...core.exclusive import exclusive
 from ...core.student import load_weights
 from ..config import Config, ConfigError, check_resumable
 from ..data.files import reason
@@ -124,7 +125,9 @@ class Training:
         if resume(state, self.folder):
             log.info("going on from update %d", state.update)
         uncond = self.host.encode_text([""])
-        yield Begun(state.update, measure_memory(state, self.train, self.host.resolution))
+        with exclusive(self.host.denoiser.backbone):
+            memory = measure_memory(state, self.train, self.host.resolution)
+        yield Begun(state.update, memory)
         if config.updates <= config.regression_updates and (config.adversarial_weight or config.distillation_weight):
             yield Warned(
                 0,
