@@ -219,10 +219,10 @@ class Evaluator:
     def kid_score(self, host: Host) -> Callable[[Tensor, Tensor], float]:
         """A score for choosing the best student: KID x 1000 of its pictures to the training pictures."""
 
-        def score(student: Tensor, _teacher: Tensor) -> float:
+        def kid_score(student: Tensor, _teacher: Tensor) -> float:
             return 1000 * kernel_distance(self.network(host.decode(student).cpu())[0], self.of_known[0])
 
-        return score
+        return kid_score
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from turbodistill.core.card import read_card
 from turbodistill.trainer.data import pairs
 from turbodistill.trainer.loop.distill import Step
 from turbodistill.trainer.run import run, training
-from turbodistill.trainer.run.events import Begun, Control, PairsMade, Selected
+from turbodistill.trainer.run.events import Begun, Control, PairsMade, Selected, Warned
 
 CONFTEST = Path(__file__).with_name("conftest.py")
 
@@ -140,6 +140,27 @@ def test_a_run_can_be_ended_early_and_goes_on_to_the_same_student(kit, host, tmp
     kit.go(host, settings, tmp_path / "early")
     ours, theirs = kit.saved(tmp_path / "early"), kit.saved(tmp_path / "whole")
     assert kit.same(ours["average"], theirs["average"]) and kit.same(ours["student"], theirs["student"])
+
+
+def test_a_run_that_is_scored_otherwise_begins_to_choose_anew_and_says_so(kit, host, tmp_path):
+    def near(student, teacher):
+        return 1.0
+
+    def far(student, teacher):
+        return 100.0
+
+    settings = kit.config(updates=4, evaluate_every=2)
+    kit.go(host, settings, tmp_path, score=near)
+    done = kit.go(host, settings, tmp_path, score=far)
+    assert "Selected" not in kit.names(done) and done[-1].score == 1.0  # of a finished training all stays
+    events = kit.go(host, settings.replace(updates=6), tmp_path, score=far)
+    assert "by near, which is not comparable with far: the choice begins anew" in told(events)
+    assert events[-1].score == 100.0 and events[-1].card.training["updates"] == 6
+    assert "anew" not in told(kit.go(host, settings.replace(updates=8), tmp_path, score=far))
+
+
+def told(events):
+    return " ".join(event.text for event in events if isinstance(event, Warned))
 
 
 def fail_and_go_on(host, settings, folder, kit, first):

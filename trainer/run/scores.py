@@ -11,6 +11,11 @@ from torch import Tensor
 Score = Callable[[Tensor, Tensor], float]
 
 
+def kind_of(score: Score) -> str:
+    """A score's name; values of two kinds cannot be compared."""
+    return getattr(score, "__name__", type(score).__name__)
+
+
 def latent_score(student: Tensor, teacher: Tensor) -> float:
     """Kernel distance on downsampled latents, which every host has. Front ends with a feature network pass theirs."""
     size = min(8, student.shape[-1])

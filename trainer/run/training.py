@@ -28,7 +28,7 @@ from ..loop.state import State, check_state
 from .events import Begun, Control, Event, Finished, Preview, Selected, Warned
 from .history import History
 from .memory import PREVIEWS, is_out_of_memory, measure_memory
-from .scores import Score
+from .scores import Score, kind_of
 from .state_file import read_state, read_values, write_state
 from .student_file import write_student
 
@@ -128,6 +128,8 @@ class Training:
         with exclusive(self.host.denoiser.backbone):
             memory = measure_memory(state, self.train, self.host.resolution)
         yield Begun(state.update, memory)
+        if not state.finished and (words := self._choose_anew()):
+            yield Warned(0, words)
         if config.updates <= config.regression_updates and (config.adversarial_weight or config.distillation_weight):
             yield Warned(
                 0,
@@ -181,7 +183,7 @@ class Training:
         state, config = self.state, self.state.config
         if not self.saved:
             self.save()
-        if config.evaluate_every and not self._evaluates():
+        if config.evaluate_every and (state.extra.get("measured") != state.update or not self.best.exists()):
             last = self.select()
             self.save()  # with the best score, or a longer run would begin to choose anew
             yield last
@@ -191,6 +193,19 @@ class Training:
         load_weights(state.student, state.average, tensors)  # the last preview is of what is kept
         yield self.preview()
         yield Finished(self.best, card, state.extra.get("best"))
+
+    def _choose_anew(self) -> str:
+        """Forget a best score that cannot be compared with those to come; why, in words, or ""."""
+        extra, now = self.state.extra, kind_of(self.score)
+        before = extra.get("score", now)
+        extra["score"] = now
+        if before == now or "best" not in extra:
+            return ""
+        extra.pop("measured", None)
+        return (
+            f"the best student so far, of score {extra.pop('best'):.3g}, was chosen by {before!s:.80}, which is not "
+            f"comparable with {now}: the choice begins anew"
+        )
 
     def _evaluates(self) -> bool:
         """Whether the held-out pairs are measured at this update."""
