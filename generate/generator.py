@@ -16,6 +16,7 @@ from torch import Tensor
 from ..core.card import StudentCard
 from ..core.fit import Base, check_fit
 from ..core.student import Student, load_student
+from ..trainer.data.prompts import check_texts
 from ..trainer.host import Host
 from .sample import sample_latents
 
@@ -65,8 +66,10 @@ class Generator:
     def make(self, path: Path, prompt: str, seeds: Sequence[int], steps: int) -> Made | None:
         """Pictures of a prompt, one a seed; None if another prompt came while this one waited.
 
-        Raises CardError for a file that is no student of this model, ValueError if the model is in use.
+        Raises CardError for a file that is no student of this model, ValueError if the model is in use, or the prompt
+        no text.
         """
+        check_texts([prompt])
         ticket = self._latest = next(self._tickets)
         with self._alone(PATIENCE):
             if ticket != self._latest:

@@ -12,6 +12,7 @@ from ..core.denoiser import Cond
 from ..core.exclusive import exclusive
 from ..core.sampling import seeded_noise
 from ..core.student import Student
+from ..trainer.data.prompts import check_texts
 from ..trainer.host import Host
 from .recipe import FewStepModel
 
@@ -47,12 +48,13 @@ def sample(
 
     A picture depends on its prompt and seed alone, not on the batch. The LoRA is merged while a batch is made and
     the model is as before between two pictures; threads that sample or distil the same model wait for each other.
-    Raises ValueError for steps or a batch size below 1, and for a text in place of a list.
+    Raises ValueError for steps or a batch size below 1, for a text in place of a list, and for one that is no text.
     """
     if isinstance(prompts, str):
         raise ValueError(f"prompts is {prompts[:80]!r}: give a list of prompts")
     if steps < 1 or batch_size < 1:
         raise ValueError(f"steps is {steps} and batch_size {batch_size}: give at least 1")
+    check_texts(prompts)
     for first in range(0, len(prompts), batch_size):
         texts = list(prompts[first : first + batch_size])
         seeds = range(seed + first, seed + first + len(texts))

@@ -21,6 +21,7 @@ from ..core.exclusive import exclusive
 from ..core.sampling import sample_euler, seeded_noise, trailing_sigmas
 from ..core.student import Student
 from ..trainer.data.files import DataError, check_file, write_whole
+from ..trainer.data.prompts import check_texts
 from ..trainer.host import Host
 from ..trainer.run.scores import kernel_distance
 from .metrics import (
@@ -80,6 +81,7 @@ def load_reference(path: str | Path) -> Reference:
             for row in rows:
                 with archive.open(row["file_name"]) as file:
                     pictures.append(np.asarray(Image.open(file).convert("RGB")))
+        check_texts([row["text"] for row in rows])
         splits = [row["split"] for row in rows]
         for name in ("train", "heldout"):
             if splits.count(name) < FEWEST:

@@ -35,6 +35,11 @@ def test_choices_are_drawn_in_the_examples_and_kept_for_the_pairs(nodes, prompts
     assert sorted(examples.splitlines()) == ["a blue fox", "a red fox"]
 
 
+def test_half_a_letter_is_told(nodes, prompts):
+    with pytest.raises(DataError, match="is half a letter"):
+        prompts(nodes.data.Prompts.TEXT, "a fox\n\ud800")
+
+
 @pytest.mark.parametrize("text", ["", "  \n\n", "# only a comment"])
 def test_a_text_without_a_prompt_is_told(nodes, prompts, text):
     with pytest.raises(DataError, match="no prompt in the text: write one a line"):

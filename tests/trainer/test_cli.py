@@ -297,6 +297,11 @@ def test_sampling_with_a_student_that_is_none_is_told(tmp_path, capsys, pipeline
         assert told in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+def test_sampling_half_a_letter_is_told(capsys):
+    assert cli.main(["sample", "a \udcff fox"]) == 1  # a byte of the shell's that is no UTF-8
+    assert "is half a letter, or a byte that is not UTF-8" in capsys.readouterr().err
+
+
 MAIN = "import sys; from turbodistill.app.cli import main; sys.exit(main())"
 
 

@@ -4,8 +4,13 @@ import random
 
 import pytest
 from turbodistill.demo.files import PROMPTS
+from turbodistill.generate.generator import Generator
+from turbodistill.generate.sample import sample
+from turbodistill.trainer.data.captions import caption_of
 from turbodistill.trainer.data.files import DataError
+from turbodistill.trainer.data.pairs import make_pairs
 from turbodistill.trainer.data.prompts import ANYTHING, draw_prompts, expand, prompt_lines, read_prompts
+from turbodistill.trainer.run import run
 
 
 def test_every_alternative_comes_and_nothing_else_changes():
@@ -27,6 +32,29 @@ def test_lines_come_in_turn():
 def test_lines_without_choices_stay_as_they_are():
     lines = ["a fox", "an owl (2 of them)"]
     assert draw_prompts(lines, 3) == [*lines, lines[0]]
+
+
+HALF = "a \ud800 fox"
+
+
+@pytest.mark.parametrize("read", [lambda text: draw_prompts([text], 1), prompt_lines, caption_of])
+def test_half_a_letter_is_told_wherever_prompts_come_from(read):
+    with pytest.raises(DataError, match=r"'a .ud800 fox' is no valid text: '.ud800' is half a letter"):
+        read(HALF)
+
+
+def test_nothing_begins_with_a_prompt_that_is_no_text(kit, host, tmp_path):
+    student = kit.state(host, kit.config(), kit.pairs(host, kit.config(), tmp_path / "pairs")).student
+    for prompts, words in (([HALF], "half a letter"), (["a fox", None], "prompt None is no text")):
+        with pytest.raises(DataError, match=words):
+            next(run.run(host, kit.config(), tmp_path / "run", prompts))
+        with pytest.raises(DataError, match=words):
+            next(make_pairs(host, kit.config(), prompts, tmp_path / "run"))
+        with pytest.raises(DataError, match=words):
+            next(sample(host, student, prompts))
+    with pytest.raises(DataError, match="half a letter"):
+        Generator(host).make(tmp_path / "none", HALF, [0], 1)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("line", ["a {red|blue fox", "a red|blue} fox", "a {red|{dark|light} blue fox"])

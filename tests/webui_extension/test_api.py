@@ -55,6 +55,12 @@ def test_as_many_pictures_are_sent_as_are_asked_for(client, quick, pictures, pre
     assert all(p["student"][0].startswith("data:image/png;base64,") for p in told["previews"])
 
 
+def test_a_prompt_of_half_a_letter_is_told(client, quick):
+    text = json.dumps(quick | {"prompts": "a fox\n\ud800"})
+    answer = client.post(f"{ROOT}/distill", content=text, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400 and "is half a letter" in answer.json()["error"]
+
+
 def test_it_is_ended_from_outside(client, backend, quick):
     quick["settings"] = quick["settings"] | {"updates": 100_000, "evaluate_every": 0}
     client.post(f"{ROOT}/distill", json=quick)

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from .files import DataError, text_of
+from .prompts import check_texts
 
 SUFFIXES = (".txt", ".caption", ".json")  # of a caption's file: an earlier one goes before a later one
 NAMES = ("text", "caption", "prompt", "captions", "description")  # of a caption in JSON or a table, by preference
@@ -41,4 +42,5 @@ def caption_of(value: Any) -> str | None:
         raise ValueError(f"{value!r:.40} is no text")
     if len(value) > LONGEST:
         raise ValueError(f"{len(value)} letters, where a caption has at most {LONGEST}")
+    check_texts([value])
     return value

@@ -24,12 +24,13 @@ def expand(line: str, draws: random.Random) -> str:
 def draw_prompts(lines: Sequence[str], count: int, seed: int = 0) -> list[str]:
     """`count` prompts, the lines in turn, with their choices drawn; more of the same seed begin with the same ones.
 
-    Raises DataError for a text in place of a list, and for no line.
+    Raises DataError for a text in place of a list, for no line, and as `check_texts`.
     """
     if isinstance(lines, str):
         raise DataError(f"prompts is {lines[:80]!r}: give a list of prompts")
     if not lines:
         raise DataError("no prompts to make teacher pairs from: give at least one")
+    check_texts(lines)
     draws = random.Random(seed)
     return [expand(lines[k % len(lines)], draws) for k in range(count)]
 
@@ -55,10 +56,26 @@ def prompt_lines(text: str) -> list[str]:
 
 
 def check_choices(prompts: Sequence[str]) -> None:
-    """Raise DataError for half a choice."""
+    """Raise DataError for half a choice, and as `check_texts`."""
+    check_texts(prompts)
     for prompt in prompts:
         rest = prompt
         while CHOICE.search(rest):
             rest = CHOICE.sub("", rest)
         if "{" in rest or "}" in rest:
             raise DataError(f"prompt {prompt[:80]!r} has a brace without its other one: write choices as {{red|blue}}")
+
+
+def check_texts(prompts: Sequence[str]) -> None:
+    """Raise DataError for what no text encoder can read: no text, or one with half a letter (a lone surrogate)."""
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise DataError(f"prompt {prompt!r:.80} is no text: give prompts as texts")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            half = prompt[error.start]
+            raise DataError(
+                f"prompt {prompt[:80]!r} is no valid text: {half!r} is half a letter, or a byte that is not UTF-8. "
+                "Type that letter again"
+            ) from None

@@ -20,7 +20,7 @@ from ..data.images import cache_images, check_pictures, load_images
 from ..data.lock import locked
 from ..data.pairs import load_pairs, make_pairs, pairs_recipe, pairs_size
 from ..data.pictures import read_pictures
-from ..data.prompts import draw_prompts
+from ..data.prompts import check_texts, draw_prompts
 from ..data.samples import Samples
 from ..host import Host
 from ..loop.start import begin, check, features
@@ -120,6 +120,7 @@ def _run(
         raise ConfigError(f"positives is {config.positives!r} but there are no images: give a folder, or use 'teacher'")
     if images is not None and not config.sees_pictures:
         raise ConfigError("positives is 'teacher', which takes no images: leave them out, or set positives to 'both'")
+    check_texts(prompts)
     with locked(folder):
         pairs_folder = Path(pairs_folder or folder / "pairs")
         found = None if images is None else read_pictures(images, config.broken_pictures)
