@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from turbodistill.core.card import read_card
+from turbodistill.trainer.config import ConfigError
 from turbodistill.trainer.data import pairs
 from turbodistill.trainer.loop.distill import Step
 from turbodistill.trainer.run import run, training
-from turbodistill.trainer.run.events import Begun, Control, PairsMade, Selected, Warned
+from turbodistill.trainer.run.events import Begun, Control, PairsMade, Preview, Selected, Warned
 
 CONFTEST = Path(__file__).with_name("conftest.py")
 
@@ -157,6 +158,43 @@ def test_a_run_that_is_scored_otherwise_begins_to_choose_anew_and_says_so(kit, h
     assert "by near, which is not comparable with far: the choice begins anew" in told(events)
     assert events[-1].score == 100.0 and events[-1].card.training["updates"] == 6
     assert "anew" not in told(kit.go(host, settings.replace(updates=8), tmp_path, score=far))
+
+
+@pytest.mark.parametrize("content", [b"", b"no student"])
+@pytest.mark.parametrize("updates", [4, 6])
+def test_a_broken_best_student_is_written_anew(kit, host, tmp_path, content, updates):
+    """Whether the training goes on or is finished, and whatever scored best before."""
+    told = iter([0.0, 1.0, 2.0, 3.0])
+    settings = kit.config(updates=4, evaluate_every=2)
+    kit.go(host, settings, tmp_path, score=lambda *_: next(told))
+    (tmp_path / training.BEST).write_bytes(content)
+    *_, finished = kit.go(host, settings.replace(updates=updates), tmp_path, score=lambda *_: next(told))
+    assert finished.card == read_card(tmp_path / training.BEST) and finished.card.training["updates"] == updates
+
+
+def test_a_folder_in_the_students_place_is_told_before_anything_is_made(kit, host, tmp_path):
+    (tmp_path / training.BEST).mkdir()
+    with pytest.raises(ConfigError, match=r"student.safetensors is a folder, and the student is written there"):
+        kit.go(host, kit.config(), tmp_path)
+    assert not (tmp_path / "pairs").exists()
+
+
+def test_a_preview_that_was_due_when_a_run_was_ended_is_made_when_it_goes_on(kit, host, tmp_path):
+    settings = kit.config(updates=5, preview_every=2)
+    assert previews(run.run(host, settings, tmp_path, kit.WORDS), 2) == [0]
+    assert previews(run.run(host, settings, tmp_path, kit.WORDS), 3) == [2]
+    assert [e.update for e in kit.go(host, settings, tmp_path) if isinstance(e, Preview)] == [4, 5]
+
+
+def previews(events, last):
+    """The updates of previews, up to an update after which the run is ended."""
+    made = []
+    for event in events:
+        if isinstance(event, Preview):
+            made.append(event.update)
+        if isinstance(event, Step) and event.update == last:
+            events.close()
+    return made
 
 
 def told(events):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.card import read_student
+from ...core.card import CardError, read_card, read_student
 from ...core.exclusive import exclusive
 from ...core.student import load_weights
 from ..config import Config, ConfigError, check_resumable
@@ -73,6 +73,8 @@ def _unusable(path: Path, error: Exception) -> ConfigError:
 
 def check_saved(folder: Path, config: Config, recipe: Mapping[str, str]) -> None:
     """Raise ConfigError if the training in a folder cannot go on with these settings and pairs of this recipe."""
+    if (folder / BEST).is_dir():
+        raise ConfigError(f"{folder / BEST} is a folder, and the student is written there: move it, or use another one")
     saved = _saved(folder, read_values)
     if saved is None:
         return
@@ -119,12 +121,42 @@ class Training:
         """The best student's file."""
         return self.folder / BEST
 
+    @property
+    def kept(self) -> bool:
+        """Whether there is a best student: one that was deleted or broken meanwhile is written anew."""
+        try:
+            return bool(read_card(self.best))
+        except (CardError, OSError):
+            return False
+
     def events(self) -> Iterator[Event]:
         """Train to the end, from the folder's last state if it has one; raises as `run`."""
-        state, config = self.state, self.state.config
+        state = self.state
         if resume(state, self.folder):
             log.info("going on from update %d", state.update)
-        uncond = self.host.encode_text([""])
+        yield from self._begin()
+        uncond, history = self.host.encode_text([""]), History(self.folder / HISTORY, state.update)
+        try:
+            with closing(distill(state, self.train, uncond, self.reals)) as steps:
+                for step in steps:
+                    self.saved = False
+                    history.add(step)
+                    yield from self._after(step)
+                    if self.control.stop:
+                        break
+        except Diverged as error:
+            if not self.kept:
+                self.write({})
+            raise Diverged(f"{error}: {self.best}") from None
+        except BaseException:  # closed, cancelled or failed: nothing of it is lost, unless in the middle of an update
+            if not self.saved and state.whole:
+                self.save()
+            raise
+        yield from self._end()
+
+    def _begin(self) -> Iterator[Event]:
+        """What comes before the first update."""
+        state, config = self.state, self.state.config
         with exclusive(self.host.denoiser.backbone):
             memory = measure_memory(state, self.train, self.host.resolution)
         yield Begun(state.update, memory)
@@ -138,28 +170,13 @@ class Training:
             )
         if state.finished:
             yield Warned(0, f"this training is finished, at update {state.update}: raise updates or minutes to go on")
-        history = History(self.folder / HISTORY, state.update)
-        if state.update == 0:
+        if state.update and not state.finished:  # it may have been broken off just before
+            if self._evaluates() and state.extra.get("measured") != state.update:
+                yield self.select()
+            if self._previews() and state.extra.get("previewed") != state.update:
+                yield self.preview()
+        elif not state.update:
             yield self.preview()
-        elif self._evaluates() and not state.finished and state.extra.get("measured") != state.update:
-            yield self.select()  # it was broken off just before
-        try:
-            with closing(distill(state, self.train, uncond, self.reals)) as steps:
-                for step in steps:
-                    self.saved = False
-                    history.add(step)
-                    yield from self._after(step)
-                    if self.control.stop:
-                        break
-        except Diverged as error:
-            if not self.best.exists():
-                self.write({})
-            raise Diverged(f"{error}: {self.best}") from None
-        except BaseException:  # closed, cancelled or failed: nothing of it is lost, unless in the middle of an update
-            if not self.saved and state.whole:
-                self.save()
-            raise
-        yield from self._end()
 
     def _after(self, step: Step) -> Iterator[Event]:
         """What follows an update."""
@@ -169,7 +186,7 @@ class Training:
         yield step
         if self._evaluates():
             yield self.select()
-        if self.control.preview or (config.preview_every and step.update % config.preview_every == 0):
+        if self.control.preview or self._previews():
             self.control.preview = False
             yield self.preview()
         if step.update % config.save_every == 0:
@@ -183,11 +200,11 @@ class Training:
         state, config = self.state, self.state.config
         if not self.saved:
             self.save()
-        if config.evaluate_every and (state.extra.get("measured") != state.update or not self.best.exists()):
+        if config.evaluate_every and (state.extra.get("measured") != state.update or not self.kept):
             last = self.select()
             self.save()  # with the best score, or a longer run would begin to choose anew
             yield last
-        if not config.evaluate_every or not self.best.exists():
+        if not config.evaluate_every or not self.kept:
             self.write({})
         tensors, card = read_student(self.best)
         load_weights(state.student, state.average, tensors)  # the last preview is of what is kept
@@ -212,11 +229,17 @@ class Training:
         every = self.state.config.evaluate_every
         return bool(every) and self.state.update % every == 0
 
+    def _previews(self) -> bool:
+        """Whether a preview is made after this update."""
+        every = self.state.config.preview_every
+        return bool(every) and self.state.update % every == 0
+
     def preview(self) -> Preview:
         """The student's pictures of the first held-out pairs, beside the teacher's."""
         held, rows = self.held, torch.arange(min(PREVIEWS, len(self.held)))
         pictures = student_pictures(self.state, held, rows)
         seeds = [] if held.seeds is None else held.seeds[rows].tolist()
+        self.state.extra["previewed"] = self.state.update
         return Preview(self.state.update, pictures, held.latents[rows], [held.prompts[i] for i in rows], seeds)
 
     def select(self) -> Selected:
@@ -224,7 +247,7 @@ class Training:
         state, held = self.state, self.held
         value = self.score(student_pictures(state, held, torch.arange(len(held))), held.latents[:])
         state.extra["measured"] = state.update
-        best = value <= state.extra.get("best", float("inf")) or not self.best.exists()  # or it was deleted
+        best = value <= state.extra.get("best", float("inf")) or not self.kept
         if best:
             self.write({"score on held-out prompts": round(value, 4)})
             state.extra["best"] = value  # now that it is kept
