@@ -17,7 +17,8 @@ from ..demo import files
 from ..trainer.config import Config, ConfigError, nearest
 from . import export, info, push, sample, ui
 from .arguments import add_model, between, folder, model_options, new_file, place
-from .progress import follow, interruptible
+from .interrupt import interruptible
+from .progress import follow
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -152,7 +153,7 @@ def settings(args: argparse.Namespace) -> Config:
 
 
 def run_distill(args: argparse.Namespace) -> int:
-    """Distil a model into a one-step student; 0 when it is written, 130 when it was interrupted."""
+    """Distil a model into a one-step student; 0 when it is written; 130 after Ctrl-C, 143 SIGTERM, 129 SIGHUP."""
     from ..trainer.data.prompts import read_prompts
     from ..trainer.pipeline.load import load_model
     from ..trainer.run import run, training
@@ -168,9 +169,9 @@ def run_distill(args: argparse.Namespace) -> int:
     events = run.run(host, config, args.out, prompts, args.images, score, args.pairs_folder)
     try:
         finished = follow(events, config, args.out, host, args.title)
-    except Interrupted:
+    except Interrupted as end:
         print(f"saved; to go on: turbodistill {shlex.join(sys.argv[1:])}")
-        return 130
+        return end.status
     print(f"student: {finished.path}\nhistory: {args.out / training.HISTORY}\npictures: {args.out / 'previews'}")
     return 0
 
@@ -188,9 +189,9 @@ def run_demo(args: argparse.Namespace) -> int:
 
     try:
         page = demo(args.out, args.minutes, args.count, args.seed, follow, interruptible)
-    except Interrupted:
+    except Interrupted as end:
         print(f"saved; to go on: turbodistill {shlex.join(sys.argv[1:])}")
-        return 130
+        return end.status
     except Failed as error:
         print(f"turbodistill: {error}", file=sys.stderr)
         return 1

@@ -1,37 +1,17 @@
-"""A run on the command line: progress bars, previews, Ctrl-C."""
+"""A run on the command line: progress bars, previews, and its end when it is asked for."""
 
 from __future__ import annotations
 
-import signal
-import sys
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..trainer.config import Config
+from .interrupt import interruptible
 
 if TYPE_CHECKING:
     from ..trainer.loop.distill import Step
     from ..trainer.run.events import Event
-
-
-@contextmanager
-def interruptible() -> Iterator[list[bool]]:
-    """Within, the first Ctrl-C is only noted (the list gets an element); the second one breaks off."""
-    noted: list[bool] = []
-
-    def note(_signal, _frame):
-        if noted:
-            raise KeyboardInterrupt
-        noted.append(True)
-        print("\nstopping after this update ...", file=sys.stderr)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def follow(events: Generator[Event, None, None], config: Config, folder: Path, host, title: str = "training") -> Any:
@@ -48,7 +28,7 @@ def follow(events: Generator[Event, None, None], config: Config, folder: Path, h
                     write_preview(host, event, folder / "previews")
                 bars.show(event)
                 if stop:
-                    raise Interrupted
+                    raise Interrupted(stop[0])
         finally:
             events.close()
             bars.close()

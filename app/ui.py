@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import add_model, between, folder, model_options, place
+from .interrupt import heard, leave_terminal
 
 ADDRESS = "127.0.0.1"
 
@@ -43,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
     app = server.make_app(args.model, args.student, args.out, **model_options(args))
     print(f"TurboDistill: http://{ADDRESS}:{args.port} (Ctrl-C ends it)", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: else nothing below would be done
+    if hasattr(signal, "SIGHUP") and heard(signal.SIGHUP):  # Windows has none
+        signal.signal(signal.SIGHUP, _hang_up)
     try:
         uvicorn.run(app, host=ADDRESS, port=args.port, log_level="warning", timeout_graceful_shutdown=1)
     finally:
@@ -51,6 +54,12 @@ def run(args: argparse.Namespace) -> int:
             left.cancel()
             left.wait()
     return 0
+
+
+def _hang_up(_number: int, _frame: object) -> None:
+    """A closed terminal is a SIGTERM, and nothing is written to it any more."""
+    leave_terminal()
+    signal.raise_signal(signal.SIGTERM)
 
 
 def check_port(port: int) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 from turbodistill.app import demo
-from turbodistill.app.progress import follow, interruptible
+from turbodistill.app.interrupt import interruptible
+from turbodistill.app.progress import follow
 from turbodistill.trainer.config import Config
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

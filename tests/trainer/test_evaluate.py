@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from turbodistill.app import demo
-from turbodistill.app.progress import interruptible
+from turbodistill.app.interrupt import interruptible
 from turbodistill.core.sampling import sample_euler, seeded_noise, trailing_sigmas
 from turbodistill.core.student import Student
 from turbodistill.measure import bench, evaluate, report

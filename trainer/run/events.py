@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,14 @@ from .memory import Memory
 
 
 class Interrupted(Exception):
-    """The user ended a run before its time, after everything was saved; front ends raise it."""
+    """The user ended a run before its time, after everything was saved; front ends raise it.
+
+    `status` is what a command that `number`, a signal's, has ended gives to its shell.
+    """
+
+    def __init__(self, number: int = signal.SIGINT):
+        super().__init__(number)
+        self.status = 128 + number
 
 
 @dataclass
