@@ -82,7 +82,7 @@ def test_samples_need_not_lie_together_and_have_masks_beside_them(unwritten):
 
 def test_names_in_an_archive_name_no_file(unwritten, tmp_path):
     """Whatever they are, members are read at their places and nothing is written."""
-    names = ["../../evil", "/tmp/turbodistill-evil", "a/../../../evil2", "C:\\evil", "\udcff\n\x1b[31m", "x" * 5000]
+    names = ["../../evil", str(tmp_path / "evil"), "a/../../../evil2", "C:\\evil", "\udcff\n\x1b[31m", "x" * 5000]
     tar(
         unwritten / "a.tar",
         [(f"{name}{end}", raw) for name in names for end, raw in ((".png", encoded()), (".txt", b"a fox"))],
@@ -91,7 +91,7 @@ def test_names_in_an_archive_name_no_file(unwritten, tmp_path):
     read = read_pictures(unwritten)
     assert [each.text for each in read.pictures] == ["a fox"] * len(names)
     assert check_pictures(read.pictures) is None
-    assert {path for path in tmp_path.rglob("*")} == before and not Path("/tmp/turbodistill-evil.png").exists()
+    assert {path for path in tmp_path.rglob("*")} == before
 
 
 def test_links_in_an_archive_lead_nowhere(unwritten):

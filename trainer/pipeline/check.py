@@ -11,14 +11,14 @@ from torch import nn
 from ...core.lora import quantised
 from ...core.precision import PLAIN
 from .host import ModelError
-from .kinds import Kind, channels_of, network_of
+from .kinds import PipelineKind, channels_of, network_of
 
 # Networks that carry a student: nothing is written on a pipeline itself.
 IN_USE: WeakSet[nn.Module] = WeakSet()
 SANA = "SanaTransformer2DModel"
 
 
-def check_pipeline(pipe: Any, kind: Kind) -> Any:
+def check_pipeline(pipe: Any, kind: PipelineKind) -> Any:
     """The network of a pipeline on which a LoRA can stand; raises ModelError."""
     attribute, wanted = kind.network
     network, name = network_of(pipe, kind), type(pipe).__name__
@@ -38,7 +38,7 @@ def check_pipeline(pipe: Any, kind: Kind) -> Any:
     return network
 
 
-def _check_inputs(network: Any, kind: Kind, vae: Any, name: str) -> None:
+def _check_inputs(network: Any, kind: PipelineKind, vae: Any, name: str) -> None:
     """Raise ModelError for a network that wants more than noise and text."""
     channels = channels_of(network, kind)
     own = vae.config.get("latent_channels") or vae.config.get("z_dim")
@@ -53,7 +53,7 @@ def _check_inputs(network: Any, kind: Kind, vae: Any, name: str) -> None:
         )
     # Latent consistency models, and Sana Sprint.
     if network.config.get("time_cond_proj_dim") or (kind.network[1] == SANA and network.config.get("guidance_embeds")):
-        raise ModelError(f"the model of this {name} is distilled already (it is told a guidance scale): give its base")
+        raise ModelError(f"the model of this {name} is distilled already (it takes a guidance scale): give its base")
 
 
 def _check_weights(network: nn.Module, attribute: str) -> None:

@@ -6,6 +6,7 @@ Each calls the network as its diffusers pipeline does, so that a student is samp
 
 from __future__ import annotations
 
+import abc
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ...core.denoiser import Cond, Denoiser
 from ...core.schedule import DiscreteSchedule, Schedule, expand
 
-GUIDANCE = 3.5  # what a guidance-distilled transformer (FLUX.1 dev) is told: its pipeline's default
+GUIDANCE = 3.5  # the scale that a guidance-distilled transformer (FLUX.1 dev) takes: its pipeline's default
 
 
 class NetworkDenoiser(Denoiser):
@@ -25,22 +26,22 @@ class NetworkDenoiser(Denoiser):
 
     def __init__(self, network: Any, schedule: Schedule, prediction: str = "flow"):
         self.backbone, self.schedule, self.prediction = network, schedule, prediction
-        self.place: torch.device | None = None  # where it computes, if its weights may lie elsewhere
+        self.execution_device: torch.device | None = None  # where it computes, if its weights may lie elsewhere
 
     @property
     def device(self) -> torch.device:
-        return self.place or super().device
+        return self.execution_device or super().device
 
     @property
     def dtype(self) -> torch.dtype:
         return next(p.dtype for p in self.backbone.parameters() if p.is_floating_point())
 
+    @abc.abstractmethod
     def predict(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         """The network's answer (B, C, H, W) to x at sigma, with the sign that `prediction` has."""
-        raise NotImplementedError
 
     def output(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        with as_it_samples(self.backbone):
+        with in_eval_mode(self.backbone):
             return self.predict(x, sigma, cond)
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
@@ -54,7 +55,7 @@ class NetworkDenoiser(Denoiser):
 
 
 @contextmanager
-def as_it_samples(network: nn.Module) -> Iterator[None]:
+def in_eval_mode(network: nn.Module) -> Iterator[None]:
     """Within, the network neither drops out nor recomputes by itself, and is not compiled; all is put back.
 
     Diffusers' own gradient checkpointing would compute a student's block again as the teacher's, and what is compiled
@@ -93,7 +94,7 @@ class UNetDenoiser(NetworkDenoiser):
 
 
 class TransformerDenoiser(NetworkDenoiser):
-    """A transformer that predicts a flow: the network is told sigma, as its pipeline's t / 1000."""
+    """A transformer that predicts a flow: its timestep is sigma, the pipeline's t / 1000."""
 
     lora_style = "peft"
 
@@ -126,7 +127,7 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     return x.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, height, width)
 
 
-def places(x: Tensor) -> Tensor:
+def image_ids(x: Tensor) -> Tensor:
     """Where the tokens of packed latents (B, C, H, W) stand: (H/2 W/2, 3), as (0, row, column)."""
     rows, columns = (torch.arange(side // 2, device=x.device, dtype=x.dtype) for side in x.shape[-2:])
     grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1)
@@ -142,15 +143,15 @@ class FluxDenoiser(TransformerDenoiser):
             hidden_states=pack(x),
             timestep=sigma.to(self.dtype),
             encoder_hidden_states=context,
-            img_ids=places(x),
+            img_ids=image_ids(x),
             txt_ids=context.new_zeros(context.shape[1], 3),
             return_dict=False,
-            **self.told(x, cond),
+            **self.extra_inputs(x, cond),
         )[0]
         return unpack(tokens, *x.shape[-2:])
 
-    def told(self, x: Tensor, cond: Cond) -> dict[str, Any]:
-        """What this transformer is told besides: the pooled text, and the guidance that it was distilled with."""
+    def extra_inputs(self, x: Tensor, cond: Cond) -> dict[str, Any]:
+        """Further inputs of this transformer: the pooled text, and the guidance that it was distilled with."""
         assert cond.pooled is not None
         embeds = self.backbone.config.guidance_embeds
         guidance = torch.full((len(x),), GUIDANCE, device=x.device) if embeds else None
@@ -160,7 +161,7 @@ class FluxDenoiser(TransformerDenoiser):
 class ChromaDenoiser(FluxDenoiser):
     """Chroma: Flux's blocks, with a mask of the text in place of the pooled text."""
 
-    def told(self, x: Tensor, cond: Cond) -> dict[str, Any]:
+    def extra_inputs(self, x: Tensor, cond: Cond) -> dict[str, Any]:
         mask = cond.extra["mask"].to(self.dtype)
         picture = mask.new_ones(len(x), x.shape[-2] * x.shape[-1] // 4)
         return {"attention_mask": torch.cat([mask, picture], 1)}

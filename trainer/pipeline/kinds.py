@@ -13,12 +13,12 @@ from .host import ModelError, Size
 
 
 @dataclass(frozen=True)
-class Kind:
+class PipelineKind:
     """One kind of pipeline.
 
     `network` is the name of its component and the class that it must be; `multiple` is how many latents wide a square
     is that the network takes as one; `packs` says that the pipeline's own latents are such squares; `side` gives the
-    default width of its pictures, in latents or, where that is said nowhere, in pixels over the factor.
+    default width of its pictures, in latents or, where no setting gives it, in pixels over the factor.
     """
 
     network: tuple[str, str]
@@ -40,31 +40,33 @@ def _sample_size(pipe: Any) -> Any:
 
 _UNET = ("unet", "UNet2DConditionModel")
 KINDS = {
-    "StableDiffusion": Kind(_UNET, denoisers.UNetDenoiser, texts.stable_diffusion, 1, side=_sample_size),
-    "StableDiffusionXL": Kind(_UNET, denoisers.UNetDenoiser, texts.stable_diffusion_xl, 1, side=_sample_size),
-    "StableDiffusion3": Kind(
+    "StableDiffusion": PipelineKind(_UNET, denoisers.UNetDenoiser, texts.stable_diffusion, 1, side=_sample_size),
+    "StableDiffusionXL": PipelineKind(_UNET, denoisers.UNetDenoiser, texts.stable_diffusion_xl, 1, side=_sample_size),
+    "StableDiffusion3": PipelineKind(
         ("transformer", "SD3Transformer2DModel"),
         denoisers.SD3Denoiser,
         texts.stable_diffusion_3,
         side=lambda pipe: pipe.default_sample_size,
     ),
-    "Flux": Kind(("transformer", "FluxTransformer2DModel"), denoisers.FluxDenoiser, texts.flux, packs=True),
-    "Chroma": Kind(("transformer", "ChromaTransformer2DModel"), denoisers.ChromaDenoiser, texts.chroma, packs=True),
-    "Lumina2": Kind(
+    "Flux": PipelineKind(("transformer", "FluxTransformer2DModel"), denoisers.FluxDenoiser, texts.flux, packs=True),
+    "Chroma": PipelineKind(
+        ("transformer", "ChromaTransformer2DModel"), denoisers.ChromaDenoiser, texts.chroma, packs=True
+    ),
+    "Lumina2": PipelineKind(
         ("transformer", "Lumina2Transformer2DModel"), denoisers.Lumina2Denoiser, texts.lumina2, side=_sample_size
     ),
-    "ZImage": Kind(("transformer", "ZImageTransformer2DModel"), denoisers.ZImageDenoiser, texts.z_image),
-    "QwenImage": Kind(
+    "ZImage": PipelineKind(("transformer", "ZImageTransformer2DModel"), denoisers.ZImageDenoiser, texts.z_image),
+    "QwenImage": PipelineKind(
         ("transformer", "QwenImageTransformer2DModel"), denoisers.QwenImageDenoiser, texts.qwen_image, packs=True
     ),
-    "Sana": Kind(
+    "Sana": PipelineKind(
         ("transformer", "SanaTransformer2DModel"), denoisers.SanaDenoiser, texts.sana, multiple=1, side=_sample_size
     ),
 }
 TASKS = ("Pipeline", "Img2ImgPipeline", "InpaintPipeline")  # of one model, which share all its parts
 
 
-def kind_of(pipe: Any) -> Kind:
+def kind_of(pipe: Any) -> PipelineKind:
     """The kind of a pipeline, or of the class that it is derived from; raises ModelError for any other."""
     known = {name + task: kind for name, kind in KINDS.items() for task in TASKS}
     for base in type(pipe).__mro__:
@@ -75,25 +77,25 @@ def kind_of(pipe: Any) -> Kind:
     )
 
 
-def network_of(pipe: Any, kind: Kind) -> Any:
+def network_of(pipe: Any, kind: PipelineKind) -> Any:
     """The network of a pipeline, without what torch.compile has put around it."""
     network = getattr(pipe, kind.network[0], None)
     return getattr(network, "_orig_mod", network)
 
 
-def channels_of(network: Any, kind: Kind) -> int:
+def channels_of(network: Any, kind: PipelineKind) -> int:
     """Channels of the latents that a network takes."""
     return network.config.in_channels // (4 if kind.packs else 1)
 
 
-def default_size(pipe: Any, kind: Kind) -> Size:
+def default_size(pipe: Any, kind: PipelineKind) -> Size:
     """The size (width, height) of pictures that a pipeline makes when none is asked for."""
     side, factor = kind.side(pipe), pipe.vae_scale_factor
     height, width = side if isinstance(side, (tuple, list)) else (side, side)
     return width * factor, height * factor
 
 
-def prediction_of(pipe: Any, kind: Kind) -> str:
+def prediction_of(pipe: Any, kind: PipelineKind) -> str:
     """What a pipeline's network predicts, in a card's words; raises ModelError for what is not known here."""
     if kind.flows:
         return "flow"
@@ -104,7 +106,7 @@ def prediction_of(pipe: Any, kind: Kind) -> str:
     return prediction
 
 
-def schedule_of(pipe: Any, kind: Kind, size: Size) -> Schedule:
+def schedule_of(pipe: Any, kind: PipelineKind, size: Size) -> Schedule:
     """A pipeline's noise levels at a size of pictures, by its scheduler; raises ModelError for one of another kind."""
     scheduler = pipe.scheduler
     name = type(scheduler).__name__
@@ -121,7 +123,7 @@ def schedule_of(pipe: Any, kind: Kind, size: Size) -> Schedule:
     return FlowSchedule(flow_shift(config, pixels_to_tokens(pipe, kind, size)), config.num_train_timesteps)
 
 
-def pixels_to_tokens(pipe: Any, kind: Kind, size: Size) -> int:
+def pixels_to_tokens(pipe: Any, kind: PipelineKind, size: Size) -> int:
     """The number that a pipeline takes for that of the picture's tokens when it shifts its noise levels."""
     if kind.denoiser is denoisers.Lumina2Denoiser:
         return channels_of(network_of(pipe, kind), kind)  # diffusers counts channels there

@@ -17,7 +17,7 @@ from ...demo.files import HEADER, MODEL
 from ..checkpoint.load import Loaded, architecture_of_module, load_pipeline
 from ..run.memory import is_out_of_memory
 from .check import check_pipeline, check_trainable
-from .denoisers import as_it_samples
+from .denoisers import in_eval_mode
 from .embedded import load_single_file
 from .host import ModelError, PipelineHost, Size
 from .kinds import channels_of, default_size, kind_of, prediction_of, schedule_of
@@ -61,7 +61,7 @@ def host_of(pipe: Any, device: str | None = None, name: str = "") -> PipelineHos
     def encode(prompts: Sequence[str], size: Size) -> Cond:
         with ExitStack() as stack:
             for encoder in encoders:
-                stack.enter_context(as_it_samples(encoder))
+                stack.enter_context(in_eval_mode(encoder))
             return kind.encode(pipe, prompts, size)
 
     make: Any = kind.denoiser

@@ -43,9 +43,9 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
     """Predict the picture, add fresh noise for the next timestep, and so on (ADD, section 4).
 
     Timesteps trail from `start_timestep`; `trained_steps` is the most that the student was trained for. Latents are
-    those of DDIM (alpha x0 + sigma noise), in a flow (1 - sigma) x0 + sigma noise. The noise between two steps is told
-    by the first step's latents, so that it is the same as in every other host; `latent_size` (height, width) lets that
-    hold for the packed latents of FLUX.1 and its like.
+    those of DDIM (alpha x0 + sigma noise), in a flow (1 - sigma) x0 + sigma noise. The noise between two steps
+    follows from the first step's latents, so that it is the same as in every other host; `latent_size` (height, width)
+    lets that hold for the packed latents of FLUX.1 and its like.
 
     `prediction_type` is how the network's output is read: epsilon, v_prediction, sample or flow_prediction;
     `use_flow_sigmas` says that the noise levels are a flow's, of `shift`, or of one that depends on the picture's size
@@ -116,7 +116,7 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
         own = trailing_timesteps(count, self.config.start_timestep, total) if timesteps is None else list(timesteps)
         self.sigmas = sigmas_of(self.schedule, own)
         self.num_inference_steps = count
-        # A flow's network is told its noise level, in thousandths.
+        # A flow's network takes the noise level as its timestep, in thousandths.
         self.timesteps = self.sigmas[:-1] * total if self.flows else torch.tensor(own)
         self.timesteps = self.timesteps.to(device)
         self._step_index: int | None = None
@@ -176,7 +176,7 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
         return 1.0 if self.flows else self.schedule.alpha_sigma(sigma)[0]
 
     def _noise_of(self, sample: Tensor) -> Any:
-        """`noise(i)` that follows step i, told by the first latents; of packed ones as if they were not."""
+        """`noise(i)` that comes after step i, seeded by the first latents; of packed ones as if they were not."""
         height, width = self.config.latent_size or (0, 0)
         if sample.ndim == 3 and sample.shape[1] * 4 == height * width:
             noise = row_noise(unpack(sample, height, width))

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...core.card import StudentCard
 from ...core.schedule import PREDICTION_TYPES
 from .host import ModelError
-from .kinds import Kind, flow_shift, kind_of, pixels_to_tokens, schedule_of
+from .kinds import PipelineKind, flow_shift, kind_of, pixels_to_tokens, schedule_of
 
 BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 DYNAMIC = (
@@ -117,7 +117,7 @@ def _flow(card: StudentCard, pipe: Any) -> Any:
     return library.FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps, **settings)
 
 
-def check_start(card: StudentCard, pipe: Any, kind: Kind) -> None:
+def check_start(card: StudentCard, pipe: Any, kind: PipelineKind) -> None:
     """Raise ModelError for a student that begins where the pipeline cannot."""
     last = pipe.scheduler.config.num_train_timesteps - 1
     if kind.flows and card.timesteps[0] != last:

@@ -61,7 +61,7 @@ def use_student(pipe: Any, path: str | Path, stock: bool = False) -> StudentOnPi
     card = read_card(path)
     make: Any = kind.denoiser
     teacher: NetworkDenoiser = make(network, schedule_of(pipe, kind, card.resolution), prediction_of(pipe, kind))
-    teacher.place = pipe._execution_device
+    teacher.execution_device = pipe._execution_device
     scheduler = (scheduler_of if stock else student_scheduler)(card, pipe)
     used = StudentOnPipeline(pipe, card, "")
     with ExitStack() as undo:
@@ -72,7 +72,7 @@ def use_student(pipe: Any, path: str | Path, stock: bool = False) -> StudentOnPi
             student.lora.enabled = True
         else:
             used.warning = check_student(card, teacher, path)
-            _take_place(network, full_weights(network, read_student(path)[0], path), undo)
+            _replace_weights(network, full_weights(network, read_student(path)[0], path), undo)
         if kind.packs and getattr(network.config, "guidance_embeds", False):
             undo.callback(network.register_forward_pre_hook(_with_guidance, with_kwargs=True).remove)
         undo.callback(setattr, pipe, "scheduler", pipe.scheduler)
@@ -85,7 +85,7 @@ def use_student(pipe: Any, path: str | Path, stock: bool = False) -> StudentOnPi
     return used
 
 
-def _take_place(network: nn.Module, weights: dict[str, Tensor], undo: ExitStack) -> None:
+def _replace_weights(network: nn.Module, weights: dict[str, Tensor], undo: ExitStack) -> None:
     """Put other weights in the place of a network's own, in their precision; `undo` gets the way back."""
     own: dict[str, Tensor] = dict(network.named_parameters()) | dict(network.named_buffers())
     for name, value in weights.items():
@@ -94,6 +94,6 @@ def _take_place(network: nn.Module, weights: dict[str, Tensor], undo: ExitStack)
 
 
 def _with_guidance(_network: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The guidance that the transformer is told is that of the training, whatever the pipeline is given."""
+    """Give the transformer the guidance of the training, whatever the pipeline is given."""
     guidance = kwargs.get("guidance")
     return args, kwargs | ({} if guidance is None else {"guidance": torch.full_like(guidance, GUIDANCE)})
