@@ -9,15 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from .header import opened, read_header
 from .naming import is_diffusers, to_single_file
 from .schedule import PREDICTION_TYPES
 
@@ -181,7 +180,7 @@ def read_student(path: str | Path) -> tuple[dict[str, Tensor], StudentCard]:
     Raises CardError for a file that is missing, truncated, no safetensors (a pickle), without a card, or with weights
     that are no numbers.
     """
-    with opened(path) as file:
+    with opened(path, CardError) as file:
         card = StudentCard.from_metadata(file.metadata(), path)
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not iterable in safetensors 0.4.2
         broken = [k for k, v in tensors.items() if not (v if v.element_size() > 1 else v.float()).isfinite().all()]
@@ -195,7 +194,7 @@ def read_student(path: str | Path) -> tuple[dict[str, Tensor], StudentCard]:
 
 def read_card(path: str | Path) -> StudentCard:
     """The card alone, from the file's header; raises as `read` does."""
-    with opened(path) as file:
+    with opened(path, CardError) as file:
         return StudentCard.from_metadata(file.metadata(), path)
 
 
@@ -205,30 +204,13 @@ def header(path: str | Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]
     The tensors are not read.
     """
     try:
-        with opened(path) as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dict
-            return file.metadata() or {}, shapes
-    except (CardError, OSError):
+        found = read_header(path, CardError)
+    except CardError:
         return {}, {}
+    return found.metadata, found.shapes
 
 
 def titles(path: str | Path) -> list[str]:
     """What a weight file's own metadata calls it; nothing where it is no safetensors file, or has none."""
     metadata = header(path)[0]
     return [metadata[key] for key in TITLES if metadata.get(key)]
-
-
-@contextmanager
-def opened(path: str | Path) -> Iterator[Any]:
-    """A safetensors file; raises CardError for a file that is missing, truncated, or another kind."""
-    path = Path(path)
-    if not os.path.isfile(path):  # unlike Path's, false for what no file can be called
-        raise CardError(f"{path!s:.300} {'is a folder' if os.path.isdir(path) else 'does not exist'}: check the name")
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise CardError(
-            f"{path} is no complete safetensors file ({error}). If the download broke off, get it again; "
-            "pickle files (.ckpt, .pt) are not loaded, since they can run code"
-        ) from None

@@ -21,8 +21,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .architecture import architecture_of_file
-from .card import KEY, CardError, header, opened
+from .card import KEY, CardError
 from .exclusive import exclusive
+from .header import read_header
 from .lora import matching_layers, quantised
 from .naming import is_diffusers, of_an_adapter, to_diffusers, to_single_file, without_adapter
 
@@ -133,9 +134,8 @@ class ForeignLoRA:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        with opened(path) as file:
-            self.metadata: dict[str, str] = file.metadata() or {}
-        self.shapes = header(path)[1]
+        header = read_header(path, CardError)
+        self.metadata, self.shapes = header.metadata, header.shapes
         if not is_lora(self.shapes):
             raise LoRAError(
                 f"{path} is no LoRA, none of its {len(self.shapes)} weights is half of a pair: check the name"

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, amp, nn
 
-PLAIN = (torch.float32, torch.float16, torch.bfloat16)  # weights that are numbers by themselves
+# Types of weights that are numbers by themselves, by their names.
+PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def fast_bfloat16(device: torch.device) -> bool:
@@ -60,4 +61,4 @@ def _output_layer(backbone: nn.Module) -> nn.Module | None:
     if isinstance(layer, nn.Sequential) and len(layer):
         layer = layer[-1]
     weight: Any = getattr(layer, "weight", None)
-    return layer if type(weight) is nn.Parameter and weight.dtype in PLAIN else None
+    return layer if type(weight) is nn.Parameter and weight.dtype in PRECISIONS.values() else None

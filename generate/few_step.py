@@ -12,12 +12,12 @@ from ..core.card import KEY, StudentCard, header, read_card
 from ..core.families import SamplingRecipe, by_files, of_card, recognise, suspect
 from ..core.fit import Base, check_fit
 from ..core.foreign_lora import ForeignLoRA, is_lora
+from ..core.precision import PRECISIONS
 from ..core.student import load_student
 from ..trainer.checkpoint.errors import ModelError
 from ..trainer.pipeline.host import PipelineHost
 from .recipe import FewStepModel
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 EXAMPLES = "such as lcm-lora-sdv1-5, sdxl_lightning_4step_lora, Hyper-SDXL-1step-lora, dmd2_sdxl_4step_lora"
 
 
@@ -142,5 +142,5 @@ def cast(host: PipelineHost, model: FewStepModel, name: str) -> torch.dtype:
     parts = [backbone, model.denoiser.backbone, host.vae, *(host.pipe.components.values() if host.pipe else ())]
     for part in parts:
         if isinstance(part, nn.Module):
-            part.to(DTYPES[name])
-    return DTYPES[name]
+            part.to(PRECISIONS[name])
+    return PRECISIONS[name]

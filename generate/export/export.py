@@ -14,13 +14,14 @@ import torch
 from ...core.card import StudentCard
 from ...core.fit import check_fit
 from ...core.naming import is_single_file, layers_of
+from ...core.precision import PRECISIONS
 from ...trainer.data.files import check_space, whole_file, whole_folder
 from . import folder, merge, transformers
 from .checkpoint import Checkpoint
 from .extract import Errors, extract
 from .lora_files import lora_tensors
 from .student import Layer, StudentFile
-from .tensors import DTYPES, Entry, ExportError, write_safetensors
+from .tensors import Entry, ExportError, write_safetensors
 
 LORAS = ("kohya", "comfy", "peft")
 FORMATS = (*LORAS, "merged", "diffusers", "lora")
@@ -41,7 +42,7 @@ class Export:
     """One export: everything is checked when it is made, `run` does it, `report` then says what came of it.
 
     `to` is one of FORMATS, `base` the base model's file or diffusers folder: merged, diffusers and lora need it, and
-    peft where the denoiser is no UNet. `rank` is that of `lora`, `dtype` a key of DTYPES. `tokenizer` is a file or
+    peft where the denoiser is no UNet. `rank` is that of `lora`, `dtype` a key of PRECISIONS. `tokenizer` is a file or
     folder of CLIP's vocabulary for `diffusers` of a single file, else it is looked for. An `out` that is there is
     replaced only with `force`. `remarks` are warnings.
     Raises ExportError, CardError, DataError or ModelError, which say what to do.
@@ -60,9 +61,9 @@ class Export:
     ):
         if to not in FORMATS:
             raise ExportError(f"format is {to!r:.80}: use one of {', '.join(FORMATS)}")
-        if dtype not in DTYPES:
-            raise ExportError(f"dtype is {dtype!r:.80}: use one of {', '.join(DTYPES)}")
-        self.to, self.out, self.dtype, self.rank = to, out, DTYPES[dtype], rank
+        if dtype not in PRECISIONS:
+            raise ExportError(f"dtype is {dtype!r:.80}: use one of {', '.join(PRECISIONS)}")
+        self.to, self.out, self.dtype, self.rank = to, out, PRECISIONS[dtype], rank
         self.report: list[str] = []
         _check_out(out, to, force, student, base)
         self.student = StudentFile(student)

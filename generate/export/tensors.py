@@ -13,27 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from ...trainer.data.files import DataError, check_file
+from ...core.header import DTYPES, read_header
+from ...trainer.data.files import DataError
 
-TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-NAMES = {value: key for key, value in TYPES.items()}
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+NAMES = {value: key for key, value in DTYPES.items()}
 MAPPED = 2**29  # bytes read from a file before it is opened anew: the pages of a mapped file count as memory
 
 
@@ -55,14 +41,13 @@ class Weights(Mapping[str, Tensor]):
         self._open: dict[Path, Any] = {}
         self._read: dict[Path, int] = {}
         for file in files:
-            for name, about in _header(file).items():
-                if name == "__metadata__":
-                    self.metadata |= about
-                    continue
-                if about["dtype"] not in TYPES:
-                    raise ExportError(f"{file}: {name} is stored as {about['dtype']}, known are {', '.join(TYPES)}")
-                self.shapes[name], self.dtypes[name] = tuple(about["shape"]), TYPES[about["dtype"]]
-                self._where[name] = file
+            header = read_header(file, ExportError)
+            self.metadata |= header.metadata
+            self.shapes |= header.shapes
+            for name, dtype in header.dtypes.items():
+                if dtype not in DTYPES:
+                    raise ExportError(f"{file}: {name} is stored as {dtype}, known are {', '.join(DTYPES)}")
+                self.dtypes[name], self._where[name] = DTYPES[dtype], file
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -88,19 +73,6 @@ class Weights(Mapping[str, Tensor]):
     def starting(self, prefix: str) -> dict[str, str]:
         """The names with this prefix, by what follows it."""
         return {name.removeprefix(prefix): name for name in self.shapes if name.startswith(prefix)}
-
-
-def _header(file: Path) -> dict[str, Any]:
-    """What a safetensors file says of its tensors and itself."""
-    check_file("the file", file)
-    try:
-        with safe_open(file, "pt"), file.open("rb") as raw:  # the library has checked it
-            return json.loads(raw.read(int.from_bytes(raw.read(8), "little")))
-    except (SafetensorError, OSError) as error:
-        raise ExportError(
-            f"{file} is no complete safetensors file ({error}). If the download broke off, get it again; pickle files "
-            "(.ckpt, .pt, .bin) are not loaded, since they can run code"
-        ) from None
 
 
 @dataclass(frozen=True)

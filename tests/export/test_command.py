@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from turbodistill.app import cli
 from turbodistill.app import export as command
+from turbodistill.core.precision import PRECISIONS
 from turbodistill.generate.export import export as exports
-from turbodistill.generate.export import tensors as files
 
 NETWORK = "model.diffusion_model.out.2."
 
@@ -48,7 +48,7 @@ def test_the_command_writes_and_says_what(student, base, tmp_path, capsys):
 
 
 def test_the_command_knows_every_format_and_precision():
-    assert tuple(command.FORMATS) == exports.FORMATS and tuple(files.DTYPES) == command.DTYPES
+    assert tuple(command.FORMATS) == exports.FORMATS and tuple(PRECISIONS) == command.DTYPES
 
 
 def test_another_base_is_warned_of_and_another_architecture_refused(make, student, base, tmp_path, capsys):

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
+from ...core.header import DTYPES
 from ..run.memory import is_out_of_memory
 from .errors import ModelError
 from .header import Header, read_header
-from .weights import check_finite
+from .weights import EIGHT_BITS, check_finite
 
 INDEX = "model_index.json"
 # The pipelines that make pictures of text, and nothing else.
@@ -39,8 +40,6 @@ WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>[^.]+))
 SHARDS = re.compile(r"(?:diffusion_pytorch_model|model)\.safetensors\.index(?:\.(?P<variant>[^.]+))?\.json")
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 PICKLED = re.compile(r".*\.(bin|ckpt|pt|pth|msgpack)")
-# safetensors' words for types -> torch's.
-TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -161,7 +160,8 @@ def load_module(
         )
     headers = [read_header(path) for path in _whole(place, files[0])]
     types = _types(headers)
-    stored = TYPES.get(types.most_common(1)[0][0], torch.bfloat16) if types else torch.float32
+    most = DTYPES.get(types.most_common(1)[0][0]) if types else torch.float32
+    stored = torch.bfloat16 if most is None or most in EIGHT_BITS else most
     import transformers
 
     word = "dtype" if _is(made, "transformers") and int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
@@ -172,7 +172,7 @@ def load_module(
         if odd:
             raise ModelError(f"{folder}: {len(odd)} weights of {name} {told}, such as {odd[0]:.200}: get it again")
     check_finite(folder, name, module)
-    mixed = " and ".join(sorted(types)) if len(types) > 1 or (types and next(iter(types)) not in TYPES) else ""
+    mixed = " and ".join(sorted(types)) if len(types) > 1 or most != stored else ""
     return module.eval(), f"{name} is stored in {mixed}: it is loaded in {stored}." if mixed and dtype is None else ""
 
 

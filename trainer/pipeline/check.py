@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...core.lora import quantised
-from ...core.precision import PLAIN
+from ...core.precision import PRECISIONS
 from .host import ModelError
 from .kinds import PipelineKind, channels_of, network_of
 
@@ -64,7 +64,7 @@ def _check_weights(network: nn.Module, attribute: str) -> None:
                 f"weights of the {attribute} are not in memory (sequential or group offload): call "
                 "pipe.remove_all_hooks() or load the pipeline again, then pipe.to(...)"
             )
-        if quantised(weight) or weight.dtype not in PLAIN:
+        if quantised(weight) or weight.dtype not in PRECISIONS.values():
             kind = type(weight).__name__ if quantised(weight) else str(weight.dtype).removeprefix("torch.")
             raise ModelError(
                 f"the {attribute} is quantised ({kind}): load it in float32, bfloat16 or float16, without a "
