@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 TIMESTEPS = 1000  # of a discrete model
+LAST_TIMESTEP = TIMESTEPS - 1  # pure noise, where every sampler begins by itself
 # What networks predict -> `prediction_type`, as diffusers' schedulers call it.
 PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}
 OTHER_NAMES = {"v-prediction": "v", "const": "flow"}  # ModelSpec's and the hosts'
@@ -52,7 +53,7 @@ def zero_terminal(alphas_cumprod: Tensor) -> Tensor:
     return rescaled
 
 
-def trailing_timesteps(steps: int, start: int = 999, total: int = 1000) -> list[int]:
+def trailing_timesteps(steps: int, start: int = LAST_TIMESTEP, total: int = TIMESTEPS) -> list[int]:
     """Timesteps of an n-step sampler that begins at `start`: 999, 749, 499, 249 for four.
 
     From 999 these are diffusers' `timestep_spacing="trailing"`; a lower start scales them.

@@ -15,6 +15,7 @@ from ...core.card import StudentCard
 from ...core.fit import check_fit
 from ...core.naming import is_single_file, layers_of
 from ...core.precision import PRECISIONS
+from ...core.schedule import LAST_TIMESTEP
 from ...trainer.data.files import check_space, whole_file, whole_folder
 from . import folder, merge, transformers
 from .checkpoint import Checkpoint
@@ -26,7 +27,6 @@ from .tensors import Entry, ExportError, write_safetensors
 LORAS = ("kohya", "comfy", "peft")
 FORMATS = (*LORAS, "merged", "diffusers", "lora")
 RANKS = 1, 1024
-LAST = 999  # the timestep at which every sampler begins by itself
 SLACK = 2**22  # bytes of headers and JSON
 
 
@@ -213,13 +213,13 @@ def _as_full(card: StudentCard) -> StudentCard:
 
 def _unknown_elsewhere(card: StudentCard, to: str) -> list[str]:
     """What a program that does not read the card gets wrong of a student, in words."""
-    said = []
+    differences = []
     if card.prediction != card.base_prediction and to != "diffusers":
-        said.append(f"predicts {card.prediction} where its base predicts {card.base_prediction}")
-    if card.timesteps[0] != LAST:
-        said.append(f"begins at timestep {card.timesteps[0]}")
-    words = " and ".join(said)
-    return [f"the student {words}: of ComfyUI and the WebUIs only our nodes and samplers know that."] if said else []
+        differences.append(f"predicts {card.prediction} where its base predicts {card.base_prediction}")
+    if card.timesteps[0] != LAST_TIMESTEP:
+        differences.append(f"begins at timestep {card.timesteps[0]}")
+    words = " and ".join(differences)
+    return [f"the student {words}: of ComfyUI and the WebUIs only our nodes and samplers know that."] if words else []
 
 
 def _check_out(out: Path, to: str, force: bool, *sources: Path | None) -> None:

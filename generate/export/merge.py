@@ -10,6 +10,8 @@ from torch import Tensor
 from ...core.architecture import SD1, SD2, SDXL, WHOLE
 from ...core.naming import is_single_file
 from ...core.student import FULL_PREFIX
+from ...trainer.checkpoint.identify import TEXTS
+from ...trainer.checkpoint.layout import Piece
 from . import layout, transformers
 from .checkpoint import Checkpoint
 from .student import Layer, StudentFile
@@ -18,14 +20,11 @@ from .tensors import Entry, ExportError, Weights, cast
 # What of a whole checkpoint is weights: the rest (noise schedules, marks of v-prediction) stays as it is stored.
 PARTS = (WHOLE, "first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "vae.")
 EMA = "model_ema."
-# Where the single file of an architecture has its text encoders, and what of them: CLIP or OpenCLIP.
+# Where the single file of an architecture has its text encoders; `identify.TEXTS` says of which kind they are.
 TEXT_ENCODERS = {
-    SD1: {"text_encoder": ("cond_stage_model.", "clip")},
-    SD2: {"text_encoder": ("cond_stage_model.model.", "open_clip")},
-    SDXL: {
-        "text_encoder": ("conditioner.embedders.0.", "clip"),
-        "text_encoder_2": ("conditioner.embedders.1.model.", "open_clip"),
-    },
+    SD1: {"text_encoder": "cond_stage_model.transformer."},
+    SD2: {"text_encoder": "cond_stage_model.model."},
+    SDXL: {"text_encoder": "conditioner.embedders.0.transformer.", "text_encoder_2": "conditioner.embedders.1.model."},
 }
 
 
@@ -86,7 +85,7 @@ def entry(name: str, shape: tuple[int, ...], dtype: torch.dtype, read: Callable[
     return Entry(name, shape, dtype, lambda: cast(read(), dtype, name))
 
 
-def from_pieces(pieces: Sequence[layout.Piece], weights: Weights, prefix: str, dtype: torch.dtype, given: str = ""):
+def from_pieces(pieces: Sequence[Piece], weights: Weights, prefix: str, dtype: torch.dtype, given: str = ""):
     """Entries of the pieces: named `prefix` and the piece's name, read from those called `given` and its sources."""
     made = []
     for piece in pieces:
@@ -133,9 +132,9 @@ def _from_folder(merge: Merge, dtype: torch.dtype) -> list[Entry]:
     made = [entry(WHOLE + n, s, dtype, lambda n=n: merge.weight(n)) for n, s in base.network.items()]
     vae = base.parts["vae"]
     made += from_pieces(layout.vae_to_single(vae.shapes), vae, "first_stage_model.", dtype)
-    for name, (prefix, kind) in encoders.items():
+    for name, prefix in encoders.items():
         weights = base.parts[name]
-        if kind == "clip":
+        if TEXTS[prefix] == "clip_l":
             pieces = layout.clip_to_single(weights.shapes)
         else:
             pieces = layout.open_clip_to_single(weights.shapes, complete=True)
@@ -148,6 +147,6 @@ def _marks(base: Checkpoint) -> list[Entry]:
     if base.architecture != SDXL or base.prediction != "v":
         return []
     marks = ["v_pred"]
-    if base.config("scheduler", "scheduler_config.json").get("rescale_betas_zero_snr"):
+    if base.config("scheduler").get("rescale_betas_zero_snr"):
         marks.append("ztsnr")
     return [Entry(n, (0,), torch.float32, lambda: torch.empty(0)) for n in marks]

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ...core.header import DTYPES, read_header
+from ...core.header import DTYPES, Header, read_header
 from ...trainer.data.files import DataError
 
 NAMES = {value: key for key, value in DTYPES.items()}
@@ -37,11 +37,13 @@ class Weights(Mapping[str, Tensor]):
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.metadata: dict[str, str] = {}
+        self.headers: list[Header] = []
         self._where: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
         self._read: dict[Path, int] = {}
         for file in files:
             header = read_header(file, ExportError)
+            self.headers.append(header)
             self.metadata |= header.metadata
             self.shapes |= header.shapes
             for name, dtype in header.dtypes.items():

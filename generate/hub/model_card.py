@@ -8,12 +8,12 @@ from typing import Any
 
 from ...core.architecture import SD1, SD2, SDXL
 from ...core.card import StudentCard
+from ...core.schedule import LAST_TIMESTEP
+from ...trainer.checkpoint.single_file import pipeline_config
 from ..export.tensors import ExportError
 
 LORA_NAME = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a repository
-PIPELINES = {SD1: "StableDiffusionPipeline", SD2: "StableDiffusionPipeline", SDXL: "StableDiffusionXLPipeline"}
 TAGS = {SD1: "stable-diffusion", SD2: "stable-diffusion", SDXL: "stable-diffusion-xl"}
-LAST = 999  # the timestep from which a stock scheduler with trailing timesteps begins
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _sections(page: Page) -> list[str]:
 
 def _stock(card: StudentCard) -> bool:
     """Whether a sampler that knows nothing of the student can make its picture."""
-    return card.timesteps[0] == LAST and card.prediction == card.base_prediction
+    return card.timesteps[0] == LAST_TIMESTEP and card.prediction == card.base_prediction
 
 
 def _comfyui(page: Page) -> str:
@@ -118,8 +118,8 @@ def _webui(page: Page) -> str:
 
 def _diffusers(page: Page) -> str:
     """Lines of Python that run, for what diffusers loads."""
-    card, pipeline = page.card, PIPELINES.get(page.card.architecture, "DiffusionPipeline")
-    unet = card.architecture in PIPELINES
+    card, unet = page.card, page.card.architecture in TAGS
+    pipeline = pipeline_config(card.architecture)["pipeline"] if unet else "DiffusionPipeline"
     base = page.base_model or "the-base-model"
     if not page.file:
         load = [f'pipe = DiffusionPipeline.from_pretrained("{page.repo}", torch_dtype=torch.float16).to("cuda")']
@@ -143,7 +143,7 @@ def _diffusers(page: Page) -> str:
             f'pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config, timestep_spacing="trailing"{reading})'
         )
         kinds.append(scheduler)
-    early = unet and page.file and card.timesteps[0] != LAST
+    early = unet and page.file and card.timesteps[0] != LAST_TIMESTEP
     start = f"timesteps=[{card.timesteps[0]}]" if early else "num_inference_steps=1"
     lines = [
         "import torch",

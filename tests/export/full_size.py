@@ -18,6 +18,7 @@ from turbodistill.core.naming import to_single_file
 from turbodistill.generate.export import layout
 from turbodistill.generate.export.merge import TEXT_ENCODERS
 from turbodistill.generate.export.tensors import Entry, write_safetensors
+from turbodistill.trainer.checkpoint.identify import TEXTS
 
 TOKENS = 49408
 XL = {
@@ -86,8 +87,8 @@ def single_file_shapes(kind: Kind) -> dict[str, tuple[int, ...]]:
     table = to_single_file(parts["unet"])
     found = {"model.diffusion_model." + table[n]: s for n, s in parts["unet"].items()}
     found |= {"first_stage_model." + p.name: p.shape for p in layout.vae_to_single(parts["vae"])}
-    for part, (prefix, encoder) in TEXT_ENCODERS[kind.architecture].items():
-        if encoder == "clip":
+    for part, prefix in TEXT_ENCODERS[kind.architecture].items():
+        if TEXTS[prefix] == "clip_l":
             pieces = layout.clip_to_single(parts[part])
         else:
             pieces = layout.open_clip_to_single(parts[part], complete=True)

@@ -107,12 +107,12 @@ def test_a_file_for_a_folder_and_the_reverse_are_told(student, base, tmp_path, c
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ({"lora_unet_out_2.lora_down.weight": torch.zeros(1, 4)}, "is a LoRA: give the checkpoint"),
+        ({"lora_unet_out_2.lora_down.weight": torch.zeros(1, 4)}, "is a LoRA, not a model"),
         ({"first_stage_model.decoder.conv_in.weight": torch.zeros(1, 4)}, "is an autoencoder (VAE)"),
         ({"control_model.out": torch.zeros(1)}, "is a ControlNet"),
-        ({"something": torch.zeros(1)}, "holds no diffusion network that is known"),
-        ({NETWORK + "weight": torch.zeros(4, dtype=torch.uint8)}, "is quantised"),
-        ({NETWORK + "weight": torch.zeros(4), NETWORK + "scale_weight": torch.ones(1)}, "is quantised"),
+        ({"something": torch.zeros(1)}, "is of a kind that is not known (its weights are called something)"),
+        ({NETWORK + "weight": torch.zeros(4, 4, dtype=torch.uint8)}, "holds quantised weights"),
+        ({NETWORK + "weight": torch.zeros(4), NETWORK + "scale_weight": torch.ones(1)}, "holds quantised weights"),
         ({NETWORK + "weight": torch.zeros(4)}, "does not fit this base"),
     ],
 )
@@ -137,7 +137,16 @@ def test_broken_files_are_told(student, base, tmp_path, capsys):
     (tmp_path / "half.safetensors").write_bytes(half[: len(half) // 2])
     fails(capsys, "no complete safetensors file", tmp_path / "half.safetensors", "--to", "kohya", *out)
     fails(capsys, "does not exist", tmp_path / "none.safetensors", "--to", "kohya", *out)
-    fails(capsys, "no diffusers folder: its model_index.json", student, "--to", "merged", "--base", tmp_path, *out)
+    fails(
+        capsys,
+        "it has no model_index.json",
+        student,
+        "--to",
+        "merged",
+        "--base",
+        tmp_path,
+        *out,
+    )
     tensors = load_file(student)
     save_file(tensors, tmp_path / "no-card.safetensors")
     fails(capsys, "holds no student card", tmp_path / "no-card.safetensors", "--to", "kohya", *out)

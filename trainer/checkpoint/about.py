@@ -17,14 +17,15 @@ from ...core.foreign_lora import ForeignLoRA, is_lora
 from ...demo.files import HEADER
 from . import hub
 from .errors import ModelError
-from .folder import INDEX, components_of, read_index, read_json
+from .folder import INDEX, component_config, components_of, text_to_image_index
 from .header import Header, read_header
 from .identify import SD2_BIAS, Content, identify
 from .load import architecture_of_config
-from .single_file import facts, unsaid_prediction
+from .single_file import pipeline_config, unsaid_prediction
 
 USE_BASE = "Use: --model of `turbodistill distill`, and of `sample` with a student or a few-step LoRA (--student)"
 USE_LORA = "Use: --student of `turbodistill sample`, and --init-student of `distill` with a model of its architecture."
+PREDICTIONS = {"eps": "eps (noise)", "v": "v", "flow": "a flow"}
 ENCODERS = {
     "clip_l": "CLIP L",
     "clip_g": "CLIP G",
@@ -112,21 +113,20 @@ def _lora(path: Path) -> str:
 
 def _base(header: Header, content: Content) -> str:
     prediction = content.prediction or _unsaid(header, content)
-    said = {"eps": "eps (noise)", "v": "v", "flow": "a flow"}[prediction]
     zero = ", over levels that end without signal (zero-terminal SNR)" if content.zero_terminal else ""
     texts = [ENCODERS.get(kind, kind) for kind in content.texts.values()]
     held = ["the denoiser", *(["the autoencoder"] if content.vae else []), *texts]
-    needed = facts(content.architecture)["text_encoders"]
+    needed = pipeline_config(content.architecture)["text_encoders"]
     lacks = [] if content.vae else ["an autoencoder"]
     lacks += ["text encoders"] if len(texts) < len(needed) else []
     lines = [
-        f"A checkpoint of {content.architecture}, which predicts {said}{zero}.",
+        f"A checkpoint of {content.architecture}, which predicts {PREDICTIONS[prediction]}{zero}.",
         f"It holds {', '.join(held)}: {_stored(header)}.",
     ]
     if lacks:
         lines.append(
             f"It lacks {' and '.join(lacks)}: give them with --components, a diffusers folder such as "
-            f"{facts(content.architecture)['like']}."
+            f"{pipeline_config(content.architecture)['like']}."
         )
     return "\n".join([*lines, *_use(header.path, header.path.name, content.architecture, prediction)])
 
@@ -165,31 +165,22 @@ def _stored(header: Header) -> str:
 
 def _folder(folder: Path, name: str) -> str:
     """A diffusers pipeline's folder, by its descriptions alone."""
-    index = read_index(folder)
+    index = text_to_image_index(folder)
     stored = components_of(index)
     part = "unet" if "unet" in stored else "transformer"
-    scheduler = _described(folder, "scheduler")
-    architecture = _architecture(stored.get(part, ("", ""))[1], _described(folder, part))
+    scheduler = component_config(folder, "scheduler")
+    architecture = _architecture(stored.get(part, ("", ""))[1], component_config(folder, part))
     v = scheduler.get("prediction_type") == "v_prediction"
     prediction = "flow" if part == "transformer" else "v" if v else "eps"
     zero = (
         ", over levels that end without signal (zero-terminal SNR)" if scheduler.get("rescale_betas_zero_snr") else ""
     )
-    said = {"eps": "eps (noise)", "v": "v", "flow": "a flow"}[prediction]
     lines = [
         f"A diffusers folder, {index['_class_name']}: {architecture or 'an architecture that is not known'}, which "
-        f"predicts {said}{zero}.",
+        f"predicts {PREDICTIONS[prediction]}{zero}.",
         f"It holds {', '.join(stored)}.",
     ]
     return "\n".join([*lines, *_use(folder, name, architecture, prediction)])
-
-
-def _described(folder: Path, part: str) -> dict[str, Any]:
-    """The description of one component; {} where there is none."""
-    for name in ("config.json", "scheduler_config.json"):
-        if (folder / part / name).is_file():
-            return read_json(folder / part / name)
-    return {}
 
 
 def _architecture(kind: str, config: dict[str, Any]) -> str:

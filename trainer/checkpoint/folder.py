@@ -54,14 +54,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """A folder's `model_index.json`; raises ModelError for a folder that is no pipeline that makes pictures of text."""
+    """A pipeline's `model_index.json`; raises ModelError for a folder that has none."""
     if not (folder / INDEX).is_file():
         single = sorted(p.name for p in folder.glob("*.safetensors"))
         hint = f"; it holds {', '.join(single[:3])}: give one of these files" if single else ""
         if (folder / "config.json").is_file():
             hint = ": it is a part of one; give the folder above it"
         raise ModelError(f"{folder} is no diffusers folder, it has no {INDEX}{hint or ': check the name'}")
-    index = read_json(folder / INDEX)
+    return read_json(folder / INDEX)
+
+
+def text_to_image_index(folder: Path) -> dict[str, Any]:
+    """The same, which also raises ModelError for a pipeline that makes no pictures of text, or not of text alone."""
+    index = read_index(folder)
     name = str(index.get("_class_name"))
     if name not in PIPELINES:
         kind = next((what for pattern, what in OTHERS if re.search(pattern, name)), "another kind of model")
@@ -99,7 +104,7 @@ def load_components(
 
     All of them, or `only` those. Raises ModelError for what is missing, broken, or needs code of its own.
     """
-    index = read_index(folder)
+    index = text_to_image_index(folder)
     parts, remarks = {}, []
     for name, (library, kind) in components_of(index).items():
         if only is not None and name not in only:
@@ -112,8 +117,8 @@ def load_components(
                 f"{folder}: its {name} is a {kind:.80}, which the installed {library} does not know: update it"
             )
         if isinstance(made, type) and issubclass(made, torch.nn.Module):
-            parts[name], said = load_module(folder, name, made, dtype, variant)
-            remarks += [said] if said else []
+            parts[name], remark = load_module(folder, name, made, dtype, variant)
+            remarks += [remark] if remark else []
         else:
             parts[name] = _from_pretrained(folder, name, made)
     return parts, remarks
@@ -121,11 +126,11 @@ def load_components(
 
 def _from_pretrained(folder: Path, name: str, made: Any, **options: Any) -> Any:
     """A component by its library's own loader, without the network; raises ModelError with the library's reason."""
-    place = folder / name
-    if not place.is_dir():
+    component = folder / name
+    if not component.is_dir():
         raise ModelError(f"{folder} lacks its folder {name}: get it again")
     try:
-        return made.from_pretrained(place, local_files_only=True, **options)
+        return made.from_pretrained(component, local_files_only=True, **options)
     except Exception as error:  # there is no end to what the libraries raise for odd files
         if isinstance(error, ImportError):
             raise
@@ -138,27 +143,39 @@ def _from_pretrained(folder: Path, name: str, made: Any, **options: Any) -> Any:
         raise ModelError(f"{folder}: its {name} cannot be loaded ({reason:.300}): get it again") from None
 
 
+def component_config(folder: Path, name: str) -> dict[str, Any]:
+    """The configuration of one component; {} where there is none. Raises ModelError for one that cannot be read."""
+    files = (folder / name / file for file in ("config.json", "scheduler_config.json"))
+    return next((read_json(file) for file in files if file.is_file()), {})
+
+
+def weight_files(folder: Path, name: str, variant: str | None = None) -> tuple[str | None, list[Path]]:
+    """The variant and the files of one component's weights, of `choose_variant`'s choice; none where there are none.
+
+    Raises ModelError for pickles alone, and for files that an index names and that are missing.
+    """
+    component = folder / name
+    names = [p.name for p in component.iterdir()] if component.is_dir() else []
+    chosen, files = choose_variant(names, variant)
+    if files:
+        return chosen, _whole(component, files[0])
+    if pickled := next((n for n in names if PICKLED.fullmatch(n)), ""):
+        raise ModelError(
+            f"{folder}: its weights of {name} are pickles alone ({pickled:.80}), which can run code and are not read: "
+            "load it in diffusers and save it with save_pretrained(..., safe_serialization=True)"
+        )
+    return chosen, []
+
+
 def load_module(
     folder: Path, name: str, made: Any, dtype: torch.dtype | None, variant: str | None
 ) -> tuple[torch.nn.Module, str]:
     """A network, and a remark on the type of its weights where they have several."""
-    place = folder / name
-    names = [p.name for p in place.iterdir()] if place.is_dir() else []
-    chosen, files = choose_variant(names, variant)
+    chosen, files = weight_files(folder, name, variant)
     if not files:
-        pickled = next((n for n in names if PICKLED.fullmatch(n)), "")
-        what = f"its weights of {name} are missing" + (f" in the variant {variant:.60}" if variant else "")
-        if pickled:
-            what = f"its weights of {name} are pickles alone ({pickled:.80}), which can run code and are not read"
-        raise ModelError(
-            f"{folder}: {what}: "
-            + (
-                "load it in diffusers and save it with save_pretrained(..., safe_serialization=True)"
-                if pickled
-                else "get it again"
-            )
-        )
-    headers = [read_header(path) for path in _whole(place, files[0])]
+        variants = f" in the variant {variant:.60}" if variant else ""
+        raise ModelError(f"{folder}: its weights of {name} are missing{variants}: get it again")
+    headers = [read_header(path) for path in files]
     types = _types(headers)
     most = DTYPES.get(types.most_common(1)[0][0]) if types else torch.float32
     stored = torch.bfloat16 if most is None or most in EIGHT_BITS else most
@@ -167,10 +184,10 @@ def load_module(
     word = "dtype" if _is(made, "transformers") and int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     options = {word: dtype or stored, "use_safetensors": True, "output_loading_info": True}
     module, info = _from_pretrained(folder, name, made, **options | ({"variant": chosen} if chosen else {}))
-    for key, told in (("missing_keys", "are missing"), ("unexpected_keys", "are of no layer that is known")):
+    for key, fault in (("missing_keys", "are missing"), ("unexpected_keys", "are of no layer that is known")):
         odd = sorted(n for n in map(str, info.get(key) or ()) if not n.endswith(("position_ids", "logit_scale")))
         if odd:
-            raise ModelError(f"{folder}: {len(odd)} weights of {name} {told}, such as {odd[0]:.200}: get it again")
+            raise ModelError(f"{folder}: {len(odd)} weights of {name} {fault}, such as {odd[0]:.200}: get it again")
     check_finite(folder, name, module)
     mixed = " and ".join(sorted(types)) if len(types) > 1 or most != stored else ""
     return module.eval(), f"{name} is stored in {mixed}: it is loaded in {stored}." if mixed and dtype is None else ""
@@ -190,16 +207,17 @@ def _types(headers: Iterable[Header]) -> Counter[str]:
     return found
 
 
-def _whole(place: Path, name: str) -> list[Path]:
+def _whole(component: Path, name: str) -> list[Path]:
     """The weight files of one component, all of which are there; raises ModelError for one that is not."""
     if not name.endswith(".json"):
-        return [place / name]
-    table = read_json(place / name).get("weight_map")
+        return [component / name]
+    table = read_json(component / name).get("weight_map")
     files = sorted({str(f) for f in table.values()}) if isinstance(table, dict) else []
     if not files or any(Path(f).name != f for f in files):
-        raise ModelError(f"{place / name} names no weight files: get it again")
-    if absent := [f for f in files if not (place / f).is_file()]:
+        raise ModelError(f"{component / name} names no weight files: get it again")
+    if absent := [f for f in files if not (component / f).is_file()]:
         raise ModelError(
-            f"{place}: {len(absent)} of its {len(files)} weight files are missing, such as {absent[0]:.200}: get them"
+            f"{component}: {len(absent)} of its {len(files)} weight files are missing, such as {absent[0]:.200}: get "
+            "them"
         )
-    return [place / f for f in files]
+    return [component / f for f in files]

@@ -17,7 +17,7 @@ from ...core.schedule import PREDICTION_TYPES
 from ..run.memory import is_out_of_memory
 from . import hub
 from .errors import ModelError
-from .folder import components_of, load_components, load_module, read_index, read_json
+from .folder import components_of, load_components, load_module, read_json, text_to_image_index
 from .single_file import Parts, load_parts, load_vae
 from .tokenizer import TOKENS, clip_tokenizer, t5_tokenizer
 
@@ -102,7 +102,7 @@ def _resolve(source: str | Path, options: _Options, revision: str | None = None,
 
 
 def _load_folder(path: Path, name: str, options: _Options) -> Loaded:
-    index = read_index(path)
+    index = text_to_image_index(path)
     stored = components_of(index)
     part = next((n for n in ("unet", "transformer") if n in stored), "denoiser")
     if absent := [n for n in (part, "vae", "scheduler") if n not in stored]:
@@ -120,7 +120,7 @@ def _load_folder(path: Path, name: str, options: _Options) -> Loaded:
 
 def _load_file(path: Path, options: _Options) -> Loaded:
     parts = load_parts(path, options.dtype)
-    known, modules = parts.facts, dict[str, Any](parts.modules)
+    known, modules = parts.config, dict[str, Any](parts.modules)
     if options.vae is not None:
         modules["vae"] = _vae_of(Path(options.vae), known, options.dtype)
     flows = parts.content.prediction == "flow"
@@ -134,7 +134,7 @@ def _load_file(path: Path, options: _Options) -> Loaded:
 
 def _complete(path: Path, parts: Parts, modules: dict[str, Any], options: _Options) -> None:
     """Add what a file lacks: text encoders and autoencoder from `components`, tokenizers from there or this machine."""
-    known, components = parts.facts, options.components
+    known, components = parts.config, options.components
     encoders: dict[str, Any] = known["text_encoders"]
     if known["pipeline"] == "StableDiffusion3Pipeline" and components is None and "text_encoder" in modules:
         modules.setdefault("text_encoder_3", None)  # T5, without which it works, too
@@ -161,7 +161,7 @@ def _complete(path: Path, parts: Parts, modules: dict[str, Any], options: _Optio
 
 def _take(path: Path, rest: list[str], parts: Parts, modules: dict[str, Any], options: _Options) -> None:
     """Add these components from the folder or model of the hub that `components` names."""
-    components, like = options.components, parts.facts["like"]
+    components, like = options.components, parts.config["like"]
     if components is None:
         raise ModelError(
             f"{path} needs the {_listed(rest)}: give as components a diffusers folder or model of the hub that has it, "
@@ -170,10 +170,10 @@ def _take(path: Path, rest: list[str], parts: Parts, modules: dict[str, Any], op
     folder = _resolve(components, options, only=rest)
     if not folder.is_dir():
         raise ModelError(f"components {components!s:.300} is a file: give a diffusers folder or a model of the hub")
-    stored = components_of(read_index(folder))
+    stored = components_of(text_to_image_index(folder))
     if absent := [n for n in rest if n not in stored]:
         raise ModelError(f"components {components!s:.300} has no {_listed(absent)}: give another, such as {like}")
-    _check_same(components, parts.facts, stored)
+    _check_same(components, parts.config, stored)
     more, remarks = load_components(folder, dtype=options.dtype, variant=options.variant, only=rest)
     modules |= more
     parts.remarks += remarks

@@ -1,4 +1,4 @@
-"""What the shapes of a network's weights say of its configuration, so that a pruned or small relative loads, too.
+"""What the shapes of a network's weights tell of its configuration, so that a pruned or small relative loads, too.
 
 Names are those of the original layouts, without a prefix. What shapes do not tell stands in `configs/`.
 """
@@ -12,6 +12,15 @@ from .refusals import Shapes
 
 Config = dict[str, Any]
 HEAD = 64  # the width of an attention head in UNets with linear projections, and in CLIP
+
+# Lumina 2's settings -> Z-Image's, of the same layers.
+Z_IMAGE = {
+    "hidden_size": "dim",
+    "num_layers": "n_layers",
+    "num_refiner_layers": "n_refiner_layers",
+    "num_attention_heads": "n_heads",
+    "num_kv_heads": "n_kv_heads",
+}
 
 
 def count(shapes: Shapes, before: str) -> int:
@@ -27,8 +36,8 @@ def unet(shapes: Shapes) -> Config:
     layers = first - 1
     starts = range(1, blocks, first)  # of each level's blocks: its layers, and one that halves the size
     widths = [shapes[f"input_blocks.{i}.0.out_layers.3.weight"][0] for i in starts]
-    depths = [count(shapes, f"input_blocks.{i}.1.transformer_blocks.") for i in starts]
-    outer = [count(shapes, f"output_blocks.{i * first}.1.transformer_blocks.") for i in range(len(widths))]
+    depths = [_depths(shapes, "input_blocks", range(i, i + layers)) for i in starts]
+    outer = [_depths(shapes, "output_blocks", range(i * first, (i + 1) * first)) for i in range(len(widths))]
     middle = count(shapes, "middle_block.1.transformer_blocks.")
     linear = any(n.endswith("proj_in.weight") and len(s) == 2 for n, s in shapes.items())
     inner = [*(d or 1 for d in depths[:-1]), middle or depths[-1] or 1]
@@ -40,17 +49,24 @@ def unet(shapes: Shapes) -> Config:
         "down_block_types": ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in depths],
         "mid_block_type": "UNetMidBlock2DCrossAttn" if middle else "UNetMidBlock2D",
         "up_block_types": ["CrossAttnUpBlock2D" if d else "UpBlock2D" for d in outer],
-        "transformer_layers_per_block": inner,
         "cross_attention_dim": next(s[1] for n, s in shapes.items() if n.endswith("attn2.to_k.weight")),
         "use_linear_projection": linear,
         # Diffusers' name for the number of heads: eight, or as many as are 64 wide.
         "attention_head_dim": [max(1, w // HEAD) for w in widths] if linear else 8,
     }
+    if inner != [1] * len(inner):
+        found["transformer_layers_per_block"] = inner
     if [d for d in outer if d] != [d for d in reversed(depths) if d]:
         found["reverse_transformer_layers_per_block"] = [d or 1 for d in outer]
     if "label_emb.0.0.weight" in shapes:
         found["projection_class_embeddings_input_dim"] = shapes["label_emb.0.0.weight"][1]
     return found
+
+
+def _depths(shapes: Shapes, side: str, numbers: range) -> int | list[int]:
+    """How many transformer blocks each layer of a block has; one number where they are equal, 0 for none."""
+    depths = [count(shapes, f"{side}.{i}.1.transformer_blocks.") for i in numbers]
+    return depths[0] if len(set(depths)) == 1 else depths
 
 
 def vae(shapes: Shapes) -> Config:
@@ -81,23 +97,6 @@ def clip(shapes: Shapes) -> Config:
         "num_attention_heads": max(1, width // HEAD),
         "max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0],
     } | ({"projection_dim": projection[0]} if projection else {})
-
-
-def open_clip(shapes: Shapes) -> Config:
-    """Of a CLIP text encoder in OpenCLIP's names; of Stable Diffusion 2's the last of 24 layers is never used."""
-    tokens, width = shapes["token_embedding.weight"]
-    layers = count(shapes, "transformer.resblocks.")
-    found = {
-        "vocab_size": tokens,
-        "hidden_size": width,
-        "intermediate_size": shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
-        "num_hidden_layers": 23 if layers == 24 else layers,
-        "num_attention_heads": max(1, width // HEAD),
-        "max_position_embeddings": shapes["positional_embedding"][0],
-    }
-    return found | (
-        {"projection_dim": shapes["text_projection"][1]} if layers != 24 and "text_projection" in shapes else {}
-    )
 
 
 def t5(shapes: Shapes) -> Config:
@@ -182,18 +181,8 @@ def lumina2(shapes: Shapes) -> Config:
 
 
 def z_image(shapes: Shapes) -> Config:
-    """Of Z-Image's transformer."""
-    width, patch = shapes["x_embedder.weight"]
-    heads = width // shapes["layers.0.attention.q_norm.weight"][0]
-    return {
-        "dim": width,
-        "in_channels": patch // 4,
-        "n_layers": count(shapes, "layers."),
-        "n_refiner_layers": count(shapes, "context_refiner."),
-        "n_heads": heads,
-        "n_kv_heads": heads,
-        "cap_feat_dim": shapes["cap_embedder.1.weight"][1],
-    }
+    """Of Z-Image's transformer: Lumina 2's layers, whose numbers diffusers calls otherwise."""
+    return {Z_IMAGE.get(name, name): value for name, value in lumina2(shapes).items()}
 
 
 def qwen_image(shapes: Shapes) -> Config:

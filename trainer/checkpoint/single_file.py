@@ -1,7 +1,7 @@
 """A single file in an original layout, read into diffusers' and transformers' classes.
 
-The conversion of names is diffusers' own. Modules are made without memory and take the file's mapped weights, so that
-nothing is read twice.
+The conversion of a transformer's names is diffusers' own. Modules are made without memory and take the file's mapped
+weights, so that nothing is read twice.
 """
 
 from __future__ import annotations
@@ -19,58 +19,50 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ...core.architecture import SD2
-from ...core.naming import is_diffusers, to_single_file
-from . import shapes as told
+from ...core.naming import is_diffusers, layers_of, to_diffusers, to_single_file
+from . import shapes as config_from
 from .errors import ModelError
 from .header import Header, read_header
 from .identify import SD2_BIAS, TEXTS, VAES, Content, identify
+from .layout import MADE, Piece, text_encoder_to_diffusers, vae_to_diffusers
 from .refusals import Shapes
 from .weights import loaded
 
 CONFIGS = Path(__file__).parent / "configs"
 DENOISERS = {
-    "UNet2DConditionModel": told.unet,
-    "SD3Transformer2DModel": told.sd3,
-    "FluxTransformer2DModel": told.flux,
-    "ChromaTransformer2DModel": told.chroma,
-    "Lumina2Transformer2DModel": told.lumina2,
-    "ZImageTransformer2DModel": told.z_image,
-    "QwenImageTransformer2DModel": told.qwen_image,
-    "SanaTransformer2DModel": told.sana,
+    "UNet2DConditionModel": config_from.unet,
+    "SD3Transformer2DModel": config_from.sd3,
+    "FluxTransformer2DModel": config_from.flux,
+    "ChromaTransformer2DModel": config_from.chroma,
+    "Lumina2Transformer2DModel": config_from.lumina2,
+    "ZImageTransformer2DModel": config_from.z_image,
+    "QwenImageTransformer2DModel": config_from.qwen_image,
+    "SanaTransformer2DModel": config_from.sana,
 }
 # Left by training or by other programs: none of it makes a picture.
 HARMLESS = re.compile(r"model_ema\.|[^.]*$|denoiser\.|edm_|bundle_emb\.|embedding_manager\.|\S*\.logit_scale$")
 MARKS = ("v_pred", "ztsnr", "edm_vpred.sigma_max")
-POSITIONS = re.compile(r"(^|\.)(position_ids|logit_scale)$")
-# An autoencoder's attention as programs of these years have named it -> LDM's names.
-ATTENTION = (
-    (r"(mid\.attn_1)\.(to_q|query)\.", r"\1.q."),
-    (r"(mid\.attn_1)\.(to_k|key)\.", r"\1.k."),
-    (r"(mid\.attn_1)\.(to_v|value)\.", r"\1.v."),
-    (r"(mid\.attn_1)\.(to_out\.0|proj_attn)\.", r"\1.proj_out."),
-    (r"(mid\.attn_1)\.group_norm\.", r"\1.norm."),
-)
 
 
 @dataclass
 class Parts:
-    """What was read of a file: modules by diffusers' names of components, and what is to say of it."""
+    """What was read of a file: modules by diffusers' names of components, remarks, and its pipeline's configuration."""
 
     content: Content
-    facts: dict[str, Any]
+    config: dict[str, Any]
     modules: dict[str, nn.Module] = field(default_factory=dict)
     prediction: str = ""
     remarks: list[str] = field(default_factory=list)
 
 
 @lru_cache
-def _facts(folder: Path, architecture: str) -> str:
-    return (folder / f"{architecture}.json").read_text(encoding="utf-8")
+def _config_text(architecture: str) -> str:
+    return (CONFIGS / f"{architecture}.json").read_text(encoding="utf-8")
 
 
-def facts(architecture: str) -> dict[str, Any]:
-    """What is publicly known of an architecture and cannot be read from the shapes of its weights."""
-    return json.loads(_facts(CONFIGS, architecture))
+def pipeline_config(architecture: str) -> dict[str, Any]:
+    """The classes and settings of an architecture's pipeline, as far as the shapes of its weights do not tell them."""
+    return json.loads(_config_text(architecture))
 
 
 def load_parts(path: Path, dtype: torch.dtype | None = None) -> Parts:
@@ -80,7 +72,7 @@ def load_parts(path: Path, dtype: torch.dtype | None = None) -> Parts:
     """
     header = read_header(path)
     content = identify(header)
-    parts = Parts(content, facts(content.architecture))
+    parts = Parts(content, pipeline_config(content.architecture))
     used: set[str] = set()
 
     def add(name: str, prefix: str, load: Callable[[dict[str, Tensor]], tuple[nn.Module, str]]) -> None:
@@ -90,12 +82,12 @@ def load_parts(path: Path, dtype: torch.dtype | None = None) -> Parts:
         parts.remarks += [remark] if remark else []
 
     with safe_open(path, "pt") as file:
-        name, kind, config = parts.facts["denoiser"]
+        name, kind, config = parts.config["denoiser"]
         add(name, content.prefix, lambda weights: _denoiser(parts, path, kind, config, weights, dtype))
-        if content.vae is not None and parts.facts["vae"] is not None:
-            add("vae", content.vae, lambda weights: _vae(path, parts.facts["vae"], weights, dtype))
+        if content.vae is not None and parts.config["vae"] is not None:
+            add("vae", content.vae, lambda weights: _vae(path, parts.config["vae"], weights, dtype))
         for at, text in content.texts.items():
-            for name, (wanted, *more) in parts.facts["text_encoders"].items():
+            for name, (wanted, *more) in parts.config["text_encoders"].items():
                 if wanted == text:
                     add(name, at, partial(_text_encoder, path, text, *more, dtype))
     if rest := sorted(n for n in header.shapes if n not in used and not HARMLESS.match(n)):
@@ -128,20 +120,22 @@ def unsaid_prediction(content: Content, network: dict[str, Tensor]) -> str:
     return "v" if bias.float().std(correction=0) > 0.09 else "eps"
 
 
-def _described(path: Path, what: str, describe: Any, weights: dict[str, Tensor]) -> dict[str, Any]:
-    """What a network's shapes say; raises ModelError where they are of none that is known."""
+def config_of(
+    path: Path, what: str, describe: Callable[[Shapes], dict[str, Any]], shapes: Shapes, config: dict[str, Any]
+) -> dict[str, Any]:
+    """A network's configuration, with what its shapes tell; raises ModelError where they are of none that is known."""
     try:
-        return describe(_shapes(weights))
+        return config | describe(shapes)
     except (KeyError, IndexError, ValueError, StopIteration, ZeroDivisionError) as error:
         raise ModelError(
             f"{path}: the {what} is not whole, or of a kind that is not known (it lacks {error!s:.200}): get it again"
         ) from None
 
 
-def _stray(given: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights that a conversion has left out without a word."""
-    kept = {w.data_ptr() for w in found.values()}
-    return {n: w for n, w in given.items() if w.data_ptr() not in kept}
+def _converted(pieces: list[Piece], unknown: list[str], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights in another layout; those of unknown names keep these, by which they are refused."""
+    made = {piece.name: piece.make([weights[n] for n in piece.sources]) for piece in pieces}
+    return made | {n: weights[n] for n in unknown}
 
 
 def _denoiser(
@@ -164,18 +158,19 @@ def _denoiser(
         except (ValueError, KeyError) as error:
             raise ModelError(f"{path}: {error!s:.300}: it is of a kind that is not known") from None
     parts.prediction = parts.content.prediction or unsaid_prediction(parts.content, weights)
-    config = config | _described(path, what, DENOISERS[kind], weights)
+    config = config_of(path, what, DENOISERS[kind], _shapes(weights), config)
     made: Any = getattr(diffusers, kind, None)
     if made is None or kind not in SINGLE_FILE_LOADABLE_CLASSES:
         raise ModelError(f"{path}: the installed diffusers {diffusers.__version__} cannot load a {kind}: update it")
     mapping: Any = SINGLE_FILE_LOADABLE_CLASSES[kind]["checkpoint_mapping_fn"]
-    whole = "model.diffusion_model." if unet else ""
 
     def convert(module: Any) -> dict[str, Tensor]:
-        given = {whole + n: w for n, w in weights.items() if not POSITIONS.search(n)}
+        given = {n: w for n, w in weights.items() if not MADE.search(n)}
+        if unet:
+            names = to_diffusers(given, layers_of(given))
+            return {names.get(n, n): w for n, w in given.items()}
         try:
-            found = mapping(checkpoint=dict(given), config=dict(module.config))
-            return found | (_stray(given, found) if unet else {})
+            return mapping(checkpoint=given, config=dict(module.config))
         except (KeyError, IndexError, ValueError, RuntimeError) as error:
             raise ModelError(
                 f"{path}: the {what} is not whole, or of a kind that is not known ({error!s:.200}): get it again"
@@ -190,19 +185,11 @@ def _vae(
     path: Path, config: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype | None
 ) -> tuple[nn.Module, str]:
     """An autoencoder in LDM's names, without a prefix."""
-    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    for pattern, name in ATTENTION:
-        weights = {re.sub(pattern, name, n): w for n, w in weights.items()}
-    weights = {n: w for n, w in weights.items() if not n.startswith("loss.")}
-    config = config | _described(path, "autoencoder", told.vae, weights)
-
-    def convert(module: Any) -> dict[str, Tensor]:
-        found = convert_ldm_vae_checkpoint(dict(weights), dict(module.config))
-        return found | _stray(weights, found)
-
-    return loaded(path, "autoencoder", lambda: AutoencoderKL(**config), convert, dtype, torch.float16)
+    config = config_of(path, "autoencoder", config_from.vae, _shapes(weights), config)
+    converted = _converted(*vae_to_diffusers(_shapes(weights)), weights)
+    return loaded(path, "autoencoder", lambda: AutoencoderKL(**config), lambda _: converted, dtype, torch.float16)
 
 
 def _text_encoder(
@@ -210,31 +197,22 @@ def _text_encoder(
 ) -> tuple[nn.Module, str]:
     """A text encoder in transformers' or OpenCLIP's names, without a prefix."""
     import transformers
-    from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 
     library: Any = transformers
-    opened = text.startswith("open_clip")
-    if text in ("clip_l", "clip_g") and not any(n.startswith("text_model.") for n in weights):
-        weights = {n if n.startswith("text_projection") else f"text_model.{n}": w for n, w in weights.items()}
-    weights = {n: w for n, w in weights.items() if not POSITIONS.search(n)}
-    describe = told.open_clip if opened else told.t5 if text == "t5xxl" else told.clip
-    config = config | _described(path, f"text encoder {text}", describe, weights)
     made = getattr(library, kind)
+    projected = kind != "CLIPTextModel"
+    converted = _converted(*text_encoder_to_diffusers(text, _shapes(weights), projected), weights)
+    describe = config_from.t5 if text == "t5xxl" else config_from.clip
+    config = config_of(path, f"text encoder {text}", describe, _shapes(converted), config)
+    if projected and text == "clip_l":
+        # Stable Diffusion 3 takes CLIP-L's summary as it is.
+        dtype_of_all = next(iter(converted.values())).dtype
+        converted["text_projection.weight"] = torch.eye(config["hidden_size"], dtype=dtype_of_all)
 
     def convert(module: Any) -> dict[str, Tensor]:
-        found = dict(weights)
-        if opened:
-            at = "cond_stage_model.model." if text == "open_clip_h" else "conditioner.embedders.1.model."
-            found = convert_open_clip_checkpoint(module, {at + n: w for n, w in weights.items()}, prefix=at)
-        if kind == "CLIPTextModel":
-            found.pop("text_projection.weight", None)
-            # Since transformers 5.6 it has no inner module of this name.
-            inner = "" if hasattr(module, "text_model") else "text_model."
-            found = {n.removeprefix(inner): w for n, w in found.items()}
-        elif text == "clip_l":
-            # Stable Diffusion 3 takes CLIP-L's summary as it is.
-            found["text_projection.weight"] = torch.eye(config["hidden_size"], dtype=next(iter(found.values())).dtype)
-        return found
+        # Since transformers 5.6 a CLIPTextModel has no inner module of this name.
+        inner = "" if projected or hasattr(module, "text_model") else "text_model."
+        return {n.removeprefix(inner): w for n, w in converted.items()}
 
     return loaded(
         path, f"text encoder {text}", lambda: made(made.config_class(**config)), convert, dtype, torch.float16
