@@ -1,4 +1,4 @@
-"""Synthetic Stable Diffusion 1.5, 2.1 and XL in full size: single files of random numbers in float16, and students.
+"""Synthetic Stable Diffusion 1.5, 2.1 and XL in full size: single files of random numbers in float16; their students.
 
 Written tensor by tensor from one pool of noise, so that making them takes neither memory nor time.
 """
@@ -10,15 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
-from turbodistill.core.card import StudentCard
-from turbodistill.core.fit import read_base
 from turbodistill.core.naming import to_single_file
 from turbodistill.generate.export import layout
 from turbodistill.generate.export.merge import TEXT_ENCODERS
 from turbodistill.generate.export.tensors import Entry, write_safetensors
-from turbodistill.trainer.checkpoint.identify import TEXTS
+from turbodistill.trainer.checkpoint.identify import SD2_BIAS, TEXTS
 
 TOKENS = 49408
 XL = {
@@ -96,6 +93,9 @@ def single_file_shapes(kind: Kind) -> dict[str, tuple[int, ...]]:
     return found | dict.fromkeys(kind.marks, (0,))
 
 
+BYTES = {"sd15": 8e9, "sd21": 8e9, "sdxl": 17e9, "sdxl-v": 17e9}  # of free memory
+
+
 class Noise:
     """Random weights of a network that neither dies nor explodes, as views of one pool."""
 
@@ -104,6 +104,8 @@ class Noise:
         self.at = 0
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if name == f"model.diffusion_model.{SD2_BIAS}":  # by which a Stable Diffusion 2 that predicts v is told
+            return torch.tensor([1.0, -1.0]).repeat(shape[0] // 2).half()
         if name.endswith("text_model.final_layer_norm.bias"):  # hosts divide by the mean of what it gives
             return torch.full(shape, 0.1).half()
         if len(shape) < 2:
@@ -128,22 +130,49 @@ def write(path: Path, kind: str) -> Path:
     return path
 
 
-def write_student(path: Path, base: Path, kind: str, rank: int = 4) -> Path:
-    """A LoRA on all layers of the UNet."""
-    noise, about = Noise(1), KINDS[kind]
-    tensors = {}
-    for name, shape in single_file_shapes(about).items():
-        module = name.removeprefix("model.diffusion_model.").removesuffix(".weight")
-        if name == module or not name.endswith(".weight") or len(shape) < 2 or not name.startswith("model."):
-            continue
-        key, small = "lora_unet_" + module.replace(".", "_"), min(rank, shape[0])
-        tensors[f"{key}.lora_down.weight"] = noise("down", (small, *shape[1:])).clone()
-        up = noise("up", (shape[0], small, *(1 for _ in shape[2:])))
-        tensors[f"{key}.lora_up.weight"] = (0.1 * up).half()
-        tensors[f"{key}.alpha"] = torch.tensor(float(small))
-    card = StudentCard(
-        "lora", base.stem, read_base(base).hashes[0], about.architecture, about.prediction, about.prediction, (999,),
-        4.0, (512, 512), rank=rank, alpha=float(rank),
+def distil(place: Path, kind: str, tokenizer: Path) -> Path:
+    """A student of the file base.safetensors in `place`, on all layers, by one update of each phase; the base stays."""
+    import turbodistill as td
+
+    config = td.Config(
+        rank=4, targets="all", pairs=4, pair_steps=2, updates=2, regression_updates=1, batch_size=1, lr=0.01,
+        discriminator_warmup=0, adversarial_ramp=0, lr_decay=0, precision="float32", gradient_checkpointing=True,
+        evaluate_every=0,
     )  # fmt: skip
-    save_file(tensors, path, card.to_metadata())
-    return path
+    model = td.load_model(place / "base.safetensors", tokenizer=tokenizer, size=(128, 128))
+    assert (model.architecture, model.denoiser.prediction) == (KINDS[kind].architecture, KINDS[kind].prediction)
+    steps = [e for e in td.distill(model, config, place / "run", prompts=["a b", "c"]) if isinstance(e, td.Step)]
+    assert ["regression" in step.losses for step in steps] == [True, False] and "adversarial" in steps[1].losses
+    return (place / "run" / "student.safetensors").rename(place / "student.safetensors")
+
+
+def one_step(place: Path, kind: str, tokenizer: Path) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Noisy latents and conditions, as ComfyUI's networks take them, and x0 that student and teacher make of them."""
+    import turbodistill as td
+    from diffusers.models.embeddings import Timesteps
+    from turbodistill.core.denoiser import Cond
+
+    torch.manual_seed(0)
+    model = td.load_model(place / "base.safetensors", tokenizer=tokenizer)
+    sigma = model.denoiser.schedule.sigma(torch.tensor([999.0])).float()
+    width = sum(text[0] for text in KINDS[kind].texts)
+    given = {"x": sigma * torch.randn(1, 4, 16, 16), "sigma": sigma, "states": torch.randn(1, 77, width)}
+    cond = Cond(given["states"])
+    if len(KINDS[kind].texts) == 2:
+        pooled, sizes = torch.randn(1, 1280), torch.tensor([[128.0, 128, 0, 0, 128, 128]])
+        given["y"] = torch.cat([pooled, Timesteps(256, True, 0)(sizes.flatten()).reshape(1, -1)], 1)
+        cond = Cond(given["states"], pooled, {"time_ids": sizes})
+    student, _ = td.load_student(place / "student.safetensors", model)
+    with torch.no_grad():
+        made = [denoiser(given["x"], sigma, cond) for denoiser in (student, model.denoiser)]
+    return given, made
+
+
+def skip_without_memory(kind: str) -> None:
+    """Skip a test that this machine has no room for."""
+    import pytest
+
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    if free < (needed := BYTES[kind]):
+        pytest.skip(f"needs {needed / 1e9:.0f} GB of free memory: there are {free / 1e9:.0f} GB")

@@ -3,8 +3,8 @@
     python exported.py COMFYUI CLONE FOLDER
 
 FOLDER holds base.safetensors, merged.safetensors and a LoRA file for each style, and inputs.safetensors with
-x (1, 4, H, W), sigma (1,), states (1, T, D). It gets out.safetensors with x0 of each, and told.json: what the loaders
-logged of keys that are missing, left over or not loaded.
+x (1, 4, H, W), sigma (1,), states (1, T, D), of XL y (1, D), too. It gets out.safetensors with x0 of each, and
+told.json: what the loaders logged of keys that are missing, left over or not loaded.
 """
 
 import gc
@@ -46,7 +46,8 @@ def look(name, model):
     """Keep what a MODEL makes of the inputs, and what was logged so far."""
     comfy.model_management.load_models_gpu([model], force_full_load=True)
     with torch.inference_mode():
-        made[name] = model.model.apply_model(given["x"], given["sigma"], c_crossattn=given["states"]).float().clone()
+        x, sigma, more = given["x"], given["sigma"], {"y": given["y"]} if "y" in given else {}
+        made[name] = model.model.apply_model(x, sigma, c_crossattn=given["states"], **more).float().clone()
     comfy.model_management.unload_all_models()
     told[name] = list(lines)
     lines.clear()
