@@ -96,17 +96,9 @@ class Student(Denoiser):
 
     @contextmanager
     def merged(self) -> Iterator[None]:
-        """The LoRA is merged into the shared weights within: for sampling alone, since the teacher is away.
+        """The LoRA is merged into the shared weights within: for many pictures in a row, with the model for oneself.
 
-        Other threads that use the model wait.
-        """
-        with exclusive(self.teacher.backbone), self.left_merged():
-            yield
-
-    @contextmanager
-    def left_merged(self) -> Iterator[None]:
-        """As `merged`, but the model is not locked: for whoever has it alone and leaves it so between calls.
-
+        The base's own weights are kept beside the merged ones: twice the memory. The teacher is away meanwhile.
         Quantised weights, and those of eight bits, have no room for it: it stays beside them.
         """
         if self.lora is None or any(quantised(p) or p.element_size() < 2 for p in self.backbone.parameters()):

@@ -87,7 +87,7 @@ class Generator:
             self._unload()
             self._student, self._card, self._warning = load_student(path, self.host.denoiser)
             self._path = path
-            self._merged.enter_context(self._student.left_merged())
+            self._merged.enter_context(self._student.merged())
         return self._student
 
     def _unload(self) -> None:

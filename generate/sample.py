@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -46,8 +47,8 @@ def sample(
 
     A FewStepModel takes the latents (1, C, H, W) of a `picture` to begin from, with a `strength`.
 
-    A picture depends on its prompt and seed alone, not on the batch. The LoRA is merged while a batch is made and
-    the model is as before between two pictures; threads that sample or distil the same model wait for each other.
+    A picture depends on its prompt and seed alone, not on the batch. The model is as before between two pictures;
+    threads that sample or distil the same model wait for each other.
     Raises ValueError for steps or a batch size below 1, for a text in place of a list, and for one that is no text.
     """
     if isinstance(prompts, str):
@@ -59,7 +60,9 @@ def sample(
         texts = list(prompts[first : first + batch_size])
         seeds = range(seed + first, seed + first + len(texts))
         with exclusive(host.denoiser.backbone):
-            with student.merged():
+            # A student's LoRA stays beside the weights: for a batch or two, merging takes longer than it saves, and its
+            # copy of the weights doubles the memory.
+            with student.merged() if isinstance(student, FewStepModel) else nullcontext():
                 latents = sample_latents(host, student, host.encode_text(texts), seeds, steps, **start)
             pictures = host.decode(latents).cpu()
         yield from pictures

@@ -5,6 +5,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from turbodistill.core.exclusive import exclusive
 from turbodistill.core.student import Student
 from turbodistill.generate.sample import sample
 from turbodistill.trainer.run import run
@@ -88,7 +89,7 @@ def test_a_student_loaded_meanwhile_is_of_the_model_itself(kit, host):
 
     thread = threading.Thread(target=copy)
     thread.start()
-    with student.merged():
+    with exclusive(host.denoiser.backbone), student.merged():
         merged.set()
         thread.join(0.3)
     thread.join()

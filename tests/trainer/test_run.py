@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from turbodistill.core.card import CardError, read_card
 from turbodistill.core.student import load_student, student_bytes
+from turbodistill.generate.sample import sample
 from turbodistill.trainer.data.samples import Samples
 from turbodistill.trainer.loop.distill import Step, distill
 from turbodistill.trainer.loop.start import begin
@@ -242,3 +243,18 @@ def test_the_last_preview_is_of_the_student_that_is_kept(kit, host, tmp_path):
     assert events[-1].card.training["updates"] == 2
     assert torch.allclose(last.student, at_two.student, atol=1e-2)  # the file is in half precision
     assert not torch.allclose(last.student, at_four.student, atol=1e-2)
+
+
+def test_pictures_take_no_second_copy_of_the_weights(kit, host, tmp_path):
+    """A model that just fits in memory still fits while previews, scores and samples are made."""
+    weights = dict(host.denoiser.backbone.named_parameters())
+    own, seen = {p.data_ptr() for p in weights.values()}, set()
+    hook = host.denoiser.backbone.register_forward_pre_hook(
+        lambda *_: seen.update(p.data_ptr() for p in weights.values())
+    )
+    *_, finished = kit.go(host, kit.config(updates=2, preview_every=1, evaluate_every=1), tmp_path)
+    student, _, _ = load_student(finished.path, host.denoiser)
+    assert len(list(sample(host, student, kit.WORDS))) == len(kit.WORDS)
+    student.release()
+    hook.remove()
+    assert seen == own

@@ -37,10 +37,13 @@ STATE, HISTORY, BEST = "state.safetensors", "history.csv", "student.safetensors"
 
 
 def student_pictures(state: State, pairs: Samples, rows: Tensor, steps: int = 1) -> Tensor:
-    """Latents (N, C, H, W), float32 on the CPU, that the averaged student makes from these pairs' noise."""
+    """Latents (N, C, H, W), float32 on the CPU, that the averaged student makes from these pairs' noise.
+
+    Its LoRA is not merged: the copy of the weights that this takes may be more than the memory a training leaves free.
+    """
     device = state.student.device
     parts = []
-    with state.averaged(), state.student.merged(), autocast(state.config, state.student):
+    with state.averaged(), autocast(state.config, state.student):
         for chunk in rows.split(state.config.batch_size):
             cond = pairs.cond.rows(chunk).to(device)
             parts.append(state.student.generate(pairs.noise(chunk).to(device), cond, steps).float().cpu())
