@@ -55,11 +55,11 @@ class FewStepModel:
             if recipe.flow_shift:
                 self.schedule = FlowSchedule(recipe.flow_shift, schedule.timesteps)
         elif recipe.shift != 1000:
-            # NitroFusion's network is told another timestep; its noise levels are those of the table.
-            told: Any = copy.copy(schedule)
-            told.timestep = lambda sigma: recipe.network_timestep(schedule.timestep(sigma))
+            # NitroFusion's network is given another timestep; its noise levels are those of the table.
+            shifted: Any = copy.copy(schedule)
+            shifted.timestep = lambda sigma: recipe.network_timestep(schedule.timestep(sigma))
             self.denoiser = copy.copy(denoiser)
-            self.denoiser.schedule = told
+            self.denoiser.schedule = shifted
 
     @contextmanager
     def merged(self) -> Iterator[None]:

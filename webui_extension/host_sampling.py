@@ -104,8 +104,8 @@ def space_of(model):
 def base_prediction(model) -> str:
     """What the network of the host's model predicts; "" where the host does not say."""
     if hasattr(model, "forge_objects"):
-        told = prediction_of(space_of(model))
-        return "" if told == "unknown" else told
+        prediction = prediction_of(space_of(model))
+        return "" if prediction == "unknown" else prediction
     if hasattr(model, "create_denoiser"):
         return "flow"
     return "v" if model.parameterization == "v" else "eps"

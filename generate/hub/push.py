@@ -194,18 +194,18 @@ def _in_words(repo: str, revision: str) -> Iterator[None]:
             413: "the hub takes no file that large (413): export the student as a LoRA",
         }
         if status in words:
-            told = words[status]
+            message = words[status]
         elif "LocalTokenNotFoundError" in kinds:
-            told = f"nobody is logged in on the hub: {LOGIN}"
+            message = f"nobody is logged in on the hub: {LOGIN}"
         elif kinds & {"TransportError", "ConnectionError", "Timeout", "TimeoutException"}:
-            told = f"the hub at {constants.ENDPOINT} cannot be reached ({type(error).__name__}): check the network"
+            message = f"the hub at {constants.ENDPOINT} cannot be reached ({type(error).__name__}): check the network"
         elif status is not None:
-            told = f"the hub refused {repo} ({status}: {_first_line(error)}): try again later"
+            message = f"the hub refused {repo} ({status}: {_first_line(error)}): try again later"
         elif isinstance(error, (ValueError, OSError)):
-            told = f"the upload to {repo} failed ({_first_line(error)})"
+            message = f"the upload to {repo} failed ({_first_line(error)})"
         else:
             raise
-        raise ExportError(told) from None
+        raise ExportError(message) from None
 
 
 def _first_line(error: Exception) -> str:

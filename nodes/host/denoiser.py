@@ -72,9 +72,9 @@ def differentiable(model) -> Iterator[None]:
     cast = getattr(base, "manual_cast_dtype", None)
     narrow = (cast or next(network.parameters()).dtype) == torch.float16
     layers = [m for m in network.modules() if narrow and getattr(m, "comfy_cast_weights", None) is False]
-    told = getattr(management, "in_training", None)  # older cores have no such word
+    was_training = getattr(management, "in_training", None)  # older cores have no such word
     try:
-        if told is not None:
+        if was_training is not None:
             management.in_training = True
         base.manual_cast_dtype = torch.float32 if narrow else cast
         for layer in layers:
@@ -82,8 +82,8 @@ def differentiable(model) -> Iterator[None]:
         with cloned_inputs(network, ADDED_TO):
             yield
     finally:
-        if told is not None:
-            management.in_training = told
+        if was_training is not None:
+            management.in_training = was_training
         base.manual_cast_dtype = cast
         for layer in layers:
             layer.comfy_cast_weights = False

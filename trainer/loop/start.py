@@ -122,5 +122,5 @@ def begin(host: Host, config: Config, sample: Samples, seen: Features | None = N
 
 def trained_before(card: StudentCard) -> dict[str, float]:
     """The updates and minutes of a student that is gone on from, which its own earlier ones are in."""
-    told = {name: card.training.get(name) for name in ("updates", "minutes")}
-    return {name: value for name, value in told.items() if isinstance(value, (int, float)) and 0 <= value < 1e12}
+    earlier = {name: card.training.get(name) for name in ("updates", "minutes")}
+    return {name: value for name, value in earlier.items() if isinstance(value, (int, float)) and 0 <= value < 1e12}
