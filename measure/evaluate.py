@@ -6,7 +6,7 @@ import json
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -122,8 +122,14 @@ def teacher_arm(host: Host, steps: int, guidance: float) -> Arm:
 
 
 def student_arm(student: Student, steps: int = 1) -> Arm:
-    """The student in `steps`, merged."""
-    return Arm(lambda noise, cond: student.generate(noise, cond, steps), student.merged)
+    """The student in `steps`, merged, as hosts sample it."""
+
+    @contextmanager
+    def ready() -> Iterator[None]:
+        with exclusive(student.teacher.backbone), student.merged():
+            yield
+
+    return Arm(lambda noise, cond: student.generate(noise, cond, steps), ready)
 
 
 @torch.no_grad()
