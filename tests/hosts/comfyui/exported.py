@@ -16,6 +16,7 @@ from inside import arguments
 
 # isort: split
 
+import comfy.cli_args
 import comfy.model_management
 import comfy.sd
 import comfy.utils
@@ -25,6 +26,8 @@ from safetensors.torch import load_file, save_file
 WORDS = ("unexpected", "left over", "not loaded", "leftover")
 folder = Path(arguments[0])
 given, made, told, lines = load_file(folder / "inputs.safetensors"), {}, {}, []
+# XL's weights stay as they are stored: in float32 they take 21 GB, with the copies that ComfyUI keeps under a LoRA.
+comfy.cli_args.args.fp16_unet = "y" in given
 
 
 class Kept(logging.Handler):

@@ -58,9 +58,10 @@ def test_no_key_is_missing_or_left_over(found, name):
         assert told[f"{name} parts"] == [True, True]  # text encoder and autoencoder
 
 
-@pytest.mark.parametrize(("name", "bound"), [("merged", 0.02), *((f"lora-{s}", 1e-3) for s in STYLES)])
-def test_the_picture_is_the_student_s(found, gap, name, bound):
-    """Of a merged file to float16's rounding of its weights."""
+@pytest.mark.parametrize("name", ["merged", *(f"lora-{s}" for s in STYLES)])
+def test_the_picture_is_the_student_s(request, found, gap, name):
+    """Where the weights are float32, but for a merged file's, to 1e-3; else to float16's rounding of them."""
     _, made, student, teacher = found
-    assert gap(made[name], student) < bound < 0.1 < gap(made["base"], student)
+    rounded = name == "merged" or "sdxl" in request.node.callspec.id
+    assert gap(made[name], student) < (0.02 if rounded else 1e-3) < 0.1 < gap(made["base"], student)
     assert gap(made["base"], teacher) < 1e-3
