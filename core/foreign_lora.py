@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ from .card import KEY, CardError
 from .exclusive import exclusive
 from .header import read_header
 from .lora import matching_layers, quantised
+from .low_rank import Change
 from .naming import is_diffusers, of_an_adapter, to_diffusers, to_single_file, without_adapter
 
 # How the two halves of a pair and its alpha end, each behind the name of its layer.
@@ -68,32 +68,6 @@ class Pair:
     down: str = ""
     up: str = ""
     alpha: str = ""
-
-
-@dataclass(frozen=True)
-class Change:
-    """A layer's weight (out, in, ...) changes by scale * up (out, r) @ down (r, in ...), both float32."""
-
-    down: Tensor
-    up: Tensor
-    scale: float
-    shape: tuple[int, ...]
-
-    def delta(self) -> Tensor:
-        """The change in the weight's shape."""
-        return (self.scale * (self.up @ self.down)).reshape(self.shape)
-
-    def truncated(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The best approximation of a rank at most `rank`: up (out, k), down (k, in ...), the scale evenly in both.
-
-        By the singular values of the product (Eckart and Young), which are returned as well, all of them, falling. Only
-        the small core of the product is decomposed.
-        """
-        q, core = torch.linalg.qr(self.up.double())
-        p, other = torch.linalg.qr(self.down.double().mT)
-        u, s, v = torch.linalg.svd(core @ other.mT * self.scale, full_matrices=False)
-        root = s[:rank].sqrt()
-        return (q @ u[:, :rank] * root).float(), (root[:, None] * v[:rank] @ p.mT).float(), s
 
 
 @dataclass(frozen=True)
@@ -254,13 +228,14 @@ class ForeignLoRA:
         made: dict[str, Change] = {}
         with safe_open(self.path, "pt") as file:
             for place, layer in found.items():
-                pair, own = self.pairs[layer], layers[place].weight
-                down, up = (file.get_tensor(name).float().flatten(1).clone() for name in (pair.down, pair.up))
+                pair = self.pairs[layer]
+                own: Any = layers[place].weight
+                down, up = (file.get_tensor(name).float().clone() for name in (pair.down, pair.up))
                 if not (down.isfinite().all() and up.isfinite().all()):
                     raise LoRAError(f"{self.path} is of no use: weights of {layer} are no numbers (NaN or infinity)")
                 alpha = float(file.get_tensor(pair.alpha).float().flatten()[0]) if pair.alpha else None
                 scale = self._scale(_dotted(layer), len(down), alpha)
-                made[place] = Change(down, up, scale, tuple(own.shape))  # pyright: ignore[reportArgumentType]
+                made[place] = Change(down.reshape(len(down), *own.shape[1:]), up, scale)
         return Changes(made, unknown)
 
     def remarks(self, unknown: Sequence[str]) -> list[str]:

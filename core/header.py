@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ DTYPES: dict[str, torch.dtype] = {
     }.items()
     if hasattr(torch, theirs)
 }
+Shapes = Mapping[str, tuple[int, ...]]  # of tensors, by their names
 
 
 @dataclass(frozen=True)

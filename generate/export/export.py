@@ -13,6 +13,7 @@ import torch
 
 from ...core.card import StudentCard
 from ...core.fit import check_fit
+from ...core.low_rank import Change
 from ...core.naming import is_single_file, layers_of
 from ...core.precision import PRECISIONS
 from ...core.schedule import LAST_TIMESTEP
@@ -21,7 +22,7 @@ from . import folder, merge, transformers
 from .checkpoint import Checkpoint
 from .extract import Errors, extract
 from .lora_files import lora_tensors
-from .student import Layer, StudentFile
+from .student import StudentFile
 from .tensors import Entry, ExportError, write_safetensors
 
 LORAS = ("kohya", "comfy", "peft")
@@ -126,7 +127,7 @@ class Export:
             layers = self.student.of(None)
         return self._in_format(layers, self.to)
 
-    def _in_format(self, layers: Mapping[str, Layer], style: str) -> dict[str, torch.Tensor]:
+    def _in_format(self, layers: Mapping[str, Change], style: str) -> dict[str, torch.Tensor]:
         per_block = layers_of(self.base.network) if self.base is not None and is_single_file(self.base.network) else 0
         return lora_tensors(layers, style, self.dtype, self.card.architecture, per_block)
 
@@ -185,21 +186,21 @@ class Export:
         made, done = self._folder, 0
         total = made.nbytes()
         with whole_folder(self.out) as part:
-            for place, entries in made.weights.items():
-                (part / place).parent.mkdir(parents=True, exist_ok=True)
-                own = self.card.to_metadata() if place.startswith(("unet/", "transformer/")) else {}
-                for nbytes in write_safetensors(part / place, entries, own):
+            for path, entries in made.weights.items():
+                (part / path).parent.mkdir(parents=True, exist_ok=True)
+                own = self.card.to_metadata() if path.startswith(("unet/", "transformer/")) else {}
+                for nbytes in write_safetensors(part / path, entries, own):
                     done += nbytes
                     yield Progress(done, total)
-            for place, source in made.copies.items():
-                (part / place).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, part / place)
+            for path, source in made.copies.items():
+                (part / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, part / path)
                 done += source.stat().st_size
                 yield Progress(done, total)
-            for place, value in made.texts.items():
-                (part / place).parent.mkdir(parents=True, exist_ok=True)
+            for path, value in made.texts.items():
+                (part / path).parent.mkdir(parents=True, exist_ok=True)
                 text = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-                (part / place).write_text(text, encoding="utf-8")
+                (part / path).write_text(text, encoding="utf-8")
         self.report = [f"{self.out}/ ({total / 1e6:.1f} MB)"]
 
 

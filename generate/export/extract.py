@@ -1,8 +1,4 @@
-"""A LoRA out of a full student: the best approximation of what its training changed, at a rank (by SVD).
-
-(Eckart and Young: of all matrices of rank r the truncated SVD is the nearest; large ones by a randomised SVD,
-arXiv 0909.4061.)
-"""
+"""A LoRA out of a full student: the best approximation of what its training changed, at a rank."""
 
 from __future__ import annotations
 
@@ -12,14 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
+from ...core.low_rank import Change, nearest
 from ...trainer.data.files import trim
 from .merge import Merge
-from .student import Layer
 
-EXACT = 512  # the smaller side of a matrix up to which the whole SVD is computed
-OVERSAMPLED, ITERATIONS = 16, 4
 # Classes of layers, the first that fits; what no LoRA holds is the last.
 CLASSES = {
     "attention": r"attn\d?\.|attention|\.to_[qkv]|qkv",
@@ -58,7 +51,7 @@ def _ratio(lost: float, changed: float) -> float:
     return math.sqrt(lost / changed) if changed else 0.0
 
 
-def extract(merge: Merge, rank: int, errors: Errors) -> Iterator[tuple[str, Layer | None, int]]:
+def extract(merge: Merge, rank: int, errors: Errors) -> Iterator[tuple[str, Change | None, int]]:
     """The layers of a LoRA by their modules' names, one after the other, with the bytes that were looked at.
 
     A weight that no LoRA can hold gives None. `errors` counts along.
@@ -73,7 +66,7 @@ def extract(merge: Merge, rank: int, errors: Errors) -> Iterator[tuple[str, Laye
             errors.add(LEFT_OUT, squared, squared)
             yield name, None, nbytes
             continue
-        layer = truncated(change, rank)
+        layer = nearest(change, rank)
         errors.add(_class_of(name), squared, float((change - layer.delta()).square().sum(dtype=torch.float64)))
         del change
         trim()
@@ -87,21 +80,3 @@ def _embeds(module: str) -> bool:
 
 def _class_of(name: str) -> str:
     return next(kind for kind, pattern in CLASSES.items() if re.search(pattern, name))
-
-
-def truncated(change: Tensor, rank: int) -> Layer:
-    """The best LoRA of a rank for a change (out, in, ...) of a weight, its singular values shared by both halves."""
-    matrix = change.flatten(1)
-    small = min(matrix.shape)
-    rank = min(rank, small)
-    if small <= EXACT or rank + OVERSAMPLED >= small:
-        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-        v = v.T
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # the same file from the same student
-            u, s, v = torch.svd_lowrank(matrix, rank + OVERSAMPLED, ITERATIONS)
-    root = s[:rank].sqrt()
-    down = (v[:, :rank] * root).T.reshape(rank, *change.shape[1:])
-    up = (u[:, :rank] * root).reshape(change.shape[0], rank, *(1 for _ in change.shape[2:]))
-    return Layer(down.contiguous(), up.contiguous(), 1.0)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ...trainer.checkpoint.layout import OPEN_CLIP, VAE, Piece, Shapes, renamed, same, wrapped
+from ...core.header import Shapes
+from ...trainer.checkpoint.layout import OPEN_CLIP, VAE, Piece, renamed, same, wrapped
 from .tensors import ExportError
 
 UNUSED = 23  # the layer of Stable Diffusion 2's text encoder that nothing uses: the one before it is read

@@ -10,15 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.architecture import SD1, SD2
+from ...core.low_rank import Change
 from ...core.naming import is_single_file, layers_of, to_diffusers
-from .student import COMFY, KOHYA, Layer
+from .student import COMFY, KOHYA
 from .tensors import cast
 
 STANDARD = 2  # layers of each block in Stable Diffusion's UNets; WebUIs read diffusers' names as of no others
 
 
 def lora_tensors(
-    layers: Mapping[str, Layer], style: str, dtype: torch.dtype, architecture: str, per_block: int = 0
+    layers: Mapping[str, Change], style: str, dtype: torch.dtype, architecture: str, per_block: int = 0
 ) -> dict[str, Tensor]:
     """The tensors of a LoRA file: `kohya`, `comfy` or `peft`; `layers` by their modules' single-file names.
 
@@ -43,7 +44,7 @@ def lora_tensors(
     return tensors
 
 
-def _peft(layers: Mapping[str, Layer], dtype: torch.dtype, per_block: int) -> dict[str, Tensor]:
+def _peft(layers: Mapping[str, Change], dtype: torch.dtype, per_block: int) -> dict[str, Tensor]:
     """As diffusers saves them: alpha is the rank, so the scale goes into B; one rank for all.
 
     Releases before 0.38 take the most frequent rank as every layer's alpha.
@@ -54,14 +55,14 @@ def _peft(layers: Mapping[str, Layer], dtype: torch.dtype, per_block: int) -> di
     tensors = {}
     for module, layer in layers.items():
         name = f"{'unet' if unet else 'transformer'}.{names[module]}"
-        down, up = in_range(Layer(layer.down, layer.up.float() * layer.scale, 1.0), dtype, name)
+        down, up = in_range(Change(layer.down, layer.up.float() * layer.scale, 1.0), dtype, name)
         missing = rank - down.shape[0]
         tensors[f"{name}.lora_A.weight"] = F.pad(down, (0, 0) * (down.ndim - 1) + (0, missing))
         tensors[f"{name}.lora_B.weight"] = F.pad(up, (0, 0) * (up.ndim - 2) + (0, missing))
     return tensors
 
 
-def in_range(layer: Layer, dtype: torch.dtype, name: str) -> tuple[Tensor, Tensor]:
+def in_range(layer: Change, dtype: torch.dtype, name: str) -> tuple[Tensor, Tensor]:
     """Down and up in `dtype`; what is too large for it moves from one to the other by a power of two, exactly.
 
     Raises ExportError where both are too large.

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from ...core.architecture import SD1, SD2, SDXL, WHOLE
+from ...core.low_rank import Change
 from ...core.naming import is_single_file
 from ...core.student import FULL_PREFIX
 from ...trainer.checkpoint.identify import TEXTS
 from ...trainer.checkpoint.layout import Piece
 from . import layout, transformers
 from .checkpoint import Checkpoint
-from .student import Layer, StudentFile
+from .student import StudentFile
 from .tensors import Entry, ExportError, Weights, cast
 
 # What of a whole checkpoint is weights: the rest (noise schedules, marks of v-prediction) stays as it is stored.
@@ -36,8 +37,8 @@ class Merge:
 
     def __init__(self, student: StudentFile, base: Checkpoint):
         self.student, self.base = student, base
-        self.layers: dict[str, Layer] = {}
-        self._parts: dict[str, list[tuple[Tensor, Layer]]] = {}  # of layers that diffusers splits: rows, and theirs
+        self.layers: dict[str, Change] = {}
+        self._parts: dict[str, list[tuple[Tensor, Change]]] = {}  # of layers that diffusers splits: rows, and theirs
         if student.full is None and student.splits_layers() and not base.folder:
             self._match_rows(transformers.rows_of(base.network, base.architecture))
         elif student.full is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from ...core.architecture import KNOWN, QWEN_IMAGE, UNETS, WAN
 from ...core.card import StudentCard, read_card, read_student
 from ...core.lora import PARTS, PEFT_PARTS
+from ...core.low_rank import Change
 from ...core.naming import dotted, is_diffusers, is_single_file, layers_of, to_diffusers, to_single_file
 from ...core.student import FULL_PREFIX
 from .tensors import ExportError, Weights
@@ -20,25 +20,6 @@ from .tensors import ExportError, Weights
 FUSED = KNOWN - {*UNETS.values(), QWEN_IMAGE, WAN}
 SPLIT = re.compile(r"transformer_blocks|attention[._]to_")
 KOHYA, COMFY, PEFT = "lora_unet_", "diffusion_model.", ("unet.", "transformer.")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer's LoRA: its weight (out, in, ...) changes by scale * up (out, r, ...) @ down (r, in, ...)."""
-
-    down: Tensor
-    up: Tensor
-    scale: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the layer's weight."""
-        return (self.up.shape[0], *self.down.shape[1:])
-
-    def delta(self) -> Tensor:
-        """The change of the weight, float32."""
-        product = self.up.float().flatten(1) @ self.down.float().flatten(1)
-        return (product * self.scale).reshape(self.shape)
 
 
 class StudentFile:
@@ -51,7 +32,7 @@ class StudentFile:
         self.path = path
         self.card: StudentCard = read_card(path)
         self.full: Weights | None = Weights(path) if self.card.kind == "full" else None
-        self.layers: dict[str, Layer] = {} if self.full else _layers(read_student(path)[0], path)
+        self.layers: dict[str, Change] = {} if self.full else _layers(read_student(path)[0], path)
         if self.full and not self.full.starting(FULL_PREFIX):
             raise ExportError(f"{path} has the card of a full student, but no network in it: get the file again")
 
@@ -64,7 +45,7 @@ class StudentFile:
         """Whether this is a LoRA of a transformer in diffusers' names, whose layers a single file fuses."""
         return self.card.architecture in FUSED and any(SPLIT.search(name) for name in self.layers)
 
-    def of(self, network: Iterable[str] | None) -> dict[str, Layer]:
+    def of(self, network: Iterable[str] | None) -> dict[str, Change]:
         """The LoRA by its modules' single-file names, which are those of `network`'s weights.
 
         Without a network they are read from the file's own names, which only those of a UNet allow. Raises ExportError.
@@ -73,7 +54,7 @@ class StudentFile:
             if not self.of_a_unet():
                 raise ExportError(
                     f"{self.path} is no LoRA of a Stable Diffusion UNet ({next(iter(self.layers))}): give its base by "
-                    "--base, by which its layers are told"
+                    "--base, which names its layers"
                 )
             modules = {name: _module(name) for name in self.layers}
             if is_diffusers(modules.values()):
@@ -98,7 +79,7 @@ def aliases(modules: Iterable[str]) -> dict[str, str]:
     return {n.replace(".", "_"): m for n, m in names.items()} | names
 
 
-def _layers(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Layer]:
+def _layers(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Change]:
     layers = {}
     for key in tensors:
         for down_part, up_part in (PARTS[:2], PEFT_PARTS):
@@ -109,7 +90,7 @@ def _layers(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Layer]:
                     raise ExportError(f"{path} lacks {name}.{up_part}: get the file again")
                 alpha = tensors.get(f"{name}.alpha")
                 scale = 1.0 if alpha is None else float(alpha) / down.shape[0]
-                layers[_bare(name)] = Layer(down, up, scale)
+                layers[_bare(name)] = Change(down, up, scale)
     if not layers:
         raise ExportError(f"{path} has the card of a LoRA, but no LoRA in it: get the file again")
     return layers

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ...core import architecture as known
-from .student import Layer
+from ...core.header import Shapes
+from ...core.low_rank import Change
 from .tensors import ExportError
 
 CLASSES = {
@@ -28,8 +29,6 @@ CLASSES = {
     known.QWEN_IMAGE: "QwenImageTransformer2DModel",
 }
 MOST_ROWS = 2**32  # more than any weight has
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def rows_of(network: Shapes, architecture: str) -> dict[str, tuple[str, Tensor]]:
@@ -75,10 +74,10 @@ def _converter(architecture: str) -> Callable[..., dict[str, Tensor]]:
     return known_here[name]["checkpoint_mapping_fn"]
 
 
-def split(layers: Mapping[str, Layer], rows: Mapping[str, tuple[str, Tensor]]) -> dict[str, Layer]:
+def split(layers: Mapping[str, Change], rows: Mapping[str, tuple[str, Tensor]]) -> dict[str, Change]:
     """A LoRA of a single file's modules as one of diffusers' modules: the same first half, of the second its rows."""
     made = {
-        theirs: Layer(layers[ours].down, layers[ours].up[numbers], layers[ours].scale)
+        theirs: Change(layers[ours].down, layers[ours].up[numbers], layers[ours].scale)
         for theirs, (ours, numbers) in rows.items()
         if ours in layers
     }

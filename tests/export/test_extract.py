@@ -4,9 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from turbodistill.core.card import read_card
+from turbodistill.core.low_rank import nearest
 from turbodistill.core.student import FULL_PREFIX
 from turbodistill.generate.export import extract
-from turbodistill.generate.export.extract import Errors, truncated
+from turbodistill.generate.export.extract import Errors
 
 
 @pytest.fixture(scope="module")
@@ -89,19 +90,19 @@ def test_a_large_layer_s_randomised_svd_is_as_good_as_the_whole(shape):
     u, _ = torch.linalg.qr(torch.randn(rows, len(values)))
     v, _ = torch.linalg.qr(torch.randn(columns, len(values)))
     matrix = u @ torch.diag(values) @ v.T
-    layer = truncated(matrix.reshape(shape), 16)
+    layer = nearest(matrix.reshape(shape), 16)
     assert layer.down.shape == (16, *shape[1:]) and layer.up.shape[:2] == (rows, 16)
     error = float((matrix.reshape(shape) - layer.delta()).norm())
     assert error < 1.001 * float(values[16:].norm())
-    assert torch.equal(truncated(matrix.reshape(shape), 16).up, layer.up)
+    assert torch.equal(nearest(matrix.reshape(shape), 16).up, layer.up)
 
 
 def test_both_halves_are_equally_large():
-    layer = truncated(1e-6 * torch.randn(20, 30), 4)
+    layer = nearest(1e-6 * torch.randn(20, 30), 4)
     assert float(layer.up.norm()) == pytest.approx(float(layer.down.norm()), rel=1e-4)
 
 
 def test_a_layer_that_did_not_change_has_a_lora_of_zeros():
-    layer, errors = truncated(torch.zeros(8, 8), 2), Errors()
+    layer, errors = nearest(torch.zeros(8, 8), 2), Errors()
     errors.add("attention", 0.0, 0.0)
     assert not layer.delta().any() and errors.relative() == {"attention": 0.0, "all": 0.0}

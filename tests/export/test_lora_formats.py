@@ -7,9 +7,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from turbodistill.core.card import read_card
+from turbodistill.core.low_rank import Change
 from turbodistill.generate.export import transformers
 from turbodistill.generate.export.lora_files import in_range
-from turbodistill.generate.export.student import Layer
 from turbodistill.generate.export.tensors import ExportError
 
 STYLES = ["kohya", "comfy", "peft"]
@@ -131,7 +131,7 @@ def test_peft_s_scale_is_in_its_numbers_and_its_rank_is_one(kit, make, tmp_path)
 
 
 def test_what_is_too_large_for_float16_moves_to_the_other_half():
-    layer = Layer(torch.randn(4, 8), 1e6 * torch.randn(16, 4), 1.0)
+    layer = Change(torch.randn(4, 8), 1e6 * torch.randn(16, 4), 1.0)
     down, up = in_range(layer, torch.float16, "layer")
     assert up.isfinite().all() and down.dtype == up.dtype == torch.float16
     found, expected = up.float() @ down.float(), layer.up @ layer.down
@@ -139,12 +139,12 @@ def test_what_is_too_large_for_float16_moves_to_the_other_half():
 
 
 def test_what_fits_keeps_its_bits():
-    layer = Layer(torch.randn(4, 8).half(), 1e-6 * torch.randn(16, 4).half(), 1.0)
+    layer = Change(torch.randn(4, 8).half(), 1e-6 * torch.randn(16, 4).half(), 1.0)
     assert torch.equal(in_range(layer, torch.float16, "layer")[1], layer.up)
 
 
 def test_what_has_no_room_in_both_is_refused():
-    layer = Layer(1e6 * torch.ones(4, 8), 1e6 * torch.ones(16, 4), 1.0)
+    layer = Change(1e6 * torch.ones(4, 8), 1e6 * torch.ones(16, 4), 1.0)
     with pytest.raises(ExportError, match=r"up's first half reaches .*, too large for float16: use --dtype bfloat16"):
         in_range(layer, torch.float16, "up")
     assert in_range(layer, torch.bfloat16, "up")[0].isfinite().all()
