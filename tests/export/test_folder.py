@@ -127,7 +127,9 @@ def test_a_tokenizer_that_is_none_is_told(kit, base, student, single, tmp_path):
 
 def test_without_a_tokenizer_it_is_looked_for(kit, base, student, single, tmp_path, monkeypatch):
     own = kit.write_tokenizer(tmp_path / "own")
-    monkeypatch.setattr("turbodistill.trainer.checkpoint.tokenizer.found", lambda: iter([tmp_path / "not", own]))
+    monkeypatch.setattr(
+        "turbodistill.trainer.checkpoint.tokenizer.vocabulary_folders", lambda: iter([tmp_path / "not", own])
+    )
     kit.export(student, "diffusers", tmp_path / "out", base=single)
     assert json.loads((tmp_path / "out" / "tokenizer" / "vocab.json").read_text()) == json.loads(
         (own / "vocab.json").read_text()

@@ -14,11 +14,12 @@ from ...core.architecture import KNOWN, SD2, UNETS
 from ...core.card import KEY, CardError, StudentCard
 from ...core.families import by_files, recognise, suspect
 from ...core.foreign_lora import ForeignLoRA, is_lora
+from ...core.header import Header
 from ...demo.files import HEADER
 from . import hub
 from .errors import ModelError
 from .folder import INDEX, component_config, components_of, text_to_image_index
-from .header import Header, read_header
+from .header import read_header
 from .identify import SD2_BIAS, Content, identify
 from .load import architecture_of_config
 from .single_file import pipeline_config, unsaid_prediction

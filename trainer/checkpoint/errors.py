@@ -1,4 +1,4 @@
-"""What is said of a checkpoint that cannot be loaded."""
+"""The error of a checkpoint that cannot be loaded."""
 
 from __future__ import annotations
 

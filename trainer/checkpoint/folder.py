@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from ...core.header import DTYPES
+from ...core.header import DTYPES, Header
 from ..run.memory import is_out_of_memory
 from .errors import ModelError
-from .header import Header, read_header
+from .header import read_header
 from .weights import EIGHT_BITS, check_finite
 
 INDEX = "model_index.json"

@@ -71,7 +71,7 @@ def fetch(
         raise
     except Exception as error:  # a network has no end of ways to fail, and none of them is a fault of ours
         what = repository + (f" at revision {revision:.100}" if revision else "")
-        told: tuple[tuple[type[Exception], str], ...] = (
+        reasons: tuple[tuple[type[Exception], str], ...] = (
             (errors.GatedRepoError, f"{what} on the hub is gated: accept its terms on its page there, then {LOGIN}"),
             (errors.RevisionNotFoundError, f"{what} is not on the hub: give a branch, tag or commit that it has"),
             (
@@ -88,7 +88,7 @@ def fetch(
             (errors.HFValidationError, f"{repository:.200} can be no model on the hub: check the name"),
             (Exception, f"{what} cannot be had from the hub ({_answer(error)})"),
         )
-        raise ModelError(next(words for kind, words in told if isinstance(error, kind))) from None
+        raise ModelError(next(words for kind, words in reasons if isinstance(error, kind))) from None
 
 
 def _answer(error: Exception) -> str:

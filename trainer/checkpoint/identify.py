@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 from ...core import architecture as names
 from ...core.architecture import WHOLE, architecture_of
+from ...core.header import Header, Shapes
 from ...core.schedule import prediction_of_name
 from .errors import ModelError
-from .header import Header
-from .refusals import CHANNELS, FLUX_CHANNELS, Shapes, addition, channels, part, quantised, unusable
+from .refusals import CHANNELS, FLUX_CHANNELS, addition, channels, part, quantised, unusable
 
 # Before a denoiser's names, as the tools of these years write them; the last for those that hold nothing else.
 PREFIXES = (WHOLE, "diffusion_model.", "model.model.", "module.", "model.", "transformer.", "unet.", "")
@@ -67,22 +67,21 @@ def below(shapes: Shapes, prefix: str) -> Shapes:
 
 def identify(header: Header) -> Content:
     """What the file is; raises ModelError for what is no base model, in a sentence that names it."""
-    for refusal in (addition, quantised):
-        if told := refusal(header):
-            raise ModelError(f"{header.path} {told}")
+    if reason := addition(header) or quantised(header):
+        raise ModelError(f"{header.path} {reason}")
     shapes = header.shapes
     prefix, architecture = _denoiser(shapes)
     network = below(shapes, prefix)
-    told = unusable(network) or unusable(shapes)
-    if not told and architecture == names.SDXL_REFINER:
-        told = "is the refiner of Stable Diffusion XL, which only ends what its base began: give the base model"
-    if not told and not architecture:
-        told = _unet_of_no_kind(network) or part(shapes)
-    if not told and architecture not in UNETS and ORIGINAL.get(architecture, "") not in (*network, ""):
-        told = "is a part of a diffusers folder: give the folder that holds model_index.json"
-    told = told or _more_channels(architecture, network)
-    if told:
-        raise ModelError(f"{header.path} {told}")
+    reason = unusable(network) or unusable(shapes)
+    if not reason and architecture == names.SDXL_REFINER:
+        reason = "is the refiner of Stable Diffusion XL, which only ends what its base began: give the base model"
+    if not reason and not architecture:
+        reason = _unet_of_no_kind(network) or part(shapes)
+    if not reason and architecture not in UNETS and ORIGINAL.get(architecture, "") not in (*network, ""):
+        reason = "is a part of a diffusers folder: give the folder that holds model_index.json"
+    reason = reason or _more_channels(architecture, network)
+    if reason:
+        raise ModelError(f"{header.path} {reason}")
     prediction, zero = _prediction(header, architecture)
     vae = next((v for v in VAES if f"{v}decoder.conv_in.weight" in shapes), None)
     texts = {at: kind for at, kind in TEXTS.items() if any(n.startswith(at) for n in shapes)}

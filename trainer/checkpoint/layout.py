@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from torch import Tensor
+
+from ...core.header import Shapes
 
 # The layers of an autoencoder's attention: LDM's name, diffusers', and the one of diffusers before 0.17. Programs have
 # written each of them into single files, and the last two into folders.
@@ -72,9 +74,6 @@ class Piece:
     sources: tuple[str, ...]
     shape: tuple[int, ...]
     make: Callable[[Sequence[Tensor]], Tensor]
-
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def renamed(name: str, pairs: Iterable[tuple[str, str]], to_single: bool, count: int = 0) -> str | None:

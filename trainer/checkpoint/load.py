@@ -120,37 +120,37 @@ def _load_folder(path: Path, name: str, options: _Options) -> Loaded:
 
 def _load_file(path: Path, options: _Options) -> Loaded:
     parts = load_parts(path, options.dtype)
-    known, modules = parts.config, dict[str, Any](parts.modules)
+    config, modules = parts.config, dict[str, Any](parts.modules)
     if options.vae is not None:
-        modules["vae"] = _vae_of(Path(options.vae), known, options.dtype)
+        modules["vae"] = _vae_of(Path(options.vae), config, options.dtype)
     flows = parts.content.prediction == "flow"
     prediction = "flow" if flows else options.prediction or parts.prediction
     _complete(path, parts, modules, options)
-    modules["scheduler"] = _scheduler(known, prediction, prediction == "v" and parts.content.zero_terminal)
-    if sample := known.get(prediction, {}).get("sample_size"):
+    modules["scheduler"] = _scheduler(config, prediction, prediction == "v" and parts.content.zero_terminal)
+    if sample := config.get(prediction, {}).get("sample_size"):
         modules["unet"].register_to_config(sample_size=sample)
-    return Loaded(_pipeline(known["pipeline"], modules, known["options"]), path.stem, tuple(parts.remarks))
+    return Loaded(_pipeline(config["pipeline"], modules, config["options"]), path.stem, tuple(parts.remarks))
 
 
 def _complete(path: Path, parts: Parts, modules: dict[str, Any], options: _Options) -> None:
     """Add what a file lacks: text encoders and autoencoder from `components`, tokenizers from there or this machine."""
-    known, components = parts.config, options.components
-    encoders: dict[str, Any] = known["text_encoders"]
-    if known["pipeline"] == "StableDiffusion3Pipeline" and components is None and "text_encoder" in modules:
+    config, components = parts.config, options.components
+    encoders: dict[str, Any] = config["text_encoders"]
+    if config["pipeline"] == "StableDiffusion3Pipeline" and components is None and "text_encoder" in modules:
         modules.setdefault("text_encoder_3", None)  # T5, without which it works, too
     rest = [n for n in ("vae", *encoders) if n not in modules]
     if rest and components is None:
         raise ModelError(
             f"{path} holds no {_listed(rest)}: give as components a diffusers folder or model of the hub that has "
-            f"them, such as {known['like']}" + (", or a file as vae" if rest == ["vae"] else "")
+            f"them, such as {config['like']}" + (", or a file as vae" if rest == ["vae"] else "")
         )
     for encoder, (kind, *_) in encoders.items():
         name = encoder.replace("text_encoder", "tokenizer")
         if modules.get(encoder, parts) is None:
             modules[name] = None
-        elif name in known["padding"] and (components is None or options.tokenizer is not None):
+        elif name in config["padding"] and (components is None or options.tokenizer is not None):
             rows = modules[encoder].config.vocab_size if encoder in modules else TOKENS
-            modules[name] = clip_tokenizer(known["padding"][name], options.tokenizer, rows)
+            modules[name] = clip_tokenizer(config["padding"][name], options.tokenizer, rows)
         elif components is None and kind == "t5xxl" and (found := t5_tokenizer()):
             modules[name] = found
         else:
@@ -179,40 +179,40 @@ def _take(path: Path, rest: list[str], parts: Parts, modules: dict[str, Any], op
     parts.remarks += remarks
 
 
-def _check_same(components: str | Path, known: Mapping[str, Any], stored: Mapping[str, tuple[str, str]]) -> None:
+def _check_same(components: str | Path, config: Mapping[str, Any], stored: Mapping[str, tuple[str, str]]) -> None:
     """Raise ModelError for components of another architecture."""
-    name, kind, _ = known["denoiser"]
+    name, kind, _ = config["denoiser"]
     texts = sum(n.startswith("text_encoder") for n in stored)
-    if stored.get(name, ("", ""))[1] != kind or texts != len(known["text_encoders"]):
-        raise ModelError(f"components {components!s:.300} is of another architecture: give one like {known['like']}")
+    if stored.get(name, ("", ""))[1] != kind or texts != len(config["text_encoders"]):
+        raise ModelError(f"components {components!s:.300} is of another architecture: give one like {config['like']}")
 
 
 def _listed(parts: list[str]) -> str:
     return ", ".join(parts[:-1]) + " and " * (len(parts) > 1) + parts[-1]
 
 
-def _vae_of(path: Path, known: Mapping[str, Any], dtype: torch.dtype | None) -> Any:
+def _vae_of(path: Path, config: Mapping[str, Any], dtype: torch.dtype | None) -> Any:
     """An autoencoder by itself: a file in LDM's names, or a diffusers folder of one."""
     import diffusers
 
     if not path.is_dir():
-        return load_vae(path, known["vae"], dtype)
-    place = path if (path / "config.json").is_file() else path / "vae"
-    kind = str(read_json(place / "config.json").get("_class_name"))
+        return load_vae(path, config["vae"], dtype)
+    folder = path if (path / "config.json").is_file() else path / "vae"
+    kind = str(read_json(folder / "config.json").get("_class_name"))
     made = getattr(diffusers, kind, None) if kind.startswith("Autoencoder") else None
     if made is None:
         raise ModelError(f"vae {path} is a folder of {kind:.80}, no autoencoder: give another")
-    return load_module(place.parent, place.name, made, dtype, None)[0]
+    return load_module(folder.parent, folder.name, made, dtype, None)[0]
 
 
-def _scheduler(known: Mapping[str, Any], prediction: str, zero: bool) -> Any:
+def _scheduler(config: Mapping[str, Any], prediction: str, zero: bool) -> Any:
     import diffusers
 
-    kind, config = known["scheduler"]
+    kind, settings = config["scheduler"]
     changed = {} if prediction == "flow" else {"prediction_type": PREDICTION_TYPES[prediction]}
     if zero:
         changed |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return getattr(diffusers, kind)(**config | changed)
+    return getattr(diffusers, kind)(**settings | changed)
 
 
 def _pipeline(kind: str, parts: Mapping[str, Any], options: Mapping[str, Any]) -> Any:

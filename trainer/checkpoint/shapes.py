@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from .refusals import Shapes
+from ...core.header import Shapes
 
 Config = dict[str, Any]
 HEAD = 64  # the width of an attention head in UNets with linear projections, and in CLIP

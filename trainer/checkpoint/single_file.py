@@ -19,13 +19,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ...core.architecture import SD2
+from ...core.header import Header, Shapes
 from ...core.naming import is_diffusers, layers_of, to_diffusers, to_single_file
 from . import shapes as config_from
 from .errors import ModelError
-from .header import Header, read_header
+from .header import read_header
 from .identify import SD2_BIAS, TEXTS, VAES, Content, identify
 from .layout import MADE, Piece, text_encoder_to_diffusers, vae_to_diffusers
-from .refusals import Shapes
 from .weights import loaded
 
 CONFIGS = Path(__file__).parent / "configs"

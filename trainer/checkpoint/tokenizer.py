@@ -91,8 +91,8 @@ def clip_vocabulary(source: str | Path | None = None) -> tuple[dict[str, int], l
 
 def _found_files(source: str | Path | None) -> tuple[Path, ...]:
     """The files of the vocabulary: of `source`, or where it is found first."""
-    for place in [Path(source)] if source is not None else found():
-        if files := _files(place):
+    for path in [Path(source)] if source is not None else vocabulary_folders():
+        if files := _files(path):
             return files
     if source is not None:
         raise ModelError(
@@ -106,14 +106,14 @@ def t5_tokenizer() -> Any:
     """T5's tokenizer, as a host on this machine has it; None where there is none."""
     from transformers import T5TokenizerFast
 
-    for place in in_hosts(T5S):
-        if (place / "tokenizer.json").is_file():
-            return T5TokenizerFast.from_pretrained(place, local_files_only=True)
+    for path in in_hosts(T5S):
+        if (path / "tokenizer.json").is_file():
+            return T5TokenizerFast.from_pretrained(path, local_files_only=True)
     return None
 
 
-def found() -> Iterator[Path]:
-    """The places on this machine that may hold CLIP's vocabulary."""
+def vocabulary_folders() -> Iterator[Path]:
+    """The folders on this machine that may hold CLIP's vocabulary."""
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
         yield from map(Path, (spec and spec.submodule_search_locations) or ())
@@ -121,28 +121,28 @@ def found() -> Iterator[Path]:
 
 
 def in_hosts(inside: Sequence[str]) -> Iterator[Path]:
-    """These places below every host that may be on this machine."""
+    """These paths, which may be patterns, below every host that may be on this machine."""
     clone = Path(__file__).parents[2]  # may lie in a host's folder of extensions
     hosts = [clone.parent.parent, *(Path(os.environ.get(name) or usual).expanduser() for name, usual in HOSTS.items())]
     for host in hosts:
-        for place in inside:
-            yield from sorted(host.glob(place))
+        for pattern in inside:
+            yield from sorted(host.glob(pattern))
 
 
-def _files(place: Path) -> tuple[Path, ...]:
-    """The files of a vocabulary at a place: the one text, or the two that were made of it; none where there is none."""
-    if place.is_file():
-        return (place,)
-    pair = (place / "vocab.json", place / "merges.txt")
+def _files(path: Path) -> tuple[Path, ...]:
+    """The files of a vocabulary at a path: the one text, or the two that were made of it; none where there is none."""
+    if path.is_file():
+        return (path,)
+    pair = (path / "vocab.json", path / "merges.txt")
     if all(p.is_file() for p in pair):
         return pair
-    if (place / "tokenizer.json").is_file():  # the three in one
-        return (place / "tokenizer.json",)
+    if (path / "tokenizer.json").is_file():  # the three in one
+        return (path / "tokenizer.json",)
     for part in ("", "data", "tokenizer"):
         for name in (f"{BPE}.gz", BPE):
-            if (place / part / name).is_file():
-                return (place / part / name,)
-    return _files(place / "tokenizer") if place.name != "tokenizer" and (place / "tokenizer").is_dir() else ()
+            if (path / part / name).is_file():
+                return (path / part / name,)
+    return _files(path / "tokenizer") if path.name != "tokenizer" and (path / "tokenizer").is_dir() else ()
 
 
 def _from_hub() -> tuple[Path, ...]:

@@ -85,14 +85,14 @@ def _check_names(path: Path, what: str, weights: Mapping[str, Tensor], module: n
     missing = sorted(n for n in wanted if n not in weights and n not in tied)
     strange = sorted(n for n in weights if n not in wanted)
     other = [n for n in wanted if n in weights and wanted[n].shape != weights[n].shape]
-    for names, told in (
+    for names, fault in (
         (missing, "are missing"),
         (strange, "are of no layer that is known"),
         (other, "are of another shape"),
     ):
         if names:
             raise ModelError(
-                f"{path}: {len(names)} of the {what}'s weights {told}, such as {names[0]:.200}: the file is damaged, "
+                f"{path}: {len(names)} of the {what}'s weights {fault}, such as {names[0]:.200}: the file is damaged, "
                 "or of a kind that is not known; get it again, or load the model that it was made of"
             )
 

@@ -19,6 +19,10 @@ FLOW = {"num_train_timesteps": 1000, "shift": 3.0}
 DYNAMIC = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 TRAILING = {"timestep_spacing": "trailing"}
+HEADS: dict[str, Any] = {"attention_head_dim": 8, "num_attention_heads": 2}
+FLUX: dict[str, Any] = HEADS | {"in_channels": 16, "num_layers": 1, "num_single_layers": 2, "axes_dims_rope": (2, 2, 4)}
+FLUX |= {"joint_attention_dim": 2 * WIDTH}
+FLUX_VAE = {"shift_factor": 0.1159, "scaling_factor": 0.3611}
 
 
 @cache
@@ -147,8 +151,7 @@ def stable_diffusion_3():
         in_channels=4,
         out_channels=4,
         num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
+        **HEADS,
         caption_projection_dim=16,
         joint_attention_dim=2 * WIDTH,
         pooled_projection_dim=2 * WIDTH,
@@ -163,39 +166,18 @@ def stable_diffusion_3():
 def flux(guidance: bool = True):
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-    network = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=2 * WIDTH,
-        pooled_projection_dim=WIDTH,
-        axes_dims_rope=(2, 2, 4),
-        guidance_embeds=guidance,
-    )
+    network = FluxTransformer2DModel(**FLUX, pooled_projection_dim=WIDTH, guidance_embeds=guidance)
     scheduler = FlowMatchEulerDiscreteScheduler(**DYNAMIC)
-    autoencoder = vae(shift_factor=0.1159, scaling_factor=0.3611)
-    return FluxPipeline(scheduler, autoencoder, clip(), clip_tokenizer(), t5(), letter_tokenizer(), network)
+    return FluxPipeline(scheduler, vae(**FLUX_VAE), clip(), clip_tokenizer(), t5(), letter_tokenizer(), network)
 
 
 def chroma():
     from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
     network = ChromaTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=2 * WIDTH,
-        axes_dims_rope=(2, 2, 4),
-        approximator_num_channels=8,
-        approximator_hidden_dim=16,
-        approximator_layers=1,
+        **FLUX, approximator_num_channels=8, approximator_hidden_dim=16, approximator_layers=1
     )
-    autoencoder = vae(shift_factor=0.1159, scaling_factor=0.3611)
-    return ChromaPipeline(FlowMatchEulerDiscreteScheduler(**FLOW), autoencoder, t5(), letter_tokenizer(), network)
+    return ChromaPipeline(FlowMatchEulerDiscreteScheduler(**FLOW), vae(**FLUX_VAE), t5(), letter_tokenizer(), network)
 
 
 def lumina2():
@@ -248,8 +230,7 @@ def qwen_image():
         in_channels=16,
         out_channels=4,
         num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
+        **HEADS,
         joint_attention_dim=WIDTH,
         axes_dims_rope=(2, 2, 4),
     )
@@ -272,8 +253,7 @@ def sana():
     network = SanaTransformer2DModel(
         in_channels=4,
         out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
+        **HEADS,
         num_layers=2,
         num_cross_attention_heads=2,
         cross_attention_head_dim=8,
