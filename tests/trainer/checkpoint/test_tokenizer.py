@@ -37,7 +37,7 @@ def nowhere(monkeypatch):
     """A machine without CLIP's vocabulary, and without a network."""
     from huggingface_hub import constants
 
-    monkeypatch.setattr(module, "found", lambda: iter(()))
+    monkeypatch.setattr(module, "vocabulary_folders", lambda: iter(()))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", "/nowhere")
 
