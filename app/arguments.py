@@ -5,31 +5,52 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..trainer.config import Config
+from ..trainer.config import KINDS, Config
 
-SEEDS = 0, 2**63 - 1
 MOST_STEPS = Config.__dataclass_fields__["student_steps"].metadata["high"]
 
+EXPONENT = re.compile(r"(\d{1,3})[eE]\+?(\d{1,2})")
 LONGEST = 255  # bytes of a file's name
 
 
 def between(low: float, high: float, kind: type = int) -> Callable[[str], float]:
     """What argparse calls for a number from `low` to `high`."""
 
-    def number(text: str) -> float:
+    def bounded(text: str) -> float:
         try:
-            value = kind(text)
+            value = number(text, kind)
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"is {text!r}: give {low} to {high}")
+            words = "a whole number from " if kind is int else ""
+            raise argparse.ArgumentTypeError(f"is {text[:60]!r}: give {words}{low} to {high}")
         return value
 
-    return number
+    return bounded
+
+
+def number(text: str, kind: type = int) -> float:
+    """A number as it was typed; a whole one may be 1e3. Raises ValueError."""
+    if kind is int and (value := EXPONENT.fullmatch(text.strip())):
+        return int(value[1]) * 10 ** int(value[2])
+    return kind(text)
+
+
+def setting(kind: type) -> Callable[[str], Any]:
+    """What argparse calls for a setting's value, whose bounds Config knows."""
+
+    def parsed(text: str) -> Any:
+        try:
+            return number(text, kind) if kind in (int, float) else text
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"is {text[:60]!r}: give {KINDS[kind]}") from None
+
+    return parsed
 
 
 def place(text: str) -> Path:

@@ -16,9 +16,11 @@ from ..core.version import VERSION
 from ..demo import files
 from ..trainer.config import Config, ConfigError, nearest
 from . import export, info, push, sample, ui
-from .arguments import add_model, between, folder, model_options, new_file, place
+from .arguments import add_model, between, folder, model_options, new_file, place, setting
 from .interrupt import interruptible
 from .progress import follow
+
+METAVARS = {int: "N", float: "NUMBER", str: "TEXT"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -140,8 +142,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         if isinstance(f.default, bool):
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options |= {"type": type(f.default), "choices": about["choices"]}
-            options["metavar"] = None if about["choices"] else type(f.default).__name__.upper()
+            options |= {"type": setting(type(f.default)), "choices": about["choices"]}
+            options["metavar"] = None if about["choices"] else METAVARS[type(f.default)]
         group.add_argument("--" + f.name.replace("_", "-"), **options)
 
 
@@ -161,10 +163,11 @@ def run_distill(args: argparse.Namespace) -> int:
     from ..trainer.run.scores import latent_score
 
     config = settings(args)
-    host = load_model(args.model, **model_options(args))
     if args.prompts is None and args.model is not None:
         raise ConfigError("--model needs --prompts: a text file with one prompt a line, of what the model is good at")
     prompts = read_prompts(args.prompts or files.PROMPTS)
+    run.check_inputs(config, args.images)
+    host = load_model(args.model, **model_options(args))
     score = latent_score if args.model else _judge(None).kid_score(host)
     events = run.run(host, config, args.out, prompts, args.images, score, args.pairs_folder)
     try:
@@ -201,7 +204,9 @@ def run_demo(args: argparse.Namespace) -> int:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     """Measure students against their teacher and print the table."""
+    from ..core.card import read_card
     from ..measure.bench import evaluate
+    from ..trainer.data.files import check_file, write_whole
     from ..trainer.pipeline.load import load_model
 
     if args.model and not args.reference:
@@ -210,11 +215,12 @@ def run_evaluate(args: argparse.Namespace) -> int:
             "{file_name, text, style, split}, where split is train or heldout"
         )
     students, reference = args.student or [files.STUDENT], args.reference or files.REFERENCE
+    check_file("reference set", reference)
+    for student in students:
+        read_card(student)
     text, figures = evaluate(load_model(args.model, **model_options(args)), students, reference, args.count, args.seeds)
     print(text)
     if args.out:
-        from ..trainer.data.files import write_whole
-
         write_whole(args.out, figures.encode())
     return 0
 

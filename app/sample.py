@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..demo import files
-from ..trainer.config import ConfigError
-from .arguments import MOST_STEPS, SEEDS, add_model, between, folder, model_options, place
+from ..trainer.config import MOST_SEED, ConfigError
+from .arguments import MOST_STEPS, add_model, between, folder, model_options, place
 from .quiet import quiet
 
 NONE = Path("none")
@@ -45,7 +45,7 @@ def command(commands: Any) -> None:
         help="with --image: how much of it is made anew, 0.01 to 1; 0.3 keeps most, 1 hardly anything (default: 0.6)",
     )
     parser.add_argument(
-        "--seed", type=between(*SEEDS), default=0, help="seed of the first picture; the next ones count on"
+        "--seed", type=between(0, MOST_SEED), default=0, help="seed of the first picture; the next ones count on"
     )
     parser.add_argument("--count", type=between(1, 10_000), default=1, help="pictures per prompt (default: 1)")
     parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1, mps or xpu (default: cuda if there is one)")
@@ -93,15 +93,20 @@ def run(args: argparse.Namespace) -> int:
 
 def _prompts(args: argparse.Namespace) -> list[str]:
     """Every prompt as often as it is wanted, its choices drawn."""
-    from ..trainer.data.prompts import check_choices, draw_prompts, read_prompts
+    from ..generate.sample import check_numbers
+    from ..trainer.data.prompts import drawn, read_prompts
 
-    check_choices(args.prompt)
     given = [*args.prompt, *(read_prompts(args.prompts) if args.prompts else [])]
     if not given:
         raise ConfigError("there is no prompt: write one or more, or give a file with --prompts")
     if len(given) * args.count > MOST_PROMPTS:
         raise ConfigError(f"{len(given)} prompts {args.count} times each: at most {MOST_PROMPTS} pictures are made")
-    return draw_prompts([p for p in given for _ in range(args.count)], args.count * len(given), args.seed)
+    prompts = [prompt for prompt in given for _ in range(args.count)]
+    try:
+        check_numbers(len(prompts), args.seed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return drawn(prompts, range(args.seed, args.seed + len(prompts)))
 
 
 def _make(args: argparse.Namespace, prompts: list[str]) -> int:
@@ -141,13 +146,26 @@ def _make(args: argparse.Namespace, prompts: list[str]) -> int:
         "Student": file.path.name if file else None,
     }
     together = max(1, min(16, TOGETHER // (host.resolution[0] * host.resolution[1])))
-    first = 1 + max((int(path.name[:5]) for path in args.out.glob("[0-9]" * 5 + "-*.png")), default=0)
+    number = _last_number(args.out)
     for k, picture in enumerate(sample(host, model, prompts, args.seed, steps, together, **start)):
         seed = args.seed + k
-        path = args.out / f"{first + k:05d}-{_slug(prompts[k])}-{seed}.png"
+        number, path = _free(args.out, number + 1, f"{_slug(prompts[k])}-{seed}")
         write_whole(path, _png_bytes(to_image(picture), infotext(prompts[k], settings | {"Seed": seed})))
         print(path)
     return 0
+
+
+def _last_number(folder: Path) -> int:
+    """The largest number that one of our files there begins with; 0 where there is none."""
+    found = (re.match(r"([0-9]{5,20})-", path.name) for path in folder.glob("*.png"))
+    return max((int(match[1]) for match in found if match), default=0)
+
+
+def _free(folder: Path, number: int, name: str) -> tuple[int, Path]:
+    """The first number from this one on of which no such file is there, which others may write meanwhile; its path."""
+    while (path := folder / f"{number:05d}-{name}.png").exists():
+        number += 1
+    return number, path
 
 
 def _picture(path: Path, size: tuple[int, int]) -> Any:

@@ -10,12 +10,11 @@ import fastapi
 import gradio as gr
 from starlette.datastructures import Headers
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.responses import PlainTextResponse
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..demo.files import STUDENT
 from ..page import api, live, tab
-from ..page.events import listen
 from ..trainer.checks import foreign
 from ..trainer.pipeline.load import load_model
 from .backend import EmbeddedBackend
@@ -35,7 +34,7 @@ class OwnPages:
             headers = Headers(scope=scope)
             linked = scope.get("method") == "GET" and headers.get("sec-fetch-dest") == "document"  # in no frame
             if not linked and (words := foreign(headers)):
-                answer = PlainTextResponse(words, 403)
+                answer = JSONResponse({"error": words}, 403)
         await answer(scope, receive, send)
 
 
@@ -60,9 +59,8 @@ def make_app(model: Path | None, student: Path | None, folder: Path, **how: Any)
 def pages(backend: EmbeddedBackend) -> gr.Blocks:
     """The generate page and the training tab, beside each other."""
     with gr.Blocks(analytics_enabled=False, title="TurboDistill") as blocks, gr.Tabs():
-        with gr.Tab("Generate") as first:
-            listed, student = live.add_components(backend.generator, backend.students, backend.example, blocks)
+        with gr.Tab("Generate"):
+            live.add_components(backend.generator, backend.students, backend.example, blocks)
         with gr.Tab("Distil"):
             tab.add_components(backend, blocks)
-        listen(first.select, listed, [], [student])
     return blocks

@@ -25,8 +25,8 @@ COPIES = os.name == "nt"
 KEY = "turbodistill.card"
 VERSION = 1
 KINDS = ("lora", "full")
-FIELDS = {"str": (str,), "int": (int,), "float": (int, float)}
-FIELDS |= dict.fromkeys(("tuple[int, ...]", "tuple[int, int]"), (list, tuple))
+FIELDS = {"str": ((str,), "text"), "int": ((int,), "a whole number"), "float": ((int, float), "a number")}
+FIELDS |= dict.fromkeys(("tuple[int, ...]", "tuple[int, int]"), ((list, tuple), "a list"))
 TITLES = ("modelspec.title", "ss_output_name", "title")  # metadata that names a weight file
 # What AUTOMATIC1111 tells the models by that a LoRA is for, besides those of Stable Diffusion 1.
 KOHYA = {
@@ -67,9 +67,9 @@ class StudentCard:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, wanted = getattr(self, f.name), FIELDS.get(str(f.type), (dict,))
+            value, (wanted, words) = getattr(self, f.name), FIELDS.get(str(f.type), ((dict,), "an object"))
             if not isinstance(value, wanted) or isinstance(value, bool):
-                raise CardError(f"card: {f.name} is {value!r:.80}, it must be of type {wanted[-1].__name__}")
+                raise CardError(f"card: {f.name} is {value!r:.80}, it must be {words}")
         if len(self.resolution) != 2 or not all(type(n) is int and n > 0 for n in self.resolution):
             raise CardError(f"card: resolution is {self.resolution!r:.80}, it must be width and height in pixels")
         if not all(type(t) is int for t in self.timesteps):

@@ -56,11 +56,21 @@ def read_header(path: str | Path, error: type[ValueError]) -> Header:
         return Header(Path(path), file.metadata() or {}, shapes, dtypes)
 
 
+def no_file(path: str | Path) -> str:
+    """What is wrong with a path where a file is wanted, and what to do; "" for a file."""
+    # Unlike Path's, these are false for what no file can be called.
+    if os.path.isfile(path):
+        return ""
+    if os.path.isdir(path):
+        return "is a folder: give a file"
+    return "is no regular file: give one" if os.path.exists(path) else "does not exist: check the name"
+
+
 @contextmanager
 def opened(path: str | Path, error: type[ValueError]) -> Iterator[Any]:
     """A safetensors file; raises `error` for a file that is missing, unreadable, truncated, or of another kind."""
-    if not os.path.isfile(path):  # unlike Path's, false for what no file can be called
-        raise error(f"{path!s:.300} {'is a folder' if os.path.isdir(path) else 'does not exist'}: check the name")
+    if wrong := no_file(path):
+        raise error(f"{path!s:.300} {wrong}")
     try:
         with safe_open(path, "pt") as file:
             yield file

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.card import StudentCard
 from ..core.fit import Base, check_fit
 from ..core.student import Student, load_student
-from ..trainer.data.prompts import check_texts
+from ..trainer.data.prompts import drawn
 from ..trainer.host import Host
 from .sample import sample_latents
 
@@ -64,19 +64,20 @@ class Generator:
             self._lock.release()
 
     def make(self, path: Path, prompt: str, seeds: Sequence[int], steps: int) -> Made | None:
-        """Pictures of a prompt, one a seed; None if another prompt came while this one waited.
+        """Pictures of a prompt, one a seed, which draws its choices; None if another prompt came while this one waited.
 
-        Raises CardError for a file that is no student of this model, ValueError if the model is in use, or the prompt
-        no text.
+        Raises CardError for a file that is no student of this model, DataError for a prompt that cannot be, ValueError
+        if the model is in use.
         """
-        check_texts([prompt])
+        texts = drawn([prompt] * len(seeds), seeds)
         ticket = self._latest = next(self._tickets)
         with self._alone(PATIENCE):
             if ticket != self._latest:
                 return None
             student = self._load(path)
             began = time.perf_counter()
-            cond = self.host.encode_text([prompt]).rows(torch.zeros(len(seeds), dtype=torch.long))
+            different = list(dict.fromkeys(texts))
+            cond = self.host.encode_text(different).rows(torch.tensor([different.index(text) for text in texts]))
             pictures = self.host.decode(sample_latents(self.host, student, cond, seeds, steps)).cpu()
             seconds = time.perf_counter() - began
             said = check_fit(self._card, Base(), path.name, steps=steps) if self._card else []

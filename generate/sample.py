@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,11 +15,13 @@ from ..core.denoiser import Cond
 from ..core.exclusive import exclusive
 from ..core.sampling import seeded_noise
 from ..core.student import Student
-from ..trainer.data.prompts import check_texts
+from ..trainer.config import MOST_SEED
+from ..trainer.data.prompts import drawn
 from ..trainer.host import Host
 from .recipe import FewStepModel
 
 BATCH_SIZE = 16
+MOST_STEPS = 1000
 
 
 @torch.no_grad()
@@ -31,6 +35,18 @@ def sample_latents(
     device = host.denoiser.device
     noise = seeded_noise(seeds, host.latent_shape, device)
     return student.generate(noise, cond.to(device), steps, **start)
+
+
+def check_numbers(count: int, seed: int = 0, steps: int = 1, batch_size: int = BATCH_SIZE) -> None:
+    """Raise ValueError for numbers with which no `count` pictures can be made."""
+    bounds = {"seed": (seed, 0, MOST_SEED), "steps": (steps, 1, MOST_STEPS), "batch_size": (batch_size, 1, math.inf)}
+    for name, (value, low, high) in bounds.items():
+        whole = isinstance(value, Integral) and not isinstance(value, bool)  # numpy's are, too
+        if not whole or not low <= value <= high:
+            upper = "or more" if high == math.inf else f"to {high}"
+            raise ValueError(f"{name} is {value!r:.80}: give a whole number, {low} {upper}")
+    if seed + count - 1 > MOST_SEED:
+        raise ValueError(f"seed is {seed}: of {count} pictures the last would have one above {MOST_SEED}, the largest")
 
 
 @torch.no_grad()
@@ -47,17 +63,16 @@ def sample(
 
     A FewStepModel takes the latents (1, C, H, W) of a `picture` to begin from, with a `strength`.
 
-    A picture depends on its prompt and seed alone, not on the batch. The model is as before between two pictures;
-    threads that sample or distil the same model wait for each other.
-    Raises ValueError for steps or a batch size below 1, for a text in place of a list, and for one that is no text.
+    A picture depends on its prompt and seed alone, not on the batch: of {red|blue} in a prompt its seed draws one. The
+    model is as before between two pictures; threads that sample or distil the same model wait for each other. Raises
+    ValueError for numbers out of bounds, and for prompts that are none.
     """
+    check_numbers(len(prompts), seed, steps, batch_size)
     if isinstance(prompts, str):
         raise ValueError(f"prompts is {prompts[:80]!r}: give a list of prompts")
-    if steps < 1 or batch_size < 1:
-        raise ValueError(f"steps is {steps} and batch_size {batch_size}: give at least 1")
-    check_texts(prompts)
+    prompts = drawn(prompts, range(seed, seed + len(prompts)))
     for first in range(0, len(prompts), batch_size):
-        texts = list(prompts[first : first + batch_size])
+        texts = prompts[first : first + batch_size]
         seeds = range(seed + first, seed + first + len(texts))
         with exclusive(host.denoiser.backbone):
             # A student's LoRA stays beside the weights: for a batch or two, merging takes longer than it saves, and its

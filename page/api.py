@@ -10,6 +10,7 @@ from typing import Any
 
 import fastapi
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 
 from ..core.card import CardError, read_card
 from ..trainer.checks import foreign
@@ -23,11 +24,27 @@ ROOT = "/turbodistill/v1"
 PICTURES = ("newest", "all", "none")
 LONGEST = 16 << 20  # bytes of a request
 PATIENCE = 600.0  # seconds that an estimate may take
+METHODS = {
+    **dict.fromkeys(("distill", "estimate", "stop", "cancel", "preview"), "POST"),
+    **dict.fromkeys(("run", "students", "runs", "settings"), "GET"),
+}
+
+
+class OtherSite(ValueError):
+    """A request of another site's page in the same browser."""
+
+
+class OtherType(ValueError):
+    """A request whose body is no JSON by its type."""
+
+
 # The status of an answer, by what went wrong.
 STATUS: tuple[tuple[type[Exception], int], ...] = (
     (job.NothingRuns, 404),
     (job.Busy, 409),
     (job.NoTraining, 409),
+    (OtherSite, 403),
+    (OtherType, 415),
     (ConfigError, 400),
     (DataError, 400),
     (OSError, 500),
@@ -37,19 +54,14 @@ STATUS: tuple[tuple[type[Exception], int], ...] = (
 def add_routes(app: fastapi.FastAPI, backend: Backend, dependencies: Sequence[Any] = ()) -> None:
     """Open the routes on the host's own server; `dependencies` are its authentication, as FastAPI's."""
     routes = Routes(backend)
-    guards = [fastapi.Depends(same_origin), *dependencies]
-    for method, path, answer in (
-        ("POST", "distill", routes.distill),
-        ("POST", "estimate", routes.estimate),
-        ("GET", "run", routes.run),
-        ("POST", "stop", routes.stop),
-        ("POST", "cancel", routes.cancel),
-        ("POST", "preview", routes.preview),
-        ("GET", "students", routes.students),
-        ("GET", "runs", routes.runs),
-        ("GET", "settings", routes.settings),
-    ):
-        app.add_api_route(f"{ROOT}/{path}", _handler(answer), methods=[method], dependencies=guards)
+    for path, method in METHODS.items():
+        handler = _handler(getattr(routes, path))
+        app.add_api_route(f"{ROOT}/{path}", handler, methods=[method], dependencies=dependencies)
+    # Else a program that opens pages beside these would answer with one of them.
+    others = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+    app.add_api_route(
+        ROOT + "/{path:path}", no_route, methods=others, dependencies=dependencies, include_in_schema=False
+    )
 
 
 def _handler(
@@ -59,6 +71,8 @@ def _handler(
 
     async def handle(request: fastapi.Request) -> fastapi.Response:
         try:
+            if words := foreign(request.headers):
+                raise OtherSite(words)
             return _json(await answer(request))
         except tuple(kind for kind, _ in STATUS) as error:
             status = next(status for kind, status in STATUS if isinstance(error, kind))
@@ -72,10 +86,14 @@ def _json(values: dict[str, Any], status: int = 200) -> fastapi.Response:
     return fastapi.Response(json.dumps(values, allow_nan=False), status, media_type="application/json")
 
 
-def same_origin(request: fastapi.Request) -> None:
-    """Refuse what another site's page asks for in the same browser, which says where it is from."""
-    if words := foreign(request.headers):
-        raise fastapi.HTTPException(403, words)
+async def no_route(request: fastapi.Request) -> fastapi.Response:
+    """The answer to a method that a route does not have, and to a path that is no route."""
+    path = request.path_params["path"]
+    if method := METHODS.get(path):
+        answer = _json({"error": f"{path} is asked by {method}, not by {request.method}"}, 405)
+        answer.headers["Allow"] = method
+        return answer
+    return _json({"error": f"there is no route {path[:100]!r}: known are {', '.join(METHODS)}"}, 404)
 
 
 class Routes:
@@ -156,14 +174,17 @@ def schema(backend: Backend) -> list[dict[str, Any]]:
 
 async def _body(request: fastapi.Request) -> dict[str, Any]:
     """The JSON object of a request, {} for an empty one; raises ConfigError for anything else."""
-    text = b""
-    async for chunk in request.stream():
-        text += chunk
-        if len(text) > LONGEST:
-            raise ConfigError(f"the request is longer than {LONGEST >> 20} MB: name a file of prompts instead")
+    text = bytearray()
+    try:
+        async for chunk in request.stream():
+            text += chunk
+            if len(text) > LONGEST:
+                raise ConfigError(f"the request is longer than {LONGEST >> 20} MB: name a file of prompts instead")
+    except ClientDisconnect:
+        raise ConfigError("the request broke off: send it whole") from None
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if text and kind != "application/json":  # a form of another site can send anything else
-        raise fastapi.HTTPException(415, f"the request is {kind or 'of no type'}: send it as application/json")
+        raise OtherType(f"the request is {kind or 'of no type'}: send it as application/json")
     try:
         values = json.loads(text or b"{}")
     except (ValueError, RecursionError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,3 +48,32 @@ def from_own_pages(answer: Callable[..., Any]) -> Callable[..., Any]:
         return answer(*values)
 
     return guarded
+
+
+def asking(button: str, place: str) -> str:
+    """JavaScript that presses a button which nobody sees, by its id: once a second while `place` is looked at.
+
+    Never before it has the answer to the last, whose `stamp` lies in `place`. So it goes on after a sleep, or when the
+    program is restarted.
+    """
+    script = """() => {
+  const asks = window.turbodistillAsks ??= {};
+  clearInterval(asks["BUTTON"]);
+  let [stamp, asked] = ["", 0];
+  asks["BUTTON"] = setInterval(() => {
+    const found = document.querySelector("#BUTTON");
+    const button = found?.querySelector("button") ?? found;
+    const place = document.querySelector("#PLACE");
+    if (!button || !place?.offsetParent || document.hidden) return;
+    const now = place.querySelector("[data-stamp]")?.dataset.stamp ?? "";
+    if (now === stamp && Date.now() - asked < 15000) return;
+    [stamp, asked] = [now, Date.now()];
+    button.click();
+  }, 1000);
+}"""
+    return script.replace("BUTTON", button).replace("PLACE", place)
+
+
+def stamp() -> str:
+    """HTML that tells the page that its question was answered."""
+    return f'<i data-stamp="{time.time()}"></i>'

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..trainer.config import ConfigError
+from ..trainer.config import KINDS, ConfigError, shown
 from .limits import FIELDS, Limits, offered
 
 SHORT = {"lr", "ema", "r1"}
@@ -30,8 +30,8 @@ def component(name: str, value: Any = None, limits: Limits | None = None) -> Any
         return gr.Checkbox(**options)
     if kind is str:
         return gr.Textbox(**options)
-    bounds = {"minimum": about["low"], "maximum": about["high"]}
-    return gr.Number(precision=0 if kind is int else None, **bounds, **options)
+    # Neither bounds nor precision: gradio would answer with an error that has no words, and cut 2.5 to 2.
+    return gr.Number(**options)
 
 
 def components(names: Iterable[str], values: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
@@ -70,9 +70,12 @@ def settings(names: Iterable[str], values: Iterable[Any]) -> dict[str, Any]:
 def number(name: str, value: Any, kind: type = int) -> Any:
     """A value that a page sent as a number of this kind (or a text, or yes or no); raises ConfigError."""
     try:
-        return kind(value)
+        made = kind(value)
     except (ValueError, TypeError, OverflowError):
-        raise ConfigError(f"{name} is {value!r:.100}: give a number") from None
+        made = None
+    if made is None or (kind is int and made != value):
+        raise ConfigError(f"{name} is {shown(value)}: give {KINDS[kind]}")
+    return made
 
 
 def label(name: str) -> str:

@@ -78,6 +78,8 @@ class Job:
         folders = backend.readable_folders()
         if self.config.init_student:
             check_inside(self.config.init_student, folders)
+        if request.kind == "distill":
+            run.check_inputs(self.config, request.images or None)
         captions: list[str] = []
         if request.images:
             found = read_pictures(check_inside(request.images, folders), self.config.broken_pictures)

@@ -11,9 +11,9 @@ import gradio as gr
 
 from ..core.card import CardError
 from ..generate.generator import Generator, Made
-from ..trainer.config import ConfigError
+from ..trainer.config import MOST_SEED, ConfigError
 from . import fields, job, view
-from .events import listen
+from .events import asking, listen, stamp
 from .pictures import data_urls
 
 MOST = 16  # pictures at once
@@ -30,11 +30,13 @@ STYLE = """<style>
 
 def add_components(
     generator: Generator, students: Callable[[], dict[str, Path]], example: str, blocks: gr.Blocks
-) -> Any:
-    """The page, in `blocks`, which is open; `students` gives the files by name.
+) -> None:
+    """The page, in `blocks`, which is open; `students` gives the files by name."""
+    with gr.Column(elem_id="turbodistill-generate"):
+        _add(generator, students, example, blocks)
 
-    Returns what refreshes their list, and the list.
-    """
+
+def _add(generator: Generator, students: Callable[[], dict[str, Path]], example: str, blocks: gr.Blocks) -> None:
     gr.HTML(STYLE)
     names = list(students())
     prompt = gr.Textbox(
@@ -48,7 +50,9 @@ def add_components(
     with gr.Row():
         count = gr.Slider(1, MOST, value=4, step=1, label="Pictures", elem_id="turbodistill-count")
         steps = gr.Slider(1, STEPS, value=1, step=1, label="Steps", elem_id="turbodistill-steps")
-        seed = gr.Number(value=0, precision=0, minimum=0, label="Seed of the first", elem_id="turbodistill-seed")
+        for slider in (count, steps):  # gradio's own check answers with an error that has no words
+            setattr(slider, "preprocess", lambda number: number)  # noqa: B010 - a method, to a type checker
+        seed = gr.Number(value=0, label="Seed of the first", elem_id="turbodistill-seed")
         student = gr.Dropdown(
             choices=names, value=names[0] if names else None, label="Student", elem_id="turbodistill-student"
         )
@@ -62,7 +66,28 @@ def add_components(
     # The newest gradio's `input` tells of letters alone, not of what is pasted or deleted.
     for trigger in (blocks.load, prompt.change, count.change, steps.change, seed.change, student.change):
         listen(trigger, answer, inputs, [pace, made], latest=True)
-    return lambda: gr.update(choices=list(students())), student
+    ask = gr.Button("Ask", elem_id="turbodistill-follow", elem_classes="turbodistill-hidden")
+    answered = gr.HTML("")
+    seen = gr.State(value=_seen(students()))
+    shown = [seen, answered, student, pace, made]
+    listen(blocks.load, None, js=asking("turbodistill-follow", "turbodistill-generate"))
+    listen(ask.click, lambda before, *values: follow(generator, students(), before, *values), [seen, *inputs], shown)
+
+
+def _seen(students: dict[str, Path]) -> dict[str, Any]:
+    return {"students": list(students), "running": job.running() is not None}
+
+
+def follow(generator: Generator, students: dict[str, Path], before: dict[str, Any], *values: Any) -> list[Any]:
+    """What a distillation changes on the page that had seen `before`: the list, and which student draws, the newest."""
+    now = _seen(students)
+    new = next((name for name in now["students"] if name not in before["students"]), None)
+    listed, drawn = gr.update(), [gr.update(), gr.update()]
+    if now["students"] != before["students"]:
+        listed = gr.update(choices=now["students"], **({"value": new} if new else {}))
+    if now["running"] != before["running"] and not new:  # another student draws by itself
+        drawn = pictures(generator, students, *values)
+    return [now, stamp(), listed, *drawn]
 
 
 def pictures(
@@ -80,7 +105,7 @@ def pictures(
     try:
         if not isinstance(student, str) or student not in students:
             raise ConfigError("no student is chosen: choose one, or distil one in the other tab")
-        first = _whole("seed", seed or 0, 0, 2**63 - MOST)
+        first = _whole("seed", seed or 0, 0, MOST_SEED + 1 - MOST)
         seeds = range(first, first + _whole("pictures", count, 1, MOST))
         prompt = str(prompt or "")
         made = generator.make(students[student], prompt, seeds, _whole("steps", steps, 1, STEPS))

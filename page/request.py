@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..trainer.checks import check_text_file
-from ..trainer.config import Config, ConfigError
+from ..trainer.config import KINDS, Config, ConfigError, shown
 from ..trainer.data.files import DataError, path_of
 from ..trainer.data.prompts import prompt_lines, read_prompts
 
-KINDS = ("pairs", "distill", "estimate")
+WORK = ("pairs", "distill", "estimate")
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Request:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ConfigError(f"kind is {self.kind!r:.100}: use one of {', '.join(KINDS)}")
+        if self.kind not in WORK:
+            raise ConfigError(f"kind is {self.kind!r:.100}: use one of {', '.join(WORK)}")
         for name in ("prompt_file", "images"):
             object.__setattr__(self, name, path_of(getattr(self, name)))
 
@@ -49,7 +49,7 @@ class Request:
             if name not in known:
                 raise ConfigError(f"unknown field {name!r:.100}: known are {', '.join(known)}")
             if type(value) is not known[name]:
-                raise ConfigError(f"{name} is {value!r:.100}: give a value of type {known[name].__name__}")
+                raise ConfigError(f"{name} is {shown(value)}: give {KINDS[known[name]]}")
         return cls(**values)
 
     def config(self) -> Config:

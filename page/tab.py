@@ -6,7 +6,6 @@ may be closed, opened again, or opened twice.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ import gradio as gr
 from ..trainer.config import ADVANCED, OF_DISTILL, OF_IMAGES, OF_PAIRS, ConfigError
 from . import curves, fields, job, runs, view
 from .backend import Backend
-from .events import listen
+from .events import asking, listen, stamp
 from .request import Request
 
 TEXT, FILE, CAPTIONS = "the text below", "a text file", "the captions of my pictures"
@@ -26,23 +25,6 @@ MAIN = (*OF_PAIRS, *OF_DISTILL)
 SETTINGS = (*MAIN, *ADVANCED, *OF_IMAGES)
 OF_RUN = ("name", "source", "text", "file", "images", "width", "height")  # what else the form asks for
 MISTAKES = (ValueError, OSError, job.Busy, job.NothingRuns, job.NoTraining)
-
-# The page asks by a button that nobody sees: once a second while the tab is looked at, and never
-# before it has the answer to the last. So it goes on after a sleep, or when the program is restarted.
-ASK = """() => {
-  clearInterval(window.turbodistillAsks);
-  let [stamp, asked] = ["", 0];
-  window.turbodistillAsks = setInterval(() => {
-    const found = document.querySelector("#turbodistill-ask");
-    const button = found?.querySelector("button") ?? found;
-    const tab = document.querySelector("#turbodistill-live");
-    if (!button || !tab?.offsetParent || document.hidden) return;
-    const now = tab.querySelector("[data-stamp]")?.dataset.stamp ?? "";
-    if (now === stamp && Date.now() - asked < 15000) return;
-    [stamp, asked] = [now, Date.now()];
-    button.click();
-  }, 1000);
-}"""
 
 
 @dataclass(frozen=True)
@@ -107,7 +89,8 @@ def add_components(backend: Backend, blocks: gr.Blocks) -> None:
     def wish(what: Callable[[job.Job], None]) -> Callable[[], str]:
         return lambda: _say(lambda: what(job.must_run()))
 
-    listen(blocks.load, None, js=ASK)
+    listen(blocks.load, None, js=asking("turbodistill-ask", "turbodistill-live"))
+    listen(blocks.load, last_asked, [], form.inputs())  # a page that is opened again shows what it has begun
     listen(ask.click, lambda before: refresh(backend, before), [shown], live)
     for button, answer, inputs in (
         (estimate, begin("estimate"), form.inputs()),
@@ -177,8 +160,8 @@ def _form(backend: Backend) -> Form:
         elem_id="turbodistill-images",
     )
     with gr.Row():
-        wide = gr.Number(value=0, label="Width", info=pixels, precision=0, minimum=0)
-        high = gr.Number(value=0, label="Height", info=pixels, precision=0, minimum=0)
+        wide = gr.Number(value=0, label="Width", info=pixels, elem_id="turbodistill-width")
+        high = gr.Number(value=0, label="Height", info=pixels, elem_id="turbodistill-height")
     settings = fields.components(MAIN, backend.settings, backend.limits)
     with gr.Accordion("Advanced settings", open=False, elem_id="turbodistill-advanced"):
         settings |= fields.grouped((*ADVANCED, *OF_IMAGES), backend.settings, backend.limits)
@@ -208,22 +191,31 @@ def filled(backend: Backend, line: str | None) -> list[Any]:
         asked = runs.asked(backend.runs_folder(), _name(line))
     except MISTAKES as error:
         return [view.box(str(error), "bad"), *(gr.update() for _ in (*OF_RUN, *SETTINGS))]
+    return ["", *_values(asked)]
+
+
+def last_asked() -> list[Any]:
+    """The form's values as they were asked for last, since the program was started."""
+    now = job.current()
+    return _values(now.request) if now else [gr.update() for _ in (*OF_RUN, *SETTINGS)]
+
+
+def _values(asked: Request) -> list[Any]:
     source = FILE if asked.prompt_file else BUILT_IN + asked.built_in if asked.built_in else TEXT
     if source == TEXT and not asked.prompts:
         source = CAPTIONS
     of_run = (asked.name, source, asked.prompts, asked.prompt_file, asked.images, asked.width, asked.height)
     settings = asked.config().to_dict()
-    return ["", *(gr.update(value=value) for value in (*of_run, *(settings[name] for name in SETTINGS)))]
+    return [gr.update(value=value) for value in (*of_run, *(settings[name] for name in SETTINGS))]
 
 
 def refresh(backend: Backend, before: dict[str, Any]) -> list[Any]:
     """What is new to a page: of what it shows already, `before`, nothing is sent again."""
     now = job.current()
     snapshot = now.snapshot() if now else None
-    stamp = f'<i data-stamp="{time.time()}"></i>'  # tells the page that its question was answered
     if now is None or snapshot is None:
         shown = {"runs": 0}
-        parts = [view.idle(backend.checkpoint(), backend.refusal()) + stamp, *([gr.update()] * 5)]
+        parts = [view.idle(backend.checkpoint(), backend.refusal()) + stamp(), *([gr.update()] * 5)]
     else:
         trains = now.working and now.monitor.running
         newest = snapshot["previews"][-1:] or snapshot["pictures"]
@@ -239,7 +231,7 @@ def refresh(backend: Backend, before: dict[str, Any]) -> list[Any]:
             "pictures": lambda: [view.pictures(snapshot)],
             "buttons": lambda: [gr.update(interactive=may) for may in (may_stop, trains, shown["buttons"][2])],
         }
-        parts = [view.status(snapshot) + stamp]
+        parts = [view.status(snapshot) + stamp()]
         for name, draw_part in drawn.items():
             same = before.get(name) == shown[name]
             parts += [gr.update()] * (3 if name == "buttons" else 1) if same else draw_part()

@@ -132,7 +132,7 @@ def test_a_truncated_file_is_told(tmp_path, kept):
 
 
 def test_a_folder_is_told(tmp_path):
-    with pytest.raises(CardError, match="is a folder: check the name"):
+    with pytest.raises(CardError, match="is a folder: give a file"):
         read_student(tmp_path)
 
 
@@ -220,7 +220,7 @@ def test_weights_that_are_no_numbers_are_told(tmp_path, value, dtype):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"rank": "4"}, "rank is '4', it must be of type int"),
+        ({"rank": "4"}, "rank is '4', it must be a whole number"),
         ({"rank": True}, "rank is True"),
         ({"rank": -1}, "rank -1"),
         ({"guidance": "high"}, "guidance is 'high'"),

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .config import LARGEST, ConfigError
-from .data.files import DataError
+from .data.files import DataError, check_file
 
 SMALLEST = 16  # pixels of a side
 LONGEST = 100  # letters of a name
@@ -52,10 +52,14 @@ def check_inside(path: str | Path, folders: Sequence[Path] | None) -> Path:
 
 
 def check_text_file(path: str | Path, folders: Sequence[Path] | None) -> Path:
-    """The path of a file of prompts; where others reach the server, by its ending too. Raises DataError."""
+    """The path of a file of prompts; where others reach the server, by its ending too. Raises DataError.
+
+    No pipe: a page would wait for it.
+    """
     given = check_inside(path, folders)
     if folders is not None and given.suffix.lower() not in TEXTS:
         raise DataError(f"{path!s:.300} is no file of prompts ({', '.join(TEXTS)}): rename it if it is one")
+    check_file("prompt file", given)
     return given
 
 

@@ -24,11 +24,23 @@ from .data.files import path_of
 MOST_PAIRS = 1_000_000
 MOST_UPDATES = 10_000_000
 MOST_MINUTES = 100_000  # two months
+MOST_SEED = 2**63 - 1  # of a picture's noise
 LARGEST = 4096  # pixels of a side
+LEAST_LR = 1e-9  # with less, or nothing, a training only takes time
 
 
 class ConfigError(ValueError):
     """A setting that cannot be: the message names it, its value, and what would do."""
+
+
+# Types as a person calls them, who may have written TOML, JSON or a form.
+KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "an object {...}"}
+
+
+def shown(value: object) -> str:
+    """A value as a person writes it."""
+    written = {None: "empty", True: "true", False: "false"}
+    return written[value] if value is None or isinstance(value, bool) else f"{value!r:.100}"
 
 
 def option(default: Any, help: str, group: str, choices=None, low: float | None = None, high: float | None = None):
@@ -155,13 +167,17 @@ class Config:
         high=1024,
     )
     lr: float = option(
-        2e-4, "Learning rate of the student. 1e-5 to 5e-4; a full copy needs about 1e-5.", "training", low=0, high=1
+        2e-4,
+        "Learning rate of the student. 1e-5 to 5e-4; a full copy needs about 1e-5.",
+        "training",
+        low=LEAST_LR,
+        high=1,
     )
     lr_discriminator: float = option(
         5e-4,
         "Learning rate of the discriminator. Lower it when the discriminator's accuracy stays above 0.95.",
         "training",
-        low=0,
+        low=LEAST_LR,
         high=1,
     )
     regression_updates: int = option(
@@ -257,7 +273,7 @@ class Config:
     fake_score_rank: int = option(
         32, "Rank of the LoRA that learns the fake score (the student's own) for matching.", "losses", low=1, high=512
     )
-    lr_fake_score: float = option(5e-4, "Learning rate of the fake score.", "losses", low=0, high=1)
+    lr_fake_score: float = option(5e-4, "Learning rate of the fake score.", "losses", low=LEAST_LR, high=1)
     teacher_steps: int = option(1, "Teacher steps in the distillation loss. 1 to 4.", "losses", low=1, high=8)
     regression_weight: float = option(
         1.0,
@@ -349,7 +365,7 @@ class Config:
                 value = float(value) if abs(value) < 2**1000 else math.inf
                 object.__setattr__(self, f.name, value)
             if type(value) is not wanted:
-                raise ConfigError(f"{f.name} is {value!r:.100}: give a value of type {wanted.__name__}")
+                raise ConfigError(f"{f.name} is {shown(value)}: give {KINDS[wanted]}")
             about = f.metadata
             if wanted is float and not math.isfinite(value):
                 raise ConfigError(f"{f.name} is {value}: give a finite number")
@@ -471,7 +487,7 @@ def check_resumable(saved: dict[str, Any], config: Config) -> None:
     now = config.to_dict()
     changed = {k: (saved.get(k), now[k]) for k in now if saved.get(k) != now[k] and k not in RESUMABLE}
     if changed:
-        changes = ", ".join(f"{k} was {a!r} and is {b!r}" for k, (a, b) in changed.items())
+        changes = ", ".join(f"{k} was {shown(a)} and is {shown(b)}" for k, (a, b) in changed.items())
         raise ConfigError(
             f"this run cannot go on with other settings: {changes}. Change them back, or use another folder"
         )

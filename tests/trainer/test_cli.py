@@ -18,6 +18,8 @@ from turbodistill.core.card import read_student
 from turbodistill.measure import bench
 from turbodistill.trainer.config import Config
 from turbodistill.trainer.data.pairs import load_pairs
+from turbodistill.trainer.data.prompts import ANYTHING
+from turbodistill.trainer.pipeline import load
 from turbodistill.trainer.run import training
 from turbodistill.trainer.run.memory import OutOfMemory
 from turbodistill.trainer.run.state_file import read_values
@@ -137,18 +139,29 @@ def test_bad_values_and_files_end_with_one_line(tmp_path, capsys, pipeline_folde
     prompts.write_text("")
     fails(capsys, ["distill", "--rank", "-1"], "rank is -1: the least is 0")
     fails(capsys, ["distill", "--config", tmp_path / "none.toml"], "does not exist")
-    fails(capsys, ["distill", "--model", tmp_path / "none"], "none does not exist")
+    fails(capsys, ["distill", "--model", tmp_path / "none", "--prompts", ANYTHING], "none does not exist")
     fails(capsys, ["sample", "a fox", "--model", tmp_path / "none"], "none does not exist")
     fails(capsys, ["info", tmp_path / "none"], "none does not exist")
     fails(capsys, ["info", prompts], "is no complete safetensors file")
     capsys.readouterr()
 
 
+def argument(capsys, *wrong):
+    """What the parser says of arguments of `distill` that cannot be."""
+    with pytest.raises(SystemExit):
+        cli.main(["distill", *wrong])
+    return capsys.readouterr().err
+
+
 def test_an_argument_of_the_wrong_type_is_told_by_the_parser(capsys):
-    for wrong in (["--rank", "many"], ["--adversarial", "wasserstein"], ["--unknown", "1"]):
+    for wrong in (["--rank", "many"], ["--updates", "1.5"], ["--adversarial", "wasserstein"], ["--unknown", "1"]):
         with pytest.raises(SystemExit) as end:
             cli.main(["distill", *wrong])
-        assert end.value.code == 2 and wrong[0] in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and wrong[0] in said and "int value" not in said
+    assert "--rank: is 'many': give a whole number" in argument(capsys, "--rank", "many")
+    assert "--lr: is 'fast': give a number" in argument(capsys, "--lr", "fast")
+    assert cli.settings(cli.make_parser().parse_args(["distill", "--updates", "1e3"])).updates == 1000
 
 
 @pytest.fixture(scope="module")
@@ -254,25 +267,56 @@ def test_a_picture_is_never_written_over(pipeline_folder, made, tmp_path):
     sample(pipeline_folder, made, tmp_path, "a fox")
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["00007-mine.png", "00008-a-fox-0.png", "00009-picture-1.png", "00010-a-fox-0.png"]
+    for number in ("99999", "1234567"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}-a-fox-0.png")
+        added = sample(pipeline_folder, made, tmp_path, "a fox").keys() - names - {f"{number}-a-fox-0.png"}
+        assert added == {f"{int(number) + 1}-a-fox-0.png"}
+        names = [path.name for path in tmp_path.iterdir()]
+
+
+def test_files_that_are_missing_are_told_before_a_model_is_loaded(
+    tmp_path, capsys, pipeline_folder, prompts, reference_zip, monkeypatch
+):
+    monkeypatch.setattr(load, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    model, gone = ["--model", pipeline_folder], tmp_path / "gone"
+    distil = ["distill", *model, "--out", tmp_path / "out", "--prompts"]
+    fails(capsys, [*distil, gone], "gone does not exist")
+    fails(capsys, [*distil, prompts, "--config", gone], "gone does not exist")
+    fails(capsys, [*distil, prompts, "--images", gone, "--positives", "both"], "gone does not exist")
+    fails(capsys, [*distil, prompts, "--images", prompts, "--positives", "both"], "prompts.txt is no folder: give one")
+    fails(capsys, [*distil, prompts, "--init-student", gone], "gone does not exist")
+    fails(capsys, [*distil, prompts, "--positives", "both"], "there are no images")
+    fails(capsys, ["sample", *model, "--prompts", gone], "gone does not exist")
+    fails(capsys, ["evaluate", *model, "--reference", gone], "gone does not exist")
+    fails(capsys, ["evaluate", *model, "--reference", reference_zip, "--student", gone], "gone does not exist")
+
+
+def test_a_seed_with_no_room_for_the_next_pictures_is_told(capsys, pipeline_folder, monkeypatch):
+    monkeypatch.setattr(load, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    command = ["sample", "a fox", "--model", pipeline_folder, "--seed", 2**63 - 1, "--count", 2]
+    fails(capsys, command, "of 2 pictures the last would have one above 9223372036854775807")
 
 
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["sample", "a fox", "--count", "0"], "--count: is '0': give 1 to 10000"),
-        (["sample", "a fox", "--steps", "9"], "--steps: is '9': give 1 to 8"),
-        (["sample", "a fox", "--seed", "-1"], "--seed: is '-1': give 0 to 9223372036854775807"),
-        (["sample", "a fox", "--seed", "99999999999999999999"], "--seed: is '99999999999999999999': give 0 to"),
-        (["sample", "a fox", "--seed", "one"], "--seed: is 'one': give 0 to"),
-        (["evaluate", "--count", "7"], "--count: is '7': give 8 to 100000"),
-        (["evaluate", "--seeds", "0"], "--seeds: is '0': give 1 to 100"),
+        (["sample", "a fox", "--count", "0"], "--count: is '0': give a whole number from 1 to 10000"),
+        (["sample", "a fox", "--steps", "9"], "--steps: is '9': give a whole number from 1 to 8"),
+        (["sample", "a fox", "--seed", "-1"], "--seed: is '-1': give a whole number from 0 to 9223372036854775807"),
+        (
+            ["sample", "a fox", "--seed", "99999999999999999999"],
+            "--seed: is '99999999999999999999': give a whole number from 0 to",
+        ),
+        (["sample", "a fox", "--seed", "one"], "--seed: is 'one': give a whole number from 0 to"),
+        (["evaluate", "--count", "7"], "--count: is '7': give a whole number from 8 to 100000"),
+        (["evaluate", "--seeds", "0"], "--seeds: is '0': give a whole number from 1 to 100"),
         (["demo", "--minutes", "nan"], "--minutes: is 'nan': give 0.1 to 10000"),
-        (["demo", "--count", "-3"], "--count: is '-3': give 8 to 100000"),
+        (["demo", "--count", "-3"], "--count: is '-3': give a whole number from 8 to 100000"),
         (["sample", "a fox", "--out", f"{__file__}/sub"], "is a file: give a folder"),
         (["evaluate", "--out", "."], "is '.', a folder: give a file's name"),
         (["info", ""], "file: is empty: give a path"),
         (["sample", "a fox", "--student", " "], "--student: is empty: give a path"),
-        (["ui", "--port", "0"], "--port: is '0': give 1 to 65535"),
+        (["ui", "--port", "0"], "--port: is '0': give a whole number from 1 to 65535"),
         (["sample", "a fox", "--out", __file__], "is a file: give a folder"),
         (["distill", "--out", __file__], "is a file: give a folder"),
         (["demo", "--out", __file__], "is a file: give a folder"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from turbodistill.core import losses
 from turbodistill.core.schedule import expand
+from turbodistill.trainer.config import LEAST_LR
 from turbodistill.trainer.data.samples import Samples
 from turbodistill.trainer.loop import distill as loop
 from turbodistill.trainer.loop import steps
@@ -168,7 +169,13 @@ def test_a_lead_leaves_the_warm_up_s_student_as_it_was(kit, host, tmp_path):
 
 
 def test_the_student_s_score_learns_what_it_makes_and_is_off_for_all_else(kit, host, tmp_path):
-    changes = {"distillation_weight": 0.5, "distillation": "matching", "lr": 0.0, "lr_fake_score": 0.01, "updates": 40}
+    changes = {
+        "distillation_weight": 0.5,
+        "distillation": "matching",
+        "lr": LEAST_LR,
+        "lr_fake_score": 0.01,
+        "updates": 40,
+    }
     state, samples = start(kit, host, tmp_path, **ALONE, **changes)
     cond, uncond = samples.cond.rows(slice(4)), host.encode_text([""])
     x, sigma = torch.randn(4, *host.latent_shape), torch.full((4,), 2.0)

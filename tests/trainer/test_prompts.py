@@ -1,6 +1,8 @@
 """Choices in prompts: drawn by the seed, every alternative, nested ones, and none."""
 
+import os
 import random
+import threading
 
 import pytest
 from turbodistill.demo.files import PROMPTS
@@ -9,7 +11,16 @@ from turbodistill.generate.sample import sample
 from turbodistill.trainer.data.captions import caption_of
 from turbodistill.trainer.data.files import DataError
 from turbodistill.trainer.data.pairs import make_pairs
-from turbodistill.trainer.data.prompts import ANYTHING, draw_prompts, expand, prompt_lines, read_prompts
+from turbodistill.trainer.data.prompts import (
+    ANYTHING,
+    LONGEST,
+    check_choices,
+    draw_prompts,
+    drawn,
+    expand,
+    prompt_lines,
+    read_prompts,
+)
 from turbodistill.trainer.run import run
 
 
@@ -71,6 +82,7 @@ def test_half_a_choice_is_told(line):
         ("fox {|at dusk}, photo", {"fox, photo", "fox at dusk, photo"}),
         ("fox {|at dusk}", {"fox", "fox at dusk"}),
         ("{}fox", {"fox"}),
+        ("{" * 20_000 + "fox" + "}" * 20_000, {"fox"}),
         ("an open { brace", {"an open { brace"}),
     ],
 )
@@ -92,3 +104,30 @@ def test_only_the_ends_of_lines_end_a_prompt(tmp_path):
     path.write_bytes("a fox".encode("utf-16-le"))
     with pytest.raises(DataError, match="is no UTF-8 text: save it as plain text in UTF-8"):
         read_prompts(path)
+
+
+def test_each_picture_draws_by_its_own_seed():
+    prompts = ["a {red|blue} fox"] * 8
+    assert drawn(prompts, range(3, 11))[5:] == drawn(prompts[:3], range(8, 11))
+    assert set(drawn(prompts, range(8))) == {"a red fox", "a blue fox"}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a system with named pipes")
+def test_prompts_come_out_of_a_pipe(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("a fox\nan owl\n",))
+    writer.start()
+    assert read_prompts(pipe) == ["a fox", "an owl"]
+    writer.join()
+    with pytest.raises(DataError, match="/dev/null holds no prompt"):
+        read_prompts("/dev/null")
+
+
+def test_a_prompt_is_text_and_has_a_longest():
+    check_choices(["a" * LONGEST])
+    for take in (check_choices, lambda prompts: draw_prompts(prompts, 4)):
+        with pytest.raises(DataError, match=r"prompt 'aaa.*\.\.\. has 65,537 letters: give at most 65,536"):
+            take(["an owl", "a" * (LONGEST + 1)])
+        with pytest.raises(DataError, match="prompt 5 is no text: give prompts as texts"):
+            take(["an owl", 5])

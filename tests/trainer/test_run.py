@@ -8,6 +8,7 @@ from PIL import Image
 from turbodistill.core.card import CardError, read_card
 from turbodistill.core.student import load_student, student_bytes
 from turbodistill.generate.sample import sample
+from turbodistill.trainer.config import LEAST_LR, ConfigError
 from turbodistill.trainer.data.samples import Samples
 from turbodistill.trainer.loop.distill import Step, distill
 from turbodistill.trainer.loop.start import begin
@@ -124,6 +125,28 @@ def test_real_pictures_are_encoded_and_trained_with(kit, host, tmp_path):
     assert isinstance(events[-1], Finished)
 
 
+def test_other_pictures_of_ones_own_do_not_go_on_with_a_training(kit, host, tmp_path):
+    def folder(name, *captions):
+        made = tmp_path / name
+        made.mkdir()
+        for i, caption in enumerate(captions):
+            Image.new("RGB", (40, 40), "red").save(made / f"{i}.png")
+            (made / f"{i}.txt").write_text(caption)
+        return made
+
+    settings, out = kit.config(positives="both"), tmp_path / "out"
+    kit.go(host, settings, out, images=folder("first", "fox", "owl"))
+    kit.go(host, settings, out, images=folder("moved", "fox", "owl"))
+    before = {path: path.read_bytes() for path in (out / "images").iterdir()}
+    for other, told in (
+        (folder("captions", "fox", "cat"), r"other pictures or captions\)"),
+        (folder("more", "fox", "owl", "cat"), r"other pictures or captions and their number was 2 and is 3\)"),
+    ):
+        with pytest.raises(ConfigError, match=rf"holds a training with other pictures of your own \({told}: change"):
+            kit.go(host, settings, out, images=other)
+    assert {path: path.read_bytes() for path in (out / "images").iterdir()} == before
+
+
 def test_the_history_gains_the_columns_of_losses_that_come_later(kit, host, tmp_path):
     kit.go(host, kit.config(updates=4, regression_updates=2), tmp_path)
     with (tmp_path / training.HISTORY).open(newline="") as file:
@@ -133,7 +156,7 @@ def test_the_history_gains_the_columns_of_losses_that_come_later(kit, host, tmp_
 
 
 def test_a_run_out_of_health_warns_in_words(kit, host, tmp_path):
-    events = kit.go(host, kit.config(updates=100, adversarial_weight=0.0, lr=0.0), tmp_path)
+    events = kit.go(host, kit.config(updates=100, adversarial_weight=0.0, lr=LEAST_LR), tmp_path)
     warned = [e for e in events if isinstance(e, Warned)]
     assert warned and all(e.update == 100 and "healthy" in e.text for e in warned)
 

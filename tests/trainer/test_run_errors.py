@@ -15,7 +15,7 @@ from turbodistill.core import losses
 from turbodistill.core.card import read_card
 from turbodistill.core.student import load_student
 from turbodistill.trainer.config import ConfigError
-from turbodistill.trainer.data.files import DataError, whole_file, write_whole
+from turbodistill.trainer.data.files import DataError, whole_file, write_whole, writing
 from turbodistill.trainer.loop import start
 from turbodistill.trainer.loop.distill import Diverged, Step
 from turbodistill.trainer.run import run, state_file, training
@@ -114,7 +114,7 @@ def test_an_empty_image_folder_is_told_before_pairs_are_made(kit, host, tmp_path
 
 def test_a_folder_that_cannot_be_written_is_told_at_once(kit, host, tmp_path):
     (tmp_path / "file").write_text("a file, where a folder should be")
-    with pytest.raises(OSError, match=r"cannot write .*: free some space or choose another folder"):
+    with pytest.raises(OSError, match=r"cannot write .*: choose another folder"):
         next(run.run(host, kit.config(), tmp_path / "file" / "out", kit.WORDS))
 
 
@@ -322,6 +322,21 @@ def test_what_was_trained_is_free_once_out_of_memory_is_told(kit, host, tmp_path
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux's /proc, in which no folder can be made")
 def test_a_folder_that_cannot_be_made_was_not_deleted():
-    told = pytest.raises(OSError, match=r"cannot write /proc/run/file .*: free some space or choose another folder")
+    told = pytest.raises(OSError, match=r"cannot write /proc/run/file .*: choose another folder")
     with told, whole_file(Path("/proc/run/file")):
         pass
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, "full"), "free some space or choose another folder"),
+        (OSError(errno.EDQUOT, "full"), "free some space or choose another folder"),
+        (OSError(errno.EACCES, "closed"), "choose a folder that you may write to"),
+        (OSError(errno.EROFS, "closed"), "choose a folder that you may write to"),
+        (OSError(errno.EIO, "broken"), "choose another folder"),
+    ],
+)
+def test_a_full_disk_alone_asks_for_space(tmp_path, error, told):
+    with pytest.raises(OSError, match=rf"cannot write .*\): {told}$"), writing(tmp_path / "file"):
+        raise error

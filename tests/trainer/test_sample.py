@@ -16,7 +16,10 @@ from turbodistill.core.families import recognise
 from turbodistill.core.sampling import seeded_noise
 from turbodistill.generate.few_step import check_steps, few_step_model, open_file
 from turbodistill.generate.recipe import FewStepModel
+from turbodistill.generate.sample import sample
 from turbodistill.trainer.checkpoint.errors import ModelError
+from turbodistill.trainer.data.files import DataError
+from turbodistill.trainer.data.prompts import drawn
 from turbodistill.trainer.pipeline.load import load_model
 
 PROMPTS = ["a fox", "an owl"]
@@ -280,3 +283,31 @@ def test_of_a_lora_layers_that_are_left_out_are_told(pipeline_folder, lora, tmp_
     save_file(load_file(path) | more, path)
     _, said = run(capsys, tmp_path / "o", "a fox", "--student", path, model=pipeline_folder)
     assert said == f"turbodistill: {LCM}.safetensors changes 1 layers of text encoders, too: they are left out.\n"
+
+
+def test_of_choices_each_picture_s_seed_draws_one_in_python_too(model, lora):
+    made, _ = few_step_model(model, open_file(lora(LCM)))
+    several = list(sample(model, made, ["{a fox|an owl}"] * 6, seed=2, steps=1))
+    words = drawn(["{a fox|an owl}"] * 6, range(2, 8))
+    assert set(words) == {"a fox", "an owl"}
+    for picture, plain in zip(several, sample(model, made, words, seed=2, steps=1), strict=True):
+        assert torch.equal(picture, plain)
+    with pytest.raises(DataError, match="has a brace without its other one"):
+        next(sample(model, made, ["a {red"]))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "told"),
+    [
+        ({"seed": -1}, "seed is -1: give a whole number, 0 to 9223372036854775807"),
+        ({"seed": 1.5}, "seed is 1.5: give a whole number"),
+        ({"seed": 2**63 - 1}, "of 2 pictures the last would have one above 9223372036854775807"),
+        ({"steps": "2"}, "steps is '2': give a whole number, 1 to 1000"),
+        ({"steps": True}, "steps is True: give a whole number"),
+        ({"steps": 1001}, "steps is 1001: give a whole number, 1 to 1000"),
+        ({"batch_size": 0}, "batch_size is 0: give a whole number, 1 or more"),
+    ],
+)
+def test_numbers_that_cannot_be_are_told_in_python(model, numbers, told):
+    with pytest.raises(ValueError, match=told):
+        next(sample(model, FewStepModel(model.denoiser, recognise(LCM)), PROMPTS, **numbers))

@@ -1,5 +1,6 @@
 """The routes: what a program sends and is answered, and the host's own authentication before them."""
 
+import asyncio
 import json
 import time
 
@@ -122,7 +123,8 @@ def test_another_site_s_page_can_do_nothing(client, quick, headers):
         ("GET", "run"),
         ("GET", "runs"),
     ):
-        assert client.request(method, f"{ROOT}/{path}", json=quick, headers=headers).status_code == 403
+        answer = client.request(method, f"{ROOT}/{path}", json=quick, headers=headers)
+        assert answer.status_code == 403 and answer.json()["error"].startswith("not ")
     assert job.current() is None
 
 
@@ -138,7 +140,8 @@ def test_our_own_page_can(client):
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
 def test_only_json_is_taken(client, quick, kind):
     answer = client.post(f"{ROOT}/distill", content=json.dumps(quick), headers={"Content-Type": kind})
-    assert answer.status_code == 415 and job.current() is None
+    assert answer.status_code == 415 and "send it as application/json" in answer.json()["error"]
+    assert job.current() is None
 
 
 @pytest.mark.parametrize("body", [b"[" * 200_000, b'{"a":' * 100_000, b'{"prompts": "' + b"a" * (16 << 20)])
@@ -262,7 +265,7 @@ def test_the_host_s_own_authentication_is_asked_first(backend, quick):
     api.add_routes(app, backend, [fastapi.Depends(guard)])
     client = TestClient(app)
     methods = {path: method for route in app.routes if ROOT in (path := route.path) for method in route.methods}
-    assert len(methods) == 9
+    assert len(methods) == 10  # and one for what is no route
     for path, method in methods.items():
         assert client.request(method, path, json=quick).status_code == 401
     assert job.current() is None
@@ -272,3 +275,31 @@ def test_the_host_s_own_authentication_is_asked_first(backend, quick):
 def test_everything_is_json(client, quick):
     client.post(f"{ROOT}/distill", json=quick)
     assert json.dumps(finished(client), allow_nan=False)
+
+
+def test_a_method_that_a_route_does_not_have_is_told_so(client):
+    for path, method in api.METHODS.items():
+        answer = client.request("PUT", f"{ROOT}/{path}")
+        assert (answer.status_code, answer.headers["allow"]) == (405, method)
+        assert answer.json() == {"error": f"{path} is asked by {method}, not by PUT"}
+    nowhere = client.get(f"{ROOT}/student")
+    assert nowhere.status_code == 404 and nowhere.json()["error"].startswith("there is no route 'student': known are")
+
+
+def test_a_client_that_goes_in_the_middle_of_a_request_leaves_no_traceback(client, caplog):
+    """As a server tells of it: a part of the body, and then that nobody is there."""
+    told = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+    sent = []
+
+    async def receive():
+        return next(told)
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"100")]
+    scope = {"type": "http", "method": "POST", "path": f"{ROOT}/distill", "headers": headers, "query_string": b""}
+    asyncio.run(
+        client.app(scope | {"server": ("testserver", 80), "root_path": "", "http_version": "1.1"}, receive, send)
+    )
+    assert sent[0]["status"] == 400 and b"the request broke off" in sent[1]["body"] and job.current() is None

@@ -1,5 +1,6 @@
 """Pictures as one types: the student's own, the latest prompt wins, and the weights come back."""
 
+import html
 import re
 import threading
 
@@ -11,6 +12,7 @@ from turbodistill.core.student import load_student
 from turbodistill.generate import generator as generator_module
 from turbodistill.page import job
 from turbodistill.page.request import Request
+from turbodistill.trainer.data.prompts import drawn
 
 gradio = pytest.importorskip("gradio", reason="needs gradio: pip install 'turbodistill[ui]'")
 from turbodistill.page import live  # noqa: E402 - it needs gradio
@@ -152,6 +154,50 @@ def test_what_is_no_student_is_told(made, students, tmp_path):
     assert len(urls(show(generator, students)[1])) == 2
 
 
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ({"count": 99}, "pictures is 99: give 1 to 16"),
+        ({"count": 2.5}, "pictures is 2.5: give a whole number"),
+        ({"count": None}, "pictures is empty: give a whole number"),
+        ({"steps": 5}, "steps is 5: give 1 to 4"),
+        ({"seed": -1}, "seed is -1: give 0 to "),
+        ({"seed": 0.5}, "seed is 0.5: give a whole number"),
+        ({"prompt": "a {red fox"}, "has a brace without its other one"),
+    ],
+)
+def test_what_cannot_be_drawn_is_told_in_the_page(made, students, typed, told):
+    assert told in html.unescape(show(made[1], students, **typed)[0])
+
+
+def test_of_choices_each_picture_draws_one_by_its_seed(made, students):
+    _, generator = made
+    several = urls(show(generator, students, prompt="{fox|owl}", count=8, seed=0)[1])
+    alone = {word: urls(show(generator, students, prompt=word, count=8, seed=0)[1]) for word in ("fox", "owl")}
+    words = [next(word for word in alone if alone[word][k] == url) for k, url in enumerate(several)]
+    assert set(words) == {"fox", "owl"} and words == drawn(["{fox|owl}"] * 8, range(8))
+
+
+def test_the_page_follows_a_distillation_to_its_new_student(toy, backend, made, students):
+    _, generator = made
+    inputs = ("fox", 2, 1, 3, "first")
+    known = {"first": students["first"]}
+    before = {"students": ["first"], "running": False}
+    now, _, *shown = live.follow(generator, known, before, *inputs)
+    assert now == before and shown == [gradio.update()] * 3
+    backend.gate.clear()
+    job.start(backend, Request(prompts=toy.PROMPTS, settings=toy.QUICK))
+    now, _, listed, pace, _ = live.follow(generator, known, now, *inputs)
+    assert listed == gradio.update() and "A distillation runs" in pace
+    job.current().cancel()
+    backend.gate.set()
+    job.current().wait(60)
+    now, _, listed, _, html = live.follow(generator, known, now, *inputs)
+    assert listed == gradio.update() and len(urls(html)) == 2  # it was cancelled: the same student draws again
+    _, _, listed, *drawn = live.follow(generator, {"second": students["second"], **known}, now, *inputs)
+    assert (listed["choices"], listed["value"]) == (["second", "first"], "second") and drawn == [gradio.update()] * 2
+
+
 def test_nothing_is_typed(made, students):
     _, generator = made
     assert len(urls(show(generator, students, prompt=None, seed=None)[1])) == 2
@@ -160,8 +206,11 @@ def test_nothing_is_typed(made, students):
 def test_the_page_has_its_inputs(made, students):
     _, generator = made
     with gradio.Blocks(analytics_enabled=False) as blocks:
-        listed, student = live.add_components(generator, lambda: students, "a fox", blocks)
-    assert student.value == "first" and listed()["choices"] == ["first", "second"]
-    ids = {getattr(c, "elem_id", None) for c in blocks.blocks.values()}
-    assert {f"turbodistill-{name}" for name in ("prompt", "count", "steps", "seed", "student")} <= ids
+        live.add_components(generator, lambda: students, "a fox", blocks)
+    made = {getattr(c, "elem_id", None): c for c in blocks.blocks.values()}
+    assert {f"turbodistill-{name}" for name in ("prompt", "count", "steps", "seed", "student")} <= made.keys()
+    assert made["turbodistill-student"].value == "first"
+    # Numbers come as they were typed: gradio's own answers have no words.
+    for name, typed in (("count", 99), ("count", 2.5), ("steps", 0), ("seed", -1), ("seed", 0.5)):
+        assert made[f"turbodistill-{name}"].preprocess(typed) == typed
     assert torch.is_grad_enabled()

@@ -411,7 +411,7 @@ def test_what_is_asked_is_checked():
     assert Request.from_dict({"name": "x", "settings": {"lr": 1}}).config().lr == 1
     for values, told in (
         ({"nmae": "x"}, "unknown field 'nmae'"),
-        ({"width": "64"}, "width is '64': give a value of type int"),
+        ({"width": "64"}, "width is '64': give a whole number"),
         ({"settings": []}, "settings is []"),
         ({"kind": "train"}, "kind is 'train': use one of pairs, distill, estimate"),
     ):

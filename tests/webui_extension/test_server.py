@@ -50,8 +50,10 @@ def test_a_port_that_is_taken_is_told(capsys):
         taken.listen()
         port = taken.getsockname()[1]
         assert cli.main(["ui", "--port", str(port)]) == 1
-    assert f"port {port} cannot be had" in capsys.readouterr().err
-    ui.check_port(port)
+    told = f"port {port} is taken, perhaps by another `turbodistill ui`: choose another one, such as --port "
+    assert told in capsys.readouterr().err
+    with ui.listen(port) as mine, pytest.raises(OSError, match="is taken"):  # from before the model is loaded
+        assert mine.getsockname()[1] == port and ui.listen(port)
 
 
 def test_without_gradio_it_says_what_to_install(monkeypatch, capsys):
@@ -94,10 +96,16 @@ def test_another_name_is_refused(app, name):
 def test_other_pages_are_refused(client):
     told = {"name": "x"}
     for origin in ("http://evil.example", "http://127.0.0.1:1", "null"):
-        assert client.post(f"{ROOT}/distill", json=told, headers={"Origin": origin}).status_code == 403
+        answer = client.post(f"{ROOT}/distill", json=told, headers={"Origin": origin})
+        assert answer.status_code == 403 and answer.json()["error"].startswith("not from ")
     assert job.current() is None
     own = client.get(f"{ROOT}/students", headers={"Origin": "http://127.0.0.1:7860"})
     assert own.status_code == 200
+
+
+def test_a_wrong_method_is_no_page(client):
+    answer = client.get(f"{ROOT}/distill")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
 
 
 def test_what_cannot_be_loaded_is_told_at_once(folder, tmp_path):

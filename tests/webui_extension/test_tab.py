@@ -2,12 +2,14 @@
 
 import copy
 import dataclasses
+import html
 import inspect
 
 import fastapi
 import pytest
 from fastapi.testclient import TestClient
 from turbodistill.page import fields, job, runs, tab
+from turbodistill.page.events import asking
 from turbodistill.trainer.config import OF_PIXELS, Config, ConfigError
 
 gradio = pytest.importorskip("gradio", reason="needs gradio: pip install 'turbodistill[ui]'")
@@ -53,8 +55,8 @@ def test_every_setting_is_asked_for_as_the_trainer_has_it(toy, page, name):
     elif isinstance(default, bool):
         assert isinstance(made, gradio.Checkbox)
     elif isinstance(default, (int, float)):
-        assert isinstance(made, gradio.Number) and (made.minimum, made.maximum) == (about["low"], about["high"])
-        assert made.precision == (0 if isinstance(default, int) else None)
+        # Its bounds are ours to check: gradio's answer has no words, and its precision cuts what is typed.
+        assert isinstance(made, gradio.Number) and made.minimum is made.maximum is made.precision is None
 
 
 def test_the_advanced_ones_lie_in_their_groups(page):
@@ -167,7 +169,7 @@ def test_every_button_has_its_event(page):
     buttons = [c for c in components(page) if isinstance(c, gradio.Button)]
     assert len(buttons) == 9 and {b._id for b in buttons} <= targets
     scripts = [js for _, _, _, js in dependencies(page) if js]
-    assert scripts == [tab.ASK]
+    assert scripts == [asking("turbodistill-ask", "turbodistill-live")]
 
 
 def test_the_page_sends_all_inputs_in_the_order_in_which_they_are_read(page):
@@ -222,3 +224,32 @@ def test_no_other_site_s_page_can_press_a_button(backend, foreign, monkeypatch, 
     (path, body), *_ = foreign.event(config, "turbodistill-distil", {"turbodistill-name": "theirs"}, prefix)
     client.post(path, json=body | more, headers=headers)
     assert begun == ["theirs"] * answered
+
+
+@pytest.mark.parametrize(
+    ("name", "typed", "told"),
+    [
+        ("rank", 2.5, "rank is 2.5: give a whole number"),
+        ("rank", 513.0, "rank is 513: the most is 512"),
+        ("lr", 0.0, "lr is 0.0: the least is 1e-09"),
+        ("lr", None, "lr is empty: give a number"),
+        ("width", 20.5, "width is 20.5: give a whole number"),
+        ("width", -8.0, "width is -8: give a multiple of 8"),
+    ],
+)
+def test_a_number_that_cannot_be_is_told_in_the_page(toy, backend, name, typed, told):
+    """Through gradio's own reading of the form, before anything starts."""
+    page = tab.build(backend)
+    changes = {name: typed} if name in tab.OF_RUN else {"settings": Config(**toy.QUICK).to_dict() | {name: typed}}
+    ids = [f"turbodistill-{each}" for each in tab.OF_RUN] + [f"turbodistill-{each}" for each in tab.SETTINGS]
+    made = {getattr(c, "elem_id", None): c for c in components(page)}
+    values = [made[i].preprocess(v) if i in made else v for i, v in zip(ids, form(toy, **changes), strict=True)]
+    assert told in html.unescape(tab._say(lambda: job.start(backend, tab.request("distill", values))))
+    assert job.current() is None
+
+
+def test_a_page_that_is_opened_again_shows_what_it_has_begun(toy, backend):
+    assert tab.last_asked() == [NOTHING] * (len(tab.OF_RUN) + len(tab.SETTINGS))
+    job.start(backend, tab.request("distill", form(toy, name="mine", settings=Config(**toy.QUICK, lr=0.01).to_dict())))
+    values = {n: u["value"] for n, u in zip((*tab.OF_RUN, *tab.SETTINGS), tab.last_asked(), strict=True)}
+    assert (values["name"], values["text"], values["lr"]) == ("mine", toy.PROMPTS, 0.01)

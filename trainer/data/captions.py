@@ -7,11 +7,10 @@ import math
 from typing import Any
 
 from .files import DataError, text_of
-from .prompts import check_texts
+from .prompts import LONGEST, check_texts
 
 SUFFIXES = (".txt", ".caption", ".json")  # of a caption's file: an earlier one goes before a later one
 NAMES = ("text", "caption", "prompt", "captions", "description")  # of a caption in JSON or a table, by preference
-LONGEST = 2**16  # letters
 LARGEST = 2**22  # bytes of a caption's file: JSON may hold more than it
 
 

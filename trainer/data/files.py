@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import json
 import logging
@@ -17,8 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ...core.header import no_file
+
 LIBC = ctypes.CDLL(None) if os.name == "posix" else None
 log = logging.getLogger(__name__)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+LARGEST_TEXT = 2**26  # bytes of a text file
 AGAIN = "every run makes such a file again, and only that"
 
 
@@ -28,6 +33,15 @@ class DataError(ValueError):
 
 class OtherRun(DataError):
     """Samples on disk that another model or other settings made: they are never overwritten."""
+
+
+def remedy_of(error: BaseException) -> str:
+    """What to do where a file cannot be written."""
+    code = getattr(error, "errno", None)
+    if code in FULL or any(f"(os error {number})" in str(error) for number in FULL):  # as safetensors says it
+        return "free some space or choose another folder"
+    closed = code in (errno.EACCES, errno.EPERM, errno.EROFS)
+    return f"choose {'a folder that you may write to' if closed else 'another folder'}"
 
 
 @contextmanager
@@ -42,7 +56,7 @@ def writing(path: Path) -> Iterator[None]:
         remedy = (
             "its folder was deleted or moved while this ran: run it again, only what is missing is made anew"
             if gone
-            else "free some space or choose another folder"
+            else remedy_of(error)
         )
         raise OSError(f"cannot write {path} ({reason}): {remedy}") from error
 
@@ -104,8 +118,7 @@ def reason(error: BaseException) -> str:
 
 def check_file(what: str, path: Path) -> None:
     """Raise DataError, which says what it should be, if there is no file of this name."""
-    if not os.path.isfile(path):  # unlike Path's, false for what no file can be called
-        wrong = "is a folder: give a file" if os.path.isdir(path) else "does not exist: check the name"
+    if wrong := no_file(path):
         raise DataError(f"{what} {path!s:.300} {wrong}")
 
 
@@ -115,10 +128,17 @@ def path_of(text: str) -> str:
     return text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
 
 
-def read_text(path: Path) -> str:
-    """A text file in UTF-8, with a byte order mark or without; raises DataError for anything else."""
+def read_text(path: Path, most: int = LARGEST_TEXT) -> str:
+    """A text file, or what comes out of a pipe, in UTF-8, with a byte order mark or without.
+
+    Raises DataError for anything else, and for more than `most` bytes.
+    """
     try:
-        return text_of(path.read_bytes(), str(path))
+        with path.open("rb") as file:
+            raw = file.read(most + 1)
+        if len(raw) > most:
+            raise DataError(f"{path} has more than {most >> 20} MB: split it")
+        return text_of(raw, str(path))
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): check it") from None
 

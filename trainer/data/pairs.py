@@ -32,22 +32,23 @@ def pairs_recipe(host: Host, config: Config, prompts: Sequence[str]) -> dict[str
     # A host's nodes and settings change how the same weights are read.
     levels = [f"{sigma:.4g}" for sigma in trailing_sigmas(host.denoiser.schedule, 4).tolist()]
     return {
-        "model": _digest(json.dumps([host.base_hash, host.text_hash, host.denoiser.prediction, levels])),
+        "model": digest(json.dumps([host.base_hash, host.text_hash, host.denoiser.prediction, levels])),
         "sampler": config.pair_sampler,
         "steps": str(config.pair_steps),
         "guidance": str(config.guidance),
         "seed": str(config.seed),
         "size": f"{width} x {height} (of latents)",
-        "prompts": _digest(json.dumps(list(prompts))),
+        "prompts": digest(json.dumps(list(prompts))),
     }
 
 
 def pairs_key(host: Host, config: Config, prompts: Sequence[str]) -> str:
     """The recipe of pairs as one short name."""
-    return _digest(json.dumps(pairs_recipe(host, config, prompts)))
+    return digest(json.dumps(pairs_recipe(host, config, prompts)))
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
+    """A text as a short name."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -154,8 +155,8 @@ def _begun(path: Path, key: str, recipe: Mapping[str, str]) -> list[Tensor]:
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """What differs between two recipes of pairs, in words; empty if nothing does."""
-    digests = {"model": "another model", "prompts": "other prompts"}
+    """What differs between two recipes of pairs or pictures, in words; empty if nothing does."""
+    digests = {"model": "another model", "prompts": "other prompts", "pictures": "other pictures or captions"}
     return " and ".join(
         digests.get(name, f"{name} was {before.get(name)} and is {now[name]}")
         for name in now

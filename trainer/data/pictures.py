@@ -19,6 +19,17 @@ from .walk import ARCHIVES, PICTURES, files_below
 OF_SPLIT = re.compile(r"(?:^|[-_./\\])(train(?:ing)?|val(?:id(?:ation)?)?|dev|eval|test(?:ing)?)(?=[-_./\\]|$)", re.I)
 
 
+def check_place(place: str | Path) -> None:
+    """Raise DataError for what is neither a folder nor an archive, without reading it."""
+    path = Path(path_of(str(place)))
+    # Unlike Path's, these are false for what no folder can be called.
+    if os.path.isdir(path) or (os.path.isfile(path) and path.suffix.lower() in ARCHIVES):
+        return
+    if not os.path.exists(path):
+        raise DataError(f"image folder {path!s:.300} does not exist: check the name")
+    raise DataError(f"image file {path!s:.300} is no folder: give one, or a {', '.join(sorted(ARCHIVES))} file")
+
+
 def read_pictures(place: str | Path, broken: str = "stop") -> Found:
     """The pictures of a folder, an archive or a parquet file with their captions, and what is left out.
 
@@ -27,16 +38,10 @@ def read_pictures(place: str | Path, broken: str = "stop") -> Found:
     `broken` is "stop", where a caption, a row or an archive cannot be used.
     """
     path = Path(path_of(str(place)))
-    if os.path.isdir(path):  # unlike Path's, false for what no folder can be called
-        found = Found(f"image folder {path!s:.300}")
-        files = files_below(path, found)
-    elif os.path.isfile(path):
-        found = Found(f"image file {path!s:.300}")
-        files = [str(path)]
-        if path.suffix.lower() not in ARCHIVES:
-            raise DataError(f"{found.place} is no folder: give one, or a {', '.join(sorted(ARCHIVES))} file")
-    else:
-        raise DataError(f"image folder {path!s:.300} does not exist: check the name")
+    check_place(path)
+    folder = os.path.isdir(path)
+    found = Found(f"image {'folder' if folder else 'file'} {path!s:.300}")
+    files = files_below(path, found) if folder else [str(path)]
     _read_loose(files, found)
     _read_archives([file for file in files if _suffix(file) in ARCHIVES and _name(file) not in TABLES], path, found)
     found.check(broken)

@@ -71,9 +71,7 @@ def _rows(table: Path) -> Iterator[Any]:
     if table.suffix.lower() == ".parquet":
         yield from parquet_rows(table, (*FILES, *NAMES))
         return
-    if os.path.getsize(table) > LARGEST:
-        raise DataError(f"{table} has more than {LARGEST >> 20} MB: split it")
-    text = read_text(table)
+    text = read_text(table, LARGEST)
     if table.suffix.lower() == ".csv":
         try:
             yield from csv.DictReader(io.StringIO(text, newline=""))

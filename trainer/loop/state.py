@@ -154,8 +154,9 @@ def check_state(saved: Any) -> None:
     kinds = {"config": dict, "extra": dict, "update": int, "spent": float}
     if not isinstance(saved, dict) or any(not isinstance(saved.get(name), kind) for name, kind in kinds.items()):
         raise ValueError("it is no training's state")
-    best, pairs = saved["extra"].get("best", 0.0), saved["extra"].get("pairs", {})
-    if not (isinstance(best, float) and isinstance(pairs, dict) and saved["update"] >= 0 and 0 <= saved["spent"] < inf):
+    extra = saved["extra"]
+    good = isinstance(extra.get("best", 0.0), float) and saved["update"] >= 0 and 0 <= saved["spent"] < inf
+    if not good or not all(isinstance(extra.get(name, {}), dict) for name in ("pairs", "images")):
         raise ValueError("its numbers cannot be a training's")
 
 

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from ...core.exclusive import exclusive
+from ...core.header import no_file
 from ..config import Config, ConfigError
 from ..data.found import BROKEN
 from ..data.images import cache_images, check_pictures, load_images
 from ..data.lock import locked
 from ..data.pairs import load_pairs, make_pairs, pairs_recipe, pairs_size
-from ..data.pictures import read_pictures
+from ..data.pictures import check_place, read_pictures
 from ..data.prompts import check_texts, draw_prompts
 from ..data.samples import Samples
 from ..host import Host
@@ -28,7 +29,7 @@ from ..prediction_check import check_prediction
 from .events import Control, Event, PairsMade, Warned
 from .memory import PREVIEWS, Memory, OutOfMemory, advice, is_out_of_memory, measure_memory
 from .scores import Score, latent_score
-from .training import Training, check_saved
+from .training import Training, check_saved, pictures_recipe
 
 HELD_OUT = 96  # pairs, at most, that are kept from training to choose the best student by
 FEWEST = 4  # of them, with which every score works
@@ -65,6 +66,18 @@ def estimate(host: Host, config: Config, prompts: Sequence[str]) -> Memory:
         return replace(measure_memory(state, sample, host.resolution), on_disk=size)
     finally:
         state.release()
+
+
+def check_inputs(config: Config, images: str | Path | None) -> None:
+    """Raise ConfigError, DataError or CardError for settings or files that cannot be, whatever the model."""
+    if images is None and config.sees_pictures:
+        raise ConfigError(f"positives is {config.positives!r} but there are no images: give a folder, or use 'teacher'")
+    if images is not None and not config.sees_pictures:
+        raise ConfigError("positives is 'teacher', which takes no images: leave them out, or set positives to 'both'")
+    if images is not None:
+        check_place(images)
+    if config.init_student and (wrong := no_file(config.init_student)):
+        raise ConfigError(f"init_student: {config.init_student:.300} {wrong}")
 
 
 def run(
@@ -116,10 +129,7 @@ def _run(
     control: Control,
     doing: _Doing,
 ) -> Generator[Event, None, None]:
-    if images is None and config.sees_pictures:
-        raise ConfigError(f"positives is {config.positives!r} but there are no images: give a folder, or use 'teacher'")
-    if images is not None and not config.sees_pictures:
-        raise ConfigError("positives is 'teacher', which takes no images: leave them out, or set positives to 'both'")
+    check_inputs(config, images)
     check_texts(prompts)
     with locked(folder):
         pairs_folder = Path(pairs_folder or folder / "pairs")
@@ -127,7 +137,7 @@ def _run(
         seen = features(host, config)  # a setting that does not fit this model is reported before hours of pairs
         check(host, config)
         recipe = pairs_recipe(host, config, prompts)
-        check_saved(folder, config, recipe)
+        check_saved(folder, config, recipe, found)
         if found:
             if config.broken_pictures == "stop" and not (folder / IMAGES).exists():
                 check_pictures(found.pictures)  # before hours of pairs
@@ -155,7 +165,7 @@ def _run(
         doing.what = "training"
         with exclusive(host.denoiser.backbone):
             state = begin(host, config, pairs, seen)
-        state.extra["pairs"] = recipe
+        state.extra |= {"pairs": recipe, "images": pictures_recipe(found)}
         try:
             yield from Training(host, state, folder, train, held, reals, score, control).events()
         finally:

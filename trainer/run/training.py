@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,8 @@ from ...core.exclusive import exclusive
 from ...core.student import load_weights
 from ..config import Config, ConfigError, check_resumable
 from ..data.files import reason
-from ..data.pairs import changes
+from ..data.found import Found
+from ..data.pairs import changes, digest
 from ..data.samples import Samples
 from ..host import Host
 from ..loop import health
@@ -74,18 +76,30 @@ def _unusable(path: Path, error: Exception) -> ConfigError:
     return ConfigError(f"{path} cannot be read ({reason(error):.200}): delete it to begin anew; the teacher pairs stay")
 
 
-def check_saved(folder: Path, config: Config, recipe: Mapping[str, str]) -> None:
-    """Raise ConfigError if the training in a folder cannot go on with these settings and pairs of this recipe."""
+def pictures_recipe(found: Found | None) -> dict[str, str]:
+    """What tells pictures of one's own, if there are any, from others, wherever their folder lies."""
+    if found is None:
+        return {}
+    listed = sorted(f"{picture.stamp} {picture.text}" for picture in found.pictures)
+    return {"pictures": digest(json.dumps(listed)), "their number": str(len(listed))}
+
+
+def check_saved(folder: Path, config: Config, recipe: Mapping[str, str], found: Found | None = None) -> None:
+    """Raise ConfigError if the training in a folder cannot go on with these settings, pairs and pictures."""
     if (folder / BEST).is_dir():
         raise ConfigError(f"{folder / BEST} is a folder, and the student is written there: move it, or use another one")
     saved = _saved(folder, read_values)
     if saved is None:
         return
     check_resumable(saved["config"], config)
-    if changed := changes(saved["extra"].get("pairs", {}), recipe):
-        raise ConfigError(
-            f"{folder} holds a training with other pairs ({changed}): change that back, or use another name or folder"
-        )
+    known = saved["extra"]
+    now = {"pairs": recipe, "images": pictures_recipe(found) if "images" in known else {}}
+    for kind, what in (("pairs", "pairs"), ("images", "pictures of your own")):
+        if changed := changes(known.get(kind, {}), now[kind]):
+            raise ConfigError(
+                f"{folder} holds a training with other {what} ({changed}): change that back, or use another name or "
+                "folder"
+            )
 
 
 def resume(state: State, folder: Path) -> bool:
