@@ -138,14 +138,16 @@ class StudentCard:
         form = f"LoRA of rank {self.rank} ({self.targets})" if self.kind == "lora" else "full model"
         width, height = self.resolution
         single = len(self.timesteps) == 1
+        begin = f"  The noise enters at timestep {self.timesteps[0]}"
+        own = self.prediction == self.base_prediction
         lines = [
-            f"One-step student of {self.base_model}, a {form}, made by {self.method}.",
+            f"{'One' if single else 'Few'}-step student of {self.base_model}, a {form}, made by {self.method}.",
             f"Base model: {self.architecture}, hash {self.base_hash}.",
-            f"Sampling: {self._steps()} at cfg 1 (a guidance of {self.guidance:g} is baked in; "
-            "negative prompts do nothing).",
-            f"  noise enters at timestep {self.timesteps[0]}"
-            + ("; it was trained for no further step." if single else f"; few steps run {list(self.timesteps)}."),
-            f"  the output is read as {self.prediction} (the base model predicts {self.base_prediction}).",
+            f"Sampling: {self._steps()} at CFG 1. The teacher's guidance of {self.guidance:g} is baked in, so negative "
+            "prompts do nothing.",
+            begin + ("." if single else f"; the longest schedule is {', '.join(map(str, self.timesteps))}."),
+            f"  The network predicts {self.prediction}, "
+            + ("as the base model does." if own else f"where the base model predicts {self.base_prediction}."),
             f"Resolution: {width} x {height}.",
         ]
         for title, table in (("Training", self.training), ("Metrics", self.metrics)):

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..core.student import load_student
 from ..trainer.config import Config
+from ..trainer.data.files import DataError
 from ..trainer.host import Host
 from ..trainer.loop.precision import autocast
 from .evaluate import (
@@ -58,9 +59,15 @@ class Bench:
         self.context = functools.partial(autocast, Config(), host.denoiser)
 
     def pictures(self, arm: Arm, prompts: Sequence[str], seed: int, title: str) -> Tensor:
+        """Pictures (N, 3, H, W) in [0, 1], one a prompt; raises DataError for what is none."""
         batches = []
         with tqdm(total=len(prompts), desc=title, unit="picture", leave=False) as bar:
             for batch in make_pictures(self.host, arm, prompts, seed, self.context):
+                if not batch.isfinite().all():
+                    raise DataError(
+                        f"{title}: its pictures are no pictures, their numbers are NaN or infinity. Use another "
+                        "student, checkpoint or VAE, or a model in float32"
+                    )
                 batches.append(batch)
                 bar.update(len(batch))
         return torch.cat(batches)
@@ -120,8 +127,9 @@ def evaluate(
         )
     slow = timings[TEACHER]
     for name, timing in timings.items():
+        passes = f"{timing.passes} {'pass' if timing.passes == 1 else 'passes'}"
         ratio = f"{slow.seconds / timing.seconds:.1f} x faster than {TEACHER}"
-        lines.append(f"  {name:<28} {1000 * timing.seconds:8.1f} ms a picture, {timing.passes} passes, {ratio}")
+        lines.append(f"  {name:<28} {1000 * timing.seconds:8.1f} ms a picture, {passes}, {ratio}")
     figures = {
         "seeds": [{k: asdict(v) for k, v in s.items()} for s in per_seed],
         "timings": {k: asdict(v) for k, v in timings.items()},

@@ -70,7 +70,7 @@ def test_the_header_says_to_automatic1111_which_models_it_is_for(architecture, t
 
 def test_the_card_in_words_says_how_to_sample():
     words = CARD.in_words()
-    for part in ("Toy XL", "LoRA of rank 16", "cfg 1", "guidance of 4.5", "timestep 999", "x0", "96 x 64", "kid 0.05"):
+    for part in ("Toy XL", "LoRA of rank 16", "CFG 1", "guidance of 4.5", "timestep 999", "x0", "96 x 64", "kid 0.05"):
         assert part in words
 
 

@@ -216,7 +216,8 @@ def test_info_prints_the_card_in_words(made, capsys):
     assert cli.main(["info", str(made / training.BEST)]) == 0
     told = capsys.readouterr().out
     assert "One-step student of tiny-sd, a LoRA of rank 2 (all)" in told
-    assert "noise enters at timestep 999" in told and "Resolution: 16 x 16." in told and "updates" in told
+    assert "The noise enters at timestep 999." in told and "The network predicts eps, as the base model does." in told
+    assert "The teacher's guidance of 4 is baked in" in told and "Resolution: 16 x 16." in told and "updates" in told
 
 
 def sample(pipeline_folder, made, out, *arguments):
@@ -394,6 +395,7 @@ def test_evaluate_measures_a_student_against_its_teacher(
     told = capsys.readouterr().out
     assert told.startswith(f"{stranger} was made for tiny-sd ({'0' * 16}), the loaded model is another")
     assert "teacher, 50 steps" in told and "x faster than teacher, 50 steps" in told
+    assert " 1 pass, " in told and " 100 passes, " in told
     figures = json.loads(out.read_text())
     (scores,) = figures["seeds"]
     assert f"{made.name}/student" in scores and len(scores) == 5

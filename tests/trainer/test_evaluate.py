@@ -110,6 +110,12 @@ def test_the_floor_is_what_real_pictures_score(judge):
     assert floor.kid.low <= floor.kid.value <= floor.kid.high and floor.style > 0.8
 
 
+def test_pictures_that_are_none_are_told_and_not_scored(host, reference_zip):
+    broken = evaluate.Arm(lambda noise, cond: noise * float("nan"))
+    with pytest.raises(DataError, match="student, seed 1: its pictures are no pictures, their numbers are NaN"):
+        bench.Bench(host, reference_zip, 8).pictures(broken, ["a fox"], 1, "student, seed 1")
+
+
 def test_choosing_and_scoring_see_different_pictures(host, reference, judge):
     """The best student is chosen by the training pictures; what is reported is measured on the held-out ones."""
     torch.manual_seed(0)

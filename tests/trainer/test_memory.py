@@ -219,6 +219,7 @@ def test_a_network_without_known_blocks_is_counted_as_a_whole(kit, host, tmp_pat
 def test_in_words_without_a_comparison():
     told = Memory(2 * GB, GB // 2, 64 * 1024**2).in_words()
     assert told == "training takes about 2.6 GB: 2.0 GB weights, 0.5 GB student, 64 MB activations"
+    assert Memory(2 * GB, 1000, 64 * 1024**2).in_words().endswith("less than 1 MB student, 64 MB activations")
 
 
 def test_in_words_with_the_pairs_on_disk():

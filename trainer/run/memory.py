@@ -83,7 +83,9 @@ class Memory:
 
 
 def _size(count: int) -> str:
-    return f"{count / GB:.1f} GB" if count >= GB / 10 else f"{count / 1024**2:.0f} MB"
+    if count >= GB / 10:
+        return f"{count / GB:.1f} GB"
+    return f"{count / 1024**2:.0f} MB" if count >= 1024**2 else "less than 1 MB"
 
 
 def _bytes(tensors: Any) -> int:
