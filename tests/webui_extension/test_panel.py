@@ -39,7 +39,7 @@ def test_the_list_begins_with_detect():
 def test_set_makes_what_the_card_says_and_undo_puts_it_back(files, student, sampler, steps):
     now, before, words = panel.apply(student, PLAIN, None, files, None)
     assert now == Settings(f"a fox <lora:{student}:1>", sampler, steps, 1.0)
-    assert words.startswith("One-step student of a base")
+    assert words.startswith(f"{'One' if steps == 1 else 'Few'}-step student of a base")
     assert panel.undo(now, before) == PLAIN
 
 
