@@ -17,6 +17,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+from turbodistill.core.card import StudentCard
+from turbodistill.core.fit import read_base
+
 TESTS = Path(__file__).parents[1] / "tests" / "export"
 WHAT = ("kohya", "peft", "merged", "diffusers", "load")
 EXPORT = """
@@ -56,6 +61,26 @@ def synthetic():
     return found
 
 
+def write_student(made, path: Path, base: Path, kind: str, rank: int = 4) -> Path:
+    """A LoRA on all layers of the UNet."""
+    noise, about = made.Noise(1), made.KINDS[kind]
+    tensors = {}
+    for name, shape in made.single_file_shapes(about).items():
+        if not (name.startswith("model.diffusion_model.") and name.endswith(".weight")) or len(shape) < 2:
+            continue
+        layer = name.removeprefix("model.diffusion_model.").removesuffix(".weight")
+        key, small = "lora_unet_" + layer.replace(".", "_"), min(rank, shape[0])
+        tensors[f"{key}.lora_down.weight"] = noise("down", (small, *shape[1:])).clone()
+        tensors[f"{key}.lora_up.weight"] = 0.1 * noise("up", (shape[0], small, *(1 for _ in shape[2:])))
+        tensors[f"{key}.alpha"] = torch.tensor(float(small))
+    card = StudentCard(
+        "lora", base.stem, read_base(base).hashes[0], about.architecture, about.prediction, about.prediction, (999,),
+        4.0, (512, 512), rank=rank, alpha=float(rank),
+    )  # fmt: skip
+    save_file(tensors, path, card.to_metadata())
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", default="sdxl", choices=("sd15", "sd21", "sdxl"))
@@ -66,7 +91,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         place = Path(folder)
         base = made.write(place / "base.safetensors", args.kind)
-        student = made.write_student(place / "student.safetensors", base, args.kind)
+        student = write_student(made, place / "student.safetensors", base, args.kind)
         (place / "vocab.json").write_text('{"!": 0, "<|startoftext|>": 1, "<|endoftext|>": 2}')
         (place / "merges.txt").write_text("#version: 0.2\n")
         size = base.stat().st_size
@@ -81,8 +106,8 @@ def main() -> None:
             if ran.returncode:
                 sys.exit(ran.stderr)
             whole, anonymous = map(int, ran.stdout.split())
-            told = (f"{n / 1e9:>7.2f} GB{n / size:>13.2f}" for n in (whole, anonymous))
-            print(f"{to:<12}{''.join(told)}", flush=True)
+            columns = (f"{n / 1e9:>7.2f} GB{n / size:>13.2f}" for n in (whole, anonymous))
+            print(f"{to:<12}{''.join(columns)}", flush=True)
             if out.is_file():
                 out.unlink()
 
