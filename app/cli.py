@@ -19,6 +19,7 @@ from . import export, info, push, sample, ui
 from .arguments import add_model, between, folder, model_options, new_file, place, setting
 from .interrupt import interruptible
 from .progress import follow
+from .quiet import quiet
 
 METAVARS = {int: "N", float: "NUMBER", str: "TEXT"}
 
@@ -39,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ..trainer.run.memory import OutOfMemory, advice, is_out_of_memory
 
     try:
-        return args.command(args)
+        with quiet(*(("diffusers", "transformers") if getattr(args, "model", None) else ())):
+            return args.command(args)
     except (ConfigError, CardError, DataError, Diverged, ModelError, OutOfMemory, OSError, ImportError) as error:
         print(f"turbodistill: {error}", file=sys.stderr)
     except KeyboardInterrupt:

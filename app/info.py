@@ -6,7 +6,6 @@ import argparse
 from typing import Any
 
 from .arguments import place
-from .quiet import quiet
 
 
 def command(commands: Any) -> None:
@@ -22,6 +21,5 @@ def run(args: argparse.Namespace) -> int:
     """Print what it is; nothing but headers and descriptions is read."""
     from ..trainer.checkpoint.about import in_words
 
-    with quiet():
-        print(in_words(args.file))
+    print(in_words(args.file))
     return 0

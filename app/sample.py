@@ -13,7 +13,6 @@ from typing import Any
 from ..demo import files
 from ..trainer.config import MOST_SEED, ConfigError
 from .arguments import MOST_STEPS, add_model, between, folder, model_options, place
-from .quiet import quiet
 
 NONE = Path("none")
 MOST_PROMPTS = 100_000
@@ -86,9 +85,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = _prompts(args)
     if args.strength is not None and args.image is None:
         raise ConfigError("--strength belongs to --image: give a picture to begin from, or leave it out")
-    libraries = ("diffusers", "transformers") if args.model else ("diffusers",)
-    with quiet(*libraries):
-        return _make(args, prompts)
+    return _make(args, prompts)
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

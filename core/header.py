@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .rights import RIGHTS, denied
+
 # safetensors' names of types -> torch's, as far as this torch has them.
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, theirs)
@@ -58,6 +60,8 @@ def read_header(path: str | Path, error: type[ValueError]) -> Header:
 
 def no_file(path: str | Path) -> str:
     """What is wrong with a path where a file is wanted, and what to do; "" for a file."""
+    if denied(path):
+        return RIGHTS
     # Unlike Path's, these are false for what no file can be called.
     if os.path.isfile(path):
         return ""

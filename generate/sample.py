@@ -65,11 +65,13 @@ def sample(
 
     A picture depends on its prompt and seed alone, not on the batch: of {red|blue} in a prompt its seed draws one. The
     model is as before between two pictures; threads that sample or distil the same model wait for each other. Raises
-    ValueError for numbers out of bounds, and for prompts that are none.
+    ValueError for numbers out of bounds, for prompts that are none, and for a student that is on another model than
+    `host`.
     """
     check_numbers(len(prompts), seed, steps, batch_size)
     if isinstance(prompts, str):
         raise ValueError(f"prompts is {prompts[:80]!r}: give a list of prompts")
+    _check_base(host, student)
     prompts = drawn(prompts, range(seed, seed + len(prompts)))
     for first in range(0, len(prompts), batch_size):
         texts = prompts[first : first + batch_size]
@@ -81,3 +83,14 @@ def sample(
                 latents = sample_latents(host, student, host.encode_text(texts), seeds, steps, **start)
             pictures = host.decode(latents).cpu()
         yield from pictures
+
+
+def _check_base(host: Host, student: Student | FewStepModel) -> None:
+    """Raise ValueError for a student that is on another model: its base's pass, with this one's texts and decoder."""
+    made = student.denoiser if isinstance(student, FewStepModel) else student
+    base = made.teacher if isinstance(made, Student) else made
+    if base.backbone is not host.denoiser.backbone:
+        raise ValueError(
+            f"the student is on another model than {host.name}, which is given: load its file on this one with "
+            "load_student(path, model), which says whether it fits"
+        )

@@ -19,7 +19,7 @@ from typing import Any
 from ..core.losses import ADVERSARIAL, WEIGHTS
 from ..core.sampling import TEACHER_SAMPLERS
 from ..core.student import PREDICTIONS
-from .data.files import path_of
+from .data.files import DataError, check_file, path_of, read_text
 
 MOST_PAIRS = 1_000_000
 MOST_UPDATES = 10_000_000
@@ -407,11 +407,10 @@ class Config:
         else:
             import tomli as tomllib
         try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-        except FileNotFoundError:
-            raise ConfigError(f"settings file {path} does not exist: check the name") from None
-        except IsADirectoryError:
-            raise ConfigError(f"settings file {path} is a folder: give a file") from None
+            check_file("settings file", Path(path))
+            values = tomllib.loads(read_text(Path(path)))
+        except DataError as error:
+            raise ConfigError(str(error)) from None
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"settings file {path} is no TOML: {error}") from None
         return cls.from_dict(values)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -345,6 +346,20 @@ def test_sampling_with_a_student_that_is_none_is_told(tmp_path, capsys, pipeline
 def test_sampling_half_a_letter_is_told(capsys):
     assert cli.main(["sample", "a \udcff fox"]) == 1  # a byte of the shell's that is no UTF-8
     assert "is half a letter, or a byte that is not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["run_distill", "run_evaluate", "run_demo"])
+def test_no_command_shows_what_other_libraries_write(monkeypatch, command):
+    def noisy(_args):
+        warnings.warn("nobody's to act on", stacklevel=1)
+        return int(os.environ.get("DIFFUSERS_VERBOSITY") != "error")
+
+    monkeypatch.delenv("DIFFUSERS_VERBOSITY", raising=False)
+    monkeypatch.setattr(cli, command, noisy)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        assert cli.main([command.removeprefix("run_")]) == 0
+    assert not shown
 
 
 MAIN = "import sys; from turbodistill.app.cli import main; sys.exit(main())"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from turbodistill.core.card import CardError, read_card
-from turbodistill.core.student import load_student, student_bytes
+from turbodistill.core.student import Student, load_student, student_bytes
 from turbodistill.generate.sample import sample
 from turbodistill.trainer.config import LEAST_LR, ConfigError
 from turbodistill.trainer.data.samples import Samples
@@ -207,6 +207,14 @@ def test_a_student_of_another_architecture_is_refused_and_leaves_no_hook(kit, ho
 def test_the_card_says_by_what_it_was_made(kit, host, tmp_path, changes, method):
     *_, finished = kit.go(host, kit.config(updates=1, **changes), tmp_path)
     assert finished.card.method == method
+
+
+def test_a_student_on_another_model_is_not_sampled_with_this_one(kit, host):
+    for rank in (0, 2):
+        student = Student(host.denoiser, rank)
+        assert next(sample(host, student, ["a fox"])).shape == (3, 32, 32)
+        with pytest.raises(ValueError, match=r"on another model than toy.*load_student"):
+            next(sample(kit.conv_host(1), student, ["a fox"]))
 
 
 def test_the_card_names_no_loss_that_was_not_used(kit, host, tmp_path):

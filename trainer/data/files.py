@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ...core.header import no_file
+from ...core.rights import denied
 
 LIBC = ctypes.CDLL(None) if os.name == "posix" else None
 log = logging.getLogger(__name__)
@@ -50,15 +51,16 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:  # a library's own file operations fail with the latter
-        reason = getattr(error, "strerror", None) or error
         gone = isinstance(error, (FileNotFoundError, SafetensorError)) and not path.parent.exists()
         gone = gone and Path(getattr(error, "filename", None) or path) not in path.parents  # which cannot be made
-        remedy = (
-            "its folder was deleted or moved while this ran: run it again, only what is missing is made anew"
-            if gone
-            else remedy_of(error)
-        )
-        raise OSError(f"cannot write {path} ({reason}): {remedy}") from error
+        raise cannot_write(path, error, gone) from error
+
+
+def cannot_write(path: Path, error: Exception, gone: bool = False) -> OSError:
+    """What to raise where a file cannot be written, in words; `gone` says that its folder was there before."""
+    again = "its folder was deleted or moved while this ran: run it again, only what is missing is made anew"
+    remedy = again if gone else remedy_of(error)
+    return OSError(f"cannot write {path} ({getattr(error, 'strerror', None) or error}): {remedy}")
 
 
 @contextmanager
@@ -140,7 +142,7 @@ def read_text(path: Path, most: int = LARGEST_TEXT) -> str:
             raise DataError(f"{path} has more than {most >> 20} MB: split it")
         return text_of(raw, str(path))
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): check it") from None
+        raise DataError(denied(path) or f"{path} cannot be read ({error.strerror}): check it") from None
 
 
 def text_of(raw: bytes, name: str) -> str:
@@ -193,6 +195,8 @@ def read_tensors(path: Path, key: str | None = None) -> tuple[dict[str, Tensor],
 
     Raises DataError if it is broken, and OtherRun if it was made in another way than `key`.
     """
+    if words := denied(path):  # which is no reason to make it again
+        raise PermissionError(words)
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}

@@ -24,7 +24,9 @@ class Reason(NamedTuple):
 
 HIDDEN = Reason("hidden files and folders")
 LINKED = Reason("linked folders")
-CLOSED = Reason("folders that may not be read")
+CLOSED = Reason(
+    "folders that may not be read", "{count} folders may not be read, the first is {first}: change its rights"
+)
 OTHER = Reason("other files")
 UNUSED = Reason("captions without a picture")
 SECOND = Reason("captions and tables that another one goes before")

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from .files import DataError, log, remedy_of
+from .files import DataError, cannot_write, log
 
 LOCK = ".lock"
 HELD = (errno.EACCES, errno.EAGAIN)
@@ -35,7 +35,7 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = _open(path)
     except OSError as error:
-        raise OSError(f"cannot write {path} ({error.strerror}): {remedy_of(error)}") from error
+        raise cannot_write(path, error) from error
     try:
         _write_owner(file)
         yield

@@ -7,6 +7,7 @@ import re
 from functools import partial
 from pathlib import Path
 
+from ...core.rights import denied
 from . import captions
 from .columns import Reader, has_pyarrow, read_columns
 from .files import DataError, path_of
@@ -26,7 +27,7 @@ def check_place(place: str | Path) -> None:
     if os.path.isdir(path) or (os.path.isfile(path) and path.suffix.lower() in ARCHIVES):
         return
     if not os.path.exists(path):
-        raise DataError(f"image folder {path!s:.300} does not exist: check the name")
+        raise DataError(f"image folder {denied(path) or f'{path!s:.300} does not exist: check the name'}")
     raise DataError(f"image file {path!s:.300} is no folder: give one, or a {', '.join(sorted(ARCHIVES))} file")
 
 

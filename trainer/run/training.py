@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...core.card import CardError, read_card, read_student
 from ...core.exclusive import exclusive
+from ...core.rights import denied
 from ...core.student import load_weights
 from ..config import Config, ConfigError, check_resumable
 from ..data.files import reason
@@ -62,6 +63,8 @@ def _saved(folder: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, An
     path = folder / STATE
     if not path.exists():
         return None
+    if words := denied(path):
+        raise ConfigError(words)
     try:
         saved = read(path)
         check_state(saved)
