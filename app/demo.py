@@ -31,7 +31,7 @@ from ..measure.evaluate import (
     unpack_reference,
 )
 from ..trainer.config import Config
-from ..trainer.data.files import write_whole
+from ..trainer.data.files import LIBC, write_whole
 from ..trainer.data.pairs import make_pairs
 from ..trainer.data.prompts import read_prompts
 from ..trainer.pipeline.load import load_model
@@ -43,6 +43,7 @@ STUDENT = "student, 1 step"
 LONGEST, SHORTEST = 8.0, 3.0  # minutes of training that a demonstration gives each student
 WHOLE = 14.0  # minutes that it should take in all: a slow machine trains for less time
 PATIENCE = 30  # seconds in which a training that is told to end saves
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 PAIRS, PICTURES = "pairs", "pictures"  # folders, beside those of the students
 
 
@@ -76,42 +77,62 @@ def train_apart(configs: Mapping[str, Config], out: Path, stop: Sequence) -> Non
     """Train all students at once, each by `turbodistill distill` on its share of the cores.
 
     Two trainings of one thread do nearly twice the work of one with two. As soon as `stop` holds
-    something they end as at Ctrl-C: raises Interrupted then. If one fails, the other is ended so,
-    too: raises Failed.
+    something, a signal's number, they save and end: raises Interrupted then. If one fails, the other
+    is ended so, too: raises Failed. On Linux they save and end, too, when this process does.
     """
     threads = max(1, torch.get_num_threads() // len(configs))
     children = []
     try:
         for position, (name, config) in enumerate(configs.items()):
-            command = [sys.executable, "-m", f"{__package__}.cli", "distill", "--config", str(settings_of(out, name))]
-            command += ["--out", str(out / name), "--pairs-folder", str(out / PAIRS), "--title", name]
+            command = [sys.executable, "-m", __name__.rsplit(".", 2)[0], "distill", "--title", name]
+            command += ["--config", str(settings_of(out, name)), "--out", str(out / name)]
+            command += ["--pairs-folder", str(out / PAIRS)]
             if images := images_of(config, out):
                 command += ["--images", str(images)]
             write_whole(settings_of(out, name), config.to_toml().encode())
             environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_POSITION": str(position)}
-            # In a session of its own it hears of Ctrl-C from here alone: a second one would break it off.
-            children.append(subprocess.Popen(command, env=environment, start_new_session=True))
+            # In a session of its own it hears of Ctrl-C from here alone: a second one would break it off. What it says
+            # in the end, such as how to go on, is of its own command, not of this one; errors and bars are on stderr.
+            how: dict[str, Any] = {"stdout": subprocess.DEVNULL, "start_new_session": True}
+            if sys.platform == "linux":
+                how["preexec_fn"] = _end_with_parent
+            children.append(subprocess.Popen(command, env=environment, **how))
         told_at = -math.inf  # when they were told to end
         while any(child.poll() is None for child in children):
             ends = stop or any(child.returncode for child in children)
-            # Told again: what comes while Python imports may be lost in a callback of its own, which raises nothing.
+            # Told again: what comes while Python starts may be lost.
             if ends and time.monotonic() > told_at + PATIENCE:
                 told_at = time.monotonic()
                 for child in children:  # one that has ended is passed over
-                    child.send_signal(signal.SIGINT)
+                    child.terminate()  # which it takes as the first Ctrl-C, however often it comes
             time.sleep(0.2)
     finally:
         for child in children:
             if child.poll() is None:
                 child.terminate()
     codes = [child.returncode for child in children]
-    if failed := [code for code in codes if code not in (0, 130)]:
-        raise Failed(
-            f"a training ended with status {failed[0]}: its last lines above say why. Mend that, and give the command "
-            "again: what is done is kept"
-        )
-    if told_at > 0 or 130 in codes:
-        raise Interrupted
+    ended = {Interrupted(number).status for number in (signal.SIGINT, signal.SIGTERM)}
+    ended |= {-signal.SIGTERM} if told_at > 0 else set()  # it had not begun yet
+    if failed := [code for code in codes if code != 0 and code not in ended]:
+        raise Failed(f"a training {_end_in_words(failed[0])}, and give the command again: what is done is kept")
+    if told_at > 0 or ended & set(codes):
+        raise Interrupted(*stop[:1])
+
+
+def _end_with_parent() -> None:
+    """Linux sends a process SIGTERM when the one that started it has ended, however that ended."""
+    assert LIBC is not None
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _end_in_words(code: int) -> str:
+    """How a training ended badly, and what to do, by its return code."""
+    if code >= 0:
+        return f"ended with status {code}: its last lines above say why. Mend that"
+    name = next((each.name for each in signal.Signals if each == -code), f"signal {-code}")
+    if name == "SIGKILL":
+        return "was killed by the system (SIGKILL), probably since memory was short: close other programs"
+    return f"was ended from outside ({name}): see by what"
 
 
 def _pairs(host, config: Config, folder: Path, stop: Sequence) -> None:
@@ -120,7 +141,7 @@ def _pairs(host, config: Config, folder: Path, stop: Sequence) -> None:
         for done, _ in made:
             bar.update(done - bar.n)
             if stop:
-                raise Interrupted
+                raise Interrupted(*stop[:1])
 
 
 def training_minutes(spent: float, pace: float, pictures: int) -> float:

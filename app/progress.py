@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,8 +44,6 @@ class Bars:
 
     def show(self, event: Event) -> None:
         """Move the bar, or print what the event says in words."""
-        from tqdm import tqdm
-
         from ..trainer.loop.distill import Step
         from ..trainer.run import words
         from ..trainer.run.events import PairsMade, Selected, Warned
@@ -55,9 +54,9 @@ class Bars:
         elif isinstance(event, Step):
             self._step(event)
         elif isinstance(event, Selected):
-            tqdm.write(f"update {event.update}: score {event.score:.2f}{', the best so far' if event.best else ''}")
+            _say(f"update {event.update}: score {event.score:.2f}{', the best so far' if event.best else ''}")
         elif isinstance(event, Warned):
-            tqdm.write(words.warning(event.update, event.text))
+            _say(words.warning(event.update, event.text))
 
     def _step(self, step: Step) -> None:
         minutes = self.config.minutes
@@ -79,6 +78,13 @@ class Bars:
         """Leave the bar as it stands."""
         if self._bar is not None:
             self._bar.close()
+
+
+def _say(text: str) -> None:
+    """A line above the bars, on stderr as they are."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)
 
 
 def write_preview(host, preview, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """The demonstration's trainings, each a command of its own: they share pairs, end as told, and fail together."""
 
+import signal
 import subprocess
 import sys
 import threading
@@ -70,13 +71,13 @@ sys.exit(1)
 # It saves when it is told to end, as `turbodistill distill` does: test_interrupting_saves_and_says_how_to_go_on.
 WORKS = """
 import pathlib, signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would not hear it
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 try:
     pathlib.Path(sys.argv[1]).touch()
     time.sleep(60)
 except KeyboardInterrupt:
     pathlib.Path(sys.argv[2]).touch()
-    sys.exit(130)
+    sys.exit(143)
 """
 
 
@@ -104,8 +105,8 @@ heard = []
 def hear(*_):
     heard.append(1)
     if len(heard) > 1:
-        sys.exit(130)
-signal.signal(signal.SIGINT, hear)
+        sys.exit(143)
+signal.signal(signal.SIGTERM, hear)
 pathlib.Path(sys.argv[1]).touch()
 time.sleep(60)
 """
@@ -122,8 +123,34 @@ def test_a_training_that_did_not_hear_is_told_again(tmp_path, monkeypatch, stood
     assert time.monotonic() - begun < 50
 
 
+def test_a_training_that_the_system_kills_is_told(tmp_path, stood_in):
+    stood_in(student=("import os, signal; os.kill(os.getpid(), signal.SIGKILL)",))
+    with pytest.raises(demo.Failed, match=r"killed by the system \(SIGKILL\), probably since memory was short"):
+        demo.train_apart({"student": TINY}, tmp_path, [])
+
+
+# A demonstration whose training stands in, until it is killed; argv: of the training.
+PARENT = """
+import subprocess, sys, time
+from turbodistill.app.demo import _end_with_parent
+subprocess.Popen([sys.executable, "-c", *sys.argv[1:]], start_new_session=True, preexec_fn=_end_with_parent)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, whose processes can end with their parent")
+def test_trainings_apart_save_when_the_demonstration_is_killed(tmp_path):
+    ready, saved = tmp_path / "ready", tmp_path / "saved"
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, WORKS, ready, saved])
+    _when(ready.exists, [])
+    parent.kill()
+    parent.wait()
+    _when(saved.exists, [])
+    assert saved.exists()
+
+
 def _when(true, stop, seconds=120):
     until = time.monotonic() + seconds
     while not true() and time.monotonic() < until:
         time.sleep(0.05)
-    stop.append(True)
+    stop.append(signal.SIGINT)
