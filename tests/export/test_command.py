@@ -180,7 +180,7 @@ def test_a_full_student_is_told_what_it_can_be(base, tmp_path, capsys):
 def test_a_rank_out_of_bounds_is_told(student, tmp_path, capsys, rank):
     with pytest.raises(SystemExit):
         run(student, "--to", "lora", "--rank", rank, "--out", tmp_path / "out.safetensors")
-    assert "give 1 to 1024" in capsys.readouterr().err
+    assert "give a whole number from 1 to 1024" in capsys.readouterr().err
 
 
 # --- Nothing half-written ---

@@ -70,6 +70,8 @@ def test_paths_stay_below_the_folders_that_a_server_may_read(tmp_path):
 
 
 def test_only_files_of_prompts_are_read_for_others(tmp_path):
+    for name in ("prompts.TXT", "config.json"):
+        (tmp_path / name).write_text("a fox")
     assert check_text_file(tmp_path / "prompts.TXT", [tmp_path]).name == "prompts.TXT"
     assert check_text_file(tmp_path / "config.json", None)
     with pytest.raises(DataError, match=r"config.json is no file of prompts"):

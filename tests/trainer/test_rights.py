@@ -78,7 +78,7 @@ def test_a_folder_of_pictures_that_may_not_be_read_is_told(tmp_path, refuse):
 def test_what_may_not_be_written_is_told(tmp_path, refuse):
     refuse(tmp_path / "run" / ".lock", "open")
     refuse(tmp_path / "a.txt.part", "replace")
-    words = r"\(Permission denied\): change the rights of its folder, or choose another one"
+    words = r"\(Permission denied\): choose a folder that you may write to"
     with pytest.raises(OSError, match=words), locked(tmp_path / "run"):
         pass
     with pytest.raises(OSError, match=words):

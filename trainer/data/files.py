@@ -23,7 +23,7 @@ from ...core.rights import denied
 
 LIBC = ctypes.CDLL(None) if os.name == "posix" else None
 log = logging.getLogger(__name__)
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last is a quota's, or a file system's of small files
 LARGEST_TEXT = 2**26  # bytes of a text file
 AGAIN = "every run makes such a file again, and only that"
 

@@ -56,7 +56,7 @@ def read_prompts(path: str | Path) -> list[str]:
     Raises DataError for a missing file, one without a prompt, and as `check_choices`.
     """
     path = Path(path_of(str(path)))
-    if os.path.isdir(path) or not os.path.exists(path):
+    if os.path.isfile(path) or os.path.isdir(path) or not os.path.exists(path):  # else it is a pipe
         check_file("prompt file", path)
     prompts = prompt_lines(read_text(path))
     if not prompts:

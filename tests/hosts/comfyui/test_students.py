@@ -129,7 +129,7 @@ def test_the_card_is_told_and_another_base_warned_of(comfyui, graph, synthetic, 
     base, _, _ = synthetic("sd15")
     right = saved("sd15", student, "right.safetensors")
     words = comfyui.text(graph, loaded(graph, base, right)[1])
-    assert words.startswith("One-step student of sd15, a LoRA of rank 4") and "timestep 999" in words
+    assert words.startswith("Few-step student of sd15, a LoRA of rank 4") and "timestep 999" in words
     wrong = saved("sd15", student, "wrong.safetensors", base_model="another", base_hash="0" * 16)
     warning, _, card = comfyui.text(graph, loaded(graph, base, wrong)[1]).partition("\n")
     assert warning.startswith("wrong.safetensors was made for another (0000000000000000)")
