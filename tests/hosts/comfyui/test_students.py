@@ -133,4 +133,4 @@ def test_the_card_is_told_and_another_base_warned_of(comfyui, graph, synthetic, 
     wrong = saved("sd15", student, "wrong.safetensors", base_model="another", base_hash="0" * 16)
     warning, _, card = comfyui.text(graph, loaded(graph, base, wrong)[1]).partition("\n")
     assert warning.startswith("wrong.safetensors was made for another (0000000000000000)")
-    assert warning in comfyui.log.read_text() and card.startswith("One-step student of another")
+    assert warning in comfyui.log.read_text() and card.startswith("Few-step student of another")
