@@ -119,7 +119,9 @@ class Export:
             raise ExportError(f"{self.student.path} is in diffusers' names: use --to peft, which ComfyUI reads as well")
         if self.base is not None:
             layers = merge.Merge(self.student, self.base).layers
-            if self.to == "peft" and not self.base.folder and not is_single_file(self.base.network):
+            if not self.base.folder and self.student.splits_layers():
+                layers = self.student.layers  # in diffusers' names already
+            elif self.to == "peft" and not self.base.folder and not is_single_file(self.base.network):
                 layers = transformers.split(layers, transformers.rows_of(self.base.network, self.base.architecture))
         elif self.to == "kohya" and not self.student.of_a_unet():
             layers = self.student.layers  # in the names of the host that it was made in

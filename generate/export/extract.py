@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -62,7 +62,7 @@ def extract(merge: Merge, rank: int, errors: Errors) -> Iterator[tuple[str, Chan
         del weight
         squared = float(change.square().sum(dtype=torch.float64))
         module = name.removesuffix(".weight")
-        if module == name or len(shape) not in (2, 4) or _embeds(module):
+        if module == name or len(shape) not in (2, 4) or _embeds(module) or _depthwise(shape):
             errors.add(LEFT_OUT, squared, squared)
             yield name, None, nbytes
             continue
@@ -76,6 +76,11 @@ def extract(merge: Merge, rank: int, errors: Errors) -> Iterator[tuple[str, Chan
 def _embeds(module: str) -> bool:
     """Whether this is a table of embeddings, whose rows are looked up: no layer that a LoRA sits on."""
     return module.endswith(("token_embedding", "position_embedding"))
+
+
+def _depthwise(shape: Sequence[int]) -> bool:
+    """Whether this is a convolution of each channel by itself, on which no LoRA of ours sits."""
+    return len(shape) == 4 and shape[1] == 1
 
 
 def _class_of(name: str) -> str:

@@ -44,6 +44,11 @@ class Merge:
         elif student.full is None:
             self.layers = student.of(base.network)
             self._check({f"{module}.weight": layer.shape for module, layer in self.layers.items()})
+        elif student.splits_layers() and not base.folder:
+            raise ExportError(
+                f"{student.path} is a full student in diffusers' names, of which {base.path} has other layers: give "
+                "its base as a diffusers folder, as pipe.save_pretrained writes it"
+            )
         else:
             own = {n: student.full.shapes[key] for n, key in student.full.starting(FULL_PREFIX).items()}
             self._check(own)

@@ -18,7 +18,7 @@ from .tensors import ExportError, Weights
 
 # Architectures of which a single file has one layer where diffusers has three, and diffusers' names of those.
 FUSED = KNOWN - {*UNETS.values(), QWEN_IMAGE, WAN}
-SPLIT = re.compile(r"transformer_blocks|attention[._]to_")
+SPLIT = re.compile(r"transformer_blocks|(attention|attn)[._]to_")
 KOHYA, COMFY, PEFT = "lora_unet_", "diffusion_model.", ("unet.", "transformer.")
 
 
@@ -42,8 +42,8 @@ class StudentFile:
         return is_single_file(modules) or is_diffusers(modules)
 
     def splits_layers(self) -> bool:
-        """Whether this is a LoRA of a transformer in diffusers' names, whose layers a single file fuses."""
-        return self.card.architecture in FUSED and any(SPLIT.search(name) for name in self.layers)
+        """Whether this is of a transformer in diffusers' names, whose layers a single file fuses."""
+        return self.card.architecture in FUSED and any(map(SPLIT.search, self.full or self.layers))
 
     def of(self, network: Iterable[str] | None) -> dict[str, Change]:
         """The LoRA by its modules' single-file names, which are those of `network`'s weights.

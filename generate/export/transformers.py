@@ -25,6 +25,8 @@ CLASSES = {
     known.FLUX_SCHNELL: "FluxTransformer2DModel",
     known.FLUX2: "Flux2Transformer2DModel",
     known.CHROMA: "ChromaTransformer2DModel",
+    known.LUMINA2: "Lumina2Transformer2DModel",
+    known.SANA: "SanaTransformer2DModel",
     known.Z_IMAGE: "ZImageTransformer2DModel",
     known.QWEN_IMAGE: "QwenImageTransformer2DModel",
 }

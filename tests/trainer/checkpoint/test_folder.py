@@ -1,7 +1,9 @@
 """A diffusers folder is read as it is stored, or refused in words that name what is wrong with it."""
 
+import importlib.util
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,9 @@ from turbodistill.trainer.checkpoint.folder import choose_variant
 from turbodistill.trainer.checkpoint.load import architecture_of_module, load_pipeline
 from turbodistill.trainer.pipeline.kinds import default_size, kind_of, prediction_of, schedule_of
 
+_spec = importlib.util.spec_from_file_location("turbodistill_refused", Path(__file__).with_name("refused.py"))
+refused = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(refused)
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -142,14 +147,7 @@ def index(**values):
         (index(unet=["diffusers", "NoSuchUNet"]), r"is a NoSuchUNet, which the installed diffusers does not know"),
         (index(unet=[None, None]), r"has no denoiser"),
         (index(vae=None), r"has no vae"),
-        (index(_class_name="StableDiffusionInpaintPipeline"), r"StableDiffusionInpaintPipeline, an inpainting model"),
-        (index(_class_name="StableDiffusionXLImg2ImgPipeline"), r"the refiner of Stable Diffusion XL"),
-        (index(_class_name="StableVideoDiffusionPipeline"), r"a video model"),
-        (index(_class_name="FluxFillPipeline"), r"an inpainting model"),
-        (index(_class_name="StableDiffusionControlNetPipeline"), r"a model with a ControlNet"),
-        (index(_class_name="StableDiffusionUpscalePipeline"), r"an upscaler"),
-        (index(_class_name="StableDiffusionInstructPix2PixPipeline"), r"a model that edits pictures"),
-        (index(_class_name="MyPipeline"), r"MyPipeline, another kind of model: give one that makes pictures of text"),
+        *((index(_class_name=name), told) for name, told in refused.FOLDERS),
     ],
 )
 def test_a_folder_that_cannot_be_used_is_told(damage, told, folder):

@@ -143,19 +143,20 @@ def stable_diffusion_xl(zeros: bool = True):
     )
 
 
-def stable_diffusion_3():
+def stable_diffusion_3(layers: int = 2, **more):
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     network = SD3Transformer2DModel(
         sample_size=8,
         in_channels=4,
         out_channels=4,
-        num_layers=2,
+        num_layers=layers,
         **HEADS,
         caption_projection_dim=16,
         joint_attention_dim=2 * WIDTH,
         pooled_projection_dim=2 * WIDTH,
         pos_embed_max_size=16,
+        **more,
     )
     autoencoder = vae(shift_factor=0.06, scaling_factor=1.53)
     clips = (clip(projects=True), clip_tokenizer(), clip(projects=True), clip_tokenizer())
