@@ -51,10 +51,12 @@ def found(request, installation, full, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["base", "merged", *(f"lora-{s}" for s in STYLES)])
-def test_no_key_is_missing_or_left_over(found, name):
-    told = found[0]
-    assert told[name] == []
-    if not name.startswith("lora"):
+def test_no_key_is_missing_or_left_over(request, found, full, name):
+    """But for the marks of v-prediction, by which ComfyUI tells it, and which it counts as left over in any file."""
+    told, marks = found[0], list(full.KINDS[request.node.callspec.params["found"]].marks)
+    lora = name.startswith("lora")
+    assert told[name] == ([f"left over keys: dict_keys({marks})"] if marks and not lora else [])
+    if not lora:
         assert told[f"{name} parts"] == [True, True]  # text encoder and autoencoder
 
 
