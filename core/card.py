@@ -26,6 +26,7 @@ KEY = "turbodistill.card"
 VERSION = 1
 KINDS = ("lora", "full")
 FIELDS = {"str": ((str,), "text"), "int": ((int,), "a whole number"), "float": ((int, float), "a number")}
+FIELDS |= {"bool": ((bool,), "true or false")}
 FIELDS |= dict.fromkeys(("tuple[int, ...]", "tuple[int, int]"), ((list, tuple), "a list"))
 TITLES = ("modelspec.title", "ss_output_name", "title")  # metadata that names a weight file
 # What AUTOMATIC1111 tells the models by that a LoRA is for, besides those of Stable Diffusion 1.
@@ -45,7 +46,8 @@ class StudentCard:
 
     `prediction` is how its backbone's output is read; `timesteps` the start of each step of the
     longest schedule that it was trained for (the first is where pure noise enters); `guidance` the
-    teacher's scale that is baked in: sample with cfg 1.
+    teacher's scale that is baked in, away from the `negative_prompt`: sample with cfg 1. The prompts that it learnt
+    had the prefix and suffix, which are typed when it is sampled, unless they are baked in.
     """
 
     kind: str
@@ -63,12 +65,16 @@ class StudentCard:
     targets: str = "all"
     training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    negative_prompt: str = ""
+    prompt_prefix: str = ""
+    prompt_suffix: str = ""
+    bake_affixes: bool = False
     version: int = VERSION
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value, (wanted, words) = getattr(self, f.name), FIELDS.get(str(f.type), ((dict,), "an object"))
-            if not isinstance(value, wanted) or isinstance(value, bool):
+            if not isinstance(value, wanted) or (isinstance(value, bool) and wanted != (bool,)):
                 raise CardError(f"card: {f.name} is {value!r:.80}, it must be {words}")
         if len(self.resolution) != 2 or not all(type(n) is int and n > 0 for n in self.resolution):
             raise CardError(f"card: resolution is {self.resolution!r:.80}, it must be width and height in pixels")
@@ -133,6 +139,19 @@ class StudentCard:
     def _steps(self) -> str:
         return "1 step" if len(self.timesteps) == 1 else f"1 to {len(self.timesteps)} steps"
 
+    def guidance_in_words(self) -> str:
+        """What the student has of the teacher's guidance."""
+        away = f" away from {self.negative_prompt!r}" if self.negative_prompt else ""
+        return f"The teacher's guidance of {self.guidance:g}{away} is baked in"
+
+    def affixes_in_words(self) -> str:
+        """What is typed before and behind every prompt, or is baked in; "" where there is nothing."""
+        given = [(self.prompt_prefix, "before"), (self.prompt_suffix, "behind")]
+        parts = " and ".join(f"{text!r} {where} them" for text, where in given if text)
+        if not parts:
+            return ""
+        return f"Prompts: {parts} is baked in, leave it out." if self.bake_affixes else f"Prompts: write {parts}."
+
     def in_words(self) -> str:
         """The card as a person reads it."""
         form = f"LoRA of rank {self.rank} ({self.targets})" if self.kind == "lora" else "full model"
@@ -143,8 +162,8 @@ class StudentCard:
         lines = [
             f"{'One' if single else 'Few'}-step student of {self.base_model}, a {form}, made by {self.method}.",
             f"Base model: {self.architecture}, hash {self.base_hash}.",
-            f"Sampling: {self._steps()} at CFG 1. The teacher's guidance of {self.guidance:g} is baked in, so negative "
-            "prompts do nothing.",
+            f"Sampling: {self._steps()} at CFG 1. {self.guidance_in_words()}, so negative prompts do nothing.",
+            *filter(None, [self.affixes_in_words()]),
             begin + ("." if single else f"; the longest schedule is {', '.join(map(str, self.timesteps))}."),
             f"  The network predicts {self.prediction}, "
             + ("as the base model does." if own else f"where the base model predicts {self.base_prediction}."),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from .schedule import Schedule
+from .schedule import FlowSchedule, Schedule
 
 
 @dataclass(frozen=True)
@@ -122,33 +122,69 @@ def picture_part(tap: str, output: Tensor | tuple, text: int) -> Tensor:
     return output[:, text:] if kind in ONE_SEQUENCE else output
 
 
-def guided(denoiser: Denoiser, x: Tensor, sigma: Tensor, cond: Cond, uncond: Cond | None, scale: float) -> Tensor:
+def guided(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigma: Tensor,
+    cond: Cond,
+    uncond: Cond | None,
+    scale: float,
+    rescale: float = 0.0,
+) -> Tensor:
     """Classifier-free guidance (arXiv 2207.12598): uncond + scale (cond - uncond), as x0 (B, C, H, W).
 
-    Two rows a sample in one pass; one where `scale` is 1 or there is no `uncond`.
+    Two rows a sample in one pass; one where `scale` is 1 or there is no `uncond`. `rescale` is phi of `rescaled`.
     """
     if uncond is None or scale == 1:
         return denoiser(x, sigma, cond)
     both = Cond.cat([cond, uncond.repeat(len(cond)) if len(uncond) == 1 else uncond])
     positive, negative = denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
-    return negative + scale * (positive - negative)
+    result = negative + scale * (positive - negative)
+    return rescaled(denoiser.schedule, x, sigma, positive, result, rescale) if rescale else result
+
+
+def rescaled(schedule: Schedule, x: Tensor, sigma: Tensor, positive: Tensor, result: Tensor, phi: float) -> Tensor:
+    """Guidance that is no more contrasty than the condition alone (arXiv 2305.08891, eq. 15 and 16), as x0.
+
+    The velocity of `result` gets a share `phi` of the standard deviation that the velocity of `positive` has.
+    """
+    kind = "flow" if isinstance(schedule, FlowSchedule) else "v"
+    wanted, v = (schedule.from_x0(kind, x, x0, sigma) for x0 in (positive, result))
+    factor = wanted.std((1, 2, 3), keepdim=True) / v.std((1, 2, 3), keepdim=True).clamp(min=1e-8)
+    return schedule.to_x0(kind, x, (phi * factor + 1 - phi) * v, sigma)
 
 
 @dataclass(frozen=True)
 class Guided:
-    """A denoiser with guidance and conditioning bound in, as samplers call it: `model(x, sigma)`."""
+    """A denoiser with guidance and conditioning bound in, as samplers call it: `model(x, sigma)`.
+
+    Guidance acts in the interval [start, end) of the timesteps alone (arXiv 2404.07724), 0 being pure noise and 1 the
+    picture; outside of it the condition is enough, in one row a sample.
+    """
 
     denoiser: Denoiser
     cond: Cond
     uncond: Cond | None = None
     scale: float = 1.0
+    rescale: float = 0.0
+    start: float = 0.0
+    end: float = 1.0
 
     @property
     def schedule(self) -> Schedule:
         return self.denoiser.schedule
 
     def __call__(self, x: Tensor, sigma: Tensor, **_) -> Tensor:
-        return guided(self.denoiser, x, sigma, self.cond, self.uncond, self.scale)
+        scale = self.scale if self._guides(sigma) else 1.0
+        return guided(self.denoiser, x, sigma, self.cond, self.uncond, scale, self.rescale)
+
+    def _guides(self, sigma: Tensor) -> bool:
+        """Whether guidance acts at this noise level, which is all rows' own."""
+        if self.start <= 0 and self.end >= 1:
+            return True
+        schedule = self.schedule
+        done = 1 - float(schedule.timestep(sigma.flatten()[:1])[0]) / (schedule.timesteps - 1)
+        return self.start <= done < self.end
 
     def rows(self, index) -> Guided:
         return replace(self, cond=self.cond.rows(index))

@@ -180,14 +180,16 @@ def matching_target(
     cond: Cond,
     uncond: Cond | None,
     guidance: float,
+    score_cond: Cond | None = None,
 ) -> Tensor:
     """Distribution matching's target (DMD, arXiv 2311.18828, eq. 7 and 8), (B, C, H, W).
 
-    `score` denoises what the student makes, the teacher what it should make; x0 is moved by their
+    `score` denoises what the student makes, of `score_cond` if that is another condition than the teacher's; the
+    teacher denoises what it should make; x0 is moved by their
     difference at x, its noised self at sigma (B,), over the teacher's mean distance from x0.
     """
     real = guided(teacher, x, sigma, cond, uncond, guidance)
-    fake = score(x, sigma, cond)
+    fake = score(x, sigma, cond if score_cond is None else score_cond)
     scale = (x0 - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-4)
     return x0 + (real - fake) / scale
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..core.student import load_student
 from ..trainer.config import Config
+from ..trainer.data.affixes import NO_AFFIXES, Affixes
 from ..trainer.data.files import DataError
 from ..trainer.host import Host
 from ..trainer.loop.precision import autocast
@@ -35,12 +36,12 @@ SHOWN = 8  # prompts that are shown: of trained names, then of others, as many
 TEACHER, UNGUIDED = "teacher, 50 steps", "teacher, 50 steps, no CFG"
 
 
-def arms_of(host: Host, guidance: float) -> dict[str, Arm]:
-    """What every student is compared with."""
+def arms_of(host: Host, guidance: float, negative: str = "", affixes: Affixes = NO_AFFIXES) -> dict[str, Arm]:
+    """What every student is compared with: its teacher, as it made the pairs."""
     return {
-        TEACHER: teacher_arm(host, 50, guidance),
-        UNGUIDED: teacher_arm(host, 50, 1.0),
-        "teacher, 1 step": teacher_arm(host, 1, guidance),
+        TEACHER: teacher_arm(host, 50, guidance, negative, affixes),
+        UNGUIDED: teacher_arm(host, 50, 1.0, affixes=affixes),
+        "teacher, 1 step": teacher_arm(host, 1, guidance, negative, affixes),
     }
 
 
@@ -102,10 +103,10 @@ def evaluate(
     bench = Bench(host, reference, count)
     per_seed: list[dict[str, Score]] = []
     loaded = [(path, *load_student(path, host.denoiser)) for path in paths]
-    guidance = loaded[0][2].guidance
-    arms = arms_of(host, guidance)
-    for path, student, _, _ in loaded:
-        arms[f"{path.parent.name}/{path.stem}"] = student_arm(student)
+    first = loaded[0][2]
+    arms = arms_of(host, first.guidance, first.negative_prompt, Affixes.of_card(first))
+    for path, student, card, _ in loaded:
+        arms[f"{path.parent.name}/{path.stem}"] = student_arm(student, affixes=Affixes.of_card(card))
     for seed in range(seeds):
         per_seed.append(bench.score(arms, seed))
     prompt = bench.chosen.captions[0]

@@ -20,6 +20,7 @@ from ..core.denoiser import Cond, Guided
 from ..core.exclusive import exclusive
 from ..core.sampling import sample_euler, seeded_noise, trailing_sigmas
 from ..core.student import Student
+from ..trainer.data.affixes import NO_AFFIXES, Affixes
 from ..trainer.data.files import DataError, check_file, write_whole
 from ..trainer.data.prompts import check_texts
 from ..trainer.host import Host
@@ -43,11 +44,13 @@ Context = Callable[[], AbstractContextManager]
 class Arm:
     """One way of making latents (B, C, H, W) from unit noise (B, C, H, W) and conditions.
 
-    `ready` gives the context in which it is called, entered once for many calls.
+    `ready` gives the context in which it is called, entered once for many calls; `prompt` makes the prompt that it is
+    given of a reference's.
     """
 
     make: Callable[[Tensor, Cond], Tensor]
     ready: Context = nullcontext
+    prompt: Callable[[str], str] = str
 
 
 @dataclass(frozen=True)
@@ -107,21 +110,21 @@ def _rows(archive: zipfile.ZipFile) -> list[dict[str, str]]:
     return [json.loads(line) for line in archive.read("metadata.jsonl").splitlines()]
 
 
-def teacher_arm(host: Host, steps: int, guidance: float) -> Arm:
+def teacher_arm(host: Host, steps: int, guidance: float, negative: str = "", affixes: Affixes = NO_AFFIXES) -> Arm:
     """The teacher with `steps` Euler (DDIM) steps on trailing timesteps, at a guidance scale."""
     schedule = host.denoiser.schedule
     sigmas = trailing_sigmas(schedule, steps)
-    uncond = host.encode_text([""])
+    uncond = host.encode_text([negative])
 
     def make(noise: Tensor, cond: Cond) -> Tensor:
         model = Guided(host.denoiser, cond, uncond.to(noise.device), guidance)
         x = schedule.add_noise(torch.zeros_like(noise), noise, sigmas[:1].to(noise))
         return sample_euler(model, x, sigmas.to(noise))
 
-    return Arm(make, lambda: exclusive(host.denoiser.backbone))
+    return Arm(make, lambda: exclusive(host.denoiser.backbone), affixes.teacher)
 
 
-def student_arm(student: Student, steps: int = 1) -> Arm:
+def student_arm(student: Student, steps: int = 1, affixes: Affixes = NO_AFFIXES) -> Arm:
     """The student in `steps`, merged, as hosts sample it."""
 
     @contextmanager
@@ -129,7 +132,7 @@ def student_arm(student: Student, steps: int = 1) -> Arm:
         with exclusive(student.teacher.backbone), student.merged():
             yield
 
-    return Arm(lambda noise, cond: student.generate(noise, cond, steps), ready)
+    return Arm(lambda noise, cond: student.generate(noise, cond, steps), ready, affixes.student)
 
 
 @torch.no_grad()
@@ -146,7 +149,7 @@ def make_pictures(
             texts = list(prompts[first : first + BATCH])
             seeds = [seed * 100_000 + first + i for i in range(len(texts))]
             noise = seeded_noise(seeds, host.latent_shape, device)
-            cond = host.encode_text(texts).to(device)
+            cond = host.encode_text([arm.prompt(text) for text in texts]).to(device)
             with context():
                 latents = arm.make(noise, cond)
             yield host.decode(latents.float()).cpu()
@@ -247,7 +250,7 @@ def measure_time(host: Host, arm: Arm, prompt: str, repeats: int = 5, context: C
 
     def once() -> float:
         begun = time.perf_counter()
-        for _ in make_pictures(host, Arm(arm.make), [prompt], 0, context):
+        for _ in make_pictures(host, Arm(arm.make, prompt=arm.prompt), [prompt], 0, context):
             pass
         return time.perf_counter() - begun
 

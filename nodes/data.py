@@ -13,7 +13,7 @@ from comfy_api.latest import io, ui
 
 from ..demo import files
 from ..trainer.checks import check_text_file
-from ..trainer.config import OF_IMAGES, OF_PAIRS, Config
+from ..trainer.config import OF_GUIDANCE, OF_IMAGES, OF_PAIRS, OF_PROMPTS, Config
 from ..trainer.data.files import DataError
 from ..trainer.data.images import check_pictures, load_picture, load_some
 from ..trainer.data.pairs import make_pairs, pairs_key
@@ -204,6 +204,7 @@ class TeacherPairs(io.ComfyNode):
                 io.Int.Input("height", default=512, min=16, max=4096, step=8, tooltip="Pixels; as you will sample it."),
                 *widgets(OF_PAIRS),
                 io.Int.Input("at_once", default=4, min=1, max=256, tooltip="Pictures that are made at a time."),
+                *widgets((*OF_PROMPTS, *OF_GUIDANCE), optional=True),
             ],
             outputs=[PAIRS.Output("PAIRS", display_name="PAIRS", tooltip="For Distill.")],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id, io.Hidden.extra_pnginfo],

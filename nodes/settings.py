@@ -14,22 +14,25 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 MOST = 2**31 - 1
 
 
-def widgets(names: Iterable[str], **defaults: Any) -> list:
-    """Inputs for some settings; those in `defaults` begin with another value than the trainer's."""
-    return [widget(name, defaults.get(name)) for name in names]
+def widgets(names: Iterable[str], optional: bool = False, **defaults: Any) -> list:
+    """Inputs for some settings; those in `defaults` begin with another value than the trainer's.
+
+    `optional` ones may be missing, as they are in workflows from before they were there.
+    """
+    return [widget(name, defaults.get(name), optional) for name in names]
 
 
-def widget(name: str, default: Any = None):
+def widget(name: str, default: Any = None, optional: bool = False):
     """A node's input for one setting, which begins with its field's default or another."""
     about = FIELDS[name].metadata
     default = FIELDS[name].default if default is None else default
-    options = {"default": default, "tooltip": about["help"]}
+    options = {"default": default, "tooltip": about["help"], "optional": optional}
     if about["choices"]:
         return io.Combo.Input(name, options=list(about["choices"]), **options)
     if isinstance(default, bool):
         return io.Boolean.Input(name, **options)
     if isinstance(default, str):
-        return io.String.Input(name, **options)
+        return io.String.Input(name, dynamic_prompts=False, **options)
     if isinstance(default, int):
         # Else the page draws another seed after every run, and with it the next one would have other pairs.
         options["control_after_generate"] = False

@@ -12,17 +12,19 @@ from typing import Any
 
 import gradio as gr
 
-from ..trainer.config import ADVANCED, OF_DISTILL, OF_IMAGES, OF_PAIRS, ConfigError
+from ..trainer.config import OF_DISTILL, OF_PAIRS, OF_PIXELS, ConfigError
 from . import curves, fields, job, runs, view
 from .backend import Backend
 from .events import asking, listen, stamp
+from .limits import FIELDS
 from .request import Request
 
 TEXT, FILE, CAPTIONS = "the text below", "a text file", "the captions of my pictures"
 BUILT_IN = "built in: "
 EXAMPLE = "a {red|black|white} {fox|cat|owl} in a {forest|city|garden}, {photo|oil painting}"
 MAIN = (*OF_PAIRS, *OF_DISTILL)
-SETTINGS = (*MAIN, *ADVANCED, *OF_IMAGES)
+MORE = tuple(name for name in FIELDS if name not in (*MAIN, *OF_PIXELS))  # in their groups
+SETTINGS = (*MAIN, *MORE)
 OF_RUN = ("name", "source", "text", "file", "images", "width", "height")  # what else the form asks for
 MISTAKES = (ValueError, OSError, job.Busy, job.NothingRuns, job.NoTraining)
 
@@ -164,7 +166,7 @@ def _form(backend: Backend) -> Form:
         high = gr.Number(value=0, label="Height", info=pixels, elem_id="turbodistill-height")
     settings = fields.components(MAIN, backend.settings, backend.limits)
     with gr.Accordion("Advanced settings", open=False, elem_id="turbodistill-advanced"):
-        settings |= fields.grouped((*ADVANCED, *OF_IMAGES), backend.settings, backend.limits)
+        settings |= fields.grouped(MORE, backend.settings, backend.limits)
     return Form(dict(zip(OF_RUN, (name, source, text, file, images, wide, high), strict=True)), settings)
 
 

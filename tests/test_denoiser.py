@@ -65,3 +65,25 @@ def test_output_and_x0_say_the_same(toys, prediction):
     derived = super(type(denoiser), denoiser).output(x, sigma, cond)
     assert torch.allclose(derived, denoiser.output(x, sigma, cond), atol=1e-4)
     assert denoiser.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_rescaled_guidance_is_diffusers_own_of_velocities(toys, prediction):
+    denoiser = toys.conv(prediction)
+    rescale = pytest.importorskip("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion").rescale_noise_cfg
+    x, sigma, cond, uncond = 3 * toys.picture(2), torch.tensor([2.0, 5.0]), toys.cond(2), toys.cond(1)
+    schedule = denoiser.schedule
+    positive, plain = denoiser(x, sigma, cond), guided(denoiser, x, sigma, cond, uncond, 7.0)
+    text, cfg = (schedule.from_x0("v", x, x0, sigma) for x0 in (positive, plain))
+    found = guided(denoiser, x, sigma, cond, uncond, 7.0, rescale=0.7)
+    assert torch.allclose(found, schedule.to_x0("v", x, rescale(cfg, text, 0.7), sigma), atol=1e-5)
+    assert not torch.allclose(found, plain, atol=1e-2)
+
+
+def test_guidance_acts_in_its_interval_alone(toys):
+    denoiser, x, cond, uncond = toys.conv(), toys.picture(2), toys.cond(2), toys.cond(1)
+    model = Guided(denoiser, cond, uncond, 7.0, start=0.2, end=0.6)
+    for share, acts in ((0.0, False), (0.19, False), (0.21, True), (0.59, True), (0.61, False), (1.0, False)):
+        sigma = denoiser.schedule.sigma(torch.tensor([(1 - share) * 999.0])).expand(2)
+        expected = guided(denoiser, x, sigma, cond, uncond, 7.0 if acts else 1.0)
+        assert torch.equal(model(x, sigma), expected), share

@@ -27,6 +27,7 @@ MOST_MINUTES = 100_000  # two months
 MOST_SEED = 2**63 - 1  # of a picture's noise
 LARGEST = 4096  # pixels of a side
 LEAST_LR = 1e-9  # with less, or nothing, a training only takes time
+MOST_LETTERS = 4000  # of a prompt
 
 
 class ConfigError(ValueError):
@@ -126,6 +127,50 @@ class Config:
         "data",
         low=1,
         high=30,
+    )
+    guidance_rescale: float = option(
+        0.0,
+        "CFG rescale of the teacher in the pairs, against burnt colours: 0 is the plain CFG, 0.7 suits models of "
+        "v-prediction and zero-terminal SNR.",
+        "data",
+        low=0,
+        high=1,
+    )
+    guidance_start: float = option(
+        0.0,
+        "Share of the teacher's sampling before which there is no CFG. 0 to 0.2; more gives more varied pictures.",
+        "data",
+        low=0,
+        high=0.9,
+    )
+    guidance_end: float = option(
+        1.0,
+        "Share of the teacher's sampling from which on there is no CFG. 0.6 to 1; less is faster and more natural.",
+        "data",
+        low=0.1,
+        high=1,
+    )
+    negative_prompt: str = option(
+        "",
+        "What the teacher's guidance moves away from. It is baked into the student, which itself takes no negative "
+        "prompt. Use the one that you always use; empty is the plain CFG.",
+        "data",
+        high=MOST_LETTERS,
+    )
+    prompt_prefix: str = option(
+        "",
+        "Text before every prompt of the teacher: quality tags, trigger words. A comma is put between.",
+        "data",
+        high=MOST_LETTERS,
+    )
+    prompt_suffix: str = option(
+        "", "Text behind every prompt of the teacher. A comma is put between.", "data", high=MOST_LETTERS
+    )
+    bake_affixes: bool = option(
+        False,
+        "Train the student on the prompts without prefix and suffix, so that it adds them by itself. Off, they are "
+        "typed when the student is sampled, too.",
+        "data",
     )
     positives: str = option(
         "teacher",
@@ -366,15 +411,7 @@ class Config:
                 object.__setattr__(self, f.name, value)
             if type(value) is not wanted:
                 raise ConfigError(f"{f.name} is {shown(value)}: give {KINDS[wanted]}")
-            about = f.metadata
-            if wanted is float and not math.isfinite(value):
-                raise ConfigError(f"{f.name} is {value}: give a finite number")
-            if about["choices"] and value not in about["choices"]:
-                raise ConfigError(f"{f.name} is {value!r:.100}: use one of {', '.join(about['choices'])}")
-            if about["low"] is not None and value < about["low"]:
-                raise ConfigError(f"{f.name} is {value!s:.100}: the least is {about['low']}")
-            if about["high"] is not None and value > about["high"]:
-                raise ConfigError(f"{f.name} is {value!s:.100}: the most is {about['high']}")
+            _check_value(f, value)
         for name in ("init_student", "pixel_backbone"):
             object.__setattr__(self, name, path_of(getattr(self, name)))
         if self.student_steps > self.start_timestep + 1:
@@ -382,6 +419,13 @@ class Config:
                 f"student_steps is {self.student_steps}: start_timestep {self.start_timestep} allows at most "
                 f"{self.start_timestep + 1}"
             )
+        if self.guidance_start >= self.guidance_end:
+            raise ConfigError(
+                f"guidance_start is {self.guidance_start} and guidance_end {self.guidance_end}: the start comes first"
+            )
+        guides = self.guidance > 1 or (self.distillation_weight > 0 and self.distillation_guidance > 1)
+        if self.negative_prompt and not guides:
+            raise ConfigError("negative_prompt is given and guidance is 1, which leaves it out: raise guidance")
         weights = ("adversarial_weight", "distillation_weight", "regression_weight", "feature_weight")
         if not any(getattr(self, name) for name in weights):
             raise ConfigError("every loss has weight 0: give at least one of " + ", ".join(weights))
@@ -427,6 +471,26 @@ class Config:
         return dataclasses.replace(self, **changes)
 
 
+def _check_value(field: dataclasses.Field, value: Any) -> None:
+    """Raise ConfigError for a value of the right type that is out of bounds, or a text that nothing can read."""
+    name, about = field.name, field.metadata
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} is {value}: give a finite number")
+    if about["choices"] and value not in about["choices"]:
+        raise ConfigError(f"{name} is {value!r:.100}: use one of {', '.join(about['choices'])}")
+    size, words = (len(value), f"has {len(value)} letters") if isinstance(value, str) else (value, f"is {value!s:.100}")
+    if about["low"] is not None and size < about["low"]:
+        raise ConfigError(f"{name} {words}: the least is {about['low']}")
+    if about["high"] is not None and size > about["high"]:
+        raise ConfigError(f"{name} {words}: the most is {about['high']}")
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            half = value[error.start]
+            raise ConfigError(f"{name} is no valid text ({half!r} is half a letter): type it again") from None
+
+
 def _told(init: Callable[..., None]) -> Callable[..., None]:
     """`__init__` that raises ConfigError, not TypeError, for a name that is no setting."""
 
@@ -468,11 +532,13 @@ def nearest(name: str) -> str | None:
 
 # What forms ask for at once: what decides the pairs, what pictures need, what a training needs. All else is advanced.
 OF_PAIRS = ("pairs", "pair_steps", "pair_sampler", "guidance", "seed")
+OF_GUIDANCE = ("guidance_rescale", "guidance_start", "guidance_end")
+OF_PROMPTS = ("negative_prompt", "prompt_prefix", "prompt_suffix", "bake_affixes")
 OF_IMAGES = ("broken_pictures",)
 OF_DISTILL = ("rank", "updates", "batch_size", "gradient_checkpointing")
 # What hosts cannot do yet, which have no gradients through their autoencoder: their forms leave it out.
 OF_PIXELS = ("pixel_backbone", "pixel_size")
-ASKED = OF_PAIRS + OF_IMAGES + OF_DISTILL + OF_PIXELS
+ASKED = OF_PAIRS + OF_GUIDANCE + OF_PROMPTS + OF_IMAGES + OF_DISTILL + OF_PIXELS
 ADVANCED = tuple(f.name for f in dataclasses.fields(Config) if f.name not in ASKED)
 
 # What may change between a run and its resumption: it decides how long, how often and with how much memory.
@@ -483,8 +549,8 @@ RESUMABLE |= {"init_student", "broken_pictures"}  # only the start needs them
 
 def check_resumable(saved: dict[str, Any], config: Config) -> None:
     """Raise ConfigError if a run with `saved` settings cannot go on with `config`, naming the differences."""
-    now = config.to_dict()
-    changed = {k: (saved.get(k), now[k]) for k in now if saved.get(k) != now[k] and k not in RESUMABLE}
+    now, saved = config.to_dict(), Config().to_dict() | saved  # a state from before a setting was there
+    changed = {k: (saved[k], now[k]) for k in now if saved[k] != now[k] and k not in RESUMABLE}
     if changed:
         changes = ", ".join(f"{k} was {shown(a)} and is {shown(b)}" for k, (a, b) in changed.items())
         raise ConfigError(

@@ -62,8 +62,9 @@ def _sections(page: Page) -> list[str]:
     return [
         f"# {page.repo.partition('/')[2]}",
         f"A student of `{page.base_model or card.base_model}` that makes a picture of {width} x {height} in {steps}: "
-        f"{form}, distilled by {card.method} with TurboDistill. The teacher's guidance of {card.guidance:g} is baked "
-        "in: sample at CFG 1, where negative prompts do nothing.",
+        f"{form}, distilled by {card.method} with TurboDistill. {card.guidance_in_words()}: sample at CFG 1, where "
+        "negative prompts do nothing.",
+        card.affixes_in_words(),
         f"![Teacher and student from the same noise]({page.grid})" if page.grid else "",
         "## How to use",
         _comfyui(page),

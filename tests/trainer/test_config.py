@@ -25,8 +25,10 @@ def test_below_the_least_is_refused(name, field):
 
 @pytest.mark.parametrize(("name", "field"), [(n, f) for n, f in FIELDS.items() if f.metadata["high"] is not None])
 def test_above_the_most_is_refused(name, field):
-    with pytest.raises(ConfigError, match=rf"{name} is \d.*: the most is"):
-        Config(**{name: type(field.default)(field.metadata["high"] + 1)})
+    above = field.metadata["high"] + 1
+    value = "x" * above if isinstance(field.default, str) else type(field.default)(above)
+    with pytest.raises(ConfigError, match=rf"{name} (is|has) \d.*: the most is"):
+        Config(**{name: value})
 
 
 @pytest.mark.parametrize("name", [n for n, f in FIELDS.items() if f.metadata["choices"]])

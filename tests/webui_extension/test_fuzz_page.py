@@ -43,8 +43,9 @@ def may_run(asked, schema):
         about = schema[name]
         kinds = (int, float) if about["type"] == "float" else {"int": int, "bool": bool, "str": str}[about["type"]]
         assert isinstance(value, kinds) and (about["type"] == "bool" or not isinstance(value, bool))
-        assert about["low"] is None or value >= about["low"], name
-        assert about["high"] is None or value <= about["high"], name
+        size = len(value) if isinstance(value, str) else value  # a text's letters
+        assert about["low"] is None or size >= about["low"], name
+        assert about["high"] is None or size <= about["high"], name
         assert about["choices"] is None or value in about["choices"], name
     assert asked.request.name.isprintable() and 0 < len(asked.request.name) <= 100 and "/" not in asked.request.name
     assert all(16 <= side <= 4096 and side % 8 == 0 for side in asked.size) and asked.prompts

@@ -19,6 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..host import Host
+from .affixes import NO_AFFIXES, Affixes
 from .conditioning import Conditioning
 from .files import DataError, log, read_tensors, reason, said_of, texts_of
 from .found import BROKEN, Found, Picture, shown
@@ -136,8 +137,10 @@ def _autoencoder(host: Host, device: torch.device) -> list[float]:
 
 
 @torch.no_grad()
-def cache_images(host: Host, found: Found, folder: str | Path, broken: str = "stop") -> Iterator[tuple[int, Tensor]]:
-    """Encode pictures once into latents and conditioning under `folder`.
+def cache_images(
+    host: Host, found: Found, folder: str | Path, broken: str = "stop", affixes: Affixes = NO_AFFIXES
+) -> Iterator[tuple[int, Tensor]]:
+    """Encode pictures once into latents and conditioning under `folder`; captions get the student's `affixes`.
 
     Yields (number done so far, the newest latents (n, C, H, W)) after each shard; resumable as `make_pairs`. One that
     cannot be read is left out, in `found`, if `broken` is "skip"; else, or if none is left, raises DataError.
@@ -146,8 +149,10 @@ def cache_images(host: Host, found: Found, folder: str | Path, broken: str = "st
     device = host.denoiser.device
     stamps = [f"{picture.stamp} {picture.text}" for picture in pictures]
     about = [host.base_hash, host.text_hash, _autoencoder(host, device), host.resolution, *stamps]
+    about += [affixes.in_recipe()] if affixes.in_recipe() else []
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-    conditioning = Conditioning(host, [picture.text for picture in pictures], folder, key, replace_others=True)
+    captions = [affixes.student(picture.text) for picture in pictures]
+    conditioning = Conditioning(host, captions, folder, key, replace_others=True)
     done, wrong = 0, [""]
     for first in range(0, len(pictures), SHARD):
         path = folder / f"images-{first:07d}.safetensors"
@@ -156,13 +161,13 @@ def cache_images(host: Host, found: Found, folder: str | Path, broken: str = "st
         if len(texts) + len(wrong) < len(part) or (wrong and broken == "stop"):
             latents, texts, wrong = _encoded(host, part, broken)
             if texts:
-                write_shard(path, Shard(latents, texts), key, {WRONG: json.dumps(wrong)})
+                write_shard(path, Shard(latents, texts), key, {WRONG: json.dumps(wrong)} | affixes.in_recipe())
             else:
                 path.unlink(missing_ok=True)
         for words in wrong:
             found.leave(BROKEN, "", words)
         if texts:
-            conditioning.of(texts)
+            conditioning.of([affixes.student(text) for text in texts])
             done += len(texts)
             yield first + len(part), latents
     if not done:

@@ -16,14 +16,18 @@ from torch import Tensor
 from ...core.denoiser import Cond, Guided
 from ...core.exclusive import exclusive
 from ...core.sampling import TEACHER_SAMPLERS, seeded_noise, trailing_sigmas
-from ..config import Config
+from ..config import OF_GUIDANCE, Config
 from ..host import Host
 from ..loop.precision import autocast
+from .affixes import Affixes
 from .conditioning import Conditioning
 from .files import DataError, OtherRun, log, read_tensors
 from .lock import locked
 from .prompts import draw_prompts
 from .samples import SHARD, Samples, Shard, load_samples, read_shard, write_shard
+
+# Of a recipe, where they are set.
+ADDED = ("negative prompt", "prefix", "suffix", "affixes", *(name.replace("_", " ") for name in OF_GUIDANCE))
 
 
 def pairs_recipe(host: Host, config: Config, prompts: Sequence[str]) -> dict[str, str]:
@@ -39,7 +43,18 @@ def pairs_recipe(host: Host, config: Config, prompts: Sequence[str]) -> dict[str
         "seed": str(config.seed),
         "size": f"{width} x {height} (of latents)",
         "prompts": digest(json.dumps(list(prompts))),
-    }
+    } | _words(config)
+
+
+def _words(config: Config) -> dict[str, str]:
+    """What the settings add to the prompts; nothing where they add nothing, so that older pairs stay what they are."""
+    negative = {"negative prompt": config.negative_prompt} if config.negative_prompt else {}
+    given = {name.replace("_", " "): f"{getattr(config, name):g}" for name in OF_GUIDANCE if _changed(config, name)}
+    return negative | given | Affixes.of_config(config).in_recipe()
+
+
+def _changed(config: Config, name: str) -> bool:
+    return getattr(config, name) != Config.__dataclass_fields__[name].default
 
 
 def pairs_key(host: Host, config: Config, prompts: Sequence[str]) -> str:
@@ -77,9 +92,10 @@ def make_pairs(host: Host, config: Config, prompts: Sequence[str], folder: str |
 
     Yields (number made so far, the newest latents (n, C, H, W)) after each batch; closing the generator, or an
     error, keeps what is made, and the next call goes on. Pair k has noise seed
-    `config.seed * 1_000_000 + k` and prompt k, the prompts repeating, of {red|blue} in them one drawn. A broken
-    shard is made again. Raises DataError for prompts that are none, OtherRun for pairs of another recipe, and InUse
-    while somebody else makes pairs there.
+    `config.seed * 1_000_000 + k` and prompt k, the prompts repeating, of {red|blue} in them one drawn; the teacher's
+    has prefix and suffix, and its guidance moves away from the negative prompt. A broken shard is made again. Raises
+    DataError for prompts that are none, OtherRun for pairs of another recipe, and InUse while somebody else makes pairs
+    there.
     """
     texts = draw_prompts(prompts, config.pairs, config.seed)
     folder = Path(folder)
@@ -88,9 +104,11 @@ def make_pairs(host: Host, config: Config, prompts: Sequence[str], folder: str |
     schedule = host.denoiser.schedule
     sigmas = trailing_sigmas(schedule, config.pair_steps)
     device = host.denoiser.device
-    uncond = host.encode_text([""]).to(device)
-    _check_space(folder, pairs_size(host.latent_shape, uncond, config.pairs, len(set(texts))))
-    conditioning = Conditioning(host, texts, folder, key)
+    uncond = host.encode_text([config.negative_prompt]).to(device)
+    affixes = Affixes.of_config(config)
+    encoded = [each for text in texts for each in (affixes.teacher(text), affixes.student(text))]
+    _check_space(folder, pairs_size(host.latent_shape, uncond, config.pairs, len(set(encoded))))
+    conditioning = Conditioning(host, encoded, folder, key)
     making = False
     with ExitStack() as stack:
         for first in range(0, config.pairs, SHARD):
@@ -104,7 +122,8 @@ def make_pairs(host: Host, config: Config, prompts: Sequence[str], folder: str |
             begun = made = sum(map(len, parts))
             numbers = range(first, first + count)
             of_shard = texts[first : first + count]
-            cond = conditioning.of(of_shard)
+            cond = conditioning.of([affixes.teacher(text) for text in of_shard])
+            conditioning.of([affixes.student(text) for text in of_shard])
             if made >= count:
                 yield first + count, parts[0][:count]
                 continue
@@ -113,7 +132,10 @@ def make_pairs(host: Host, config: Config, prompts: Sequence[str], folder: str |
                 for rows in torch.arange(begun, count).split(config.batch_size):
                     noise = seeded_noise(seeds[rows].tolist(), host.latent_shape, device)
                     x = schedule.add_noise(torch.zeros_like(noise), noise, sigmas[:1].to(device))
-                    model = Guided(host.denoiser, cond.rows(rows).to(device), uncond, config.guidance)
+                    model = Guided(
+                        host.denoiser, cond.rows(rows).to(device), uncond, config.guidance,
+                        config.guidance_rescale, config.guidance_start, config.guidance_end,
+                    )  # fmt: skip
                     with exclusive(host.denoiser.backbone), autocast(config, host.denoiser):
                         latents = sample(model, x, sigmas.to(device)).float().cpu()
                     _check_finite(latents, {first + row: of_shard[row] for row in rows.tolist()})
@@ -158,9 +180,9 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     """What differs between two recipes of pairs or pictures, in words; empty if nothing does."""
     digests = {"model": "another model", "prompts": "other prompts", "pictures": "other pictures or captions"}
     return " and ".join(
-        digests.get(name, f"{name} was {before.get(name)} and is {now[name]}")
-        for name in now
-        if before.get(name) != now[name]
+        digests.get(name, f"{name} was {before.get(name) or 'empty'} and is {now.get(name) or 'empty'}")
+        for name in dict.fromkeys([*now, *(n for n in ADDED if n in before)])
+        if before.get(name) != now.get(name)
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...core.denoiser import Cond
 from ...core.sampling import seeded_noise
+from .affixes import Affixes
 from .conditioning import read_conditioning
 from .files import DataError, check_rows, read_tensors, said_of, texts_of, write_tensors
 from .stored import StoredCond, StoredLatents
@@ -22,12 +23,16 @@ KINDS = {"pairs": "teacher pairs", "images": "encoded pictures"}
 
 @dataclass(frozen=True)
 class Samples:
-    """Latents (N, C, H, W) with their prompts and conditioning; pairs also have the seed (N,) of their noise."""
+    """Latents (N, C, H, W) with their prompts and conditioning; pairs also have the seed (N,) of their noise.
+
+    `cond` is what the student is given, `teacher_cond` what the teacher was where that is another text.
+    """
 
     latents: Tensor | StoredLatents
     cond: Cond | StoredCond
     prompts: list[str]
     seeds: Tensor | None = None
+    teacher_cond: Cond | StoredCond | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -42,10 +47,15 @@ class Samples:
         """The given rows; what lies in files stays there."""
         return Samples(
             self.latents.select(rows) if isinstance(self.latents, StoredLatents) else self.latents[rows],
-            self.cond.select(rows) if isinstance(self.cond, StoredCond) else self.cond.rows(rows),
+            _select(self.cond, rows),
             [self.prompts[i] for i in rows.tolist()],
             None if self.seeds is None else self.seeds[rows],
+            None if self.teacher_cond is None else _select(self.teacher_cond, rows),
         )
+
+
+def _select(cond: Cond | StoredCond, rows: Tensor) -> Cond | StoredCond:
+    return cond.select(rows) if isinstance(cond, StoredCond) else cond.rows(rows)
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,8 @@ def load_samples(folder: str | Path, kind: str, limit: int | None = None) -> Sam
     paths = sorted(folder.glob(f"{kind}-*.safetensors"))
     if not paths:
         raise DataError(f"{folder} holds no {KINDS[kind]}: run again, which makes them")
-    key = read_tensors(paths[0])[1].get("key", "")
+    about = read_tensors(paths[0])[1]
+    key, affixes = about.get("key", ""), Affixes.of_recipe(about)
     shards: list[Shard] = []
     for path in paths:
         if limit is None or sum(map(len, shards)) < limit:
@@ -103,7 +114,10 @@ def load_samples(folder: str | Path, kind: str, limit: int | None = None) -> Sam
         raise DataError(f"{folder} holds {KINDS[kind]} of other kinds: delete the files that do not belong there")
     return Samples(
         StoredLatents([shard.latents for shard in shards], torch.arange(len(prompts))),
-        read_conditioning(folder, key, prompts),
+        read_conditioning(folder, key, [affixes.student(prompt) for prompt in prompts]),
         prompts,
         torch.cat(seeds)[:limit] if seeds else None,
+        read_conditioning(folder, key, [affixes.teacher(p) for p in prompts])
+        if kind == "pairs" and affixes.baked
+        else None,
     )

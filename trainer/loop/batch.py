@@ -28,7 +28,8 @@ class Batch:
     sigma: Tensor  # (B,) its level
     first: Tensor  # (B,) true where it is pure noise
     paired: Tensor  # (B,) true where that noise is the pair's own, so that the regression has one answer
-    cond: Cond
+    cond: Cond  # the student's
+    teacher_cond: Cond  # the same but for a prefix and suffix that are baked in
     target: Tensor  # (B, C, H, W) the teacher's picture from the same noise
     positive: Tensor  # (B, C, H, W) what the discriminator takes for real
     positive_cond: Cond
@@ -65,6 +66,7 @@ def draw_batch(
     schedule, device, size = student.schedule, student.device, config.batch_size
     rows = torch.randint(len(pairs), (size,), generator=draws)
     target, cond = pairs.latents[rows], pairs.cond.rows(rows)
+    teacher_cond = cond if pairs.teacher_cond is None else pairs.teacher_cond.rows(rows)
     shape = target.shape
     timesteps = torch.tensor(trailing_timesteps(config.student_steps, student.start_timestep, schedule.timesteps))
     share = torch.full((config.student_steps,), (1 - config.first_step_share) / max(config.student_steps - 1, 1))
@@ -95,6 +97,7 @@ def draw_batch(
         first.to(device),
         paired.to(device),
         cond.to(device),
+        teacher_cond.to(device),
         target.to(device),
         positive.to(device),
         positive_cond.to(device),

@@ -195,16 +195,18 @@ def adversarial_loss(state: State, real: HeadInputs, fake: HeadInputs) -> Tensor
 def distillation_loss(state: State, output: Tensor, batch: Batch, uncond: Cond) -> Tensor:
     """The distillation term: noise goes on the student's output, the teacher (and the fake score) denoises it."""
     config, teacher, schedule = state.config, state.student.teacher, state.student.schedule
-    sigma, clean = batch.distill_sigma, output.detach()
+    sigma, clean, cond = batch.distill_sigma, output.detach(), batch.teacher_cond
     noisy = schedule.add_noise(clean, batch.distill_noise, sigma)
     scale = config.distillation_guidance
     if config.distillation == "nfsd":
-        target = losses.nfsd_target(teacher, noisy, clean, sigma, batch.cond, uncond, scale)
+        target = losses.nfsd_target(teacher, noisy, clean, sigma, cond, uncond, scale)
     elif state.fake_score:
         fake = state.fake_score.denoiser
-        target = losses.matching_target(teacher, fake, noisy, clean, sigma, batch.cond, uncond, scale).float()
+        target = losses.matching_target(
+            teacher, fake, noisy, clean, sigma, cond, uncond, scale, score_cond=batch.cond
+        ).float()
     else:
-        target = losses.teacher_target(teacher, noisy, sigma, batch.cond, uncond, scale, config.teacher_steps)
+        target = losses.teacher_target(teacher, noisy, sigma, cond, uncond, scale, config.teacher_steps)
     return losses.distillation(output, target, losses.WEIGHTS[config.distillation](schedule, sigma))
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...core.exclusive import exclusive
 from ...core.header import no_file
 from ..config import Config, ConfigError
+from ..data.affixes import Affixes
 from ..data.found import BROKEN
 from ..data.images import cache_images, check_pictures, load_images
 from ..data.lock import locked
@@ -155,7 +156,8 @@ def _run(
         reals = None
         if found:
             doing.what = "encoding pictures"
-            for done, newest in cache_images(host, found, folder / IMAGES, config.broken_pictures):
+            affixes = Affixes.of_config(config)
+            for done, newest in cache_images(host, found, folder / IMAGES, config.broken_pictures, affixes):
                 yield PairsMade(done, len(found.pictures), "pictures", newest)
             if BROKEN in found.left:
                 yield Warned(0, found.in_words())

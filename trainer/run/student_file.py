@@ -41,6 +41,10 @@ def make_card(host: Host, state: State, metrics: dict[str, Any]) -> StudentCard:
             **{name: earlier[name] for name in ("init_error",) if name in earlier},
         },
         metrics=metrics,
+        negative_prompt=config.negative_prompt,
+        prompt_prefix=config.prompt_prefix,
+        prompt_suffix=config.prompt_suffix,
+        bake_affixes=config.bake_affixes,
     )
 
 

@@ -155,7 +155,8 @@ class Training:
         if resume(state, self.folder):
             log.info("going on from update %d", state.update)
         yield from self._begin()
-        uncond, history = self.host.encode_text([""]), History(self.folder / HISTORY, state.update)
+        uncond = self.host.encode_text([state.config.negative_prompt])
+        history = History(self.folder / HISTORY, state.update)
         try:
             with closing(distill(state, self.train, uncond, self.reals)) as steps:
                 for step in steps:
