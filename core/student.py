@@ -49,6 +49,7 @@ class Student(Denoiser):
         self.prediction = teacher.prediction if prediction == "inherit" else prediction
         self.start_timestep = self.schedule.timesteps - 1 if start_timestep is None else start_timestep
         self.lora: LoRA | None = None
+        self.trained_steps: int | None = None  # the most that a file says it was trained for
         with exclusive(teacher.backbone):
             if rank > 0:
                 self.backbone = teacher.backbone
@@ -256,6 +257,7 @@ def _load_student(path: str | Path, teacher: Denoiser) -> tuple[Student, Student
         if student.lora:
             student.lora.check(student.backbone, header(path)[1])
         load_weights(student, student.trained, read_student(path)[0])
+        student.trained_steps = len(card.timesteps)
     except (ValueError, RuntimeError, KeyError, IndexError) as error:
         if student:
             student.release()

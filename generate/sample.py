@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from numbers import Integral
 from typing import Any
@@ -53,7 +53,7 @@ def check_numbers(count: int, seed: int = 0, steps: int = 1, batch_size: int = B
 def sample(
     host: Host,
     student: Student | FewStepModel,
-    prompts: Sequence[str],
+    prompts: Iterable[str],
     seed: int = 0,
     steps: int = 1,
     batch_size: int = BATCH_SIZE,
@@ -65,13 +65,19 @@ def sample(
 
     A picture depends on its prompt and seed alone, not on the batch: of {red|blue} in a prompt its seed draws one. The
     model is as before between two pictures; threads that sample or distil the same model wait for each other. Raises
-    ValueError for numbers out of bounds, for prompts that are none, and for a student that is on another model than
-    `host`.
+    ValueError for numbers out of bounds, for more steps than the student was trained for, for prompts that are none,
+    and for a student that is on another model than `host`.
     """
-    check_numbers(len(prompts), seed, steps, batch_size)
     if isinstance(prompts, str):
         raise ValueError(f"prompts is {prompts[:80]!r}: give a list of prompts")
+    prompts = list(prompts)
+    check_numbers(len(prompts), seed, steps, batch_size)
     _check_base(host, student)
+    if isinstance(student, Student):
+        if start:
+            raise ValueError(f"a student is sampled without {', '.join(start)}: leave it out; size is load_model's")
+        if student.trained_steps and steps > student.trained_steps:
+            raise ValueError(f"steps is {steps}: the student was trained for {student.trained_steps} at most")
     prompts = drawn(prompts, range(seed, seed + len(prompts)))
     for first in range(0, len(prompts), batch_size):
         texts = prompts[first : first + batch_size]

@@ -78,7 +78,7 @@ def other(field):
     low, high = field.metadata["low"], field.metadata["high"]
     value = field.default + 1
     if high is not None and value > high:
-        value = (field.default + low) / 2
+        value = (low + high) / 2 if field.default == low else (field.default + low) / 2
     return str(type(field.default)(value))
 
 

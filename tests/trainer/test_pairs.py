@@ -11,6 +11,7 @@ from safetensors import safe_open
 from turbodistill.core.denoiser import Guided
 from turbodistill.core.sampling import sample_euler, seeded_noise, trailing_sigmas
 from turbodistill.core.schedule import DiscreteSchedule, scaled_linear, zero_terminal
+from turbodistill.core.student import load_student
 from turbodistill.generate.sample import sample
 from turbodistill.trainer.data import conditioning, pairs
 from turbodistill.trainer.data.files import DataError
@@ -265,3 +266,13 @@ def test_a_text_in_place_of_a_list_of_prompts_is_refused(kit, host, tmp_path):
         kit.pairs(host, kit.config(), tmp_path, "a fox")
     with pytest.raises(ValueError, match="prompts is 'a fox': give a list of prompts"):
         next(sample(host, None, "a fox"))
+
+
+def test_prompts_may_come_from_a_generator(kit, host, tmp_path):
+    *_, finished = run.run(host, kit.config(updates=2), tmp_path, (word for word in kit.WORDS))
+    student, _, _ = load_student(finished.path, host.denoiser)
+    assert len(list(sample(host, student, iter(["a", "b"])))) == 2
+    with pytest.raises(ValueError, match="steps is 2: the student was trained for 1 at most"):
+        next(sample(host, student, ["a"], steps=2))
+    with pytest.raises(ValueError, match="a student is sampled without size, strength: leave it out"):
+        next(sample(host, student, ["a"], size=(64, 64), strength=0.5))

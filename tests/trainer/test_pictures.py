@@ -58,6 +58,7 @@ def left(place, broken="skip"):
         ("a.json", {"prompt": "a fox"}, "a fox"),
         ("a.json", {"text": "a fox", "prompt": "not this"}, "a fox"),
         ("a.json", {"captions": ["", "a fox", "not this"]}, "a fox"),
+        ("a.json", {"Prompt": "a fox"}, "a fox"),
     ],
 )
 def test_a_caption_lies_beside_its_picture(tmp_path, name, content, text):
@@ -189,6 +190,9 @@ def test_a_file_that_is_no_archive_is_told(tmp_path, name):
         ("METADATA.jsonl", '{"image": "x/a.png", "caption": "a fox"}\n'),
         ("metadata.csv", "path,number,prompt\nx/a.png,1,a fox\n"),
         ("x/metadata.csv", "file_name,text\na.png,a fox\n"),
+        ("x/metadata.csv", "File_Name;Text \na.png;a fox\n"),  # a spreadsheet's
+        ("x/metadata.csv", "FILENAME\tCaption\na.png\ta fox\n"),
+        ("x/metadata.jsonl", '{"File_Name": "a.png", "Caption": "a fox"}'),
         ("metadata.jsonl", '{"file_name": "./x/../x/a.png", "text": ["a fox", "not this"]}\n'),
     ],
 )
@@ -216,7 +220,7 @@ def test_what_a_table_does_not_name_is_told(tmp_path):
         ('{"file_name": "a.png", "text": 5}', "row 2: every row must have file_name and text .5 is no text"),
         ('{"file_name": 5, "text": "a"}', "row 2: every row must have .*5 is no file's name"),
         ('{"file_name": "a.png", "text": {"a": 1}}', "row 2: every row must have .*is no text"),
-        ('{"file_name": "a.png"}', "row 2: every row must have file_name and text .'text'"),
+        ('{"file_name": "a.png"}', "row 2: every row must have file_name and text .it has file_name"),
         ('{"file_name": "a.png", "text": "a', "row 2: every row must have"),
         ('["a.png", "a fox"]', "row 2: every row must have"),
         ("[" * 100_000, "row 2: every row must have"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .files import DataError, text_of
@@ -22,10 +23,16 @@ def read_caption(raw: bytes, name: str, suffix: str) -> str | None:
             return caption_of(text)
         found = json.loads(text)
         if isinstance(found, dict):
-            found = next((found[key] for key in NAMES if key in found), None)
+            found = first_of(found, NAMES)
         return caption_of(found)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{name} holds no caption ({error!s:.100}): write it as plain text") from None
+
+
+def first_of(row: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """The value of the first of these names that a row has, in any case; None where it has none of them."""
+    known = {str(name).strip().lower(): value for name, value in row.items()}
+    return next((known[name] for name in names if name in known), None)
 
 
 def caption_of(value: Any) -> str | None:

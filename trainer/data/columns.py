@@ -60,6 +60,8 @@ def read_columns(path: Path, name: str, found: Found, reader: Reader) -> None:
         with _arrow(path) as arrow:
             fields = {field.name: field.type for field in reader.schema(path)}
             pictures, text = _picture_column(arrow, fields), _text_column(arrow, fields)
+            if pictures is None and (outside := _paths_alone(arrow, fields)):
+                raise DataError(f"{path} has the paths of pictures alone ({outside}): save it with the pictures in it")
             if pictures is None:
                 found.leave(PLAIN, name)
             elif text is None:
@@ -93,6 +95,12 @@ def _picture_column(arrow: Any, fields: dict[str, Any]) -> str | None:
     named = [name for name in sorted(fields, key=_rank(PICTURES)) if name.lower() in PICTURES]
     named = [name for name in named if is_bytes(fields[name]) or is_struct(fields[name])]
     return next(iter([*named, *(name for name, kind in fields.items() if is_struct(kind))]), None)
+
+
+def _paths_alone(arrow: Any, fields: dict[str, Any]) -> str | None:
+    """A column of pictures as `datasets` has them, of which only the file's name is there."""
+    structs = [name for name, kind in fields.items() if arrow.types.is_struct(kind)]
+    return next((name for name in structs if {"bytes", "path"} <= {field.name for field in fields[name]}), None)
 
 
 def _text_column(arrow: Any, fields: dict[str, Any]) -> str | None:

@@ -39,7 +39,8 @@ TWICE = Reason("files of a name that comes twice in an archive")
 FIELDS = Reason("further pictures of a sample")
 NEEDS = Reason("parquet and arrow files, for which pyarrow is missing (pip install pyarrow)")
 UNCAPTIONED = Reason(
-    "pictures without a caption", "{count} pictures have no caption, the first is {first}: write it to a .txt"
+    "pictures without a caption",
+    "{count} pictures have no caption, the first is {first}: write it to a .txt beside it, or into its row",
 )
 EMPTY = Reason(
     "pictures with an empty caption",

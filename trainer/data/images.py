@@ -18,6 +18,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from ...core.rights import RIGHTS
 from ..host import Host
 from .affixes import NO_AFFIXES, Affixes
 from .conditioning import Conditioning
@@ -48,6 +49,8 @@ def _said_of(picture: Picture) -> Iterator[None]:
     try:
         yield
     except UNREADABLE as error:
+        if isinstance(error, PermissionError):
+            raise DataError(f"picture {shown(picture.name)} {RIGHTS}") from None
         words = reason(error)
         if isinstance(error, UnidentifiedImageError):
             suffix = os.path.splitext(picture.name)[1].lower()

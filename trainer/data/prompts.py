@@ -77,7 +77,10 @@ def check_choices(prompts: Sequence[str]) -> None:
     for prompt in prompts:
         depths = list(accumulate(1 if brace == "{" else -1 for brace in BRACE.findall(prompt)))
         if depths and (min(depths) < 0 or depths[-1]):
-            raise DataError(f"prompt {prompt[:80]!r} has a brace without its other one: write choices as {{red|blue}}")
+            raise DataError(
+                f"prompt {prompt[:80]!r} has a brace without its other one: write choices as "
+                "{red|blue}, or leave it out"
+            )
 
 
 def check_texts(prompts: Sequence[str]) -> None:

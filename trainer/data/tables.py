@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .captions import NAMES, caption_of
+from .captions import NAMES, caption_of, first_of
 from .columns import parquet_rows
 from .files import DataError, lines_of, read_text
 from .found import MISSING, ODD, Found, open_file
@@ -20,6 +20,7 @@ from .walk import below
 
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # an earlier one goes before a later one
 FILES = ("file_name", "filename", "file", "image", "path")  # columns of a picture's place, by preference
+SEPARATORS = ",;\t"  # of a CSV; some spreadsheets write the second
 LARGEST = 2**29  # bytes of a table of text
 
 
@@ -33,8 +34,11 @@ def read_table(table: Path, name: str, found: Found) -> set[str]:
         try:
             if isinstance(row, ValueError):
                 raise row
-            file = _value(row, FILES)
-            text = caption_of(_value(row, NAMES))
+            file = first_of(row, FILES)
+            text = caption_of(first_of(row, NAMES))
+            if file is None or not any(name.strip().lower() in NAMES for name in filter(None, row)):
+                columns = ", ".join(map(str, row))
+                raise ValueError(f"it has {columns:.150}")
             if not isinstance(file, str):
                 raise ValueError(f"{file!r:.40} is no file's name")
             path = below(folder, file, where)
@@ -46,7 +50,7 @@ def read_table(table: Path, name: str, found: Found) -> set[str]:
                 found.add(path, f"{os.path.basename(path)} {size}", text, partial(open_file, path))
         except DataError as error:
             found.leave(ODD, where, str(error))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, AttributeError, TypeError) as error:
             words = f"{table}, row {number}: every row must have {FILES[0]} and {NAMES[0]} ({error!s:.200})"
             found.leave(ODD, where, words)
     return named
@@ -61,11 +65,6 @@ def _size(path: str) -> int | None:
     return about.st_size if stat.S_ISREG(about.st_mode) else None
 
 
-def _value(row: dict[str, Any], names: tuple[str, ...]) -> Any:
-    """The value of the first column that is there; raises KeyError."""
-    return row[next((name for name in names if name in row), names[0])]
-
-
 def _rows(table: Path) -> Iterator[Any]:
     """The rows as dicts, or what else stands there; a ValueError for each that cannot be read."""
     if table.suffix.lower() == ".parquet":
@@ -74,7 +73,9 @@ def _rows(table: Path) -> Iterator[Any]:
     text = read_text(table, LARGEST)
     if table.suffix.lower() == ".csv":
         try:
-            yield from csv.DictReader(io.StringIO(text, newline=""))
+            header = text.partition("\n")[0]
+            separator = max(SEPARATORS, key=header.count)
+            yield from csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
         except csv.Error as error:
             yield ValueError(str(error))
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -40,6 +41,11 @@ def load_model(source: Any = None, device: str | None = None, size: Size | None 
     loaded = hasattr(source, "components")
     if options and (loaded or source is None):
         raise ModelError(f"{next(iter(options))} is an option for files, folders and the hub: leave it out")
+    if not loaded and not isinstance(source, (str, os.PathLike, type(None))):
+        raise ModelError(
+            f"the model is a {type(source).__name__}: give a pipeline of diffusers with all its parts, or the name of "
+            "a file, a folder or a model of the hub"
+        )
     host = host_of(source, device) if loaded else _from_disk(source, device, options)
     return host if size is None else host.sized(*size)
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def run(
     host: Host,
     config: Config,
     folder: str | Path,
-    prompts: Sequence[str],
+    prompts: Iterable[str],
     images: str | Path | None = None,
     score: Score = latent_score,
     pairs_folder: str | Path | None = None,
@@ -101,8 +101,9 @@ def run(
     """
     out_of_memory = ""
     doing = _Doing()
+    texts = prompts if isinstance(prompts, str) else list(prompts)
     try:
-        yield from _run(host, config, Path(folder), prompts, images, score, pairs_folder, control or Control(), doing)
+        yield from _run(host, config, Path(folder), texts, images, score, pairs_folder, control or Control(), doing)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

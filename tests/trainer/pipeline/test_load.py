@@ -37,6 +37,12 @@ def test_a_folder_is_loaded_frozen_with_its_sizes(tiny):
     assert not tiny.denoiser.backbone.training
 
 
+def test_what_is_neither_a_pipeline_nor_a_name_is_told(tiny):
+    for source, kind in ((tiny.pipe.unet, "UNet2DConditionModel"), (42, "int")):
+        with pytest.raises(ModelError, match=f"the model is a {kind}: give a pipeline of diffusers"):
+            load_model(source)
+
+
 @pytest.mark.parametrize(
     ("width", "predicts", "expected"),
     [
