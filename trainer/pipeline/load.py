@@ -41,7 +41,9 @@ def load_model(source: Any = None, device: str | None = None, size: Size | None 
     loaded = hasattr(source, "components")
     if options and (loaded or source is None):
         raise ModelError(f"{next(iter(options))} is an option for files, folders and the hub: leave it out")
-    if not loaded and not isinstance(source, (str, os.PathLike, type(None))):
+    if isinstance(source, os.PathLike):
+        source = Path(source)
+    if not loaded and not isinstance(source, (str, Path, type(None))):
         raise ModelError(
             f"the model is a {type(source).__name__}: give a pipeline of diffusers with all its parts, or the name of "
             "a file, a folder or a model of the hub"

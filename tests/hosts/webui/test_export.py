@@ -35,14 +35,17 @@ def beside(path):
 @pytest.fixture(scope="module")
 def pictures(kind, installation, tmp_path_factory):
     """What the host makes of the base alone, with the student's own file, its kohya export, and the merged file."""
-    client, full = beside(HERE / "client.py"), beside(HERE.parents[1] / "export" / "full_size.py")
+    client = beside(HERE / "client.py")
+    full, kit = (beside(HERE.parents[1] / "export" / f"{name}.py") for name in ("full_size", "conftest"))
+    full.skip_without_memory("sd15")
     data = tmp_path_factory.mktemp(f"export-{kind.name}")
     models, loras = data / "models" / "Stable-diffusion", data / "models" / "Lora"
     for folder in (models, loras, data / "extensions"):
         folder.mkdir(parents=True)
     (data / "extensions" / "turbodistill").symlink_to(HERE.parents[2], target_is_directory=True)
     base = full.write(models / "base.safetensors", "sd15")
-    student = full.write_student(loras / "own.safetensors", base, "sd15")
+    student = full.distil(models, "sd15", kit.write_tokenizer(data / "letters")).rename(loras / "own.safetensors")
+    shutil.rmtree(models / "run")
     for to, out in (("kohya", loras / "kohya.safetensors"), ("merged", models / "merged.safetensors")):
         for _ in Export(student, to, out, base).run():
             pass
