@@ -165,5 +165,8 @@ class StyleClassifier:
 
     def accuracy(self, features: Tensor, labels: Sequence[str]) -> float:
         """Share of pictures whose word is told right, 0 to 1."""
-        found = (self._scaled(features) @ self.solution).argmax(1)
-        return float(np.mean([self.names[i] == label for i, label in zip(found.tolist(), labels, strict=True)]))
+        return float(np.mean([name == label for name, label in zip(self.words(features), labels, strict=True)]))
+
+    def words(self, features: Tensor) -> list[str]:
+        """The word of each picture."""
+        return [self.names[i] for i in (self._scaled(features) @ self.solution).argmax(1).tolist()]
