@@ -70,9 +70,8 @@ def main() -> None:
             pass
         affixes = Affixes.of_config(config)
         teacher = teacher_arm(model, 8, config.guidance, config.negative_prompt, affixes)
-        print(
-            f"{recipe}\n  teacher           {shares(evaluator, torch.cat(list(make_pictures(model, teacher, prompts, 1))))}"
-        )
+        by_teacher = torch.cat(list(make_pictures(model, teacher, prompts, 1)))
+        print(f"{recipe}\n  teacher           {shares(evaluator, by_teacher)}", flush=True)
         student, _ = td.load_student(place / "student.safetensors", model)
         bare = torch.stack(list(td.sample(model, student, prompts, seed=100_000)))
         print(f"  student           {shares(evaluator, bare)}")
