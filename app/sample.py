@@ -119,7 +119,8 @@ def _make(args: argparse.Namespace, prompts: list[str]) -> int:
         check_steps(file.recipe, args.steps)
     if args.image:
         _picture(args.image, (16, 16))
-    host = load_model(args.model, args.device, args.size, **model_options(args))
+    how = model_options(args) | ({"with_student": True} if args.model else {})
+    host = load_model(args.model, args.device, args.size, **how)
     model, remarks = few_step_model(host, file, args.model)
     steps, said = check_steps(model.recipe, args.steps)
     for remark in [*remarks, *said]:

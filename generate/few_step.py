@@ -86,6 +86,10 @@ def few_step_model(
     """
     if file is None:
         return _by_itself(host, source)
+    if host.student:
+        raise ModelError(
+            f"{host.name} has a student of {host.student.base_model} merged into it: leave {file.path.name} out"
+        )
     if file.card:
         student, card, warning = load_student(file.path, host.denoiser)
         recipe = replace(file.recipe, prediction="inherit")  # the student reads its output itself
@@ -110,7 +114,9 @@ def _by_itself(host: PipelineHost, source: str | Path | None) -> tuple[FewStepMo
     path = Path(source) if source else None
     names = [host.name, *([path.name, str(path)] if path else [])]
     recipe = None
-    if path and path.is_file():
+    if host.student:
+        recipe = replace(of_card(host.student), prediction=host.student.prediction)  # whatever the file says of itself
+    elif path and path.is_file():
         found = by_files([(path, *names)], host.architecture, host.denoiser.prediction)
         recipe = found[1] if found else None
     else:

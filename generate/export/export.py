@@ -17,6 +17,7 @@ from ...core.low_rank import Change
 from ...core.naming import is_single_file, layers_of
 from ...core.precision import PRECISIONS
 from ...core.schedule import LAST_TIMESTEP
+from ...trainer.checkpoint.merged import CARD, as_full
 from ...trainer.data.files import check_space, whole_file, whole_folder
 from . import folder, merge, transformers
 from .checkpoint import Checkpoint
@@ -157,7 +158,7 @@ class Export:
     def _merged_metadata(self) -> dict[str, str]:
         """The base's own metadata, which its loaders may need, but for what it is called; and the card."""
         assert self.base is not None
-        self.card = _as_full(self.card)
+        self.card = as_full(self.card)
         kept = {k: v for k, v in self.base.denoiser.metadata.items() if not k.startswith("modelspec.")}
         return kept | self.card.to_metadata()
 
@@ -185,6 +186,7 @@ class Export:
         self.report += ["relative error of the change (0 is exact, 1 is nothing of it):", *errors.in_words()]
 
     def _write_folder(self) -> Iterator[Progress]:
+        self.card = as_full(self.card)
         made, done = self._folder, 0
         total = made.nbytes()
         with whole_folder(self.out) as part:
@@ -210,10 +212,6 @@ def _stored(tensors: Mapping[str, torch.Tensor]) -> list[Entry]:
     return [Entry(n, tuple(t.shape), t.dtype, lambda t=t: t) for n, t in tensors.items()]
 
 
-def _as_full(card: StudentCard) -> StudentCard:
-    return replace(card, kind="full", rank=0, alpha=0.0)
-
-
 def _unknown_elsewhere(card: StudentCard, to: str) -> list[str]:
     """What a program that does not read the card gets wrong of a student, in words."""
     differences = []
@@ -229,6 +227,8 @@ def _check_out(out: Path, to: str, force: bool, *sources: Path | None) -> None:
     """Raise ExportError for an output that may not be written."""
     if to != "diffusers" and out.suffix != ".safetensors":
         raise ExportError(f"out is {out!s:.300}: give a file's name that ends in .safetensors")
+    if to == "diffusers" and out.suffix == ".safetensors":
+        raise ExportError(f"out is {out!s:.300}, a file's name, and diffusers is a folder: give one without the ending")
     if not out.exists():
         return
     if any(s is not None and s.exists() and (out.samefile(s) or s.resolve() in out.resolve().parents) for s in sources):
@@ -237,5 +237,5 @@ def _check_out(out: Path, to: str, force: bool, *sources: Path | None) -> None:
         raise ExportError(f"out is {out!s:.300}, a {'folder' if out.is_dir() else 'file'}: give another name")
     if not force:
         raise ExportError(f"{out!s:.300} is there already: give another name, or --force to replace it")
-    if to == "diffusers" and any(out.iterdir()) and not (out / folder.CARD).exists():
+    if to == "diffusers" and any(out.iterdir()) and not (out / CARD).exists():
         raise ExportError(f"{out!s:.300} is no folder that an export wrote, so it is not replaced: give another name")

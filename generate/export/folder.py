@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from ...core.card import KEY
 from ...core.naming import is_single_file, layers_of, to_diffusers
 from ...trainer.checkpoint import shapes as config_from
 from ...trainer.checkpoint.layout import Piece, same, text_encoder_to_diffusers, vae_to_diffusers
+from ...trainer.checkpoint.merged import CARD, as_full
 from ...trainer.checkpoint.single_file import config_of, pipeline_config
 from ...trainer.checkpoint.tokenizer import BEGIN, END, LENGTH, clip_vocabulary
 from . import configs
@@ -23,7 +25,6 @@ from .tensors import Entry, ExportError, Weights
 CHANNELS = 4  # of latents that a model takes which makes pictures from text
 FACTOR = 8  # pixels for each of a latent's, in Stable Diffusion
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data")
-CARD = "turbodistill.json"
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Folder:
 def plan(merge: Merge, dtype: torch.dtype, tokenizer: Path | None) -> Folder:
     """Everything of the folder; raises ExportError for a base that has not all that a pipeline needs."""
     made = _from_folder(merge, dtype) if merge.base.folder else _from_file(merge, dtype, tokenizer)
-    made.texts[CARD] = json.loads(merge.student.card.to_metadata()["turbodistill.card"])
+    made.texts[CARD] = json.loads(as_full(merge.student.card).to_metadata()[KEY])
     return made
 
 

@@ -13,13 +13,14 @@ from ...core.naming import is_single_file
 from ...core.student import FULL_PREFIX
 from ...trainer.checkpoint.identify import TEXTS
 from ...trainer.checkpoint.layout import Piece
+from ...trainer.checkpoint.merged import BESIDE
 from . import layout, transformers
 from .checkpoint import Checkpoint
 from .student import StudentFile
 from .tensors import Entry, ExportError, Weights, cast
 
 # What of a whole checkpoint is weights: the rest (noise schedules, marks of v-prediction) stays as it is stored.
-PARTS = (WHOLE, "first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "vae.")
+PARTS = (WHOLE, *BESIDE)
 EMA = "model_ema."
 # Where the single file of an architecture has its text encoders; `identify.TEXTS` says of which kind they are.
 TEXT_ENCODERS = {

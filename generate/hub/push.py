@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ...core.card import CardError, StudentCard, read_card
+from ...trainer.checkpoint.merged import of_folder
 from ...trainer.data.files import DataError, check_file, whole_folder
 from ..export.export import Export
-from ..export.folder import CARD
 from ..export.merge import PARTS
 from ..export.student import StudentFile
 from ..export.tensors import ExportError, Weights
@@ -93,14 +93,12 @@ def _with(page: Page, **changes: Any) -> Page:
 
 
 def _folder_card(folder: Path) -> StudentCard:
-    try:
-        text = (folder / CARD).read_text(encoding="utf-8")
-    except OSError:
-        raise ExportError(
-            f"{folder} is no diffusers folder of a student: make one with `turbodistill export --to diffusers`, or "
-            "give the student's file"
-        ) from None
-    return StudentCard.from_metadata({"turbodistill.card": text}, folder)
+    if card := of_folder(folder):
+        return card
+    raise ExportError(
+        f"{folder} is no diffusers folder of a student: make one with `turbodistill export --to diffusers`, or give "
+        "the student's file"
+    )
 
 
 def _grid(student: Path, grid: Path | None) -> Path | None:

@@ -16,7 +16,7 @@ from ...core.families import by_files, recognise, suspect
 from ...core.foreign_lora import ForeignLoRA, is_lora
 from ...core.header import Header
 from ...demo.files import HEADER
-from . import hub
+from . import hub, merged
 from .errors import ModelError
 from .folder import INDEX, component_config, components_of, text_to_image_index
 from .header import read_header
@@ -26,7 +26,8 @@ from .single_file import pipeline_config, unsaid_prediction
 
 USE_BASE = "Use: --model of `turbodistill distill`, and of `sample` with a student or a few-step LoRA (--student)"
 USE_LORA = "Use: --student of `turbodistill sample`, and --init-student of `distill` with a model of its architecture."
-PREDICTIONS = {"eps": "eps (noise)", "v": "v", "flow": "a flow"}
+MERGED = "The student is merged into this checkpoint: sample it as it is (--model, without a student)."
+PREDICTIONS = {"eps": "eps (noise)", "v": "v", "flow": "a flow", "x0": "the picture"}
 ENCODERS = {
     "clip_l": "CLIP L",
     "clip_g": "CLIP G",
@@ -84,9 +85,7 @@ def _file(path: Path) -> str:
 def _student(header: Header) -> str:
     """The card, and for a merged checkpoint that it is one."""
     words = StudentCard.from_metadata(header.metadata, header.path).in_words()
-    if any(n.startswith(("first_stage_model.", "vae.")) for n in header.shapes):
-        words += "\nThe student is merged into this checkpoint: sample it as it is (--model, without a student)."
-    return words
+    return words + (f"\n{MERGED}" if merged.of_file(header) else "")
 
 
 def _lora(path: Path) -> str:
@@ -172,7 +171,8 @@ def _folder(folder: Path, name: str) -> str:
     scheduler = component_config(folder, "scheduler")
     architecture = _architecture(stored.get(part, ("", ""))[1], component_config(folder, part))
     v = scheduler.get("prediction_type") == "v_prediction"
-    prediction = "flow" if part == "transformer" else "v" if v else "eps"
+    card = merged.of_folder(folder)
+    prediction = card.prediction if card else "flow" if part == "transformer" else "v" if v else "eps"
     zero = (
         ", over levels that end without signal (zero-terminal SNR)" if scheduler.get("rescale_betas_zero_snr") else ""
     )
@@ -181,7 +181,8 @@ def _folder(folder: Path, name: str) -> str:
         f"predicts {PREDICTIONS[prediction]}{zero}.",
         f"It holds {', '.join(stored)}.",
     ]
-    return "\n".join([*lines, *_use(folder, name, architecture, prediction)])
+    use = [card.in_words(), MERGED] if card else _use(folder, name, architecture, prediction)
+    return "\n".join([*lines, *use])
 
 
 def _architecture(kind: str, config: dict[str, Any]) -> str:

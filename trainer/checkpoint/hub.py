@@ -10,6 +10,7 @@ from typing import Any
 from .errors import ModelError
 from .folder import BESIDE, INDEX, SHARD, choose_variant
 from .header import PICKLES
+from .merged import CARD
 
 NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:/(?P<file>.+\.safetensors))?")
 SMALL = (".json", ".txt", ".model", ".jinja")
@@ -32,7 +33,7 @@ def wanted(names: Iterable[str], variant: str | None, only: Collection[str] | No
     """
     parts = {n.partition("/")[0] for n in names} - set(BESIDE)
     names = [n for n in names if n.partition("/")[0] in (parts if only is None else {INDEX, *only})]
-    chosen = [n for n in names if n == INDEX]
+    chosen = [n for n in names if n in (INDEX, CARD)]
     for component in sorted({n.partition("/")[0] for n in names if n.count("/") == 1}):
         inside = [n.partition("/")[2] for n in names if n.startswith(f"{component}/")]
         kind, files = choose_variant(inside, variant)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ import torch
 
 from ...core import architecture as names
 from ...core.architecture import architecture_of
+from ...core.card import StudentCard
 from ...core.schedule import PREDICTION_TYPES
 from ..run.memory import is_out_of_memory
-from . import hub
+from . import hub, merged
 from .errors import ModelError
 from .folder import components_of, load_components, load_module, read_json, text_to_image_index
+from .header import read_header
 from .single_file import Parts, load_parts, load_vae
 from .tokenizer import TOKENS, clip_tokenizer, t5_tokenizer
 
@@ -33,11 +35,15 @@ INSTALL = "pip install 'turbodistill[demo]'"
 
 @dataclass(frozen=True)
 class Loaded:
-    """A loaded pipeline, on the CPU, and what it is called; `remarks` are sentences to show."""
+    """A loaded pipeline, on the CPU, and what it is called; `remarks` are sentences to show.
+
+    `student` is the card of one that is merged into it.
+    """
 
     pipe: Any
     name: str
     remarks: tuple[str, ...] = ()
+    student: StudentCard | None = None
 
 
 @dataclass(frozen=True)
@@ -64,21 +70,26 @@ def load_pipeline(
     vae: str | Path | None = None,
     components: str | Path | None = None,
     prediction: str | None = None,
+    with_student: bool = False,
 ) -> Loaded:
     """A checkpoint as a diffusers pipeline, on the CPU, in the types that it is stored in (or `dtype`).
 
     `source` is a .safetensors file, a diffusers folder, or on the hub `owner/name` or `owner/name/file.safetensors`;
     `revision`, `token` and `variant` are diffusers' own. What a single file lacks comes from `components`, a folder or
     model of the hub of the same architecture; its autoencoder from `vae`, a file or folder; CLIP's vocabulary from
-    `tokenizer`. `prediction` (eps or v) overrides what the checkpoint says. Raises ModelError, in words, for everything
-    that cannot be loaded.
+    `tokenizer`. `prediction` (eps or v) overrides what the checkpoint says. A model that a student is merged into is no
+    teacher, and loaded only `with_student`. Raises ModelError, in words, for everything that cannot be loaded.
     """
     if prediction not in (None, "eps", "v"):
         raise ModelError(f"prediction is {prediction!r:.80}: give eps or v")
     options = _Options(dtype, token, variant, tokenizer, vae, components, prediction)
     try:
         path = _resolve(source, options, revision)
-        return _load_folder(path, str(source), options) if path.is_dir() else _load_file(path, options)
+        card = merged.of_folder(path) if path.is_dir() else merged.of_file(read_header(path))
+        if not with_student:
+            merged.check_teacher(source, card)
+        loaded = _load_folder(path, str(source), options) if path.is_dir() else _load_file(path, options)
+        return replace(loaded, student=card)
     except ModelError:
         raise
     except ImportError as error:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ...core.card import KEY, CardError, StudentCard
 from ...core.header import Header, Shapes
+from . import merged
 
 BASE = "give the model that it belongs to instead"
 INSTEAD = "load a model that makes pictures of text, such as one of Stable Diffusion 1.x, 2.x, XL, 3.x or Flux"
@@ -115,7 +116,7 @@ def _embedding(shapes: Shapes) -> bool:
 
 def addition(header: Header) -> str:
     """What of a model's additions this file is, in words, and what to do; "" where it is none."""
-    if KEY in header.metadata:
+    if KEY in header.metadata and not merged.of_file(header):
         try:
             base = StudentCard.from_metadata(header.metadata).base_model
         except CardError:

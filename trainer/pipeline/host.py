@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.card import fingerprint
+from ...core.card import StudentCard, fingerprint
 from ...core.denoiser import Cond
 from ...core.schedule import Schedule
 from ..checkpoint.errors import ModelError
@@ -24,7 +24,8 @@ class PipelineHost:
 
     `encode(prompts, size)` makes conditions, `factor` is how many pixels a latent is wide, and `multiple` what both
     sides of a picture must be multiples of. `schedule(size)` gives the noise levels where they depend on the size.
-    `pipe` is the pipeline that all of it comes from, if there is one.
+    `pipe` is the pipeline that all of it comes from, if there is one, and `student` the card of one that is merged into
+    the network.
     """
 
     def __init__(
@@ -41,9 +42,10 @@ class PipelineHost:
         multiple: int = 1,
         schedule: Callable[[Size], Schedule] | None = None,
         pipe: Any = None,
+        student: StudentCard | None = None,
     ):
         self.denoiser, self.vae, self.pipe = denoiser, vae, pipe
-        self.name, self.architecture = name, architecture
+        self.name, self.architecture, self.student = name, architecture, student
         self._autoencoder, self._encode, self._schedule = Autoencoder(vae), encode, schedule
         self._channels, self._factor, self._multiple = channels, factor, multiple
         self.base_hash, self.text_hash = fingerprint(denoiser.backbone), ""

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...core.card import header
+from ...core.card import StudentCard, header
 from ...core.denoiser import Cond
 from ...demo.files import HEADER, MODEL
+from ..checkpoint import merged
+from ..checkpoint.header import read_header
 from ..checkpoint.load import Loaded, architecture_of_module, load_pipeline
 from ..run.memory import is_out_of_memory
 from .check import check_pipeline, check_trainable
@@ -32,8 +34,8 @@ def load_model(source: Any = None, device: str | None = None, size: Size | None 
     `source` is None for the embedded model, a .safetensors file, a diffusers folder, a model of the hub
     (`owner/name`, `owner/name/file.safetensors`), or a pipeline. A pipeline's weights are shared and left as they are,
     and where they are. `size` (width, height) is that of the pictures, by default the model's own. `options` are
-    those of `checkpoint.load.load_pipeline`: dtype, revision, token, variant, tokenizer, vae, components, prediction.
-    Raises ModelError for anything else, and for a device that is not there, with the reason.
+    those of `checkpoint.load.load_pipeline`: dtype, revision, token, variant, tokenizer, vae, components, prediction,
+    with_student. Raises ModelError for anything else, and for a device that is not there, with the reason.
     """
     if unknown := sorted(set(options) - set(load_pipeline.__kwdefaults__ or ())):
         known = ", ".join(load_pipeline.__kwdefaults__ or ())
@@ -52,14 +54,16 @@ def load_model(source: Any = None, device: str | None = None, size: Size | None 
     return host if size is None else host.sized(*size)
 
 
-def host_of(pipe: Any, device: str | None = None, name: str = "") -> PipelineHost:
-    """A loaded pipeline as a host, called `name` if that is given.
+def host_of(pipe: Any, device: str | None = None, name: str = "", student: StudentCard | None = None) -> PipelineHost:
+    """A loaded pipeline as a host, called `name` if that is given; `student` is the card of one merged into it.
 
     Raises ModelError for one that cannot be distilled, and says why.
     """
     kind = kind_of(pipe)
     network = check_pipeline(pipe, kind)
     check_trainable(pipe, network, kind.network[0])
+    if student is None and pipe.name_or_path:
+        merged.check_teacher(pipe.name_or_path, merged.of_folder(Path(pipe.name_or_path)))
     there = next(network.parameters()).device
     if device is not None and torch.device(device).type != there.type:
         raise ModelError(f"the pipeline is on {there}, and stays there: call pipe.to({device!r}) and leave device out")
@@ -73,7 +77,9 @@ def host_of(pipe: Any, device: str | None = None, name: str = "") -> PipelineHos
             return kind.encode(pipe, prompts, size)
 
     make: Any = kind.denoiser
-    denoiser = make(network, schedule_of(pipe, kind, size), prediction_of(pipe, kind))
+    denoiser = make(
+        network, schedule_of(pipe, kind, size), student.prediction if student else prediction_of(pipe, kind)
+    )
     return PipelineHost(
         denoiser,
         pipe.vae,
@@ -86,6 +92,7 @@ def host_of(pipe: Any, device: str | None = None, name: str = "") -> PipelineHos
         multiple=kind.multiple,
         schedule=(lambda size: schedule_of(pipe, kind, size)) if kind.flows else None,
         pipe=pipe,
+        student=student,
     )
 
 
@@ -101,7 +108,7 @@ def _from_disk(source: str | Path | None, device: str | None, options: dict[str,
     source = MODEL if source is None else source
     try:
         if HEADER in header(source)[0]:
-            return load_single_file(Path(source), device)
+            return _embedded(Path(source), device, options.get("with_student", False))
         return _on_device(load_pipeline(source, **options), device, options.get("dtype"))
     except ModelError:
         raise
@@ -113,6 +120,16 @@ def _from_disk(source: str | Path | None, device: str | None, options: dict[str,
         ) from None
 
 
+def _embedded(path: Path, device: str, with_student: bool) -> PipelineHost:
+    """A single file with its architecture in the header."""
+    card = merged.of_file(read_header(path))
+    if not with_student:
+        merged.check_teacher(path, card)
+    host = load_single_file(path, device)
+    host.student = card
+    return host
+
+
 def _on_device(loaded: Loaded, device: str, dtype: torch.dtype | None) -> PipelineHost:
     """A loaded checkpoint on its device, as a host; a CPU computes in float32 unless another type is asked for."""
     for part in loaded.pipe.components.values():
@@ -122,6 +139,6 @@ def _on_device(loaded: Loaded, device: str, dtype: torch.dtype | None) -> Pipeli
     for remark in loaded.remarks:
         log.warning(remark)
     try:
-        return host_of(loaded.pipe, name=loaded.name)
+        return host_of(loaded.pipe, name=loaded.name, student=loaded.student)
     except ModelError as error:
         raise ModelError(f"{loaded.name}: {error}") from None
