@@ -100,6 +100,7 @@ def test_a_file_for_a_folder_and_the_reverse_are_told(student, base, tmp_path, c
     )
     given = [student, "--to", "diffusers", "--base", base.folder, "--out"]
     fails(capsys, "a file: give another name", *given, tmp_path / "b", "--force")
+    fails(capsys, "a file's name, and diffusers is a folder: give one without", *given, tmp_path / "new.safetensors")
     fails(capsys, "which the export reads", *given, base.folder, "--force")
     fails(capsys, "which the export reads", *given, base.folder / "unet", "--force")
 

@@ -79,8 +79,10 @@ def check_merged(path, host, source, place):
 
 
 def check_folder(path, host):
-    """It is read as a base, every weight of it."""
-    check_changed(bases.load(path, {}).denoiser.backbone.state_dict(), host.denoiser.backbone.state_dict())
+    """Every weight of it is read, and the student's card."""
+    found = bases.load_model(path, "cpu", with_student=True)
+    assert found.student.timesteps == (999,)
+    check_changed(found.denoiser.backbone.state_dict(), host.denoiser.backbone.state_dict())
 
 
 def cell(to, students, host, network, source, options, place):

@@ -160,7 +160,7 @@ def test_the_embedded_model_with_its_student_is_a_model_of_its_own(kit, tmp_path
     if not MODEL.exists():
         pytest.skip("the embedded model is not in this checkout: demo/model.safetensors")
     kit.export(STUDENT, "merged", tmp_path / "out.safetensors", base=MODEL, dtype="float32")
-    host, plain = load_model(tmp_path / "out.safetensors", "cpu"), load_model(None, "cpu")
+    host, plain = load_model(tmp_path / "out.safetensors", "cpu", with_student=True), load_model(None, "cpu")
     student, _, _ = load_student(STUDENT, plain.denoiser)
     noise, cond = seeded_noise(range(2), host.latent_shape), plain.encode_text(["a red fox", "a blue owl"])
     sigma = student.sigmas(1)[:1].expand(2)

@@ -194,6 +194,14 @@ def test_a_sampler_that_knows_nothing_of_it_is_named_only_where_it_can_do_it(bas
         assert "sgm_uniform" not in body and "SGM Uniform" not in body and "ADD 1-step" in body
 
 
+def test_a_folder_s_page_speaks_of_a_full_model(kit, base, run_folder, tmp_path):
+    kit.export(run_folder, "diffusers", tmp_path / "repo", base=base.folder)
+    given = ["push", tmp_path / "repo", "me/fox", "--license", "mit", "--dry-run", "--out", tmp_path / "dry"]
+    assert cli.main([*map(str, given)]) == 0
+    head, body = front((tmp_path / "dry" / "README.md").read_text())
+    assert "lora" not in head["tags"] and ": a full model, distilled by" in body
+
+
 @pytest.mark.parametrize("way", ["lora", "whole", "folder"])
 @pytest.mark.parametrize("changes", [{}, {"prediction": "x0"}, {"timesteps": (799,)}], ids=["eps", "x0", "799"])
 def test_the_page_s_lines_of_python_make_the_student_s_picture(kit, base, peft, tmp_path, monkeypatch, way, changes):

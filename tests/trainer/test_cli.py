@@ -143,7 +143,7 @@ def test_bad_values_and_files_end_with_one_line(tmp_path, capsys, pipeline_folde
     fails(capsys, ["distill", "--model", tmp_path / "none", "--prompts", ANYTHING], "none does not exist")
     fails(capsys, ["sample", "a fox", "--model", tmp_path / "none"], "none does not exist")
     fails(capsys, ["info", tmp_path / "none"], "none does not exist")
-    fails(capsys, ["info", prompts], "is no complete safetensors file")
+    fails(capsys, ["info", prompts], "is no model file: give a .safetensors file")
     capsys.readouterr()
 
 

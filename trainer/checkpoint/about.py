@@ -16,6 +16,8 @@ from ...core.families import by_files, recognise, suspect
 from ...core.foreign_lora import ForeignLoRA, is_lora
 from ...core.header import Header
 from ...demo.files import HEADER
+from ..run import state_file
+from ..run.training import BEST, STATE
 from . import hub, merged
 from .errors import ModelError
 from .folder import INDEX, component_config, components_of, text_to_image_index
@@ -40,7 +42,8 @@ ENCODERS = {
 def in_words(source: str | Path) -> str:
     """What it is; raises ModelError, or CardError, for what does not exist, or cannot be read at all."""
     if os.path.isdir(source):
-        return _folder(Path(source), Path(source).name)
+        folder = Path(source)
+        return _run(folder) if (folder / STATE).is_file() else _folder(folder, folder.name)
     if os.path.exists(source) or (named := hub.named(str(source))) is None:
         return _file(Path(source))
     return _cached(*named)
@@ -69,6 +72,8 @@ def _file(path: Path) -> str:
     header = read_header(path)
     if KEY in header.metadata:
         return _student(header)
+    if state_file.KEY in header.metadata:
+        return f"The state of a training, from which `turbodistill distill` goes on: --out {path.parent}"
     if is_lora(header.shapes) and not any(n.startswith("model.diffusion_model.") for n in header.shapes):
         return _lora(path)
     if HEADER in header.metadata:
@@ -80,6 +85,13 @@ def _file(path: Path) -> str:
     except ModelError as error:
         return str(error)
     return _base(header, content)
+
+
+def _run(folder: Path) -> str:
+    """A run's folder, by its student."""
+    if not (folder / BEST).is_file():
+        return f"The folder of a training that has no student yet. {STATE}: {_file(folder / STATE)}"
+    return f"The folder of a training; its student is {folder / BEST}:\n{_file(folder / BEST)}"
 
 
 def _student(header: Header) -> str:

@@ -10,6 +10,7 @@ from ...core import header
 from ...core.header import Header
 from .errors import ModelError
 
+ENDINGS = (".safetensors", ".sft", "")  # the last for what the hub or a tool has renamed
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 CONVERT = (
     "load it once in ComfyUI and save it with the node Save Checkpoint, or in a WebUI with the tab Checkpoint Merger "
@@ -55,3 +56,5 @@ def _check_beginning(path: Path) -> None:
             pickled = any(name.endswith(".pkl") for name in archive.namelist())
         kind = BEGINNINGS[b"\x80"] if pickled else "is a zip archive: unpack it and give the model's file in it"
         raise ModelError(f"{path} {kind}")
+    if path.suffix.lower() not in ENDINGS and begin[8:9] != b"{":
+        raise ModelError(f"{path} is no model file: give a .safetensors file or a diffusers folder")

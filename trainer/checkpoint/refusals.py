@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ...core.card import KEY, CardError, StudentCard
 from ...core.header import Header, Shapes
+from ..run import state_file
 from . import merged
 
 BASE = "give the model that it belongs to instead"
@@ -124,6 +125,8 @@ def addition(header: Header) -> str:
         return (
             f"is a one-step student that TurboDistill made of {base}: give it as the student, and {base} as the model"
         )
+    if state_file.KEY in header.metadata:
+        return "is the state of a training, from which `distill` goes on, not a model: give its base instead"
     whole = any(n.startswith("model.diffusion_model.") for n in header.shapes)  # an addition may lie beside it
     if not whole and (refusal := _first(ADDITIONS, header.shapes)):
         return f"is {refusal.what}: {refusal.todo}"

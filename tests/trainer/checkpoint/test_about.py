@@ -1,6 +1,7 @@
 """`turbodistill info`: every file is told in words, and never with a traceback."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,11 @@ from safetensors.torch import save_file
 from turbodistill.app import cli
 from turbodistill.core.card import StudentCard
 from turbodistill.demo import files
+from turbodistill.trainer.checkpoint.errors import ModelError
+from turbodistill.trainer.checkpoint.header import read_header
+from turbodistill.trainer.checkpoint.identify import identify
+from turbodistill.trainer.run.state_file import write_state
+from turbodistill.trainer.run.training import BEST, STATE
 
 WHOLE = "model.diffusion_model."
 VAE = {"first_stage_model.decoder.conv_in.weight": (4, 4, 3, 3)}
@@ -121,12 +127,31 @@ def test_students_merged_ones_and_the_embedded_model_are_told(tmp_path, capsys):
         ("a.safetensors", b"", "it is empty, get it again"),
         ("a.safetensors", b"\x10\0\0\0\0\0\0\0{", "is no complete safetensors file"),
         ("a.safetensors", b"<html>", "is a web page"),
+        (
+            "a.png",
+            b"\x89PNG\r\n\x1a\n" + bytes(50),
+            "is no model file: give a .safetensors file or a diffusers folder",
+        ),
+        ("a.csv", b"update,loss\n1,0.5\n", "is no model file"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(tmp_path, capsys, name, data, words):
     (tmp_path / name).write_bytes(data)
     found = told(capsys, tmp_path / name, 1)
     assert words in found and len(found.splitlines()) == 1
+
+
+def test_the_files_of_a_training_are_told(tmp_path, capsys):
+    write_state(tmp_path / STATE, {"student": {"a.lora_down.weight": torch.zeros(2, 2)}})
+    assert told(capsys, tmp_path / STATE).startswith(
+        "The state of a training, from which `turbodistill distill` goes on"
+    )
+    assert "The folder of a training that has no student yet." in told(capsys, tmp_path)
+    shutil.copy(files.STUDENT, tmp_path / BEST)
+    found = told(capsys, tmp_path)
+    assert f"its student is {tmp_path / BEST}:\nOne-step student of " in found
+    with pytest.raises(ModelError, match=r"is the state of a training, .*, not a model: give its base"):
+        identify(read_header(tmp_path / STATE))
 
 
 def test_of_the_hub_the_cache_alone_counts(capsys):
