@@ -45,7 +45,7 @@ def _check_beginning(path: Path) -> None:
             begin = file.read(32)
     except OSError:
         return  # the reader says why
-    if not begin:
+    if not begin and path.suffix.lower() in ENDINGS:
         raise ModelError(f"{path} is no complete safetensors file: it is empty, get it again")
     for start, kind in BEGINNINGS.items():
         # A safetensors file begins with its header's length, and eight bytes on with a brace.
