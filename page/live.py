@@ -37,7 +37,7 @@ def add_components(
 
 
 def _add(generator: Generator, students: Callable[[], dict[str, Path]], example: str, blocks: gr.Blocks) -> None:
-    gr.HTML(STYLE)
+    gr.HTML(view.STYLE + STYLE, elem_classes="turbodistill-hidden")  # a tab brings its style when it is first opened
     names = list(students())
     prompt = gr.Textbox(
         value=example,

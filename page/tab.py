@@ -49,7 +49,7 @@ def build(backend: Backend) -> gr.Blocks:
 
 def add_components(backend: Backend, blocks: gr.Blocks) -> None:
     """The tab's components, and what they do, in `blocks`, which is open."""
-    gr.HTML(view.STYLE)
+    gr.HTML(view.STYLE, elem_classes="turbodistill-hidden")
     with gr.Row():
         with gr.Column(scale=1, min_width=380):
             gr.HTML(view.box(_introduction(backend)))

@@ -8,6 +8,7 @@ import gradio as gr
 from modules import scripts
 from modules.ui_common import create_refresh_button
 
+from ..page import view
 from . import host, panel
 from .host_sampling import CHOICE, REMARKS, foreign, remark
 from .samplers import CHOSEN, DETECT, LIMITS, WRITTEN, passes, too_many
@@ -33,6 +34,7 @@ class Panel(scripts.Script):
 
     def ui(self, is_img2img: bool) -> list:
         with gr.Accordion("TurboDistill: one-step models", open=False, elem_id=self.elem_id("panel")):
+            gr.HTML(view.STYLE, elem_classes="turbodistill-hidden")  # the tab may be one that its user hides
             with gr.Row():
                 choice = gr.Dropdown(
                     label="Student or family; detect goes by the prompt's LoRAs, else by the checkpoint",
@@ -45,7 +47,7 @@ class Panel(scripts.Script):
             with gr.Row():
                 apply = gr.Button("Set", variant="primary", elem_id=self.elem_id("set"))
                 undo = gr.Button("Undo", elem_id=self.elem_id("undo"))
-                # Clicked by javascript/turbodistill.js; its class is that of the tab's hidden button.
+                # Clicked by javascript/turbodistill.js.
                 renew = gr.Button("Renew", elem_id=self.elem_id("fresh"), elem_classes="turbodistill-hidden")
             for component in (choice, words):
                 component.do_not_save_to_config = True

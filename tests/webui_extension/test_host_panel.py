@@ -52,6 +52,12 @@ def test_the_api_draws_it_again_and_nothing_is_connected_twice(host):
     assert len(other.get_config_file()["dependencies"]) == 0 and len(page.get_config_file()["dependencies"]) == 4
 
 
+def test_it_brings_the_rule_that_hides_its_button(host):
+    """Whoever hides the tab has it from nowhere else."""
+    _, page = drawn(host)
+    assert any(".turbodistill-hidden {" in str(getattr(each, "value", "")) for each in page.blocks.values())
+
+
 def p_of(**given):
     plain = {"sampler_name": "ADD 1-step", "steps": 20, "extra_generation_params": {}}
     comments = []

@@ -32,6 +32,21 @@ def page(browser, served):
     assert faults == []
 
 
+def test_the_button_that_asks_is_never_seen(browser, served):
+    """From the first paint, also where the tab that has the same rules was never opened."""
+    page = browser.new_page()
+    page.add_init_script(
+        "window.seen = []; const look = () => {"
+        "const button = document.querySelector('#turbodistill-follow');"
+        "if (button) window.seen.push(button.offsetParent !== null); requestAnimationFrame(look); }; look();"
+    )
+    page.goto(served[0], wait_until="domcontentloaded")
+    page.wait_for_selector(".turbodistill-made img", timeout=PATIENCE)
+    seen = page.evaluate("window.seen")
+    page.close()
+    assert seen and not any(seen)
+
+
 def pictures(page):
     return page.locator(".turbodistill-made img").evaluate_all("all => all.map((image) => image.src)")
 
