@@ -39,7 +39,7 @@ class Generator:
         self.host = host
         self._lock = threading.Lock()
         self._tickets = itertools.count(1)
-        self._latest = 0
+        self._latest = self._dropped = 0
         self._student: Student | None = None
         self._path: Path | None = None
         self._card: StudentCard | None = None
@@ -64,7 +64,7 @@ class Generator:
             self._lock.release()
 
     def make(self, path: Path, prompt: str, seeds: Sequence[int], steps: int) -> Made | None:
-        """Pictures of a prompt, one a seed, which draws its choices; None if another prompt came while this one waited.
+        """Pictures of a prompt, one a seed, which draws its choices; None if it was dropped or overtaken as it waited.
 
         Raises CardError for a file that is no student of this model, DataError for a prompt that cannot be, ValueError
         if the model is in use.
@@ -72,7 +72,7 @@ class Generator:
         texts = drawn([prompt] * len(seeds), seeds)
         ticket = self._latest = next(self._tickets)
         with self._alone(PATIENCE):
-            if ticket != self._latest:
+            if ticket != self._latest or ticket <= self._dropped:
                 return None
             student = self._load(path)
             began = time.perf_counter()
@@ -81,7 +81,13 @@ class Generator:
             pictures = self.host.decode(sample_latents(self.host, student, cond, seeds, steps)).cpu()
             seconds = time.perf_counter() - began
             said = check_fit(self._card, Base(), path.name, steps=steps) if self._card else []
+            if ticket <= self._dropped:
+                return None
             return Made(pictures, seconds, tuple(filter(None, (self._warning, *said))))
+
+    def drop(self) -> None:
+        """Give no pictures of the prompts that were asked for so far and are not made yet."""
+        self._dropped = self._latest
 
     def _load(self, path: Path) -> Student:
         if self._student is None or path != self._path:

@@ -11,7 +11,9 @@ import gradio as gr
 
 from ..core.card import CardError
 from ..generate.generator import Generator, Made
+from ..generate.sample import check_numbers
 from ..trainer.config import MOST_SEED, ConfigError
+from ..trainer.data.prompts import check_choices
 from . import fields, job, view
 from .events import asking, listen, stamp
 from .pictures import data_urls
@@ -99,23 +101,38 @@ def pictures(
     seed: float | None,
     student: str | None,
 ) -> list[Any]:
-    """What the page shows for its inputs: the pace, and the pictures."""
+    """What the page shows for its inputs: the pace, and the pictures, or why there are none: never those of others."""
+    prompt = str(prompt or "")
     if job.running():
-        return [view.box("A distillation runs: generation waits until it has ended.", "warn"), gr.update()]
+        generator.drop()
+        words = "A distillation runs: generation waits until it has ended. The pictures of this prompt come then."
+        return [view.box(words, "warn"), ""]
     try:
-        if not isinstance(student, str) or student not in students:
-            raise ConfigError("no student is chosen: choose one, or distil one in the other tab")
-        first = _whole("seed", seed or 0, 0, MOST_SEED + 1 - MOST)
-        seeds = range(first, first + _whole("pictures", count, 1, MOST))
-        prompt = str(prompt or "")
-        made = generator.make(students[student], prompt, seeds, _whole("steps", steps, 1, STEPS))
+        path, seeds, passes = _asked(students, prompt, count, steps, seed, student)
+    except ValueError as error:
+        generator.drop()  # else the pictures of what was typed before come after these words, in their place
+        return [view.box(str(error), "bad"), ""]
+    try:
+        made = generator.make(path, prompt, seeds, passes)
     except (CardError, ValueError, OSError) as error:
-        return [view.box(str(error), "bad"), gr.update()]
+        return [view.box(str(error), "bad"), ""]
     if made is None:
         return [gr.update(), gr.update()]
     shown = "".join(f'<img src="{url}" alt="{escape(prompt)}">' for url in data_urls(made.pictures))
     said = "".join(view.box(remark, "warn") for remark in made.remarks)
     return [_pace(made) + said, f'<div class="turbodistill-made">{shown}</div>']
+
+
+def _asked(
+    students: dict[str, Path], prompt: str, count: Any, steps: Any, seed: Any, student: Any
+) -> tuple[Path, range, int]:
+    """The student's file, the seeds and the steps; raises ValueError for what cannot be."""
+    if not isinstance(student, str) or student not in students:
+        raise ConfigError("no student is chosen: choose one, or distil one in the other tab")
+    first, count = _whole("seed", seed or 0, 0, MOST_SEED), _whole("pictures", count, 1, MOST)
+    check_numbers(count, first)
+    check_choices([prompt])
+    return students[student], range(first, first + count), _whole("steps", steps, 1, STEPS)
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> int:

@@ -132,7 +132,7 @@ def test_while_a_distillation_runs_that_is_said(toy, backend, made, students):
     backend.gate.clear()
     job.start(backend, Request(prompts=toy.PROMPTS, settings=toy.QUICK))
     pace, html = show(generator, students)
-    assert "generation waits until it has ended" in pace and html == gradio.update()
+    assert "generation waits until it has ended" in pace and html == ""  # no pictures of another prompt
 
 
 def test_a_model_that_is_in_use_is_not_waited_for_long(made, students, monkeypatch):
@@ -162,12 +162,35 @@ def test_what_is_no_student_is_told(made, students, tmp_path):
         ({"count": None}, "pictures is empty: give a whole number"),
         ({"steps": 5}, "steps is 5: give 1 to 4"),
         ({"seed": -1}, "seed is -1: give 0 to "),
+        ({"seed": 2**63 - 1}, "seed is 9223372036854775807: of 2 pictures the last would have one above"),
         ({"seed": 0.5}, "seed is 0.5: give a whole number"),
         ({"prompt": "a {red fox"}, "has a brace without its other one"),
     ],
 )
 def test_what_cannot_be_drawn_is_told_in_the_page(made, students, typed, told):
-    assert told in html.unescape(show(made[1], students, **typed)[0])
+    said, shown = show(made[1], students, **typed)
+    assert told in html.unescape(said) and shown == ""
+
+
+@pytest.mark.parametrize("typed", [{"count": 2.5}, {"prompt": "a {red fox"}], ids=["number", "prompt"])
+def test_pictures_of_what_was_typed_before_do_not_take_the_place_of_what_is_told(made, students, typed):
+    backend, generator = made
+    show(generator, students)
+    backend.gate.clear()
+    backend.entered.clear()
+    came = []
+    before = threading.Thread(target=lambda: came.extend(show(generator, students, prompt="owl")))
+    before.start()
+    assert backend.entered.wait(60)
+    assert "turbodistill-box bad" in show(generator, students, **typed)[0]
+    backend.gate.set()
+    before.join()
+    assert came == [gradio.update(), gradio.update()]
+    assert len(urls(show(generator, students)[1])) == 2
+
+
+def test_the_largest_seed_of_the_command_line_is_the_page_s(made, students):
+    assert len(urls(show(made[1], students, seed=2**63 - 1, count=1)[1])) == 1
 
 
 def test_of_choices_each_picture_draws_one_by_its_seed(made, students):
