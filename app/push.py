@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from .arguments import folder, place
@@ -42,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     if args.out and not args.dry_run:
         raise ExportError("--out belongs to --dry-run")
     with push.prepared(args.student, args.repo, args.license, args.base_model, args.grid, args.base) as upload:
+        for remark in upload.remarks:
+            print(f"turbodistill: {remark}", file=sys.stderr)
         for name, size in upload.sizes().items():
             print(f"{size / 1e6:10.3f} MB  {name}")
         if args.dry_run:

@@ -39,7 +39,7 @@ def readme(page: Page) -> str:
 
     data: dict[str, Any] = {
         "license": page.license,
-        "library_name": "diffusers",
+        **({"library_name": "diffusers"} if _diffusers(page) else {}),
         "pipeline_tag": "text-to-image",
         "tags": ["text-to-image", "turbodistill", "one-step", "distillation", *_tags(page)],
     }

@@ -29,10 +29,11 @@ LOGIN = "log in with `hf auth login`, or give a token by HF_TOKEN or --token"
 
 @dataclass(frozen=True)
 class Upload:
-    """What goes to a repository: files, or their content, by their paths there."""
+    """What goes to a repository: files, or their content, by their paths there; what to say of it, in words."""
 
     repo: str
     files: Mapping[str, Path | bytes]
+    remarks: tuple[str, ...] = ()
 
     def sizes(self) -> dict[str, int]:
         """Bytes by path."""
@@ -71,7 +72,7 @@ def prepared(
             name = f"grid{grid.suffix.lower()}"
             files[name], page = grid, _with(page, grid=name)
         files["README.md"] = readme(page).encode()
-        yield Upload(repo, files)
+        yield Upload(repo, files, _remarks(page))
 
 
 def _of_file(student: Path, page: Page, files: dict[str, Path | bytes], made: Path, base: Path | None) -> Page:
@@ -86,6 +87,12 @@ def _of_file(student: Path, page: Page, files: dict[str, Path | bytes], made: Pa
         pass
     files[LORA_NAME] = made / LORA_NAME
     return _with(page, file=student.name, lora=True)
+
+
+def _remarks(page: Page) -> tuple[str, ...]:
+    if page.lora or page.card.kind == "full" or not page.file:
+        return ()
+    return (f"{page.file} goes without diffusers' form of it, {LORA_NAME}: give the base on disk by --base to add it",)
 
 
 def _with(page: Page, **changes: Any) -> Page:

@@ -160,7 +160,8 @@ def test_offline_and_without_a_token_nothing_is_tried(hub, run_folder, tmp_path)
 def test_a_dry_run_prints_and_writes_what_would_be_uploaded(run_folder, tmp_path, capsys):
     given = ["push", run_folder, "me/fox", "--license", "MIT", "--dry-run", "--out", tmp_path / "dry"]
     assert cli.main(list(map(str, given))) == 0
-    printed = capsys.readouterr().out
+    printed, remarks = capsys.readouterr()
+    assert remarks == ""
     files = sorted(p.name for p in (tmp_path / "dry").iterdir())
     assert files == ["README.md", "fox.safetensors", "grid.png", "pytorch_lora_weights.safetensors"]
     assert all(f"MB  {name}\n" in printed for name in files) and "nothing was uploaded" in printed
@@ -260,12 +261,16 @@ def test_a_folder_and_a_merged_file_are_uploaded_as_they_are(kit, base, tmp_path
         pass
 
 
-def test_a_transformer_s_lora_goes_without_diffusers_form_unless_its_base_is_given(base, tmp_path):
+def test_a_transformer_s_lora_goes_without_diffusers_form_unless_its_base_is_given(base, tmp_path, capsys):
     tensors = {"lora_unet_double_blocks_0_img_attn_qkv." + part: torch.zeros(4, 4) for part in
                ("lora_down.weight", "lora_up.weight")}  # fmt: skip
     card = base.card(architecture="flux-1-dev", prediction="flow", base_prediction="flow")
     save_file(tensors, tmp_path / "flux.safetensors", card.to_metadata())
     with push.prepared(tmp_path / "flux.safetensors", "me/fox", "mit") as upload:
         assert set(upload.files) == {"flux.safetensors", "README.md"}
-        assert "### diffusers" not in upload.files["README.md"].decode()
+        head, body = front(upload.files["README.md"].decode())
+        assert "### diffusers" not in body and "library_name" not in head
+    given = ["push", tmp_path / "flux.safetensors", "me/fox", "--license", "mit", "--dry-run", "--out", tmp_path / "x"]
+    assert cli.main(list(map(str, given))) == 0
+    assert "goes without diffusers' form of it, pytorch_lora_weights.safetensors: give" in capsys.readouterr().err
     assert load_file(tmp_path / "flux.safetensors").keys() == tensors.keys()
