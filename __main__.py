@@ -4,6 +4,8 @@ import os
 import signal
 import sys
 
+BROKEN_PIPE = 128 + 13  # as a shell tells of SIGPIPE, which Windows has not
+
 
 def main() -> int:
     """Run the command line; Ctrl-C ends it in one line, also while it is imported."""
@@ -13,7 +15,20 @@ def main() -> int:
     from .app.cli import main as command
 
     signal.signal(signal.SIGINT, before)
-    return command()
+    try:
+        try:
+            return command()
+        finally:
+            if sys.stdout:  # None where it was closed
+                sys.stdout.flush()  # what fails later, at the end of Python, is a traceback
+    except OSError as error:
+        seen = isinstance(error, BrokenPipeError)  # its reader has seen enough, such as `head`
+        if not seen:
+            print(f"turbodistill: {error}", file=sys.stderr)
+        nowhere = os.open(os.devnull, os.O_WRONLY)  # for what is left, which would fail again
+        for stream in (1, 2):
+            os.dup2(nowhere, stream)
+        return BROKEN_PIPE if seen else 1
 
 
 def _leave(_number: int, _frame: object) -> None:

@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with quiet(*(("diffusers", "transformers") if getattr(args, "model", None) else ())):
             return args.command(args)
+    except BrokenPipeError:
+        raise  # no mistake: whoever reads our output has gone
     except (ConfigError, CardError, DataError, Diverged, ModelError, OutOfMemory, OSError, ImportError) as error:
         print(f"turbodistill: {error}", file=sys.stderr)
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ import pytest
 import turbodistill
 from turbodistill.app import interrupt
 from turbodistill.app.interrupt import interruptible
+from turbodistill.demo import files
 
 NUMBERS = [getattr(signal, name) for name in interrupt.ENDING if hasattr(signal, name)]
 
@@ -124,3 +125,15 @@ def test_ctrl_c_while_torch_is_imported_ends_in_one_line(tmp_path):
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60)[1] == "turbodistill: interrupted\n" and process.returncode == 130
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs pipes that tell of their reader")
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_a_reader_that_has_seen_enough_ends_a_command_quietly(unbuffered):
+    more = {"PYTHONPATH": str(Path(turbodistill.__file__).parents[1]), "PYTHONUNBUFFERED": unbuffered}
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "turbodistill", "info", str(files.STUDENT)]
+    done = subprocess.run(command, env=os.environ | more, stdout=writer, stderr=subprocess.PIPE, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
