@@ -14,6 +14,7 @@ from ..core.card import CardError, read_card
 from ..trainer.checks import check_name
 from ..trainer.config import Config, ConfigError, check_resumable
 from ..trainer.data.files import write_whole
+from ..trainer.data.lock import in_use
 from ..trainer.run.training import HISTORY, STATE
 from .request import Request
 
@@ -96,7 +97,7 @@ class Run:
     """A run on disk: its name, how far it is, and what was asked."""
 
     name: str
-    state: str  # working, done, stopped, cancelled, failed, or broken off
+    state: str  # working, done, stopped, cancelled, failed, broken off, or runs elsewhere
     update: int
     updates: int
     changed: float
@@ -117,8 +118,10 @@ def listed(folder: Path, running: str = "") -> list[Run]:
     found = []
     for place in folder.iterdir() if folder.is_dir() else ():
         if record := read_record(place):
-            # A program that was ended by force had no time to say so.
-            state = "broken off" if record.state == "working" and place.name != running else record.state
+            state = record.state
+            if state == "working" and place.name != running:
+                # A program that was ended by force had no time to say so, and keeps no lock.
+                state = "runs elsewhere" if in_use(place) else "broken off"
             updates = record.request.config().updates
             found.append(Run(place.name, state, _last_update(place / HISTORY), updates, record.changed, record))
     return sorted(found, key=lambda run: run.changed, reverse=True)

@@ -11,7 +11,7 @@ from turbodistill.page import job, pictures, runs
 from turbodistill.page.request import Request
 from turbodistill.trainer.config import Config, ConfigError
 from turbodistill.trainer.data.files import DataError
-from turbodistill.trainer.data.lock import locked
+from turbodistill.trainer.data.lock import LOCK, locked
 from turbodistill.trainer.data.pairs import load_pairs
 from turbodistill.trainer.run.training import BEST
 
@@ -373,8 +373,12 @@ def test_runs_are_listed_with_how_they_ended(toy, backend):
     assert second.in_words() == "second: failed, no update yet" and second.record.error == "no words"
     folder = backend.runs_folder() / "first"
     runs.replace(runs.read_record(folder), state="working").write(folder)
+    (folder / LOCK).touch()  # as a program that was killed leaves it
     states = {r.name: r.state for r in runs.listed(backend.runs_folder())}
     assert states["first"] == "broken off"
+    with locked(folder):
+        states = {r.name: r.state for r in runs.listed(backend.runs_folder())}
+    assert states["first"] == "runs elsewhere"
     assert {r.name: r.state for r in runs.listed(backend.runs_folder(), "first")}["first"] == "working"
 
 

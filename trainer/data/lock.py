@@ -48,6 +48,20 @@ def locked(folder: Path) -> Iterator[None]:
                 path.unlink()
 
 
+def in_use(folder: Path) -> bool:
+    """Whether somebody has the folder; False where nobody knows."""
+    try:
+        file = (folder / LOCK).open("r+b")
+    except OSError:
+        return False
+    with file:
+        try:
+            _lock(file)
+        except OSError as error:
+            return error.errno in HELD
+    return False
+
+
 def _open(path: Path) -> BinaryIO:
     """The lock's file, locked; raises InUse."""
     while True:
