@@ -117,7 +117,9 @@ def test_paths(fuzz, tmp_path, monkeypatch, capsys):
     import turbodistill.trainer.pipeline.load as hosts
 
     real = hosts.load_model
-    monkeypatch.setattr(hosts, "load_model", lambda path=None, *_: stops() if path is None else real(path))
+    monkeypatch.setattr(
+        hosts, "load_model", lambda path=None, *_, **how: stops() if path is None else real(path, **how)
+    )
 
     def command(draws):
         name = draws.choice(list(COMMANDS))

@@ -123,6 +123,9 @@ def test_pictures_as_one_types(fuzz, toy):
             assert seeds[0] >= 0 and seeds[-1] < 2**63
             made.append(path)
 
+        def drop(self):
+            """What is refused drops what was asked for before."""
+
     values = {"prompt": "a fox", "count": 4, "steps": 1, "seed": 0, "student": "ours"}
 
     def inputs(draws):
