@@ -120,7 +120,11 @@ def test_ctrl_c_while_torch_is_imported_ends_in_one_line(tmp_path):
     ready, package = tmp_path / "ready", Path(turbodistill.__file__).parents[1]
     more = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(package)]), "READY": str(ready)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "turbodistill", "info", "x"], env=os.environ | more, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "turbodistill", "info", "x"],
+        env=os.environ | more,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in a shell's background ignore it
     )
     while not ready.exists():
         assert process.poll() is None
