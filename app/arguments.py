@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..trainer.config import KINDS, Config
+from ..trainer.config import Config
+from ..trainer.setting import KINDS
 
 MOST_STEPS = Config.__dataclass_fields__["student_steps"].metadata["high"]
 

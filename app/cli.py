@@ -14,7 +14,8 @@ from typing import Any
 
 from ..core.version import VERSION
 from ..demo import files
-from ..trainer.config import Config, ConfigError, nearest
+from ..trainer.config import Config, ConfigError
+from ..trainer.setting import nearest
 from . import export, info, push, sample, ui
 from .arguments import add_model, between, folder, model_options, new_file, place, setting
 from .interrupt import interruptible
@@ -60,7 +61,7 @@ def _unrecognised(unknown: Sequence[str], takes_settings: bool) -> str:
     """What to say of arguments that no command knows; of a setting's, which one is nearest."""
     flag = next((a.partition("=")[0] for a in unknown if a.startswith("--")), None)
     words = f"unrecognized arguments: {' '.join(unknown)}"
-    near = nearest(flag[2:].replace("-", "_")) if flag and takes_settings else None
+    near = nearest(flag[2:].replace("-", "_"), dataclasses.fields(Config)) if flag and takes_settings else None
     return f"{words}; the setting nearest to {flag} is --{near.replace('_', '-')}" if near else words
 
 

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from ..core.card import read_card
+from ..core.denoiser import Guidance
 from ..core.student import load_student
 from ..demo.files import PROMPTS, REFERENCE, SETTINGS
 from ..demo.files import STUDENT as SHIPPED
@@ -31,6 +32,7 @@ from ..measure.evaluate import (
     unpack_reference,
 )
 from ..trainer.config import Config
+from ..trainer.data.affixes import Affixes
 from ..trainer.data.files import LIBC, write_whole
 from ..trainer.data.pairs import make_pairs
 from ..trainer.data.prompts import read_prompts
@@ -176,7 +178,7 @@ def demo(
     config = Config.from_toml(SETTINGS).replace(seed=seed, updates=1_000_000)
     host = load_model()
     bench = Bench(host, REFERENCE, count)
-    arms = arms_of(host, config.guidance)
+    arms = arms_of(host, Guidance.of(config), config.negative_prompt, Affixes.of(config))
     if not unguided:
         del arms[UNGUIDED]
     with interruptible() as stop:

@@ -17,18 +17,18 @@ STOPPING = b"\nstopping, and saving what is done; Ctrl-C again breaks off at onc
 
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Within, Ctrl-C, SIGTERM and SIGHUP are only noted: the list gets their numbers, for the run to end by.
+    """Within, Ctrl-C, SIGTERM and SIGHUP are only noted: the list gets the signals, for the run to end by.
 
     A second Ctrl-C breaks off, if it comes more than GRACE seconds after the first signal. Only the main thread hears
     signals: in another one nothing is noted. What is ignored stays so, such as SIGHUP under nohup.
     """
-    noted: list[int] = []
+    signals: list[int] = []
     first = 0.0
 
     def note(number: int, _frame: object) -> None:
         nonlocal first
-        again, first = bool(noted), first if noted else time.monotonic()
-        noted.append(number)
+        again, first = bool(signals), first if signals else time.monotonic()
+        signals.append(number)
         if number not in (signal.SIGINT, signal.SIGTERM):
             leave_terminal()
         elif number == signal.SIGINT and not again:
@@ -44,7 +44,7 @@ def interruptible() -> Iterator[list[int]]:
     try:
         for number in taken:
             signal.signal(number, note)
-        yield noted
+        yield signals
     finally:
         for number in taken:
             signal.signal(number, before[number])

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import turbodistill as td
 from turbodistill.core.card import read_card
+from turbodistill.core.denoiser import Guidance
 from turbodistill.demo.files import REFERENCE, STUDENT
 from turbodistill.measure.evaluate import Evaluator, load_reference, make_pictures, teacher_arm
 from turbodistill.trainer.data.affixes import Affixes
@@ -68,8 +69,8 @@ def main() -> None:
         place = args.folder / recipe.replace("'", "").replace(" ", "-").replace(",", "")
         for _ in td.distill(model, config, place, prompts=names):
             pass
-        affixes = Affixes.of_config(config)
-        teacher = teacher_arm(model, 8, config.guidance, config.negative_prompt, affixes)
+        affixes = Affixes.of(config)
+        teacher = teacher_arm(model, 8, Guidance.of(config), config.negative_prompt, affixes)
         by_teacher = torch.cat(list(make_pictures(model, teacher, prompts, 1)))
         print(f"{recipe}\n  teacher           {shares(evaluator, by_teacher)}", flush=True)
         student, _ = td.load_student(place / "student.safetensors", model)

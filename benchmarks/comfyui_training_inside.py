@@ -27,7 +27,7 @@ spec = importlib.util.spec_from_file_location(
 )
 sys.modules["turbodistill"] = importlib.util.module_from_spec(spec)
 
-from turbodistill.core.denoiser import guided  # noqa: E402
+from turbodistill.core.denoiser import Guidance, guided  # noqa: E402
 from turbodistill.core.student import Student  # noqa: E402
 from turbodistill.nodes.host.denoiser import ModelDenoiser, conditions  # noqa: E402
 from turbodistill.nodes.host.training import trainable  # noqa: E402
@@ -132,7 +132,7 @@ with torch.inference_mode(), trainable(model):
     @torch.no_grad()
     def teach():
         with autocast(config, denoiser):
-            guided(denoiser, x, sigma, one, uncond, 4.0)
+            guided(denoiser, x, sigma, one, uncond, Guidance(4.0))
 
     works = {
         "student, forward and backward": learn,

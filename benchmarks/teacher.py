@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
+from turbodistill.core.denoiser import Guidance
 from turbodistill.demo.recipe import averages, dataset, pack, teacher
 from turbodistill.demo.recipe.fit import read_progress
 from turbodistill.measure import metrics
@@ -86,7 +87,7 @@ class Gallery:
 
 def pictures(host: PipelineHost, prompts: list[str], args, seed: int) -> Iterator[Tensor]:
     with tqdm(total=len(prompts), desc=f"seed {seed}", unit="picture", leave=False) as bar:
-        for batch in make_pictures(host, teacher_arm(host, args.steps, args.guidance), prompts, seed):
+        for batch in make_pictures(host, teacher_arm(host, args.steps, Guidance(args.guidance)), prompts, seed):
             bar.update(len(batch))
             yield batch
 

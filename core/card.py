@@ -65,6 +65,9 @@ class StudentCard:
     targets: str = "all"
     training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    guidance_rescale: float = 0.0
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
     negative_prompt: str = ""
     prompt_prefix: str = ""
     prompt_suffix: str = ""
@@ -141,8 +144,11 @@ class StudentCard:
 
     def guidance_in_words(self) -> str:
         """What the student has of the teacher's guidance."""
+        rescaled = f", rescaled by {self.guidance_rescale:g}" if self.guidance_rescale else ""
+        if (self.guidance_start, self.guidance_end) != (0, 1):
+            rescaled += f", from {self.guidance_start:.0%} to {self.guidance_end:.0%} of the sampling"
         away = f" away from {self.negative_prompt!r}" if self.negative_prompt else ""
-        return f"The teacher's guidance of {self.guidance:g}{away} is baked in"
+        return f"The teacher's guidance of {self.guidance:g}{rescaled}{away} is baked in"
 
     def affixes_in_words(self) -> str:
         """What is typed before and behind every prompt, or is baked in; "" where there is nothing."""

@@ -7,6 +7,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,25 +123,44 @@ def picture_part(tap: str, output: Tensor | tuple, text: int) -> Tensor:
     return output[:, text:] if kind in ONE_SEQUENCE else output
 
 
-def guided(
-    denoiser: Denoiser,
-    x: Tensor,
-    sigma: Tensor,
-    cond: Cond,
-    uncond: Cond | None,
-    scale: float,
-    rescale: float = 0.0,
-) -> Tensor:
-    """Classifier-free guidance (arXiv 2207.12598): uncond + scale (cond - uncond), as x0 (B, C, H, W).
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance (arXiv 2207.12598) in numbers.
 
-    Two rows a sample in one pass; one where `scale` is 1 or there is no `uncond`. `rescale` is phi of `rescaled`.
+    `rescale` is phi of `rescaled`. It acts in the interval [start, end) of the timesteps alone (arXiv 2404.07724), 0
+    being pure noise and 1 the picture; outside of it the condition is enough, in one row a sample.
     """
-    if uncond is None or scale == 1:
+
+    scale: float = 1.0
+    rescale: float = 0.0
+    start: float = 0.0
+    end: float = 1.0
+
+    @staticmethod
+    def of(source: Any) -> Guidance:
+        """That of a training's settings, or of a student's card."""
+        return Guidance(source.guidance, source.guidance_rescale, source.guidance_start, source.guidance_end)
+
+    def acts(self, schedule: Schedule, sigma: Tensor) -> bool:
+        """Whether there is guidance at this noise level, which is all rows' own."""
+        if self.scale == 1 or (self.start <= 0 and self.end >= 1):
+            return self.scale != 1
+        done = 1 - float(schedule.timestep(sigma.flatten()[:1])[0]) / (schedule.timesteps - 1)
+        return self.start <= done < self.end
+
+
+def guided(denoiser: Denoiser, x: Tensor, sigma: Tensor, cond: Cond, uncond: Cond | None, guidance: Guidance) -> Tensor:
+    """Guidance at one noise level: uncond + scale (cond - uncond), as x0 (B, C, H, W).
+
+    Two rows a sample in one pass; one where guidance does not act or there is no `uncond`.
+    """
+    schedule = denoiser.schedule
+    if uncond is None or not guidance.acts(schedule, sigma):
         return denoiser(x, sigma, cond)
     both = Cond.cat([cond, uncond.repeat(len(cond)) if len(uncond) == 1 else uncond])
     positive, negative = denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
-    result = negative + scale * (positive - negative)
-    return rescaled(denoiser.schedule, x, sigma, positive, result, rescale) if rescale else result
+    result = negative + guidance.scale * (positive - negative)
+    return rescaled(schedule, x, sigma, positive, result, guidance.rescale) if guidance.rescale else result
 
 
 def rescaled(schedule: Schedule, x: Tensor, sigma: Tensor, positive: Tensor, result: Tensor, phi: float) -> Tensor:
@@ -156,35 +176,19 @@ def rescaled(schedule: Schedule, x: Tensor, sigma: Tensor, positive: Tensor, res
 
 @dataclass(frozen=True)
 class Guided:
-    """A denoiser with guidance and conditioning bound in, as samplers call it: `model(x, sigma)`.
-
-    Guidance acts in the interval [start, end) of the timesteps alone (arXiv 2404.07724), 0 being pure noise and 1 the
-    picture; outside of it the condition is enough, in one row a sample.
-    """
+    """A denoiser with guidance and conditioning bound in, as samplers call it: `model(x, sigma)`."""
 
     denoiser: Denoiser
     cond: Cond
     uncond: Cond | None = None
-    scale: float = 1.0
-    rescale: float = 0.0
-    start: float = 0.0
-    end: float = 1.0
+    guidance: Guidance = Guidance()
 
     @property
     def schedule(self) -> Schedule:
         return self.denoiser.schedule
 
     def __call__(self, x: Tensor, sigma: Tensor, **_) -> Tensor:
-        scale = self.scale if self._guides(sigma) else 1.0
-        return guided(self.denoiser, x, sigma, self.cond, self.uncond, scale, self.rescale)
-
-    def _guides(self, sigma: Tensor) -> bool:
-        """Whether guidance acts at this noise level, which is all rows' own."""
-        if self.start <= 0 and self.end >= 1:
-            return True
-        schedule = self.schedule
-        done = 1 - float(schedule.timestep(sigma.flatten()[:1])[0]) / (schedule.timesteps - 1)
-        return self.start <= done < self.end
+        return guided(self.denoiser, x, sigma, self.cond, self.uncond, self.guidance)
 
     def rows(self, index) -> Guided:
         return replace(self, cond=self.cond.rows(index))

@@ -51,9 +51,15 @@ def check_fit(
             f"{base.architecture}: load {card.base_model}, its base"
         )
     if base.prediction and base.prediction != card.base_prediction:
+        load = f"load {card.base_model}, its base"
+        # Forge takes each Stable Diffusion 2 for one of eps, unless a file says otherwise.
+        setting = (
+            f"it is the right file, read wrongly: say what it predicts, in ComfyUI by ModelSamplingDiscrete, in "
+            f"AUTOMATIC1111 and Forge by a .yaml of its name with `parameterization: {card.base_prediction}`"
+        )
         raise CardError(
             f"{student} was made for a model that predicts {card.base_prediction}, the loaded one predicts "
-            f"{base.prediction}: load {card.base_model}, its base"
+            f"{base.prediction}: {setting if same else load}"
         )
     said = []
     if base.name and _stem(base.name) == _stem(card.base_model):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .denoiser import Cond, Denoiser, guided
+from .denoiser import Cond, Denoiser, Guidance, guided
 from .schedule import Schedule, expand
 
 Logits = Sequence[Tensor]
@@ -125,7 +125,7 @@ def teacher_target(
     """The teacher's guided x0 (B, C, H, W) from x at sigma (B,), in `steps` Euler steps to 0 (ADD, table 1d)."""
 
     def model(x: Tensor, s: Tensor) -> Tensor:
-        return guided(teacher, x, s, cond, uncond, guidance)
+        return guided(teacher, x, s, cond, uncond, Guidance(guidance))
 
     if steps == 1:
         return model(x, sigma)
@@ -188,7 +188,7 @@ def matching_target(
     teacher denoises what it should make; x0 is moved by their
     difference at x, its noised self at sigma (B,), over the teacher's mean distance from x0.
     """
-    real = guided(teacher, x, sigma, cond, uncond, guidance)
+    real = guided(teacher, x, sigma, cond, uncond, Guidance(guidance))
     fake = score(x, sigma, cond if score_cond is None else score_cond)
     scale = (x0 - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-4)
     return x0 + (real - fake) / scale

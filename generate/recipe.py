@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.denoiser import Cond, Denoiser, guided
+from ..core.denoiser import Cond, Denoiser, Guidance, guided
 from ..core.families import SamplingRecipe, lcm_boundary
 from ..core.sampling import sigmas_of
 from ..core.schedule import DiscreteSchedule, FlowSchedule, Schedule
@@ -100,8 +100,6 @@ class FewStepModel:
         uncond = None if self.uncond is None else self.uncond.to(noise.device)
 
         def model(x: Tensor, sigma: Tensor) -> Tensor:
-            if self.recipe.cfg == 1:
-                return self(x, sigma, cond)
-            return guided(self, x, sigma, cond, uncond, self.recipe.cfg)  # pyright: ignore[reportArgumentType]
+            return guided(self, x, sigma, cond, uncond, Guidance(self.recipe.cfg))  # pyright: ignore[reportArgumentType]
 
         return self.recipe.sample(model, x, sigmas, schedule=self.schedule, noise=fresh)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..core.denoiser import Guidance
 from ..core.student import load_student
 from ..trainer.config import Config
 from ..trainer.data.affixes import NO_AFFIXES, Affixes
@@ -36,11 +37,11 @@ SHOWN = 8  # prompts that are shown: of trained names, then of others, as many
 TEACHER, UNGUIDED = "teacher, 50 steps", "teacher, 50 steps, no CFG"
 
 
-def arms_of(host: Host, guidance: float, negative: str = "", affixes: Affixes = NO_AFFIXES) -> dict[str, Arm]:
+def arms_of(host: Host, guidance: Guidance, negative: str = "", affixes: Affixes = NO_AFFIXES) -> dict[str, Arm]:
     """What every student is compared with: its teacher, as it made the pairs."""
     return {
         TEACHER: teacher_arm(host, 50, guidance, negative, affixes),
-        UNGUIDED: teacher_arm(host, 50, 1.0, affixes=affixes),
+        UNGUIDED: teacher_arm(host, 50, Guidance(), affixes=affixes),
         "teacher, 1 step": teacher_arm(host, 1, guidance, negative, affixes),
     }
 
@@ -104,9 +105,9 @@ def evaluate(
     per_seed: list[dict[str, Score]] = []
     loaded = [(path, *load_student(path, host.denoiser)) for path in paths]
     first = loaded[0][2]
-    arms = arms_of(host, first.guidance, first.negative_prompt, Affixes.of_card(first))
+    arms = arms_of(host, Guidance.of(first), first.negative_prompt, Affixes.of(first))
     for path, student, card, _ in loaded:
-        arms[f"{path.parent.name}/{path.stem}"] = student_arm(student, affixes=Affixes.of_card(card))
+        arms[f"{path.parent.name}/{path.stem}"] = student_arm(student, affixes=Affixes.of(card))
     for seed in range(seeds):
         per_seed.append(bench.score(arms, seed))
     prompt = bench.chosen.captions[0]

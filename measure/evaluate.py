@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..core.denoiser import Cond, Guided
+from ..core.denoiser import Cond, Guidance, Guided
 from ..core.exclusive import exclusive
 from ..core.sampling import sample_euler, seeded_noise, trailing_sigmas
 from ..core.student import Student
@@ -110,8 +110,8 @@ def _rows(archive: zipfile.ZipFile) -> list[dict[str, str]]:
     return [json.loads(line) for line in archive.read("metadata.jsonl").splitlines()]
 
 
-def teacher_arm(host: Host, steps: int, guidance: float, negative: str = "", affixes: Affixes = NO_AFFIXES) -> Arm:
-    """The teacher with `steps` Euler (DDIM) steps on trailing timesteps, at a guidance scale."""
+def teacher_arm(host: Host, steps: int, guidance: Guidance, negative: str = "", affixes: Affixes = NO_AFFIXES) -> Arm:
+    """The teacher with `steps` Euler (DDIM) steps on trailing timesteps."""
     schedule = host.denoiser.schedule
     sigmas = trailing_sigmas(schedule, steps)
     uncond = host.encode_text([negative])

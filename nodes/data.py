@@ -13,13 +13,14 @@ from comfy_api.latest import io, ui
 
 from ..demo import files
 from ..trainer.checks import check_text_file
-from ..trainer.config import OF_GUIDANCE, OF_IMAGES, OF_PAIRS, OF_PROMPTS, Config
+from ..trainer.config import Config
 from ..trainer.data.files import DataError
 from ..trainer.data.images import check_pictures, load_picture, load_some
 from ..trainer.data.pairs import make_pairs, pairs_key
 from ..trainer.data.pictures import read_pictures
 from ..trainer.data.prompts import ANYTHING, draw_prompts, prompt_lines, read_prompts
 from ..trainer.data.walk import stamp
+from ..trainer.groups import OF_GUIDANCE, OF_IMAGES, OF_PAIRS, OF_PROMPTS
 from ..trainer.run.events import PairsMade
 from ..trainer.run.monitor import Monitor
 from .graph import file_names

@@ -12,9 +12,10 @@ from comfy_api.latest import io, ui
 from ..core.card import StudentCard, read_card, read_student
 from ..core.families import suspect
 from ..trainer.checks import check_inside, check_name
-from ..trainer.config import ADVANCED, OF_DISTILL, Config
+from ..trainer.config import Config
 from ..trainer.data.files import DataError, write_whole
 from ..trainer.data.pairs import pairs_key
+from ..trainer.groups import ADVANCED, OF_DISTILL
 from ..trainer.run import run
 from ..trainer.run.events import Finished, Preview
 from ..trainer.run.monitor import Monitor

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..trainer.config import KINDS, ConfigError, shown
+from ..trainer.setting import KINDS, ConfigError, shown
 from .limits import FIELDS, Limits, offered
 
 SHORT = {"lr", "ema", "r1"}

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..trainer.checks import check_text_file
-from ..trainer.config import KINDS, Config, ConfigError, shown
+from ..trainer.config import Config, ConfigError
 from ..trainer.data.files import DataError, path_of
 from ..trainer.data.prompts import prompt_lines, read_prompts
+from ..trainer.setting import KINDS, shown
 
 WORK = ("pairs", "distill", "estimate")
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import gradio as gr
 
-from ..trainer.config import OF_DISTILL, OF_PAIRS, OF_PIXELS, ConfigError
+from ..trainer.config import ConfigError
+from ..trainer.groups import OF_DISTILL, OF_PAIRS, OF_PIXELS
 from . import curves, fields, job, runs, view
 from .backend import Backend
 from .events import asking, listen, stamp

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from turbodistill.core.denoiser import Cond, Guided, guided
+from turbodistill.core.denoiser import Cond, Guidance, Guided, guided
 
 
 def full(batch):
@@ -37,21 +37,21 @@ def test_guidance_is_uncond_plus_scale_times_the_difference(toys, scale):
     cond, uncond = toys.cond(3), toys.cond(1, 0.0)
     negative = denoiser(x, sigma, uncond.repeat(3))
     expected = negative + scale * (denoiser(x, sigma, cond) - negative)
-    assert torch.allclose(guided(denoiser, x, sigma, cond, uncond, scale), expected, atol=1e-4)
-    assert torch.allclose(Guided(denoiser, cond, uncond, scale)(x, sigma), expected, atol=1e-4)
+    assert torch.allclose(guided(denoiser, x, sigma, cond, uncond, Guidance(scale)), expected, atol=1e-4)
+    assert torch.allclose(Guided(denoiser, cond, uncond, Guidance(scale))(x, sigma), expected, atol=1e-4)
 
 
 def test_no_guidance_costs_one_row_a_sample(toys):
     denoiser = toys.Recorder()
     x, sigma, cond = toys.picture(2), torch.ones(2), toys.cond(2)
-    guided(denoiser, x, sigma, cond, toys.cond(1), 1.0)
-    guided(denoiser, x, sigma, cond, None, 7.0)
-    guided(denoiser, x, sigma, cond, toys.cond(1), 7.0)
+    guided(denoiser, x, sigma, cond, toys.cond(1), Guidance())
+    guided(denoiser, x, sigma, cond, None, Guidance(7.0))
+    guided(denoiser, x, sigma, cond, toys.cond(1), Guidance(7.0))
     assert [len(call[0]) for call in denoiser.calls] == [2, 2, 4]
 
 
 def test_rows_of_a_guided_denoiser(toys):
-    model = Guided(toys.conv(), toys.cond(3), toys.cond(1, 0.0), 3.0)
+    model = Guided(toys.conv(), toys.cond(3), toys.cond(1, 0.0), Guidance(3.0))
     x, sigma = toys.picture(3), torch.full((3,), 5.0)
     assert torch.allclose(model.rows(slice(1, 2))(x[1:2], sigma[1:2]), model(x, sigma)[1:2], atol=1e-5)
     assert model.schedule is model.denoiser.schedule
@@ -73,17 +73,17 @@ def test_rescaled_guidance_is_diffusers_own_of_velocities(toys, prediction):
     rescale = pytest.importorskip("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion").rescale_noise_cfg
     x, sigma, cond, uncond = 3 * toys.picture(2), torch.tensor([2.0, 5.0]), toys.cond(2), toys.cond(1)
     schedule = denoiser.schedule
-    positive, plain = denoiser(x, sigma, cond), guided(denoiser, x, sigma, cond, uncond, 7.0)
+    positive, plain = denoiser(x, sigma, cond), guided(denoiser, x, sigma, cond, uncond, Guidance(7.0))
     text, cfg = (schedule.from_x0("v", x, x0, sigma) for x0 in (positive, plain))
-    found = guided(denoiser, x, sigma, cond, uncond, 7.0, rescale=0.7)
+    found = guided(denoiser, x, sigma, cond, uncond, Guidance(7.0, rescale=0.7))
     assert torch.allclose(found, schedule.to_x0("v", x, rescale(cfg, text, 0.7), sigma), atol=1e-5)
     assert not torch.allclose(found, plain, atol=1e-2)
 
 
 def test_guidance_acts_in_its_interval_alone(toys):
     denoiser, x, cond, uncond = toys.conv(), toys.picture(2), toys.cond(2), toys.cond(1)
-    model = Guided(denoiser, cond, uncond, 7.0, start=0.2, end=0.6)
+    model = Guided(denoiser, cond, uncond, Guidance(7.0, start=0.2, end=0.6))
     for share, acts in ((0.0, False), (0.19, False), (0.21, True), (0.59, True), (0.61, False), (1.0, False)):
         sigma = denoiser.schedule.sigma(torch.tensor([(1 - share) * 999.0])).expand(2)
-        expected = guided(denoiser, x, sigma, cond, uncond, 7.0 if acts else 1.0)
+        expected = guided(denoiser, x, sigma, cond, uncond, Guidance(7.0 if acts else 1.0))
         assert torch.equal(model(x, sigma), expected), share

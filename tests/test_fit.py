@@ -27,8 +27,14 @@ def test_what_fits_is_not_spoken_of():
             "stable-diffusion-xl-v1-base: load base.safetensors, its base",
         ),
         (
-            replace(RIGHT, prediction="v"),
+            replace(RIGHT, prediction="v", hashes=("c" * 16,)),
             "s was made for a model that predicts eps, the loaded one predicts v: load base.safetensors, its base",
+        ),
+        (
+            replace(RIGHT, prediction="v"),
+            "s was made for a model that predicts eps, the loaded one predicts v: it is the right file, read wrongly: "
+            "say what it predicts, in ComfyUI by ModelSamplingDiscrete, in AUTOMATIC1111 and Forge by a .yaml of its "
+            "name with `parameterization: eps`",
         ),
     ],
 )

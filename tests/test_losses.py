@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn import Conv2d
 from turbodistill.core import losses
-from turbodistill.core.denoiser import Guided, guided
+from turbodistill.core.denoiser import Guidance, Guided, guided
 from turbodistill.core.discriminator import Head
 from turbodistill.core.losses import ADVERSARIAL, WEIGHTS
 from turbodistill.core.sampling import sample_euler
@@ -191,7 +191,7 @@ def test_matching_guides_the_teacher_and_not_the_score(toys):
     )
     teacher, score = toys.conv(), toys.conv(seed=1)
     found = losses.matching_target(teacher, score, x, x0, sigma, cond, uncond, 4.0)
-    real, fake = guided(teacher, x, sigma, cond, uncond, 4.0), score(x, sigma, cond)
+    real, fake = guided(teacher, x, sigma, cond, uncond, Guidance(4.0)), score(x, sigma, cond)
     scale = torch.stack([(a - b).abs().mean() for a, b in zip(x0, real, strict=True)]).view(-1, 1, 1, 1)
     assert torch.allclose(found, x0 + (real - fake) / scale, rtol=1e-4, atol=1e-5)
 
@@ -225,7 +225,7 @@ def test_the_teacher_s_target_in_one_step_is_its_guided_x0(toys, prediction, gui
     x, sigma = toys.picture(), teacher.schedule.sigma(torch.tensor([300, 900]))
     target = losses.teacher_target(teacher, x, sigma, cond, uncond, guidance)
     assert not target.requires_grad
-    assert torch.allclose(target, Guided(teacher, cond, uncond, guidance)(x, sigma), atol=1e-4)
+    assert torch.allclose(target, Guided(teacher, cond, uncond, Guidance(guidance))(x, sigma), atol=1e-4)
 
 
 @pytest.mark.parametrize("steps", [2, 4])
@@ -237,7 +237,7 @@ def test_the_teacher_s_target_in_n_steps_is_euler_s(toys, prediction, steps):
     target = losses.teacher_target(teacher, x, schedule.sigma(start), cond, uncond, 3.0, steps)
     for k, t in enumerate(start):
         sigmas = torch.cat([schedule.sigma(t * torch.linspace(1, 0, steps + 1)[:-1]), torch.zeros(1)])
-        one = sample_euler(Guided(teacher, cond.rows([k]), uncond, 3.0), x[k : k + 1], sigmas)
+        one = sample_euler(Guided(teacher, cond.rows([k]), uncond, Guidance(3.0)), x[k : k + 1], sigmas)
         assert torch.allclose(target[k : k + 1], one, atol=1e-2)
 
 
@@ -341,7 +341,7 @@ def test_distillation_asks_the_teacher_with_guidance(toys):
     output, uncond = toys.picture(4), toys.cond(1, 0.0)
     teacher, sigma = state.student.teacher, batch.distill_sigma
     noisy = state.student.schedule.add_noise(output, batch.distill_noise, sigma)
-    target = Guided(teacher, batch.cond, uncond, 4.0)(noisy, sigma)
+    target = Guided(teacher, batch.cond, uncond, Guidance(4.0))(noisy, sigma)
     expected = losses.distillation(output, target, losses.exponential_weight(state.student.schedule, sigma))
     assert torch.allclose(steps.distillation_loss(state, output, batch, uncond), expected, rtol=1e-4)
 

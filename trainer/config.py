@@ -6,13 +6,10 @@ The command line, the ComfyUI node and the WebUI tab are all made from the field
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
 import json
 import math
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from ..core.losses import ADVERSARIAL, WEIGHTS
 from ..core.sampling import TEACHER_SAMPLERS
 from ..core.student import PREDICTIONS
 from .data.files import DataError, check_file, path_of, read_text
+from .setting import KINDS, ConfigError, check_value, option, shown, told_names
 
 MOST_PAIRS = 1_000_000
 MOST_UPDATES = 10_000_000
@@ -28,26 +26,6 @@ MOST_SEED = 2**63 - 1  # of a picture's noise
 LARGEST = 4096  # pixels of a side
 LEAST_LR = 1e-9  # with less, or nothing, a training only takes time
 MOST_LETTERS = 4000  # of a prompt
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be: the message names it, its value, and what would do."""
-
-
-# Types as a person calls them, who may have written TOML, JSON or a form.
-KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "an object {...}"}
-
-
-def shown(value: object) -> str:
-    """A value as a person writes it."""
-    written = {None: "empty", True: "true", False: "false"}
-    return written[value] if value is None or isinstance(value, bool) else f"{value!r:.100}"
-
-
-def option(default: Any, help: str, group: str, choices=None, low: float | None = None, high: float | None = None):
-    """A field of Config with what its front ends show."""
-    about = {"help": help, "group": group, "choices": choices and tuple(choices), "low": low, "high": high}
-    return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True)
@@ -411,7 +389,7 @@ class Config:
                 object.__setattr__(self, f.name, value)
             if type(value) is not wanted:
                 raise ConfigError(f"{f.name} is {shown(value)}: give {KINDS[wanted]}")
-            _check_value(f, value)
+            check_value(f, value)
         for name in ("init_student", "pixel_backbone"):
             object.__setattr__(self, name, path_of(getattr(self, name)))
         if self.student_steps > self.start_timestep + 1:
@@ -471,76 +449,7 @@ class Config:
         return dataclasses.replace(self, **changes)
 
 
-def _check_value(field: dataclasses.Field, value: Any) -> None:
-    """Raise ConfigError for a value of the right type that is out of bounds, or a text that nothing can read."""
-    name, about = field.name, field.metadata
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{name} is {value}: give a finite number")
-    if about["choices"] and value not in about["choices"]:
-        raise ConfigError(f"{name} is {value!r:.100}: use one of {', '.join(about['choices'])}")
-    size, words = (len(value), f"has {len(value)} letters") if isinstance(value, str) else (value, f"is {value!s:.100}")
-    if about["low"] is not None and size < about["low"]:
-        raise ConfigError(f"{name} {words}: the least is {about['low']}")
-    if about["high"] is not None and size > about["high"]:
-        raise ConfigError(f"{name} {words}: the most is {about['high']}")
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            half = value[error.start]
-            raise ConfigError(f"{name} is no valid text ({half!r} is half a letter): type it again") from None
-
-
-def _told(init: Callable[..., None]) -> Callable[..., None]:
-    """`__init__` that raises ConfigError, not TypeError, for a name that is no setting."""
-
-    @functools.wraps(init)
-    def checked(self: Config, *args: Any, **values: Any) -> None:
-        for name in sorted(values.keys() - self.__dataclass_fields__.keys()):
-            near = nearest(name)
-            known = f"the nearest is {near!r}" if near else "`turbodistill distill --help` lists them all"
-            raise ConfigError(f"there is no setting {name!r:.100}: {known}")
-        init(self, *args, **values)
-
-    return checked
-
-
-Config.__init__ = _told(Config.__init__)
-FEW = 5  # settings whose help has a word that still tells them from the others
-
-
-def nearest(name: str) -> str | None:
-    """The setting that an unknown name most likely means; None where no setting is near.
-
-    By the words of its name, by those in its help, by its spelling.
-    """
-    words = set(name.lower().split("_"))
-    fields = dataclasses.fields(Config)
-    explaining = [f for f in fields if all(word in f.metadata["help"].lower() for word in words)]
-    explaining = explaining if len(explaining) <= FEW else []
-
-    def likeness(field: dataclasses.Field) -> tuple[int, bool, int, float]:
-        spelling = difflib.SequenceMatcher(None, name, field.name).ratio()
-        # Of several that a help explains alike, the plainest: `lr` for learning_rate.
-        return len(words & set(field.name.split("_"))), field in explaining, -len(field.name), spelling
-
-    known = [f for f in fields if words & set(f.name.split("_")) or f in explaining]
-    if known:
-        return max(known, key=likeness).name
-    return next(iter(difflib.get_close_matches(name.lower(), [f.name for f in fields], 1, 0.7)), None)
-
-
-# What forms ask for at once: what decides the pairs, what pictures need, what a training needs. All else is advanced.
-OF_PAIRS = ("pairs", "pair_steps", "pair_sampler", "guidance", "seed")
-OF_GUIDANCE = ("guidance_rescale", "guidance_start", "guidance_end")
-OF_PROMPTS = ("negative_prompt", "prompt_prefix", "prompt_suffix", "bake_affixes")
-OF_IMAGES = ("broken_pictures",)
-OF_DISTILL = ("rank", "updates", "batch_size", "gradient_checkpointing")
-# What hosts cannot do yet, which have no gradients through their autoencoder: their forms leave it out.
-OF_PIXELS = ("pixel_backbone", "pixel_size")
-ASKED = OF_PAIRS + OF_GUIDANCE + OF_PROMPTS + OF_IMAGES + OF_DISTILL + OF_PIXELS
-ADVANCED = tuple(f.name for f in dataclasses.fields(Config) if f.name not in ASKED)
-
+Config.__init__ = told_names(Config.__init__)
 # What may change between a run and its resumption: it decides how long, how often and with how much memory.
 RESUMABLE = {"updates", "minutes", "preview_every", "save_every", "evaluate_every"}
 RESUMABLE |= {"batch_size", "gradient_accumulation", "precision", "gradient_checkpointing"}

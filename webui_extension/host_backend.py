@@ -15,8 +15,8 @@ from modules import devices, sd_models
 from safetensors import SafetensorError, safe_open
 
 from ..page import job
-from ..trainer.config import OF_PIXELS
 from ..trainer.data.prompts import ANYTHING
+from ..trainer.groups import OF_PIXELS
 from ..trainer.host import Host
 from . import host, host_kind, host_training
 

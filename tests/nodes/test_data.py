@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 from turbodistill.demo import files
-from turbodistill.trainer.config import OF_PAIRS, ConfigError
+from turbodistill.trainer.config import ConfigError
 from turbodistill.trainer.data.files import DataError
 from turbodistill.trainer.data.pairs import load_pairs
 from turbodistill.trainer.data.prompts import ANYTHING, read_prompts
+from turbodistill.trainer.groups import OF_PAIRS
 from turbodistill.trainer.run import session
 
 # --- Prompts ---

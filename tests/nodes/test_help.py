@@ -6,16 +6,8 @@ from pathlib import Path
 
 import pytest
 import turbodistill
-from turbodistill.trainer.config import (
-    OF_DISTILL,
-    OF_GUIDANCE,
-    OF_IMAGES,
-    OF_PAIRS,
-    OF_PIXELS,
-    OF_PROMPTS,
-    RESUMABLE,
-    Config,
-)
+from turbodistill.trainer.config import RESUMABLE, Config
+from turbodistill.trainer.groups import OF_DISTILL, OF_GUIDANCE, OF_IMAGES, OF_PAIRS, OF_PIXELS, OF_PROMPTS
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 PAGES = Path(turbodistill.__file__).parent / "web" / "docs"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import turbodistill
-from turbodistill.trainer.config import OF_GUIDANCE, OF_PROMPTS, Config
+from turbodistill.trainer.config import Config
+from turbodistill.trainer.groups import OF_GUIDANCE, OF_PROMPTS
 
 # Ids are forever: saved workflows name nodes by them.
 IDS = (

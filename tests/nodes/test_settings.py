@@ -4,7 +4,8 @@ import dataclasses
 import json
 
 import pytest
-from turbodistill.trainer.config import OF_PIXELS, Config, ConfigError
+from turbodistill.trainer.config import Config, ConfigError
+from turbodistill.trainer.groups import OF_PIXELS
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name not in OF_PIXELS}
 # Begun with otherwise in ComfyUI, where a large model on one card is the rule.

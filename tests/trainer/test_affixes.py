@@ -3,7 +3,7 @@
 import pytest
 import torch
 from turbodistill.core.card import StudentCard, read_card
-from turbodistill.core.denoiser import Guided
+from turbodistill.core.denoiser import Guidance, Guided
 from turbodistill.core.sampling import sample_euler, trailing_sigmas
 from turbodistill.trainer.config import Config, ConfigError, check_resumable
 from turbodistill.trainer.data.affixes import Affixes
@@ -41,7 +41,7 @@ def test_the_teacher_s_pictures_have_them_all(kit, host, tmp_path, baked):
     config = kit.config(pairs=4, pair_steps=3, bake_affixes=baked, **WORDS)
     samples = kit.pairs(host, config, tmp_path, ["fox", "owl"])
     full, bare = "best, owl, photo", "owl"
-    model = Guided(host.denoiser, host.encode_text([full]), host.encode_text(["blurry"]), config.guidance)
+    model = Guided(host.denoiser, host.encode_text([full]), host.encode_text(["blurry"]), Guidance.of(config))
     sigmas = trailing_sigmas(host.denoiser.schedule, 3)
     with torch.no_grad():
         latents = sample_euler(model, samples.noise(torch.tensor([1])) * sigmas[0], sigmas)
@@ -89,8 +89,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("changed", OTHERS)
 def test_each_of_them_makes_other_pairs_and_says_which(kit, host, tmp_path, changed):
-    words = {"bake_affixes": "affixes", "prompt_prefix": "prefix", "prompt_suffix": "suffix"}
-    name = words.get(changed, changed.replace("_", " "))
+    name = changed.replace("_", " ")
     kit.pairs(host, kit.config(**WORDS), tmp_path)
     with pytest.raises(OtherRun, match=rf"are others \({name} was .* and is "):
         kit.pairs(host, kit.config(**WORDS | {changed: OTHERS[changed]}), tmp_path)
@@ -133,4 +132,4 @@ def test_the_card_says_what_to_type(kit, host, tmp_path, baked, words):
     card = read_card(finished.path)
     assert StudentCard.from_metadata(card.to_metadata()) == card
     assert words in card.in_words() and "away from 'blurry' is baked in" in card.in_words()
-    assert Affixes.of_card(card) == Affixes("best", "photo", baked)
+    assert Affixes.of(card) == Affixes("best", "photo", baked)

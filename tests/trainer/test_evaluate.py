@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from turbodistill.app import demo
 from turbodistill.app.interrupt import interruptible
+from turbodistill.core.denoiser import Guidance
 from turbodistill.core.sampling import sample_euler, seeded_noise, trailing_sigmas
 from turbodistill.core.student import Student
 from turbodistill.measure import bench, evaluate, report
@@ -56,7 +57,7 @@ def test_a_broken_reference_set_is_told(tmp_path):
 
 
 def test_picture_k_is_made_from_its_own_seed(host):
-    arm = evaluate.teacher_arm(host, 3, 2.0)
+    arm = evaluate.teacher_arm(host, 3, Guidance(2.0))
     batches = list(evaluate.make_pictures(host, arm, PROMPTS, seed=4))
     assert [len(b) for b in batches] == [32, 8]
     noise = seeded_noise([400_035], host.latent_shape)
@@ -75,8 +76,8 @@ def test_picture_k_is_made_from_its_own_seed(host):
 def test_the_arms_passes_are_counted_as_rows(host):
     student = Student(host.denoiser, 2)
     arms = {
-        6: evaluate.teacher_arm(host, 3, 2.0),  # guidance takes two rows a step
-        3: evaluate.teacher_arm(host, 3, 1.0),
+        6: evaluate.teacher_arm(host, 3, Guidance(2.0)),  # guidance takes two rows a step
+        3: evaluate.teacher_arm(host, 3, Guidance()),
         1: evaluate.student_arm(student),
         2: evaluate.student_arm(student, 2),
     }

@@ -28,21 +28,21 @@ def written(monkeypatch):
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_signal_is_noted_and_its_handler_comes_back(number):
     before = signal.getsignal(number)
-    with interruptible() as noted:
+    with interruptible() as signals:
         signal.raise_signal(number)
-        assert noted == [number]
+        assert signals == [number]
     assert signal.getsignal(number) is before
 
 
 def test_ctrl_c_again_breaks_off_unless_it_is_the_same_press(monkeypatch, written):
-    with pytest.raises(KeyboardInterrupt), interruptible() as noted:
+    with pytest.raises(KeyboardInterrupt), interruptible() as signals:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
-        assert len(noted) == 3 and written == [interrupt.STOPPING]
+        assert len(signals) == 3 and written == [interrupt.STOPPING]
         monkeypatch.setattr(interrupt, "GRACE", -1.0)
         signal.raise_signal(signal.SIGTERM)  # as services send it, some time after the first
-        assert len(noted) == 4
+        assert len(signals) == 4
         signal.raise_signal(signal.SIGINT)
 
 
@@ -50,9 +50,9 @@ def test_ctrl_c_again_breaks_off_unless_it_is_the_same_press(monkeypatch, writte
 def test_under_nohup_a_closed_terminal_stays_unheard():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with interruptible() as noted:
+        with interruptible() as signals:
             signal.raise_signal(signal.SIGHUP)
-        assert not noted
+        assert not signals
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -61,8 +61,8 @@ def test_in_another_thread_nothing_is_changed():
     before, seen = signal.getsignal(signal.SIGINT), []
 
     def work():
-        with interruptible() as noted:
-            seen.append((signal.getsignal(signal.SIGINT), noted))
+        with interruptible() as signals:
+            seen.append((signal.getsignal(signal.SIGINT), signals))
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -76,12 +76,12 @@ import fcntl, os, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from pathlib import Path
 from turbodistill.app.interrupt import interruptible
-with interruptible() as noted:
+with interruptible() as signals:
     Path(sys.argv[1]).touch()
-    while not noted:
+    while not signals:
         os.sched_yield()
     print("saved", flush=True)
-    Path(sys.argv[2]).write_text(str(noted))
+    Path(sys.argv[2]).write_text(str(signals))
 os._exit(0)
 """
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from turbodistill.core.denoiser import Guided
+from turbodistill.core.denoiser import Guidance, Guided
 from turbodistill.core.sampling import sample_euler, seeded_noise, trailing_sigmas
 from turbodistill.core.schedule import DiscreteSchedule, scaled_linear, zero_terminal
 from turbodistill.core.student import load_student
@@ -27,7 +27,7 @@ def test_a_pair_is_what_the_teacher_makes_of_its_noise(kit, host, tmp_path):
     assert samples.seeds.tolist() == [2_000_000 + k for k in range(7)]
     noise = samples.noise(torch.tensor([4]))
     assert torch.equal(noise, seeded_noise([2_000_004], host.latent_shape))
-    model = Guided(host.denoiser, host.encode_text(["b"]), host.encode_text([""]), config.guidance)
+    model = Guided(host.denoiser, host.encode_text(["b"]), host.encode_text([""]), Guidance(config.guidance))
     sigmas = trailing_sigmas(host.denoiser.schedule, 3)
     with torch.no_grad():
         latents = sample_euler(model, noise * sigmas[0], sigmas)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from turbodistill.app import cli
-from turbodistill.core.denoiser import guided
+from turbodistill.core.denoiser import Guidance, guided
 from turbodistill.core.families import recognise
 from turbodistill.core.sampling import seeded_noise
 from turbodistill.generate.few_step import check_steps, few_step_model, open_file
@@ -120,7 +120,7 @@ def test_a_recipe_s_guidance_is_taken_against_the_empty_prompt(model, lora):
     x, sigma = 14 * noise, torch.tensor([14.0, 14.0])
     with made.merged(), torch.no_grad():
         wanted = made(x, sigma, empty) + 5 * (made(x, sigma, cond) - made(x, sigma, empty))
-        near(guided(made, x, sigma, cond, made.uncond, made.recipe.cfg), wanted, 1e-4)
+        near(guided(made, x, sigma, cond, made.uncond, Guidance(made.recipe.cfg)), wanted, 1e-4)
         assert not torch.allclose(made.generate(noise, cond, 8), made.generate(noise, empty, 8))
 
 

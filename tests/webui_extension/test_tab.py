@@ -10,7 +10,8 @@ import pytest
 from fastapi.testclient import TestClient
 from turbodistill.page import fields, job, runs, tab
 from turbodistill.page.events import asking
-from turbodistill.trainer.config import OF_PIXELS, Config, ConfigError
+from turbodistill.trainer.config import Config, ConfigError
+from turbodistill.trainer.groups import OF_PIXELS
 
 gradio = pytest.importorskip("gradio", reason="needs gradio: pip install 'turbodistill[ui]'")
 pytestmark = pytest.mark.gradio

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from ...core.card import StudentCard
 from ..config import Config
 
+NAMES = ("prompt prefix", "prompt suffix", "bake affixes")  # in recipes
+
 
 @dataclass(frozen=True)
 class Affixes:
@@ -18,25 +20,19 @@ class Affixes:
     baked: bool = False
 
     @staticmethod
-    def of_config(config: Config) -> Affixes:
-        """Those of a training's settings."""
-        return Affixes(config.prompt_prefix, config.prompt_suffix, config.bake_affixes)
+    def of(source: Config | StudentCard) -> Affixes:
+        """Those of a training's settings, or of a student's card."""
+        return Affixes(source.prompt_prefix, source.prompt_suffix, source.bake_affixes)
 
     @staticmethod
     def of_recipe(recipe: Mapping[str, str]) -> Affixes:
         """Those that samples were made with, as `in_recipe` wrote them."""
-        return Affixes(recipe.get("prefix", ""), recipe.get("suffix", ""), recipe.get("affixes") == "baked in")
-
-    @staticmethod
-    def of_card(card: StudentCard) -> Affixes:
-        """Those that a student was made with."""
-        return Affixes(card.prompt_prefix, card.prompt_suffix, card.bake_affixes)
+        return Affixes(*(recipe.get(name, "") for name in NAMES[:2]), baked=recipe.get(NAMES[2]) == "true")
 
     def in_recipe(self) -> dict[str, str]:
-        """What they change of a recipe: nothing where there are none."""
-        if not (self.prefix or self.suffix):
-            return {}
-        return {"prefix": self.prefix, "suffix": self.suffix, "affixes": "baked in" if self.baked else "typed"}
+        """What they change of a recipe, by the settings' names in words: nothing where there are none."""
+        values = (self.prefix, self.suffix, "true" if self.baked else "false")
+        return dict(zip(NAMES, values, strict=True)) if self.prefix or self.suffix else {}
 
     def teacher(self, prompt: str) -> str:
         """The prompt that the teacher is given."""

@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...core.denoiser import Cond, Guided
+from ...core.denoiser import Cond, Guidance, Guided
 from ...core.exclusive import exclusive
 from ...core.sampling import TEACHER_SAMPLERS, seeded_noise, trailing_sigmas
-from ..config import OF_GUIDANCE, Config
+from ..config import Config
+from ..groups import OF_GUIDANCE
 from ..host import Host
 from ..loop.precision import autocast
-from .affixes import Affixes
+from .affixes import NAMES, Affixes
 from .conditioning import Conditioning
 from .files import DataError, OtherRun, log, read_tensors
 from .lock import locked
@@ -27,7 +28,7 @@ from .prompts import draw_prompts
 from .samples import SHARD, Samples, Shard, load_samples, read_shard, write_shard
 
 # Of a recipe, where they are set.
-ADDED = ("negative prompt", "prefix", "suffix", "affixes", *(name.replace("_", " ") for name in OF_GUIDANCE))
+ADDED = ("negative prompt", *NAMES, *(name.replace("_", " ") for name in OF_GUIDANCE))
 
 
 def pairs_recipe(host: Host, config: Config, prompts: Sequence[str]) -> dict[str, str]:
@@ -50,7 +51,7 @@ def _words(config: Config) -> dict[str, str]:
     """What the settings add to the prompts; nothing where they add nothing, so that older pairs stay what they are."""
     negative = {"negative prompt": config.negative_prompt} if config.negative_prompt else {}
     given = {name.replace("_", " "): f"{getattr(config, name):g}" for name in OF_GUIDANCE if _changed(config, name)}
-    return negative | given | Affixes.of_config(config).in_recipe()
+    return negative | given | Affixes.of(config).in_recipe()
 
 
 def _changed(config: Config, name: str) -> bool:
@@ -105,7 +106,7 @@ def make_pairs(host: Host, config: Config, prompts: Sequence[str], folder: str |
     sigmas = trailing_sigmas(schedule, config.pair_steps)
     device = host.denoiser.device
     uncond = host.encode_text([config.negative_prompt]).to(device)
-    affixes = Affixes.of_config(config)
+    affixes = Affixes.of(config)
     encoded = [each for text in texts for each in (affixes.teacher(text), affixes.student(text))]
     _check_space(folder, pairs_size(host.latent_shape, uncond, config.pairs, len(set(encoded))))
     conditioning = Conditioning(host, encoded, folder, key)
@@ -132,10 +133,7 @@ def make_pairs(host: Host, config: Config, prompts: Sequence[str], folder: str |
                 for rows in torch.arange(begun, count).split(config.batch_size):
                     noise = seeded_noise(seeds[rows].tolist(), host.latent_shape, device)
                     x = schedule.add_noise(torch.zeros_like(noise), noise, sigmas[:1].to(device))
-                    model = Guided(
-                        host.denoiser, cond.rows(rows).to(device), uncond, config.guidance,
-                        config.guidance_rescale, config.guidance_start, config.guidance_end,
-                    )  # fmt: skip
+                    model = Guided(host.denoiser, cond.rows(rows).to(device), uncond, Guidance.of(config))
                     with exclusive(host.denoiser.backbone), autocast(config, host.denoiser):
                         latents = sample(model, x, sigmas.to(device)).float().cpu()
                     _check_finite(latents, {first + row: of_shard[row] for row in rows.tolist()})

@@ -157,7 +157,7 @@ def _run(
         reals = None
         if found:
             doing.what = "encoding pictures"
-            affixes = Affixes.of_config(config)
+            affixes = Affixes.of(config)
             for done, newest in cache_images(host, found, folder / IMAGES, config.broken_pictures, affixes):
                 yield PairsMade(done, len(found.pictures), "pictures", newest)
             if BROKEN in found.left:

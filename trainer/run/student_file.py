@@ -10,6 +10,7 @@ from ...core.schedule import trailing_timesteps
 from ...core.student import student_bytes
 from ..config import Config
 from ..data.files import write_whole
+from ..groups import OF_GUIDANCE, OF_PROMPTS
 from ..host import Host
 from ..loop.state import State
 
@@ -41,10 +42,7 @@ def make_card(host: Host, state: State, metrics: dict[str, Any]) -> StudentCard:
             **{name: earlier[name] for name in ("init_error",) if name in earlier},
         },
         metrics=metrics,
-        negative_prompt=config.negative_prompt,
-        prompt_prefix=config.prompt_prefix,
-        prompt_suffix=config.prompt_suffix,
-        bake_affixes=config.bake_affixes,
+        **{name: getattr(config, name) for name in (*OF_GUIDANCE, *OF_PROMPTS)},
     )
 
 

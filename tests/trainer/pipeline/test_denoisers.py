@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from turbodistill.core.denoiser import Guided
+from turbodistill.core.denoiser import Guidance, Guided
 from turbodistill.core.features import TeacherFeatures
 from turbodistill.core.sampling import sample_euler
 
@@ -15,7 +15,7 @@ def set_stock_scheduler(pipe):
 def euler(model, noise, guidance=1.0, prompts=("a red fox", "an owl")):
     """Core's own sampling over the noise levels that the pipeline has just used."""
     sigmas = model.pipe.scheduler.sigmas.float()
-    bound = Guided(model.denoiser, model.encode_text(list(prompts)), model.encode_text([""]), guidance)
+    bound = Guided(model.denoiser, model.encode_text(list(prompts)), model.encode_text([""]), Guidance(guidance))
     with torch.no_grad():
         return sample_euler(bound, sigmas[0] * noise, sigmas)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from turbodistill.core.denoiser import Guided
+from turbodistill.core.denoiser import Guidance, Guided
 from turbodistill.core.sampling import sample_euler, trailing_sigmas
 from turbodistill.core.student import Student, load_student, student_bytes
 from turbodistill.demo.files import HEADER, MODEL
@@ -104,7 +104,7 @@ def test_sampling_equals_diffusers_own_pipeline(tiny, pipeline_folder, steps):
 
     schedule = tiny.denoiser.schedule
     sigmas = trailing_sigmas(schedule, steps)
-    model = Guided(tiny.denoiser, tiny.encode_text(prompts), tiny.encode_text([""]), 3.0)
+    model = Guided(tiny.denoiser, tiny.encode_text(prompts), tiny.encode_text([""]), Guidance(3.0))
     # diffusers takes the noise for alpha x: in sigma's space that is noise / alpha.
     with torch.no_grad():
         ours = sample_euler(model, noise / schedule.alpha_sigma(sigmas[:1])[0], sigmas)
