@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.host, pytest.mark.full_size, pytest.mark.timeout(1800)
 HERE = Path(__file__).parent
 ROUNDED = 2.0  # of 255: the hosts sum the same in another order
 CHANGED = 5.0  # what a student changes of the picture at least, in the mean
-# Forge looks for the mark of v-prediction of a Stable Diffusion 2 under a name that no file has, and asks a .yaml instead.
+# Forge looks for the mark of a Stable Diffusion 2 that predicts v under a name no file has, and asks a .yaml instead.
 OF_V = {"model": {"params": {"parameterization": "v"}}}
 # Forge's flags where float32 of everything has no room.
 IN_HALF = ("--always-cpu", "--unet-in-fp16", "--vae-in-fp32", "--clip-in-fp32", "--attention-pytorch")
