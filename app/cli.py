@@ -109,6 +109,9 @@ def make_parser() -> argparse.ArgumentParser:
     distill.add_argument(
         "--pairs-folder", type=folder, help="folder of the teacher pairs, if other runs share them (default: in --out)"
     )
+    distill.add_argument(
+        "--estimate", action="store_true", help="only tell what memory it takes, and what time and disk the pairs"
+    )
     distill.add_argument("--title", default="training", help="what its progress bar is called (default: training)")
     distill.add_argument("--config", type=place, help="TOML file of settings; the flags below go before it")
     add_settings(distill)
@@ -164,6 +167,7 @@ def run_distill(args: argparse.Namespace) -> int:
     from ..trainer.data.prompts import read_prompts
     from ..trainer.pipeline.load import load_model
     from ..trainer.run import run, training
+    from ..trainer.run.estimate import estimate
     from ..trainer.run.events import Interrupted
     from ..trainer.run.scores import latent_score
 
@@ -174,6 +178,9 @@ def run_distill(args: argparse.Namespace) -> int:
     run.check_inputs(config, args.images)
     host = load_model(args.model, **model_options(args))
     score = latent_score if args.model else _judge(None).kid_score(host)
+    if args.estimate:
+        print(estimate(host, config, prompts).in_words())
+        return 0
     events = run.run(host, config, args.out, prompts, args.images, score, args.pairs_folder)
     try:
         finished = follow(events, config, args.out, host, args.title)

@@ -221,7 +221,7 @@ class TeacherPairs(io.ComfyNode):
         monitor = Monitor("pairs", folder.name, config, lambda latents: page.show(loaded.decode(latents)))
         with watched(cls.hidden, monitor) as panel, cancellable(model):
             patcher.load(model)
-            for done, newest in make_pairs(loaded, config, prompts, folder):
+            for done, newest in make_pairs(loaded, config, prompts, folder, monitor.warn):
                 panel.follow(PairsMade(done, config.pairs, "teacher pairs", newest))
             monitor.end("done")
         return io.NodeOutput(Pairs(folder, list(prompts), settings, width, height))

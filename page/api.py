@@ -109,15 +109,16 @@ class Routes:
         return await run_in_threadpool(begun.snapshot)
 
     async def estimate(self, request: fastapi.Request) -> dict[str, Any]:
-        """What memory a training will take."""
+        """What memory a training will take, and what time and disk its teacher pairs."""
         asked = Request.from_dict(await _body(request) | {"kind": "estimate"})
         begun = await run_in_threadpool(job.start, self.backend, asked)
         await run_in_threadpool(begun.wait, PATIENCE)
-        if begun.memory is None:
+        if (found := begun.estimate) is None:
             snapshot = begun.snapshot()
             raise ConfigError(snapshot["error"] or f"nothing was measured: the estimate is {snapshot['state']}")
-        memory = dataclasses.asdict(begun.memory) | {"total": begun.memory.total, "free": begun.monitor.free}
-        return {"memory": memory, "words": begun.result}
+        memory = dataclasses.asdict(found.memory) | {"total": found.memory.total, "free": begun.monitor.free}
+        pairs = {"count": found.pairs, "on_disk": found.on_disk, "seconds": found.seconds}
+        return {"memory": memory, "pairs": pairs, "words": begun.result}
 
     async def run(self, request: fastapi.Request) -> dict[str, Any]:
         """The snapshot of what runs, or of what ran last."""

@@ -29,8 +29,9 @@ from ..trainer.data.pairs import make_pairs, pairs_key
 from ..trainer.data.pictures import read_pictures
 from ..trainer.host import Host
 from ..trainer.run import run
+from ..trainer.run.estimate import Estimate, estimate
 from ..trainer.run.events import Event, Finished, Interrupted, PairsMade
-from ..trainer.run.memory import Memory, is_out_of_memory
+from ..trainer.run.memory import is_out_of_memory
 from ..trainer.run.monitor import Monitor
 from ..trainer.run.session import PLAIN, Session
 from ..trainer.run.words import duration
@@ -89,7 +90,7 @@ class Job:
         self.prompts = request.lines(backend.prompts(), folders, captions)
         self.begun = time.time()
         self.result = ""  # what came of it, in words
-        self.memory: Memory | None = None
+        self.estimate: Estimate | None = None
         self.monitor = Monitor(request.kind, request.name, self.config, lambda latents: [], backend.free_memory())
         self._cancelled = threading.Event()
         self.session = Session(self.monitor, self.folder if request.kind == "distill" else None)
@@ -194,14 +195,14 @@ class Job:
         return self.backend.runs_folder().parent / "pairs" / key
 
     def _estimate(self, host: Host) -> Callable[[], None]:
-        self.memory = run.estimate(host, self.config, self.prompts)
-        self.result = self.memory.in_words(self.monitor.free)
+        self.estimate = estimate(host, self.config, self.prompts)
+        self.result = self.estimate.in_words(self.monitor.free)
         return lambda: self.monitor.end("done")
 
     def _pairs(self, host: Host) -> Callable[[], None]:
         config = self.config
         folder = self._pairs_folder(pairs_key(host, config, self.prompts))
-        for done, newest in make_pairs(host, config, self.prompts, folder):
+        for done, newest in make_pairs(host, config, self.prompts, folder, self.monitor.warn):
             self._follow(PairsMade(done, config.pairs, "teacher pairs", newest))
         self.result = f"{config.pairs} teacher pairs in {folder}; Distil with the same prompts and settings takes them"
         return lambda: self.monitor.end("done")

@@ -57,7 +57,7 @@ def add_components(backend: Backend, blocks: gr.Blocks) -> None:
             form = _form(backend)
         with gr.Column(scale=1, min_width=380, elem_id="turbodistill-live"):
             with gr.Row(equal_height=True):
-                estimate = gr.Button("Estimate memory", elem_id="turbodistill-estimate")
+                estimate = gr.Button("Estimate", elem_id="turbodistill-estimate")
                 pairs = gr.Button("Make teacher pairs", elem_id="turbodistill-make-pairs")
                 distil = gr.Button("Distil", variant="primary", elem_id="turbodistill-distil")
             with gr.Accordion("Earlier runs", open=False, elem_id="turbodistill-earlier"):

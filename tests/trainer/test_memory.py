@@ -11,7 +11,9 @@ from turbodistill.core.schedule import expand
 from turbodistill.trainer.config import Config
 from turbodistill.trainer.host import decoded_at_once
 from turbodistill.trainer.loop.precision import autocast
+from turbodistill.trainer.run import estimate as estimating
 from turbodistill.trainer.run import memory
+from turbodistill.trainer.run.estimate import Estimate, seconds_of_pairs
 from turbodistill.trainer.run.memory import GB, REMEDIES, Memory, measure_memory
 
 RESOLUTION = (32, 32)
@@ -222,10 +224,39 @@ def test_in_words_without_a_comparison():
     assert Memory(2 * GB, 1000, 64 * 1024**2).in_words().endswith("less than 1 MB student, 64 MB activations")
 
 
-def test_in_words_with_the_pairs_on_disk():
-    told = Memory(2 * GB, GB, GB, 3 * GB).in_words(5 * GB)
-    assert told.endswith("; 5.0 GB are there; the teacher pairs take 3.0 GB on disk")
-    assert "pairs" not in Memory(GB, GB, GB).in_words()
+def test_in_words_with_the_pairs():
+    told = Estimate(Memory(2 * GB, GB, GB), 1024, 3 * GB, 1500.0).in_words(5 * GB)
+    assert told.startswith("1024 teacher pairs take about 25 min to make and 3.0 GB on disk; training takes about")
+    assert told.endswith("; 5.0 GB are there")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 5 * 2 + 3 * 8 * 2),  # five texts of 2 s; three batches of eight steps of 2 s
+        ({"guidance": 1.0}, 5 * 2 + 3 * 8),  # a step of one row a sample takes half
+        # Steps begin at 0, 1/8 ... 7/8 of the sampling: three of them within the interval.
+        ({"guidance_start": 0.2, "guidance_end": 0.6}, 5 * 2 + 3 * (3 * 2 + 5)),
+        ({"prompt_suffix": "best", "bake_affixes": True}, 10 * 2 + 3 * 8 * 2),
+        ({"batch_size": 16}, 5 * 2 + 8 * 2),
+    ],
+)
+def test_the_time_of_the_pairs_is_known_beforehand(kit, host, monkeypatch, changes, expected):
+    config = kit.config(pairs=12, pair_steps=8, guidance=3.0).replace(**changes)
+    batch, now, encode = min(config.batch_size, 12), [0.0], host.encode_text
+
+    def passes(_module, args):
+        now[0] += len(args[0]) / batch  # a second for each row of a pair
+
+    def encoded(texts):
+        now[0] += 2
+        return encode(texts)
+
+    monkeypatch.setattr(estimating.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(host, "encode_text", encoded)
+    handle = host.denoiser.backbone.register_forward_pre_hook(passes)
+    assert seconds_of_pairs(host, config, 10 if config.bake_affixes else 5) == pytest.approx(expected)
+    handle.remove()
 
 
 def test_in_words_where_it_is_enough_and_where_not():

@@ -1,8 +1,10 @@
 """Teacher pairs: made once, whole, completed where they were stopped, and refused when they are of another kind."""
 
 import errno
+import itertools
 import logging
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from turbodistill.trainer.data.files import DataError
 from turbodistill.trainer.data.lock import LOCK
 from turbodistill.trainer.data.pairs import load_pairs, make_pairs, pairs_key, pairs_size
 from turbodistill.trainer.run import run
+from turbodistill.trainer.run.estimate import estimate
 
 
 def test_a_pair_is_what_the_teacher_makes_of_its_noise(kit, host, tmp_path):
@@ -229,7 +232,7 @@ def test_the_size_on_disk_is_known_beforehand(kit, host, tmp_path, count, prompt
     tensors = [t for path in tmp_path.iterdir() for t in kit.tensors(path).values()]
     size = pairs_size(host.latent_shape, host.encode_text([""]), count, min(count, prompts))
     assert size == sum(t.numel() * t.element_size() for t in tensors)
-    assert run.estimate(host, kit.config(pairs=count), kit.WORDS[:prompts]).on_disk == size
+    assert estimate(host, kit.config(pairs=count), kit.WORDS[:prompts]).on_disk == size
 
 
 def test_pairs_that_do_not_fit_on_the_disk_are_not_begun(kit, host, tmp_path, monkeypatch):
@@ -244,20 +247,59 @@ def test_pairs_that_do_not_fit_on_the_disk_are_not_begun(kit, host, tmp_path, mo
     assert len(kit.pairs(host, kit.config(pairs=13), tmp_path / "new" / "pairs")) == 13  # what is there is counted
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_picture_that_is_none_stops_at_once_and_is_named(kit, host, tmp_path, value):
-    passes = iter(range(1, 100))
+@contextmanager
+def spoilt(host, value, *passes):
+    """Within, the given passes of the model, counted from 1, have `value` in place of the picture of their row 2."""
+    count = itertools.count(1)
 
     def spoil(_module, _args, output):
-        if next(passes) == 4:  # of two for every batch of four: the second batch
-            output = output.clone()
-            output[2, 0, 0, 0] = value
+        output = output.clone()
+        if next(count) in passes:
+            output[min(2, len(output) - 1)] = value
         return output
 
     handle = host.denoiser.backbone.register_forward_hook(spoil)
-    with pytest.raises(DataError, match=r"picture of pair 6 \('emu'\) is no picture: .* NaN or infinity.*float32"):
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_pair_that_is_no_picture_is_named_and_made_from_another_noise(kit, host, tmp_path, value):
+    config, said = kit.config(guidance=1.0), []
+    whole = kit.pairs(host, config, tmp_path / "whole")
+    with spoilt(host, value, 4):  # of two for every batch of four: in the second batch
+        assert len(list(make_pairs(host, config, kit.WORDS, tmp_path / "bad", said.append))) == 3
+    assert said == ["pair 6 ('emu') was no picture: made from another noise"]
+    other = load_pairs(tmp_path / "bad")
+    same = [torch.equal(a, b) for a, b in zip(whole.latents[:], other.latents[:], strict=True)]
+    assert [row for row, equal in enumerate(same) if not equal] == [6] and other.latents[:].isfinite().all()
+    assert other.prompts == whole.prompts and other.noise(torch.tensor([6]))[0].ne(whole.noise(torch.tensor([6]))).any()
+    again = kit.pairs(host, config.replace(pairs=20), tmp_path / "bad")
+    assert torch.equal(again.seeds[:12], other.seeds) and again.seeds[6] == 6 + 2**31
+
+
+def test_a_picture_of_one_colour_is_none(kit, host, tmp_path, monkeypatch):
+    inner, said, made = pairs.Teacher.pictures, [], []
+
+    def dull(*args):
+        made.append(inner(*args))
+        if len(made) == 1:
+            made[0][1] = torch.tensor([0.3, -1.0, 0.0, 5.0])[:, None, None]
+        return made[-1]
+
+    monkeypatch.setattr(pairs.Teacher, "pictures", dull)
+    list(make_pairs(host, kit.config(), kit.WORDS, tmp_path, said.append))
+    assert said == ["pair 1 ('owl') was no picture: made from another noise"]
+    assert load_pairs(tmp_path).latents[:].std((2, 3)).min() > 0.01
+
+
+def test_a_pair_that_is_no_picture_twice_stops_at_once_and_is_named(kit, host, tmp_path):
+    with spoilt(host, float("nan"), 4, 5, 6), pytest.raises(
+        DataError, match=r"picture of pair 6 \('emu'\) is no picture: .* NaN or infinity.*float32"
+    ):  # fmt: skip
         kit.pairs(host, kit.config(guidance=1.0), tmp_path)
-    handle.remove()
     assert len(load_pairs(tmp_path)) == 4  # what was made before
 
 

@@ -15,7 +15,7 @@ from turbodistill.trainer.loop.batch import draw_batch, generator
 from turbodistill.trainer.loop.distill import Step
 from turbodistill.trainer.loop.feature_cache import FeatureCache
 from turbodistill.trainer.loop.pixel_backbone import load_vision
-from turbodistill.trainer.run import run
+from turbodistill.trainer.run.estimate import estimate
 
 PATCH, BLOCKS, WIDTH = 8, 4, 16
 
@@ -147,7 +147,7 @@ def test_a_training_with_it_goes_on_bit_for_bit(kit, host, settings, tmp_path):
 
 
 def test_memory_counts_what_it_keeps(kit, host, settings):
-    small, large = (run.estimate(host, settings(pixel_size=size), kit.WORDS).activations for size in (16, 64))
+    small, large = (estimate(host, settings(pixel_size=size), kit.WORDS).memory.activations for size in (16, 64))
     assert 0 < small < large
 
 

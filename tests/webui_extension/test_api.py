@@ -212,7 +212,8 @@ def test_what_is_no_json_or_no_number_is_told_so(client, monkeypatch):
 def test_memory_is_estimated(client, quick):
     answer = client.post(f"{ROOT}/estimate", json=quick)
     told = answer.json()
-    assert answer.status_code == 200 and told["words"].startswith("training takes about")
+    assert answer.status_code == 200 and "; training takes about" in told["words"]
+    assert told["pairs"]["count"] > 0 and told["pairs"]["on_disk"] > 0 and told["pairs"]["seconds"] > 0
     memory = told["memory"]
     at_once = max(memory["activations"], memory["decoding"])
     assert memory["total"] == memory["weights"] + memory["trained"] + at_once > 0

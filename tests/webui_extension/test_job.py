@@ -82,7 +82,11 @@ def test_pairs_that_were_made_are_taken(toy, backend):
 def test_memory_is_estimated_on_the_loaded_model(toy, backend):
     begun = job.start(backend, ask(toy, kind="estimate"))
     told = finish(begun)
-    assert told["state"] == "done" and told["result"] == begun.memory.in_words() and begun.memory.activations > 0
+    assert (
+        told["state"] == "done"
+        and told["result"] == begun.estimate.in_words()
+        and begun.estimate.memory.activations > 0
+    )
     assert not backend.runs_folder().exists()
     lora = backend.host.denoiser.backbone
     assert not any(m._forward_hooks for m in lora.modules())

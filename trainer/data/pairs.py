@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -27,6 +27,8 @@ from .lock import locked
 from .prompts import draw_prompts
 from .samples import SHARD, Samples, Shard, load_samples, read_shard, write_shard
 
+FLAT = 1e-4  # standard deviation of latents in which there is nothing to see
+ANOTHER = 2**31  # from a seed to that of another noise, which no pair has: generators tell seeds by their last 32 bits
 # Of a recipe, where they are set.
 ADDED = ("negative prompt", *NAMES, *(name.replace("_", " ") for name in OF_GUIDANCE))
 
@@ -88,90 +90,124 @@ def _check_space(folder: Path, needed: int) -> None:
 
 
 @torch.no_grad()
-def make_pairs(host: Host, config: Config, prompts: Sequence[str], folder: str | Path) -> Iterator[tuple[int, Tensor]]:
+def make_pairs(
+    host: Host,
+    config: Config,
+    prompts: Sequence[str],
+    folder: str | Path,
+    warn: Callable[[str], None] = log.warning,
+) -> Iterator[tuple[int, Tensor]]:
     """Make `config.pairs` teacher pairs in `folder`, or what is missing of them.
 
     Yields (number made so far, the newest latents (n, C, H, W)) after each batch; closing the generator, or an
     error, keeps what is made, and the next call goes on. Pair k has noise seed
     `config.seed * 1_000_000 + k` and prompt k, the prompts repeating, of {red|blue} in them one drawn; the teacher's
-    has prefix and suffix, and its guidance moves away from the negative prompt. A broken shard is made again. Raises
-    DataError for prompts that are none, OtherRun for pairs of another recipe, and InUse while somebody else makes pairs
-    there.
+    has prefix and suffix, and its guidance moves away from the negative prompt. A broken shard is made again, and so is
+    a pair that is no picture, from another noise; `warn` is told of each. Raises DataError for prompts that are none
+    and for a pair that is no picture again, OtherRun for pairs of another recipe, and InUse while somebody else makes
+    pairs there.
     """
     texts = draw_prompts(prompts, config.pairs, config.seed)
     folder = Path(folder)
     recipe, key = pairs_recipe(host, config, prompts), pairs_key(host, config, prompts)
-    sample = TEACHER_SAMPLERS[config.pair_sampler]
-    schedule = host.denoiser.schedule
-    sigmas = trailing_sigmas(schedule, config.pair_steps)
-    device = host.denoiser.device
-    uncond = host.encode_text([config.negative_prompt]).to(device)
+    teacher = Teacher(host, config)
     affixes = Affixes.of(config)
     encoded = [each for text in texts for each in (affixes.teacher(text), affixes.student(text))]
-    _check_space(folder, pairs_size(host.latent_shape, uncond, config.pairs, len(set(encoded))))
+    _check_space(folder, pairs_size(host.latent_shape, teacher.uncond, config.pairs, len(set(encoded))))
     conditioning = Conditioning(host, encoded, folder, key)
     making = False
     with ExitStack() as stack:
         for first in range(0, config.pairs, SHARD):
             path = folder / f"pairs-{first:07d}.safetensors"
             count = min(SHARD, config.pairs - first)
-            parts = _begun(path, key, recipe)
-            if sum(map(len, parts)) < count and not making:  # runs that find all made may share it
+            begun = _begun(path, key, recipe, warn)
+            if len(begun) < count and not making:  # runs that find all made may share it
                 making = True
                 stack.enter_context(locked(folder))
-                parts = _begun(path, key, recipe)
-            begun = made = sum(map(len, parts))
-            numbers = range(first, first + count)
+                begun = _begun(path, key, recipe, warn)
             of_shard = texts[first : first + count]
             cond = conditioning.of([affixes.teacher(text) for text in of_shard])
             conditioning.of([affixes.student(text) for text in of_shard])
-            if made >= count:
-                yield first + count, parts[0][:count]
+            if len(begun) >= count:
+                yield first + count, begun.latents[:count]
                 continue
-            seeds = torch.tensor([config.seed * 1_000_000 + i for i in numbers])
+            parts, made = [begun.latents], len(begun)
+            seeds = config.seed * 1_000_000 + torch.arange(first, first + count)
+            seeds[:made] = begun.seeds
             try:
-                for rows in torch.arange(begun, count).split(config.batch_size):
-                    noise = seeded_noise(seeds[rows].tolist(), host.latent_shape, device)
-                    x = schedule.add_noise(torch.zeros_like(noise), noise, sigmas[:1].to(device))
-                    model = Guided(host.denoiser, cond.rows(rows).to(device), uncond, Guidance.of(config))
-                    with exclusive(host.denoiser.backbone), autocast(config, host.denoiser):
-                        latents = sample(model, x, sigmas.to(device)).float().cpu()
-                    _check_finite(latents, {first + row: of_shard[row] for row in rows.tolist()})
+                for rows in torch.arange(made, count).split(config.batch_size):
+                    latents = teacher.pictures(seeds[rows], cond.rows(rows))
+                    for bad in _no_pictures(latents):
+                        row = rows[bad : bad + 1]
+                        seeds[row] += ANOTHER
+                        latents[bad : bad + 1] = teacher.pictures(seeds[row], cond.rows(row))
+                        prompt = of_shard[int(row)]
+                        if _no_pictures(latents[bad : bad + 1]):
+                            raise DataError(_no_picture(first + int(row), prompt))
+                        warn(f"pair {first + int(row)} ({prompt[:80]!r}) was no picture: made from another noise")
                     parts.append(latents)
                     made += len(rows)
                     if made < count:
-                        yield first + made, parts[-1]
+                        yield first + made, latents
             finally:  # a cancelled shard keeps what is made
-                if made > begun:
+                if made > len(begun):
                     write_shard(path, Shard(torch.cat(parts), of_shard[:made], seeds[:made]), key, recipe)
             yield first + count, parts[-1]
 
 
-def _check_finite(latents: Tensor, prompts: dict[int, str]) -> None:
-    """Raise DataError if one of the latents (B, C, H, W) of pairs, by number, is no picture."""
-    for number, x0 in zip(prompts, latents, strict=True):
-        if not x0.isfinite().all():
-            raise DataError(
-                f"the teacher's picture of pair {number} ({prompts[number][:80]!r}) is no picture: its numbers are NaN "
-                "or infinity. Set precision to float32, lower guidance, or use another checkpoint or VAE; the pairs "
-                "before it are kept"
-            )
+class Teacher:
+    """The model as it makes pairs: its sampler, its levels (`sigmas`) and its guidance, by default the settings'."""
+
+    def __init__(self, host: Host, config: Config, guidance: Guidance | None = None, sigmas: Tensor | None = None):
+        self.host, self.config = host, config
+        self.guidance = Guidance.of(config) if guidance is None else guidance
+        self.sigmas = trailing_sigmas(host.denoiser.schedule, config.pair_steps) if sigmas is None else sigmas
+        self.uncond = host.encode_text([config.negative_prompt]).to(host.denoiser.device)
+
+    def pictures(self, seeds: Tensor, cond: Cond) -> Tensor:
+        """Seeds of the noise (B,) and conditioning of B rows -> latents (B, C, H, W), on the CPU."""
+        denoiser = self.host.denoiser
+        noise = seeded_noise(seeds.tolist(), self.host.latent_shape, denoiser.device)
+        sigmas = self.sigmas.to(noise.device)
+        x = denoiser.schedule.add_noise(torch.zeros_like(noise), noise, sigmas[:1])
+        model = Guided(denoiser, cond.to(noise.device), self.uncond, self.guidance)
+        with exclusive(denoiser.backbone), autocast(self.config, denoiser):
+            return TEACHER_SAMPLERS[self.config.pair_sampler](model, x, sigmas).float().cpu()
 
 
-def _begun(path: Path, key: str, recipe: Mapping[str, str]) -> list[Tensor]:
-    """The latents that a shard holds already, if any, copied so that its file can be replaced; raises OtherRun."""
+def _no_pictures(latents: Tensor) -> list[int]:
+    """The rows of latents (B, C, H, W) that are no pictures: NaN, infinity, or one colour all over."""
+    finite = latents.isfinite().all((1, 2, 3))
+    varied = latents.std((2, 3)).amax(1) > FLAT
+    return (~(finite & varied)).nonzero().flatten().tolist()
+
+
+def _no_picture(number: int, prompt: str) -> str:
+    """What to say of a pair that is no picture from any noise."""
+    return (
+        f"the teacher's picture of pair {number} ({prompt[:80]!r}) is no picture: its numbers are NaN or infinity, or "
+        "all the same, from two noises. Set precision to float32, lower guidance, or use another checkpoint or VAE; "
+        "the pairs before it are kept"
+    )
+
+
+def _begun(path: Path, key: str, recipe: Mapping[str, str], warn: Callable[[str], None]) -> Shard:
+    """What a shard holds already, if any, copied so that its file can be replaced; raises OtherRun."""
+    nothing = Shard(torch.empty(0), [], torch.empty(0, dtype=torch.long))
     if not path.exists():
-        return []
+        return nothing
     try:
-        return [read_shard(path, key).latents.float()]
+        found = read_shard(path, key)
+        seeds = nothing.seeds if found.seeds is None else found.seeds.clone()
+        return Shard(found.latents.float(), found.prompts, seeds)
     except OtherRun:
         changed = changes(read_tensors(path)[1], recipe)
         raise OtherRun(
             f"the pairs in {path.parent} are others ({changed}): change that back, or use another name or folder"
         ) from None
     except DataError as error:
-        log.warning("%s", error)
-        return []
+        warn(str(error))
+        return nothing
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:

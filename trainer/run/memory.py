@@ -62,7 +62,6 @@ class Memory:
     weights: int  # the model, once
     trained: int  # LoRA or copy, with gradients, Adam's moments and the average
     activations: int  # kept for backward, of the whole batch
-    on_disk: int = 0  # teacher pairs with their conditioning, which are read from there
     decoding: int = 0  # of a preview, between two updates
 
     @property
@@ -73,16 +72,17 @@ class Memory:
         """One sentence; `free` bytes on the device, the weights' included, make it a comparison."""
         largest = max((self.activations, "activations"), (self.decoding, "a preview"))
         parts = ((self.weights, "weights"), (self.trained, "student"), largest)
-        words = f"training takes about {_size(self.total)}: " + ", ".join(f"{_size(n)} {what}" for n, what in parts)
-        pairs = f"; the teacher pairs take {_size(self.on_disk)} on disk" if self.on_disk else ""
+        listed = ", ".join(f"{size_in_words(n)} {what}" for n, what in parts)
+        words = f"training takes about {size_in_words(self.total)}: {listed}"
         if free is None:
-            return words + pairs
+            return words
         if free >= self.total:
-            return f"{words}; {_size(free)} are there{pairs}"
-        return f"{words}; only {_size(free)} are there{pairs}. It may run out of memory: {', or '.join(REMEDIES)}"
+            return f"{words}; {size_in_words(free)} are there"
+        return f"{words}; only {size_in_words(free)} are there. It may run out of memory: {', or '.join(REMEDIES)}"
 
 
-def _size(count: int) -> str:
+def size_in_words(count: int) -> str:
+    """Bytes in the unit that fits."""
     if count >= GB / 10:
         return f"{count / GB:.1f} GB"
     return f"{count / 1024**2:.0f} MB" if count >= 1024**2 else "less than 1 MB"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,15 +20,15 @@ from ..data.affixes import Affixes
 from ..data.found import BROKEN
 from ..data.images import cache_images, check_pictures, load_images
 from ..data.lock import locked
-from ..data.pairs import load_pairs, make_pairs, pairs_recipe, pairs_size
+from ..data.pairs import load_pairs, make_pairs, pairs_recipe
 from ..data.pictures import check_place, read_pictures
-from ..data.prompts import check_texts, draw_prompts
+from ..data.prompts import check_texts
 from ..data.samples import Samples
 from ..host import Host
 from ..loop.start import begin, check, features
 from ..prediction_check import check_prediction
 from .events import Control, Event, PairsMade, Warned
-from .memory import PREVIEWS, Memory, OutOfMemory, advice, is_out_of_memory, measure_memory
+from .memory import PREVIEWS, OutOfMemory, advice, is_out_of_memory
 from .scores import Score, latent_score
 from .training import Training, check_saved, pictures_recipe
 
@@ -54,19 +54,6 @@ def split(pairs: Samples) -> tuple[Tensor, Tensor]:
         rows = torch.arange(len(pairs))
         return rows, rows[:PREVIEWS]
     return (~mask).nonzero().flatten(), mask.nonzero().flatten()[:HELD_OUT]
-
-
-def estimate(host: Host, config: Config, prompts: Sequence[str]) -> Memory:
-    """What a training will take; raises ConfigError for settings that do not fit this model."""
-    cond = host.encode_text([""])
-    sample = Samples(torch.zeros(1, *host.latent_shape), cond, [""])
-    state = begin(host, config, sample)
-    try:
-        texts = draw_prompts(prompts, config.pairs, config.seed)
-        size = pairs_size(host.latent_shape, cond, config.pairs, len(set(texts)))
-        return replace(measure_memory(state, sample, host.resolution), on_disk=size)
-    finally:
-        state.release()
 
 
 def check_inputs(config: Config, images: str | Path | None) -> None:
@@ -151,7 +138,10 @@ def _run(
                 words = check_prediction(host.denoiser, host.latent_shape, host.encode_text([""]))
             if words:
                 yield Warned(0, words)
-        for done, newest in make_pairs(host, config, prompts, pairs_folder):
+        warnings: list[str] = []
+        for done, newest in make_pairs(host, config, prompts, pairs_folder, warnings.append):
+            yield from (Warned(0, words) for words in warnings)
+            warnings.clear()
             yield PairsMade(done, config.pairs, "teacher pairs", newest)
         pairs = load_pairs(pairs_folder, config.pairs)
         reals = None

@@ -1,0 +1,81 @@
+"""What a distillation will take, told before it begins: memory, and time and disk of the teacher pairs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ...core.denoiser import Guidance
+from ..config import Config
+from ..data.affixes import Affixes
+from ..data.pairs import Teacher, pairs_size
+from ..data.prompts import draw_prompts
+from ..data.samples import Samples
+from ..host import Host
+from ..loop.start import begin
+from .memory import Memory, measure_memory, size_in_words
+from .words import duration
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Memory of a training; bytes on disk and seconds of making its `pairs` teacher pairs."""
+
+    memory: Memory
+    pairs: int
+    on_disk: int
+    seconds: float
+
+    def in_words(self, free: int | None = None) -> str:
+        """As `Memory.in_words`, with the pairs."""
+        making = f"about {duration(self.seconds)} to make and {size_in_words(self.on_disk)} on disk"
+        return f"{self.pairs} teacher pairs take {making}; {self.memory.in_words(free)}"
+
+
+def estimate(host: Host, config: Config, prompts: Sequence[str]) -> Estimate:
+    """Measure on two samples what making pairs of the prompts and training on them will take.
+
+    Raises ConfigError for settings that do not fit this model, DataError as `draw_prompts`.
+    """
+    affixes = Affixes.of(config)
+    drawn = draw_prompts(prompts, config.pairs, config.seed)
+    texts = {each for text in drawn for each in (affixes.teacher(text), affixes.student(text))}
+    cond = host.encode_text([""])
+    sample = Samples(torch.zeros(1, *host.latent_shape), cond, [""])
+    state = begin(host, config, sample)
+    try:
+        memory = measure_memory(state, sample, host.resolution)
+    finally:
+        state.release()
+    on_disk = pairs_size(host.latent_shape, cond, config.pairs, len(texts))
+    return Estimate(memory, config.pairs, on_disk, seconds_of_pairs(host, config, len(texts)))
+
+
+def seconds_of_pairs(host: Host, config: Config, texts: int) -> float:
+    """How long it takes to make the pairs with so many distinct texts, by one text and one pass of each kind."""
+    batch = min(config.batch_size, config.pairs)
+    guidance = Guidance.of(config)
+    teacher = Teacher(host, config)
+    cond = host.encode_text([""]).repeat(batch)
+    acts = [guidance.acts(host.denoiser.schedule, sigma) for sigma in teacher.sigmas[:-1]]
+    seconds = texts * _measured(lambda: host.encode_text([""]))
+    for guided in set(acts):
+        # One step, which is one pass; with guidance throughout, or with none.
+        one = replace(guidance, start=0.0, end=1.0) if guided else Guidance()
+        step = Teacher(host, config, one, teacher.sigmas[[0, -1]])
+        passes = acts.count(guided) * math.ceil(config.pairs / batch)
+        seconds += passes * _measured(lambda step=step: step.pictures(torch.arange(batch), cond))
+    return seconds
+
+
+@torch.no_grad()
+def _measured(work: Callable[[], object]) -> float:
+    """Seconds of the second of two runs: the first warms up."""
+    work()
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
