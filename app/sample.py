@@ -60,7 +60,7 @@ def command(commands: Any) -> None:
 
 def size(text: str) -> tuple[int, int]:
     """What argparse calls for WIDTHxHEIGHT."""
-    from ..trainer.checks import check_size
+    from ..trainer.sizes import check_size
 
     match = re.fullmatch(r"(\d{1,6})[xX×](\d{1,6})", text.strip())
     if match is None:

@@ -65,6 +65,7 @@ class StudentCard:
     targets: str = "all"
     training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    sizes: str = ""
     guidance_rescale: float = 0.0
     guidance_start: float = 0.0
     guidance_end: float = 1.0
@@ -173,7 +174,7 @@ class StudentCard:
             begin + ("." if single else f"; the longest schedule is {', '.join(map(str, self.timesteps))}."),
             f"  The network predicts {self.prediction}, "
             + ("as the base model does." if own else f"where the base model predicts {self.base_prediction}."),
-            f"Resolution: {width} x {height}.",
+            f"Resolution: {self.sizes or f'{width} x {height}'}.",
         ]
         for title, table in (("Training", self.training), ("Metrics", self.metrics)):
             if table:

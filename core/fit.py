@@ -51,6 +51,7 @@ def check_fit(
             f"{base.architecture}: load {card.base_model}, its base"
         )
     if base.prediction and base.prediction != card.base_prediction:
+        readable = same and {base.prediction, card.base_prediction} == {"eps", "v"}
         load = f"load {card.base_model}, its base"
         # Forge takes each Stable Diffusion 2 for one of eps, unless a file says otherwise.
         setting = (
@@ -59,7 +60,7 @@ def check_fit(
         )
         raise CardError(
             f"{student} was made for a model that predicts {card.base_prediction}, the loaded one predicts "
-            f"{base.prediction}: {setting if same else load}"
+            f"{base.prediction}: {setting if readable else load}"
         )
     said = []
     if base.name and _stem(base.name) == _stem(card.base_model):

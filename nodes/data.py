@@ -20,7 +20,7 @@ from ..trainer.data.pairs import make_pairs, pairs_key
 from ..trainer.data.pictures import read_pictures
 from ..trainer.data.prompts import ANYTHING, draw_prompts, prompt_lines, read_prompts
 from ..trainer.data.walk import stamp
-from ..trainer.groups import OF_GUIDANCE, OF_IMAGES, OF_PAIRS, OF_PROMPTS
+from ..trainer.groups import OF_GUIDANCE, OF_IMAGES, OF_PAIRS, OF_PROMPTS, OF_SIZES
 from ..trainer.run.events import PairsMade
 from ..trainer.run.monitor import Monitor
 from .graph import file_names
@@ -205,7 +205,7 @@ class TeacherPairs(io.ComfyNode):
                 io.Int.Input("height", default=512, min=16, max=4096, step=8, tooltip="Pixels; as you will sample it."),
                 *widgets(OF_PAIRS),
                 io.Int.Input("at_once", default=4, min=1, max=256, tooltip="Pictures that are made at a time."),
-                *widgets((*OF_PROMPTS, *OF_GUIDANCE), optional=True),
+                *widgets((*OF_PROMPTS, *OF_GUIDANCE, *OF_SIZES), optional=True),
             ],
             outputs=[PAIRS.Output("PAIRS", display_name="PAIRS", tooltip="For Distill.")],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id, io.Hidden.extra_pnginfo],

@@ -20,7 +20,7 @@ from torch import nn
 
 from ..core.families import recognise, suspect
 from ..core.gradient_checkpointing import blocks
-from ..trainer.checks import check_inside, check_name, check_size
+from ..trainer.checks import check_inside, check_name
 from ..trainer.config import ConfigError
 from ..trainer.data.files import write_whole
 from ..trainer.data.images import check_pictures
@@ -35,6 +35,7 @@ from ..trainer.run.memory import is_out_of_memory
 from ..trainer.run.monitor import Monitor
 from ..trainer.run.session import PLAIN, Session
 from ..trainer.run.words import duration
+from ..trainer.sizes import check_size
 from . import limits, runs
 from .backend import Backend
 from .pictures import data_urls

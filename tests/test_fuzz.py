@@ -15,7 +15,7 @@ from turbodistill.core.card import KEY, CardError, StudentCard, read_card, read_
 from turbodistill.core.families import by_file
 from turbodistill.page import curves, runs
 from turbodistill.page.request import Request
-from turbodistill.trainer.checks import check_name, check_size
+from turbodistill.trainer.checks import check_name
 from turbodistill.trainer.config import Config, ConfigError
 from turbodistill.trainer.data.files import DataError, checksum, read_tensors
 from turbodistill.trainer.data.images import check_pictures, load_picture
@@ -26,6 +26,7 @@ from turbodistill.trainer.loop.distill import Step
 from turbodistill.trainer.loop.health import Health
 from turbodistill.trainer.run.history import History, read_rows
 from turbodistill.trainer.run.monitor import Monitor
+from turbodistill.trainer.sizes import check_size
 
 OURS = (CardError, ConfigError, DataError)
 CARD = StudentCard("lora", "toy", "0" * 16, "sd", "x0", "eps", (999, 499), 4.0, (64, 64), rank=4, alpha=4.0)

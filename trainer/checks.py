@@ -7,10 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .config import LARGEST, ConfigError
+from .config import ConfigError
 from .data.files import DataError, check_file
 
-SMALLEST = 16  # pixels of a side
 LONGEST = 100  # letters of a name
 # What Windows takes for a device, whatever follows the first dot.
 DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])(\.|$)", re.IGNORECASE)
@@ -25,13 +24,6 @@ def check_name(name: str) -> str:
     if len(name.encode()) > LONGEST:
         raise ConfigError(f"name is {name[:20]!r}..., {len(name)} letters: give at most {LONGEST}")
     return name
-
-
-def check_size(width: int, height: int) -> None:
-    """Raise ConfigError for a size in pixels that no model here can make."""
-    for name, side in (("width", width), ("height", height)):
-        if not SMALLEST <= side <= LARGEST or side % 8:
-            raise ConfigError(f"{name} is {side}: give a multiple of 8 from {SMALLEST} to {LARGEST}")
 
 
 def check_inside(path: str | Path, folders: Sequence[Path] | None) -> Path:

@@ -18,14 +18,15 @@ from ..core.sampling import TEACHER_SAMPLERS
 from ..core.student import PREDICTIONS
 from .data.files import DataError, check_file, path_of, read_text
 from .setting import KINDS, ConfigError, check_value, option, shown, told_names
+from .sizes import LARGEST, sizes_of
 
 MOST_PAIRS = 1_000_000
 MOST_UPDATES = 10_000_000
 MOST_MINUTES = 100_000  # two months
 MOST_SEED = 2**63 - 1  # of a picture's noise
-LARGEST = 4096  # pixels of a side
 LEAST_LR = 1e-9  # with less, or nothing, a training only takes time
 MOST_LETTERS = 4000  # of a prompt
+FEWEST_OF_SIZE = 4  # pairs
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,13 @@ class Config:
         "data",
         low=1,
         high=30,
+    )
+    sizes: str = option(
+        "",
+        "Sizes of the pairs in pixels, separated by commas, such as 1024x1024, 832x1216, 1216x832: the student learns "
+        "them all, a batch is of one. Empty is the one size that is asked for.",
+        "data",
+        high=200,
     )
     guidance_rescale: float = option(
         0.0,
@@ -392,6 +400,8 @@ class Config:
             check_value(f, value)
         for name in ("init_student", "pixel_backbone"):
             object.__setattr__(self, name, path_of(getattr(self, name)))
+        if (count := len(sizes_of(self.sizes))) and self.pairs < FEWEST_OF_SIZE * count:
+            raise ConfigError(f"pairs is {self.pairs}: {count} sizes need at least {FEWEST_OF_SIZE * count}")
         if self.student_steps > self.start_timestep + 1:
             raise ConfigError(
                 f"student_steps is {self.student_steps}: start_timestep {self.start_timestep} allows at most "

@@ -9,10 +9,11 @@ from .config import Config
 # What forms ask for at once: what decides the pairs, what pictures need, what a training needs. All else is advanced.
 OF_PAIRS = ("pairs", "pair_steps", "pair_sampler", "guidance", "seed")
 OF_GUIDANCE = ("guidance_rescale", "guidance_start", "guidance_end")
+OF_SIZES = ("sizes",)
 OF_PROMPTS = ("negative_prompt", "prompt_prefix", "prompt_suffix", "bake_affixes")
 OF_IMAGES = ("broken_pictures",)
 OF_DISTILL = ("rank", "updates", "batch_size", "gradient_checkpointing")
 # What hosts cannot do yet, which have no gradients through their autoencoder: their forms leave it out.
 OF_PIXELS = ("pixel_backbone", "pixel_size")
-ASKED = OF_PAIRS + OF_GUIDANCE + OF_PROMPTS + OF_IMAGES + OF_DISTILL + OF_PIXELS
+ASKED = OF_PAIRS + OF_SIZES + OF_GUIDANCE + OF_PROMPTS + OF_IMAGES + OF_DISTILL + OF_PIXELS
 ADVANCED = tuple(f.name for f in dataclasses.fields(Config) if f.name not in ASKED)

@@ -31,6 +31,10 @@ class Host(Protocol):
     latent_shape: tuple[int, int, int]  # (C, H, W) at the resolution worked at
     resolution: tuple[int, int]  # (width, height) in pixels
 
+    def sized(self, width: int, height: int, /) -> Host:
+        """The same model at another size of pictures in pixels; raises ValueError for one that it cannot make."""
+        ...
+
     def encode_text(self, prompts: list[str]) -> Cond:
         """Prompts -> a batch of conditions; the empty prompt is the unconditional one."""
         ...

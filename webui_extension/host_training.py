@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -69,10 +70,7 @@ class WebUIHost:
         text_encoder: nn.Module,
         joint: bool = False,
     ):
-        width, height = self.resolution = size
-        if width % FACTOR or height % FACTOR:
-            raise ValueError(f"{width} x {height} pixels: give multiples of {FACTOR}, which the VAE works in")
-        self.latent_shape = (channels, height // FACTOR, width // FACTOR)
+        self._resize(channels, *size)
         self.model, self.denoiser, self.joint = model, denoiser, joint
         self._encode, self._others = encode, others
         self.name = Path(model.sd_checkpoint_info.filename).name
@@ -81,6 +79,18 @@ class WebUIHost:
         self.base_hash = fingerprint(denoiser.backbone)
         settings = {name: getattr(shared.opts, name, None) for name in TEXT_SETTINGS}
         self.text_hash = fingerprint(text_encoder) + hashlib.sha256(str(settings).encode()).hexdigest()[:8]
+
+    def _resize(self, channels: int, width: int, height: int) -> None:
+        if width % FACTOR or height % FACTOR:
+            raise ValueError(f"{width} x {height} pixels: give multiples of {FACTOR}, which the VAE works in")
+        self.resolution = (width, height)
+        self.latent_shape = (channels, height // FACTOR, width // FACTOR)
+
+    def sized(self, width: int, height: int) -> WebUIHost:
+        """The same model at another size of pictures; raises ValueError for one that it cannot make."""
+        other = copy.copy(self)
+        other._resize(self.latent_shape[0], width, height)
+        return other
 
     def encode_text(self, prompts: Sequence[str]) -> Cond:
         """Prompts -> a batch of conditions, on the CPU, as the host makes them; the empty one as its negative prompt.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -125,17 +126,26 @@ class ComfyUIHost:
         self.architecture = architecture(model)
         self.base_hash = model_hash(model)
         self.text_hash = clip_hash(clip)
-        self.resolution = (width, height)
-        factor = vae.spacial_compression_encode()
-        if width % factor or height % factor:
-            raise ValueError(f"{width} x {height} pixels: give multiples of {factor}, which the VAE works in")
         channels = model.get_model_object("latent_format").latent_channels
         if vae.latent_channels != channels:
             raise ValueError(
                 f"the VAE makes latents of {vae.latent_channels} channels, the model wants {channels}: connect the VAE "
                 "that belongs to it"
             )
+        self._resize(channels, width, height)
+
+    def _resize(self, channels: int, width: int, height: int) -> None:
+        factor = self.vae.spacial_compression_encode()
+        if width % factor or height % factor:
+            raise ValueError(f"{width} x {height} pixels: give multiples of {factor}, which the VAE works in")
+        self.resolution = (width, height)
         self.latent_shape = (channels, height // factor, width // factor)
+
+    def sized(self, width: int, height: int) -> ComfyUIHost:
+        """The same model at another size of pictures; raises ValueError for one that the VAE does not work in."""
+        other = copy.copy(self)
+        other._resize(self.latent_shape[0], width, height)
+        return other
 
     @contextmanager
     def _others(self) -> Iterator[None]:

@@ -54,7 +54,7 @@ def test_nodes(fuzz, found, nodes, graph, places, comfyui, student_of, toys, sav
     monkeypatch.setenv("HOME", str(places.input))
     made, began = set(), []
 
-    def pairs_made(loaded, config, prompts, folder):
+    def pairs_made(loaded, config, prompts, folder, warn):
         began.append(loaded.resolution)
         yield config.pairs, torch.zeros(1, *loaded.latent_shape)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import turbodistill
 from turbodistill.trainer.config import RESUMABLE, Config
-from turbodistill.trainer.groups import OF_DISTILL, OF_GUIDANCE, OF_IMAGES, OF_PAIRS, OF_PIXELS, OF_PROMPTS
+from turbodistill.trainer.groups import OF_DISTILL, OF_GUIDANCE, OF_IMAGES, OF_PAIRS, OF_PIXELS, OF_PROMPTS, OF_SIZES
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 PAGES = Path(turbodistill.__file__).parent / "web" / "docs"
@@ -40,7 +40,11 @@ def test_the_page_lists_every_setting_in_its_group(listed):
 
 
 def test_it_says_defaults_help_and_choices_as_the_trainer_does(listed):
-    of_others = {"Image Folder": OF_IMAGES, "Teacher Pairs": OF_PAIRS + OF_PROMPTS + OF_GUIDANCE, "Distill": OF_DISTILL}
+    of_others = {
+        "Image Folder": OF_IMAGES,
+        "Teacher Pairs": OF_PAIRS + OF_PROMPTS + OF_GUIDANCE + OF_SIZES,
+        "Distill": OF_DISTILL,
+    }
     asked = {name: node for node, names in of_others.items() for name in names}
     for name, field in FIELDS.items():
         if name in asked:

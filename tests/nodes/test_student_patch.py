@@ -95,7 +95,8 @@ def test_it_is_sampled_as_its_card_says(nodes, toys, model_of, student_of, saved
 @pytest.mark.parametrize(("made_for", "connected"), [("v", "eps"), ("eps", "flow"), ("flow", "v")])
 def test_a_base_of_another_prediction_is_refused(nodes, toys, model_of, student_of, saved, rank, made_for, connected):
     tensors, card = read_student(saved(student_of(toys.conv(made_for), rank)))
-    with pytest.raises(CardError, match=f"file was made for .* predicts {made_for}, .* predicts {connected}: load toy"):
+    advice = "it is the right file, read wrongly" if "flow" not in (made_for, connected) else "load toy"
+    with pytest.raises(CardError, match=f"file was made for .* predicts {made_for}, .* predicts {connected}: {advice}"):
         nodes.patcher.with_student(model_of(toys.conv(connected)), tensors, card, 1.0, "file")
 
 

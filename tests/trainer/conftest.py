@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import importlib.util
 import zlib
@@ -51,6 +52,11 @@ class ToyHost:
     def __init__(self, denoiser: Denoiser):
         self.denoiser = denoiser
         self.base_hash = fingerprint(denoiser.backbone)
+
+    def sized(self, width: int, height: int) -> ToyHost:
+        other = copy.copy(self)
+        other.resolution, other.latent_shape = (width, height), (4, height // 4, width // 4)
+        return other
 
     def encode_text(self, prompts: list[str]) -> Cond:
         seeds = [zlib.crc32(p.encode()) for p in prompts]

@@ -4,9 +4,10 @@ import dataclasses
 import math
 
 import pytest
-from turbodistill.trainer.checks import check_inside, check_name, check_size, check_text_file, foreign
+from turbodistill.trainer.checks import check_inside, check_name, check_text_file, foreign
 from turbodistill.trainer.config import Config, ConfigError
 from turbodistill.trainer.data.files import DataError, path_of
+from turbodistill.trainer.sizes import check_size
 
 # What no file may be called, on one system or another, or what leads elsewhere.
 UNUSABLE = [

@@ -74,7 +74,7 @@ def other(field):
     if field.metadata["choices"]:
         return next(c for c in field.metadata["choices"] if c != field.default)
     if isinstance(field.default, str):
-        return "blocks"
+        return {"sizes": "64x64"}.get(field.name, "blocks")
     low, high = field.metadata["low"], field.metadata["high"]
     value = field.default + 1
     if high is not None and value > high:

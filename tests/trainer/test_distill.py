@@ -10,9 +10,10 @@ from turbodistill.core import losses
 from turbodistill.core.schedule import expand
 from turbodistill.trainer.config import LEAST_LR
 from turbodistill.trainer.data.samples import Samples
+from turbodistill.trainer.loop import batch as drawing
 from turbodistill.trainer.loop import distill as loop
 from turbodistill.trainer.loop import steps
-from turbodistill.trainer.loop.batch import draw_batch, generator
+from turbodistill.trainer.loop.batch import Reals, draw_batch, generator
 from turbodistill.trainer.loop.distill import Diverged, distill
 
 ALONE = {"adversarial_weight": 0.0, "regression_weight": 0.0}
@@ -136,7 +137,7 @@ def test_a_step_names_the_losses_that_made_it(kit, host, tmp_path, changes, name
 
 def test_the_discriminator_learns_first_on_the_pairs_own_noise(kit, host, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(loop, "draw_batch", lambda *args: drawn.append(args[-1]) or draw_batch(*args))
+    monkeypatch.setattr(drawing, "draw_batch", lambda *args: drawn.append(args[-1]) or draw_batch(*args))
     settings = {
         "regression_updates": 3,
         "discriminator_warmup": 2,
@@ -276,7 +277,7 @@ def test_without_a_discriminator_all_noise_is_the_pairs(kit, host, tmp_path):
 def test_positives_are_mixed_by_their_share_with_their_own_text(kit, host, tmp_path):
     state, samples = start(kit, host, tmp_path, positives="both", real_share=0.25, batch_size=400)
     pictures = reals(host)
-    beside = loop.Reals.beside(samples, pictures)
+    beside = Reals.beside(samples, pictures)
     batch = draw_batch(state.config, state.student, samples, beside, generator(0, 0))
     of_teacher = (batch.positive == batch.target).flatten(1).all(1)
     assert 0.15 < 1 - of_teacher.float().mean() < 0.35
@@ -288,7 +289,7 @@ def test_a_pair_is_judged_beside_the_picture_of_its_own_prompt(kit, host, tmp_pa
     state, samples = start(kit, host, tmp_path, positives="real", batch_size=400)
     pictures = reals(host)
     pictures.prompts[2], pictures.prompts[4] = samples.prompts[0], samples.prompts[7]
-    beside = loop.Reals.beside(samples, pictures)
+    beside = Reals.beside(samples, pictures)
     batch = draw_batch(state.config, state.student, samples, beside, generator(0, 0))
 
     def shown(pair):

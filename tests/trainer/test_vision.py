@@ -9,9 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
 from turbodistill.core.features import VisionFeatures
 from turbodistill.trainer.config import ConfigError
-from turbodistill.trainer.loop import distill as loop
 from turbodistill.trainer.loop import start, steps
-from turbodistill.trainer.loop.batch import draw_batch, generator
+from turbodistill.trainer.loop.batch import Reals, draw_batch, generator
 from turbodistill.trainer.loop.distill import Step
 from turbodistill.trainer.loop.feature_cache import FeatureCache
 from turbodistill.trainer.loop.pixel_backbone import load_vision
@@ -123,7 +122,7 @@ def test_maps_are_kept_by_the_picture_that_they_are_of(kit, host, settings, tmp_
     config = settings(positives="both", batch_size=64)
     samples = kit.pairs(host, config, tmp_path)
     state = kit.state(host, config, samples)
-    reals = loop.Reals.beside(samples, replace(samples, latents=-samples.latents[:]))
+    reals = Reals.beside(samples, replace(samples, latents=-samples.latents[:]))
     batch = draw_batch(config, state.student, samples, reals, generator(0, 0))
     assert batch.positive_key.min() < 0 <= batch.positive_key.max()
     for key, positive in zip(batch.positive_key.tolist(), batch.positive, strict=True):

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ...core.rights import RIGHTS
@@ -90,6 +90,13 @@ def load_picture(picture: Picture, size: tuple[int, int]) -> Tensor:
     left, top = (scaled.width - width) // 2, (scaled.height - height) // 2
     cropped = scaled.crop((left, top, left + width, top + height))
     return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 255
+
+
+def shape_of(picture: Picture) -> tuple[int, int]:
+    """Width and height in pixels, the right way up; raises DataError for a file that cannot be read."""
+    with _said_of(picture), picture.open() as file, _opened(file) as image:
+        lies = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return (image.height, image.width) if lies else (image.width, image.height)
 
 
 def load_some(pictures: Sequence[Picture], size: tuple[int, int], count: int) -> list[Tensor]:

@@ -26,6 +26,7 @@ from .files import DataError, OtherRun, log, read_tensors
 from .lock import locked
 from .prompts import draw_prompts
 from .samples import SHARD, Samples, Shard, load_samples, read_shard, write_shard
+from .sizes import OfSize, by_size
 
 FLAT = 1e-4  # standard deviation of latents in which there is nothing to see
 ANOTHER = 2**31  # from a seed to that of another noise, which no pair has: generators tell seeds by their last 32 bits
@@ -35,7 +36,7 @@ ADDED = ("negative prompt", *NAMES, *(name.replace("_", " ") for name in OF_GUID
 
 def pairs_recipe(host: Host, config: Config, prompts: Sequence[str]) -> dict[str, str]:
     """What decides pairs, by the words in which a user knows it; `prompts` with their choices not yet drawn."""
-    _, height, width = host.latent_shape
+    shares = by_size(host, config, prompts, Path())
     # A host's nodes and settings change how the same weights are read.
     levels = [f"{sigma:.4g}" for sigma in trailing_sigmas(host.denoiser.schedule, 4).tolist()]
     return {
@@ -44,7 +45,7 @@ def pairs_recipe(host: Host, config: Config, prompts: Sequence[str]) -> dict[str
         "steps": str(config.pair_steps),
         "guidance": str(config.guidance),
         "seed": str(config.seed),
-        "size": f"{width} x {height} (of latents)",
+        "size": ", ".join(f"{s.host.latent_shape[2]} x {s.host.latent_shape[1]}" for s in shares) + " (of latents)",
         "prompts": digest(json.dumps(list(prompts))),
     } | _words(config)
 
@@ -105,10 +106,20 @@ def make_pairs(
     has prefix and suffix, and its guidance moves away from the negative prompt. A broken shard is made again, and so is
     a pair that is no picture, from another noise; `warn` is told of each. Raises DataError for prompts that are none
     and for a pair that is no picture again, OtherRun for pairs of another recipe, and InUse while somebody else makes
-    pairs there.
+    pairs there. Of several sizes each has a folder within.
     """
+    draw_prompts(prompts, 0)  # or a text would be taken for a list of letters
+    done = 0
+    for share in by_size(host, config, prompts, Path(folder)):
+        for made, newest in _make(share, warn):
+            yield done + made, newest
+        done += share.config.pairs
+
+
+def _make(share: OfSize, warn: Callable[[str], None]) -> Iterator[tuple[int, Tensor]]:
+    """`make_pairs` of one size."""
+    host, config, prompts, folder = share.host, share.config, share.prompts, share.folder
     texts = draw_prompts(prompts, config.pairs, config.seed)
-    folder = Path(folder)
     recipe, key = pairs_recipe(host, config, prompts), pairs_key(host, config, prompts)
     teacher = Teacher(host, config)
     affixes = Affixes.of(config)

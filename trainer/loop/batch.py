@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from ...core.schedule import expand
 from ...core.student import Student
 from ..config import Config
 from ..data.samples import Samples
+from ..sizes import MOST_SIZES
 
 
 def generator(seed: int, update: int, purpose: int = 0) -> torch.Generator:
@@ -57,6 +59,36 @@ class Reals:
         """The reals of the given pairs' prompts; `other` where there is none."""
         own = self.of_pair[pairs]
         return torch.where(own >= 0, own, other)
+
+
+@dataclass(frozen=True)
+class Group:
+    """What is trained on of one size of pictures; `number` tells groups of one training apart."""
+
+    pairs: Samples
+    uncond: Cond  # one row: what guidance moves away from
+    reals: Reals | None = None
+    number: int = 0
+
+    @staticmethod
+    def of(pairs: Samples, uncond: Cond, pictures: Samples | None = None, number: int = 0) -> Group:
+        """Pairs with the real pictures of their size, if there are any."""
+        reals = None if pictures is None else Reals.beside(pairs, pictures)
+        return Group(pairs, uncond, reals, number)
+
+    def batch(self, config: Config, student: Student, draws: torch.Generator, fresh: float = 0.0) -> Batch:
+        """As `draw_batch`, with keys that tell the pictures of all groups apart."""
+        batch = draw_batch(config, student, self.pairs, self.reals, draws, fresh)
+        key = batch.positive_key
+        return replace(batch, positive_key=key * MOST_SIZES + torch.where(key < 0, -self.number, self.number))
+
+
+def draw_group(groups: Sequence[Group], draws: torch.Generator) -> Group:
+    """One of the groups, as often as it has pairs; where there is one, nothing is drawn."""
+    if len(groups) == 1:
+        return groups[0]
+    pairs = torch.tensor([float(len(group.pairs)) for group in groups])
+    return groups[int(torch.multinomial(pairs, 1, generator=draws))]
 
 
 def draw_batch(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...core.denoiser import Cond
 from ...core.exclusive import exclusive
 from ..data.samples import Samples
-from .batch import Reals, draw_batch, generator
+from .batch import Group, draw_group, generator
 from .feature_cache import FeatureCache
 from .health import Health, HealthParts, health_parts
 from .precision import autocast
@@ -45,24 +45,29 @@ class Step:
 
 
 def distill(state: State, pairs: Samples, uncond: Cond, pictures: Samples | None = None) -> Generator[Step, None, None]:
+    """Train on pairs of one size, and pictures of it: as `distill_groups`."""
+    return distill_groups(state, [Group.of(pairs, uncond, pictures)])
+
+
+def distill_groups(state: State, groups: Sequence[Group]) -> Generator[Step, None, None]:
     """Train from `state.update` to `config.updates` (or `config.minutes`), yielding a Step after each update.
 
-    Of `pictures`, which are real, the discriminator sees that of the pair's own prompt where there is one.
+    Each batch is of one group, drawn by its number of pairs. Of pictures, which are real, the discriminator sees that
+    of the pair's own prompt where there is one.
     The state lies whole between two yields, so closing the generator cancels; the teacher's flags
     are restored then. Raises Diverged when a loss or gradient is not finite, before it is applied.
     """
     scoring = state.fake_score.denoiser.training() if state.fake_score else nullcontext()
     student = state.student
-    uncond = uncond.to(student.device)
+    groups = [replace(group, uncond=group.uncond.to(student.device)) for group in groups]
     state.feature_cache = FeatureCache()  # keys tell pictures of this call apart
-    reals = None if pictures is None else Reals.beside(pairs, pictures)
     with student.training(), scoring, state.checkpointed():
         while not state.finished:
             # Spectral norms advance with every pass of the heads: an update that is broken off must not leave its own.
             norms = [buffer.clone() for buffer in state.discriminator.buffers()]
             try:
                 with exclusive(student.teacher.backbone):
-                    step = _update(state, pairs, uncond, reals)
+                    step = _update(state, groups)
             except BaseException:
                 if state.whole:
                     for buffer, before in zip(state.discriminator.buffers(), norms, strict=True):
@@ -71,23 +76,21 @@ def distill(state: State, pairs: Samples, uncond: Cond, pictures: Samples | None
             yield step
 
 
-def _update(state: State, pairs: Samples, uncond: Cond, reals: Reals | None) -> Step:
+def _update(state: State, groups: Sequence[Group]) -> Step:
     """One update of everything that is trained. `state.whole` is False while it is being applied."""
     config, began = state.config, time.monotonic()
     phase = Phase.of(state)
     set_learning_rates(state)
     if phase.discriminator:
         for extra in range(1, config.discriminator_updates):
-            _discriminator_update(state, pairs, reals, generator(config.seed, state.update, extra), phase)
+            _discriminator_update(state, groups, generator(config.seed, state.update, extra), phase)
     draws, share = generator(config.seed, state.update), 1 / config.gradient_accumulation
-    batches = [
-        draw_batch(config, state.student, pairs, reals, draws, phase.fresh_noise_share)
-        for _ in range(config.gradient_accumulation)
-    ]
+    drawn = [draw_group(groups, draws) for _ in range(config.gradient_accumulation)]
+    batches = [group.batch(config, state.student, draws, phase.fresh_noise_share) for group in drawn]
     parts: list[dict[str, Tensor]] = []
     made, critic = StudentStep(batches[0].x, {}), DiscriminatorStep({})
-    for batch in batches:
-        made = student_step(state, batch, uncond, phase, share)
+    for group, batch in zip(drawn, batches, strict=True):
+        made = student_step(state, batch, group.uncond, phase, share)
         parts.append(made.losses)
         if phase.discriminator:
             critic = discriminator_step(state, batch, made, share)
@@ -143,15 +146,13 @@ def _optimizers(state: State, phase: Phase) -> dict[str, tuple[nn.Module, torch.
     return found | {"student": (state.student.trained, state.optimizer)}
 
 
-def _discriminator_update(
-    state: State, pairs: Samples, reals: Reals | None, draws: torch.Generator, phase: Phase
-) -> None:
+def _discriminator_update(state: State, groups: Sequence[Group], draws: torch.Generator, phase: Phase) -> None:
     """One more discriminator update, on batches of its own, as many as the student's."""
     config, student = state.config, state.student
     fresh = config.fresh_noise_share if phase.adversarial else 0.0
     state.whole = False
     for _ in range(config.gradient_accumulation):
-        batch = draw_batch(config, student, pairs, reals, draws, fresh)
+        batch = draw_group(groups, draws).batch(config, student, draws, fresh)
         with torch.no_grad(), autocast(config, student):
             made = StudentStep(student(batch.x, batch.sigma, batch.cond).float(), {})
         discriminator_step(state, batch, made, 1 / config.gradient_accumulation)

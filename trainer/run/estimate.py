@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -15,6 +16,7 @@ from ..data.affixes import Affixes
 from ..data.pairs import Teacher, pairs_size
 from ..data.prompts import draw_prompts
 from ..data.samples import Samples
+from ..data.sizes import by_size
 from ..host import Host
 from ..loop.start import begin
 from .memory import Memory, measure_memory, size_in_words
@@ -42,17 +44,22 @@ def estimate(host: Host, config: Config, prompts: Sequence[str]) -> Estimate:
     Raises ConfigError for settings that do not fit this model, DataError as `draw_prompts`.
     """
     affixes = Affixes.of(config)
-    drawn = draw_prompts(prompts, config.pairs, config.seed)
-    texts = {each for text in drawn for each in (affixes.teacher(text), affixes.student(text))}
-    cond = host.encode_text([""])
-    sample = Samples(torch.zeros(1, *host.latent_shape), cond, [""])
-    state = begin(host, config, sample)
+    shares = by_size(host, config, prompts, Path())
+    largest = max((share.host for share in shares), key=lambda host: math.prod(host.resolution))
+    cond = largest.encode_text([""])
+    sample = Samples(torch.zeros(1, *largest.latent_shape), cond, [""])
+    state = begin(largest, config, sample)
     try:
-        memory = measure_memory(state, sample, host.resolution)
+        memory = measure_memory(state, sample, largest.resolution)
     finally:
         state.release()
-    on_disk = pairs_size(host.latent_shape, cond, config.pairs, len(texts))
-    return Estimate(memory, config.pairs, on_disk, seconds_of_pairs(host, config, len(texts)))
+    on_disk, seconds = 0, 0.0
+    for share in shares:
+        drawn = draw_prompts(share.prompts, share.config.pairs, config.seed)
+        texts = {each for text in drawn for each in (affixes.teacher(text), affixes.student(text))}
+        on_disk += pairs_size(share.host.latent_shape, cond, share.config.pairs, len(texts))
+        seconds += seconds_of_pairs(share.host, share.config, len(texts))
+    return Estimate(memory, config.pairs, on_disk, seconds)
 
 
 def seconds_of_pairs(host: Host, config: Config, texts: int) -> float:

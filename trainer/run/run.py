@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,20 +17,21 @@ from ...core.exclusive import exclusive
 from ...core.header import no_file
 from ..config import Config, ConfigError
 from ..data.affixes import Affixes
-from ..data.found import BROKEN
+from ..data.found import BROKEN, Found
 from ..data.images import cache_images, check_pictures, load_images
 from ..data.lock import locked
 from ..data.pairs import load_pairs, make_pairs, pairs_recipe
 from ..data.pictures import check_place, read_pictures
 from ..data.prompts import check_texts
 from ..data.samples import Samples
+from ..data.sizes import by_size, pictures_by_size
 from ..host import Host
 from ..loop.start import begin, check, features
 from ..prediction_check import check_prediction
 from .events import Control, Event, PairsMade, Warned
 from .memory import PREVIEWS, OutOfMemory, advice, is_out_of_memory
 from .scores import Score, latent_score
-from .training import Training, check_saved, pictures_recipe
+from .training import Part, Training, check_saved, pictures_recipe
 
 HELD_OUT = 96  # pairs, at most, that are kept from training to choose the best student by
 FEWEST = 4  # of them, with which every score works
@@ -100,6 +101,28 @@ def run(
         raise OutOfMemory(out_of_memory)
 
 
+def _with_pictures(
+    parts: Sequence[Part], config: Config, found: Found, folder: Path
+) -> Generator[Event, None, list[Part]]:
+    """Encode pictures, each at the size that fits its shape; the parts with them. Yields what is done."""
+    with_them, done = [], 0
+    of_sizes = pictures_by_size(found, [part.host.resolution for part in parts])
+    for part, own in zip(parts, of_sizes, strict=True):
+        width, height = part.host.resolution
+        place = folder if len(parts) == 1 else folder / f"{width}x{height}"
+        if own.pictures:
+            for made, newest in cache_images(part.host, own, place, config.broken_pictures, Affixes.of(config)):
+                yield PairsMade(done + made, len(found.pictures), "pictures", newest)
+            part = replace(part, reals=load_images(place, own.usable))
+        done += len(own.pictures)
+        if left := own.left.get(BROKEN):
+            found.leave(BROKEN, left.first, left.words, left.count)
+        with_them.append(part)
+    if BROKEN in found.left:
+        yield Warned(0, found.in_words())
+    return with_them
+
+
 @dataclass
 class _Doing:
     """What a run is at, for its errors."""
@@ -143,23 +166,19 @@ def _run(
             yield from (Warned(0, words) for words in warnings)
             warnings.clear()
             yield PairsMade(done, config.pairs, "teacher pairs", newest)
-        pairs = load_pairs(pairs_folder, config.pairs)
-        reals = None
+        parts = []
+        for share in by_size(host, config, prompts, pairs_folder):
+            pairs = load_pairs(share.folder, share.config.pairs)
+            train_rows, held_rows = split(pairs)
+            parts.append(Part(share.host, pairs.select(train_rows), pairs.select(held_rows)))
         if found:
             doing.what = "encoding pictures"
-            affixes = Affixes.of(config)
-            for done, newest in cache_images(host, found, folder / IMAGES, config.broken_pictures, affixes):
-                yield PairsMade(done, len(found.pictures), "pictures", newest)
-            if BROKEN in found.left:
-                yield Warned(0, found.in_words())
-            reals = load_images(folder / IMAGES, found.usable)
-        train_rows, held_rows = split(pairs)
-        train, held = pairs.select(train_rows), pairs.select(held_rows)
+            parts = yield from _with_pictures(parts, config, found, folder / IMAGES)
         doing.what = "training"
         with exclusive(host.denoiser.backbone):
-            state = begin(host, config, pairs, seen)
+            state = begin(parts[0].host, config, parts[0].train, seen)
         state.extra |= {"pairs": recipe, "images": pictures_recipe(found)}
         try:
-            yield from Training(host, state, folder, train, held, reals, score, control).events()
+            yield from Training(parts[0].host, state, folder, parts, score, control).events()
         finally:
             state.release()

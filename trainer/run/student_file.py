@@ -10,7 +10,7 @@ from ...core.schedule import trailing_timesteps
 from ...core.student import student_bytes
 from ..config import Config
 from ..data.files import write_whole
-from ..groups import OF_GUIDANCE, OF_PROMPTS
+from ..groups import OF_GUIDANCE, OF_PROMPTS, OF_SIZES
 from ..host import Host
 from ..loop.state import State
 
@@ -42,7 +42,7 @@ def make_card(host: Host, state: State, metrics: dict[str, Any]) -> StudentCard:
             **{name: earlier[name] for name in ("init_error",) if name in earlier},
         },
         metrics=metrics,
-        **{name: getattr(config, name) for name in (*OF_GUIDANCE, *OF_PROMPTS)},
+        **{name: getattr(config, name) for name in (*OF_SIZES, *OF_GUIDANCE, *OF_PROMPTS)},
     )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,8 @@ from ..data.pairs import changes, digest
 from ..data.samples import Samples
 from ..host import Host
 from ..loop import health
-from ..loop.distill import Diverged, Step, distill
+from ..loop.batch import Group
+from ..loop.distill import Diverged, Step, distill_groups
 from ..loop.precision import autocast
 from ..loop.state import State, check_state
 from .events import Begun, Control, Event, Finished, Preview, Selected, Warned
@@ -121,16 +123,24 @@ def resume(state: State, folder: Path) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class Part:
+    """What is trained on of one size; `held` are the pairs by which the best student is chosen."""
+
+    host: Host
+    train: Samples
+    held: Samples
+    reals: Samples | None = None
+
+
 @dataclass
 class Training:
-    """A state with the data that it trains on, in a run's folder; `held` chooses the best student."""
+    """A state with the data that it trains on, in a run's folder: a part of each size, of which the first is shown."""
 
     host: Host
     state: State
     folder: Path
-    train: Samples
-    held: Samples
-    reals: Samples | None
+    parts: Sequence[Part]
     score: Score
     control: Control
     saved: bool = True  # whether the folder has the state as it is now
@@ -155,10 +165,14 @@ class Training:
         if resume(state, self.folder):
             log.info("going on from update %d", state.update)
         yield from self._begin()
-        uncond = self.host.encode_text([state.config.negative_prompt])
+        negative = [state.config.negative_prompt]
+        groups = [
+            Group.of(part.train, part.host.encode_text(negative), part.reals, number)
+            for number, part in enumerate(self.parts)
+        ]
         history = History(self.folder / HISTORY, state.update)
         try:
-            with closing(distill(state, self.train, uncond, self.reals)) as steps:
+            with closing(distill_groups(state, groups)) as steps:
                 for step in steps:
                     self.saved = False
                     history.add(step)
@@ -179,7 +193,8 @@ class Training:
         """What comes before the first update."""
         state, config = self.state, self.state.config
         with exclusive(self.host.denoiser.backbone):
-            memory = measure_memory(state, self.train, self.host.resolution)
+            largest = max(self.parts, key=lambda part: math.prod(part.host.resolution))
+            memory = measure_memory(state, largest.train, largest.host.resolution)
         yield Begun(state.update, memory)
         if not state.finished and (words := self._choose_anew()):
             yield Warned(0, words)
@@ -257,7 +272,8 @@ class Training:
 
     def preview(self) -> Preview:
         """The student's pictures of the first held-out pairs, beside the teacher's."""
-        held, rows = self.held, torch.arange(min(PREVIEWS, len(self.held)))
+        held = self.parts[0].held
+        rows = torch.arange(min(PREVIEWS, len(held)))
         pictures = student_pictures(self.state, held, rows)
         seeds = [] if held.seeds is None else held.seeds[rows].tolist()
         self.state.extra["previewed"] = self.state.update
@@ -265,8 +281,12 @@ class Training:
 
     def select(self) -> Selected:
         """Measure the student on the held-out pairs, and keep it if it is the best so far."""
-        state, held = self.state, self.held
-        value = self.score(student_pictures(state, held, torch.arange(len(held))), held.latents[:])
+        state = self.state
+        values = [
+            self.score(student_pictures(state, part.held, torch.arange(len(part.held))), part.held.latents[:])
+            for part in self.parts
+        ]
+        value = sum(values) / len(values)
         state.extra["measured"] = state.update
         best = value <= state.extra.get("best", float("inf")) or not self.kept
         if best:
