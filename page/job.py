@@ -27,6 +27,7 @@ from ..trainer.data.images import check_pictures
 from ..trainer.data.lock import InUse, locked
 from ..trainer.data.pairs import make_pairs, pairs_key
 from ..trainer.data.pictures import read_pictures
+from ..trainer.data.sizes import with_buckets
 from ..trainer.host import Host
 from ..trainer.run import run
 from ..trainer.run.estimate import Estimate, estimate
@@ -88,6 +89,7 @@ class Job:
             if self.config.broken_pictures == "stop":
                 check_pictures(found.pictures)
             captions = found.captions
+            self.config = with_buckets(self.config, found, self.size)
         self.prompts = request.lines(backend.prompts(), folders, captions)
         self.begun = time.time()
         self.result = ""  # what came of it, in words

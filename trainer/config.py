@@ -18,7 +18,7 @@ from ..core.sampling import TEACHER_SAMPLERS
 from ..core.student import PREDICTIONS
 from .data.files import DataError, check_file, path_of, read_text
 from .setting import KINDS, ConfigError, check_value, option, shown, told_names
-from .sizes import LARGEST, sizes_of
+from .sizes import BUCKETS, LARGEST, sizes_of
 
 MOST_PAIRS = 1_000_000
 MOST_UPDATES = 10_000_000
@@ -110,7 +110,8 @@ class Config:
     sizes: str = option(
         "",
         "Sizes of the pairs in pixels, separated by commas, such as 1024x1024, 832x1216, 1216x832: the student learns "
-        "them all, a batch is of one. Empty is the one size that is asked for.",
+        "them all, a batch is of one. 'buckets' takes those that your own pictures fit; empty is the one size that is "
+        "asked for.",
         "data",
         high=200,
     )
@@ -400,7 +401,8 @@ class Config:
             check_value(f, value)
         for name in ("init_student", "pixel_backbone"):
             object.__setattr__(self, name, path_of(getattr(self, name)))
-        if (count := len(sizes_of(self.sizes))) and self.pairs < FEWEST_OF_SIZE * count:
+        count = 0 if self.sizes == BUCKETS else len(sizes_of(self.sizes))
+        if count and self.pairs < FEWEST_OF_SIZE * count:
             raise ConfigError(f"pairs is {self.pairs}: {count} sizes need at least {FEWEST_OF_SIZE * count}")
         if self.student_steps > self.start_timestep + 1:
             raise ConfigError(

@@ -8,6 +8,7 @@ from .setting import ConfigError
 
 SMALLEST, LARGEST = 16, 4096  # pixels of a side
 MOST_SIZES = 16
+BUCKETS = "buckets"  # in place of sizes: those that the pictures of an image folder fit
 
 
 def check_size(width: int, height: int) -> None:
@@ -19,6 +20,8 @@ def check_size(width: int, height: int) -> None:
 
 def sizes_of(text: str) -> list[tuple[int, int]]:
     """Width and height of each size in "1024x1024, 832x1216", each once; raises ConfigError for one that cannot be."""
+    if text.strip() == BUCKETS:
+        raise ConfigError("sizes is 'buckets', which takes them from an image folder, and there is none: write them")
     found = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         sides = re.fullmatch(r"(\d{1,6}) ?[xX×] ?(\d{1,6})", part)

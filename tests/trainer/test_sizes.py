@@ -9,7 +9,7 @@ from turbodistill.core.card import read_card
 from turbodistill.trainer.config import Config, ConfigError
 from turbodistill.trainer.data.found import Found
 from turbodistill.trainer.data.pairs import load_pairs, make_pairs, pairs_recipe
-from turbodistill.trainer.data.sizes import by_size, pictures_by_size
+from turbodistill.trainer.data.sizes import by_size, pictures_by_size, with_buckets
 from turbodistill.trainer.loop import batch as drawing
 from turbodistill.trainer.loop.batch import draw_batch
 from turbodistill.trainer.run.estimate import estimate
@@ -161,3 +161,32 @@ def test_the_estimate_is_of_all_sizes(kit):
     large = estimate(unet.sized(64, 64), config, kit.WORDS)
     assert both.memory == large.memory and both.memory.activations > one.memory.activations
     assert one.on_disk < both.on_disk < large.on_disk
+
+
+@pytest.mark.parametrize(
+    ("resolution", "shapes", "expected"),
+    [
+        # Shapes that SDXL was trained with (its paper's appendix I), of pictures as cameras and phones make them.
+        ((1024, 1024), {(3000, 3000): 5, (3000, 2000): 5, (1080, 1920): 5}, "768x1344, 1024x1024, 1216x832"),
+        ((1024, 1024), {(3000, 3000): 95, (3000, 2000): 4}, "1024x1024"),  # too few of the other
+        ((512, 512), {(4000, 3000): 1, (3000, 4000): 1}, "448x576, 576x448"),
+        ((64, 64), {(48, 72): 1, (9000, 1000): 1}, "48x80, 88x40"),
+    ],
+)
+def test_buckets_are_shapes_of_the_pictures(resolution, shapes, expected):
+    found = Found("here")
+    for size, count in shapes.items():
+        file = io.BytesIO()
+        Image.new("1", size).save(file, "PNG")
+        for k in range(count):
+            found.add(f"{size}-{k}", "", "a", lambda content=file.getvalue(): io.BytesIO(content))
+    config = Config(sizes="buckets", pairs=64)
+    assert with_buckets(config, found, resolution).sizes == expected
+    assert with_buckets(Config(), found, resolution).sizes == ""
+
+
+def test_buckets_without_pictures_are_refused(kit, host, tmp_path):
+    with pytest.raises(
+        ConfigError, match="sizes is 'buckets', which takes them from an image folder, and there is none"
+    ):
+        kit.go(host, kit.config(sizes="buckets"), tmp_path)

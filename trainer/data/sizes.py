@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import Config
 from ..host import Host
-from ..sizes import sizes_of
+from ..sizes import BUCKETS, size_in_words, sizes_of
 from .files import DataError
 from .found import Found
 from .images import shape_of
@@ -45,6 +46,29 @@ def by_size(host: Host, config: Config, prompts: Sequence[str], folder: Path) ->
     return shares
 
 
+def with_buckets(config: Config, found: Found | None, resolution: tuple[int, int]) -> Config:
+    """The settings with the sizes that the pictures fit, of the area of `resolution`, where they ask for buckets.
+
+    As in aspect ratio bucketing: sides are multiples of 64 (of 8 for small pictures), no side is more than twice the
+    other, and of shapes that at least a twentieth of the pictures have, the eight most frequent count.
+    """
+    if config.sizes != BUCKETS or found is None:
+        return config
+    area = math.prod(resolution)
+    step = 64 if area >= 512**2 else 8
+    sides = range(step, math.isqrt(2 * area) + 1, step)
+    shapes = [(width, height) for width in sides if (height := area // width // step * step) in sides]
+    fitting = Counter(_nearest(shape_of(picture), shapes) for picture in found.pictures)
+    most = [shape for shape, count in fitting.most_common(8) if count * 20 >= len(found.pictures)]
+    return config.replace(sizes=size_in_words(sorted(most)))
+
+
+def _nearest(size: tuple[int, int], shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The shape whose proportion is nearest to that of `size`, the first of equals."""
+    width, height = size
+    return min(shapes, key=lambda other: abs(math.log(width * other[1] / height / other[0])))
+
+
 def pictures_by_size(found: Found, sizes: Sequence[tuple[int, int]]) -> list[Found]:
     """Pictures of one's own, each among those of the size whose shape is nearest to its own.
 
@@ -53,9 +77,8 @@ def pictures_by_size(found: Found, sizes: Sequence[tuple[int, int]]) -> list[Fou
     parts = [Found(found.place) for _ in sizes]
     for picture in found.pictures:
         try:
-            width, height = shape_of(picture) if len(sizes) > 1 else sizes[0]
+            nearest = _nearest(shape_of(picture), sizes) if len(sizes) > 1 else sizes[0]
         except DataError:
-            width, height = sizes[0]
-        shapes = [abs(math.log(width * other[1] / height / other[0])) for other in sizes]
-        parts[shapes.index(min(shapes))].pictures.append(picture)
+            nearest = sizes[0]
+        parts[sizes.index(nearest)].pictures.append(picture)
     return parts

@@ -24,7 +24,7 @@ from ..data.pairs import load_pairs, make_pairs, pairs_recipe
 from ..data.pictures import check_place, read_pictures
 from ..data.prompts import check_texts
 from ..data.samples import Samples
-from ..data.sizes import by_size, pictures_by_size
+from ..data.sizes import by_size, pictures_by_size, with_buckets
 from ..host import Host
 from ..loop.start import begin, check, features
 from ..prediction_check import check_prediction
@@ -146,6 +146,7 @@ def _run(
     with locked(folder):
         pairs_folder = Path(pairs_folder or folder / "pairs")
         found = None if images is None else read_pictures(images, config.broken_pictures)
+        config = with_buckets(config, found, host.resolution)
         seen = features(host, config)  # a setting that does not fit this model is reported before hours of pairs
         check(host, config)
         recipe = pairs_recipe(host, config, prompts)
