@@ -1,6 +1,7 @@
 """Several sizes in one training: pairs of each, batches of one, pictures where they fit, and the card's list."""
 
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -179,7 +180,7 @@ def test_buckets_are_shapes_of_the_pictures(resolution, shapes, expected):
         file = io.BytesIO()
         Image.new("1", size).save(file, "PNG")
         for k in range(count):
-            found.add(f"{size}-{k}", "", "a", lambda content=file.getvalue(): io.BytesIO(content))
+            found.add(f"{size}-{k}", "", "a", partial(io.BytesIO, file.getvalue()))
     config = Config(sizes="buckets", pairs=64)
     assert with_buckets(config, found, resolution).sizes == expected
     assert with_buckets(Config(), found, resolution).sizes == ""
