@@ -1,5 +1,6 @@
 """Teacher pairs: made once, whole, completed where they were stopped, and refused when they are of another kind."""
 
+import dataclasses
 import errno
 import itertools
 import logging
@@ -15,6 +16,7 @@ from turbodistill.core.sampling import sample_euler, seeded_noise, trailing_sigm
 from turbodistill.core.schedule import DiscreteSchedule, scaled_linear, zero_terminal
 from turbodistill.core.student import load_student
 from turbodistill.generate.sample import sample
+from turbodistill.trainer.config import Config
 from turbodistill.trainer.data import conditioning, pairs
 from turbodistill.trainer.data.files import DataError
 from turbodistill.trainer.data.lock import LOCK
@@ -318,3 +320,25 @@ def test_prompts_may_come_from_a_generator(kit, host, tmp_path):
         next(sample(host, student, ["a"], steps=2))
     with pytest.raises(ValueError, match="a student is sampled without size, strength: leave it out"):
         next(sample(host, student, ["a"], size=(64, 64), strength=0.5))
+
+
+# What decides a teacher's picture; `pairs` only says how many there are, all else how they are trained on.
+DECIDES = {
+    *("pair_steps", "pair_sampler", "guidance", "seed", "sizes"),
+    *("guidance_rescale", "guidance_start", "guidance_end"),
+    *("negative_prompt", "prompt_prefix", "prompt_suffix"),
+}
+OTHER_VALUES = {"sizes": "24x40", "guidance": 3.0, "distillation_guidance": 3.0, "student_steps": 2, "teacher_steps": 2}
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(Config), ids=lambda field: field.name)
+def test_every_setting_that_decides_pairs_is_in_their_key_and_no_other(kit, host, field):
+    config, name = kit.config(), field.name
+    value = OTHER_VALUES.get(name) or {bool: True, str: "other", int: 9, float: 0.25}[type(field.default)]
+    if field.metadata["choices"]:
+        value = next(choice for choice in field.metadata["choices"] if choice != getattr(config, name))
+    changed = config.replace(**{name: value})
+    assert changed != config
+    assert (pairs_key(host, changed, kit.WORDS) != pairs_key(host, config, kit.WORDS)) == (name in DECIDES)
+    with_affix = config.replace(prompt_prefix="best")  # whether they are baked in matters where there are some
+    assert pairs_key(host, with_affix.replace(bake_affixes=True), kit.WORDS) != pairs_key(host, with_affix, kit.WORDS)
