@@ -103,10 +103,11 @@ def weight_of(layer: str, weights: Mapping[str, Any]) -> str:
 class ForeignLoRA:
     """A LoRA file by its header; `pairs` by the names of layers as the file has them, without those of text encoders.
 
-    Raises LoRAError for a file that is none, or that changes weights in another way.
+    Raises LoRAError for a file that is none, that changes weights in another way, or that is a student of ours, whose
+    card says how it is sampled, unless `of_ours`.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, of_ours: bool = False):
         self.path = Path(path)
         header = read_header(path, CardError)
         self.metadata, self.shapes = header.metadata, header.shapes
@@ -114,7 +115,7 @@ class ForeignLoRA:
             raise LoRAError(
                 f"{path} is no LoRA, none of its {len(self.shapes)} weights is half of a pair: check the name"
             )
-        if KEY in self.metadata:
+        if KEY in self.metadata and not of_ours:
             raise LoRAError(f"{path} is a student of ours: give it as the student")
         for pattern, what in OTHERS.items():
             if found := [n for n in self.shapes if re.search(pattern, n)]:

@@ -86,8 +86,8 @@ class Config:
     )
     init_student: str = option(
         "",
-        "Student file to continue from, made of this model with the same rank and targets; or a Turbo, LCM, Lightning, "
-        "Hyper-SD or DMD2 LoRA of the same architecture, of any rank. Empty starts from the teacher.",
+        "Student file to begin from, of this model or of another of its architecture; or a Turbo, LCM, Lightning, Hyper-SD "
+        "or DMD2 LoRA of the same architecture. Ranks may differ. Empty starts from the teacher.",
         "student",
     )
     # Data

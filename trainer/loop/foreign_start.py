@@ -1,4 +1,4 @@
-"""A training that begins from a few-step LoRA that others made, brought to the student's own form."""
+"""A training that begins from a LoRA of another kind: a few-step one that others made, or a student of another base."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...core.architecture import KNOWN
-from ...core.card import KEY, header
+from ...core.card import KEY, StudentCard, header, read_card
 from ...core.families import SamplingRecipe, by_files
 from ...core.foreign_lora import Changes, ForeignLoRA, is_lora, weight_of
 from ...core.student import Student
@@ -34,14 +34,15 @@ class Start:
 
 
 def foreign_start(host: Host, config: Config) -> Start | None:
-    """The LoRA that `init_student` names; None where that is no LoRA of others.
+    """The LoRA that `init_student` names; None where that is a student whose weights are taken as they are.
 
-    Raises ValueError for one that cannot be used, ConfigError for one that does not fit the settings.
+    A student of ours is a LoRA like others where it is of another base model (a fine-tune of the same kind), or of
+    another rank. Raises ValueError for one that cannot be used, ConfigError for one that does not fit the settings.
     """
     metadata, shapes = header(config.init_student)
-    if KEY in metadata or not is_lora(shapes):
+    if not is_lora(shapes) or (KEY in metadata and goes_on(read_card(config.init_student), host, config)):
         return None
-    lora, denoiser = ForeignLoRA(config.init_student), host.denoiser
+    lora, denoiser = ForeignLoRA(config.init_student, of_ours=True), host.denoiser
     if lora.architecture != host.architecture and {lora.architecture, host.architecture} <= KNOWN:
         raise ConfigError(
             f"init_student: {config.init_student} is for {lora.architecture}, this model is {host.architecture}: give "
@@ -53,6 +54,11 @@ def foreign_start(host: Host, config: Config) -> Start | None:
     if recipe:
         _check_recipe(recipe, host, config)
     return Start(lora, recipe)
+
+
+def goes_on(card: StudentCard, host: Host, config: Config) -> bool:
+    """Whether a student of ours is of this model and of the settings' form, so that its weights fit as they are."""
+    return (card.base_hash, card.rank) == (host.base_hash, config.rank)
 
 
 def _check_recipe(recipe: SamplingRecipe, host: Host, config: Config) -> None:

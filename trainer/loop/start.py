@@ -12,7 +12,7 @@ from ...core.student import Student, check_copyable, load_weights
 from ..config import Config, ConfigError
 from ..data.samples import Samples
 from ..host import Host
-from .foreign_start import Start, begin_from, foreign_start
+from .foreign_start import Start, begin_from, foreign_start, goes_on
 from .pixel_backbone import load_vision
 from .state import State, tap_names
 
@@ -34,16 +34,21 @@ def check(host: Host, config: Config) -> None:
         return
     denoiser = host.denoiser
     prediction = denoiser.prediction if config.prediction == "inherit" else config.prediction
-    wanted = (host.base_hash, prediction, config.start_timestep, config.rank)
+    wanted = (prediction, config.start_timestep)
     try:
         card = read_card(config.init_student)
     except ValueError as error:
         raise ConfigError(f"init_student: {error}") from None
-    found = (card.base_hash, card.prediction, card.timesteps[0], card.rank)
+    if not goes_on(card, host, config):
+        raise ConfigError(
+            f"init_student: {config.init_student} is a full copy of {card.base_model}, which would take its place: "
+            "extract its LoRA (turbodistill export --to lora), or start from the teacher"
+        )
+    found = (card.prediction, card.timesteps[0])
     if found != wanted:
         raise ConfigError(
-            f"init_student: {config.init_student} has base model, prediction, start timestep and rank {found}, this "
-            f"training {wanted}: use the same settings, or start from the teacher"
+            f"init_student: {config.init_student} has prediction and start timestep {found}, this training {wanted}: "
+            "use the same settings, or start from the teacher"
         )
 
 
