@@ -1,8 +1,9 @@
 """TurboDistill: turn the diffusion checkpoint you have loaded into its own one-step Turbo.
 
-The public API is what `dir(turbodistill)` lists: `Config`, `load_model`, `make_pairs`, `estimate`, `distill`, `Step`,
-`use_student`, `scheduler_of`, `load_student`, `sample`, `to_image`, `evaluate`, `__version__`. Each is imported when it
-is first asked for, so that importing this file does no work: ComfyUI finds its door here, and pytest imports it too.
+The public API is what `dir(turbodistill)` lists: `Config`, `load_model`, `read_prompts`, `make_pairs`, `estimate`,
+`distill`, `Step`, `use_student`, `scheduler_of`, `load_student`, `sample`, `to_image`, `evaluate`, `__version__`. Each
+is imported when it is first asked for, so that importing this file does no work: ComfyUI finds its door here, and
+pytest imports it too.
 """
 
 WEB_DIRECTORY = "./web"  # ComfyUI's front-end extension and help pages
@@ -11,6 +12,7 @@ WEB_DIRECTORY = "./web"  # ComfyUI's front-end extension and help pages
 PUBLIC = {
     "Config": ("trainer.config", "Config"),
     "load_model": ("trainer.pipeline.load", "load_model"),
+    "read_prompts": ("trainer.data.prompts", "read_prompts"),
     "make_pairs": ("trainer.data.pairs", "make_pairs"),
     "estimate": ("trainer.run.estimate", "estimate"),
     "distill": ("trainer.run.run", "run"),

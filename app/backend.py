@@ -12,7 +12,7 @@ import torch
 from ..core.card import CardError, read_card
 from ..demo.files import PROMPTS
 from ..generate.generator import Generator
-from ..trainer.data.prompts import ANYTHING
+from ..trainer.data.built_in import AUTO, LISTS, Suggestion, suggest
 from ..trainer.host import Host
 from ..trainer.pipeline.host import PipelineHost
 
@@ -50,7 +50,13 @@ class EmbeddedBackend:
         return self.shipped | {name: found[name] for name in newest if name not in self.shipped}
 
     def prompts(self) -> dict[str, Path]:
-        return {"the embedded model's": PROMPTS} if self.own else {"anything": ANYTHING}
+        return {"the embedded model's": PROMPTS} if self.own else {AUTO: LISTS[self.suggestion().name], **LISTS}
+
+    def suggestion(self) -> Suggestion:
+        return suggest(self.host.name, self.host.architecture)
+
+    def wildcards(self) -> list[Path]:
+        return [self.folder / "wildcards"]
 
     @contextmanager
     def open(self, width: int, height: int) -> Iterator[Host]:

@@ -96,7 +96,11 @@ def make_parser() -> argparse.ArgumentParser:
     distill.add_argument(
         "--prompts",
         type=place,
-        help="text file, one prompt a line; of {red|blue} in it one is drawn (default: the embedded model's)",
+        help="prose, tags or auto for a built-in list; a text file, one prompt a line; or a folder of pictures, for "
+        "the prompts that A1111 or ComfyUI wrote into them (see docs/prompts.md; default: auto, which suits --model)",
+    )
+    distill.add_argument(
+        "--wildcards", type=folder, help="folder of wildcard files, besides `wildcards` beside the file of --prompts"
     )
     distill.add_argument(
         "--images",
@@ -164,7 +168,9 @@ def settings(args: argparse.Namespace) -> Config:
 
 def run_distill(args: argparse.Namespace) -> int:
     """Distil a model into a one-step student; 0 when it is written; 130 after Ctrl-C, 143 SIGTERM, 129 SIGHUP."""
-    from ..trainer.data.prompts import read_prompts
+    from ..core.card import header
+    from ..trainer.data.built_in import AUTO, suggest
+    from ..trainer.data.prompts import find_prompts, is_built_in, suggested
     from ..trainer.pipeline.load import load_model
     from ..trainer.run import run, training
     from ..trainer.run.estimate import estimate
@@ -172,16 +178,23 @@ def run_distill(args: argparse.Namespace) -> int:
     from ..trainer.run.scores import latent_score
 
     config = settings(args)
-    if args.prompts is None and args.model is not None:
-        raise ConfigError("--model needs --prompts: a text file with one prompt a line, of what the model is good at")
-    prompts = read_prompts(args.prompts or files.PROMPTS)
+    wildcards = [args.wildcards] if args.wildcards else []
+    source = args.prompts or Path(AUTO)
+    auto = args.prompts is None or (source == Path(AUTO) and is_built_in(source))
+    if auto and args.model is None:
+        source, auto = files.PROMPTS, False
+    found = None if auto else find_prompts(source, wildcards=wildcards)
     run.check_inputs(config, args.images)
     host = load_model(args.model, **model_options(args))
+    if found is None:
+        found = suggested(suggest(host.name, host.architecture, header(str(args.model))[0]))
+    if found.words:
+        print(found.words)
     score = latent_score if args.model else _judge(None).kid_score(host)
     if args.estimate:
-        print(estimate(host, config, prompts).in_words())
+        print(estimate(host, config, found.lines).in_words())
         return 0
-    events = run.run(host, config, args.out, prompts, args.images, score, args.pairs_folder)
+    events = run.run(host, config, args.out, found.lines, args.images, score, args.pairs_folder)
     try:
         finished = follow(events, config, args.out, host, args.title)
     except Interrupted as end:

@@ -25,7 +25,12 @@ def command(commands: Any) -> None:
         "sample", help="make pictures with a student, a few-step LoRA or a few-step checkpoint"
     )
     parser.add_argument("prompt", nargs="*", help="one or more prompts")
-    parser.add_argument("--prompts", type=place, help="text file of further prompts, one a line")
+    parser.add_argument(
+        "--prompts", type=place, help="further prompts: a text file, one a line, or what else distill's --prompts takes"
+    )
+    parser.add_argument(
+        "--wildcards", type=folder, help="folder of wildcard files, besides `wildcards` beside the file of --prompts"
+    )
     add_model(parser)
     parser.add_argument(
         "--student",
@@ -91,9 +96,15 @@ def run(args: argparse.Namespace) -> int:
 def _prompts(args: argparse.Namespace) -> list[str]:
     """Every prompt as often as it is wanted, its choices drawn."""
     from ..generate.sample import check_numbers
-    from ..trainer.data.prompts import drawn, read_prompts
+    from ..trainer.data.prompts import drawn, find_prompts
+    from ..trainer.data.wildcards import Wildcards
 
-    given = [*args.prompt, *(read_prompts(args.prompts) if args.prompts else [])]
+    wildcards = [args.wildcards] if args.wildcards else []
+    typed = Wildcards(wildcards).put_into(args.prompt) if wildcards else args.prompt
+    read, words = find_prompts(args.prompts, wildcards=wildcards) if args.prompts else ([], "")
+    given = [*typed, *read]
+    if words:
+        print(words, file=sys.stderr)
     if not given:
         raise ConfigError("there is no prompt: write one or more, or give a file with --prompts")
     if len(given) * args.count > MOST_PROMPTS:

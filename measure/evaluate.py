@@ -21,8 +21,8 @@ from ..core.exclusive import exclusive
 from ..core.sampling import sample_euler, seeded_noise, trailing_sigmas
 from ..core.student import Student
 from ..trainer.data.affixes import NO_AFFIXES, Affixes
+from ..trainer.data.choices import check_texts
 from ..trainer.data.files import DataError, check_file, write_whole
-from ..trainer.data.prompts import check_texts
 from ..trainer.host import Host
 from ..trainer.run.scores import kernel_distance
 from .metrics import (

@@ -6,19 +6,21 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from comfy_api.latest import io, ui
 
 from ..demo import files
-from ..trainer.checks import check_text_file
+from ..trainer.checks import check_prompt_place
 from ..trainer.config import Config
-from ..trainer.data.files import DataError
+from ..trainer.data.built_in import AUTO, LISTS, Suggestion, suggest
+from ..trainer.data.files import DataError, path_of
 from ..trainer.data.images import check_pictures, load_picture, load_some
-from ..trainer.data.pairs import make_pairs, pairs_key
+from ..trainer.data.pairs import digest, make_pairs, pairs_key
+from ..trainer.data.picture_prompts import is_pictures
 from ..trainer.data.pictures import read_pictures
-from ..trainer.data.prompts import ANYTHING, draw_prompts, prompt_lines, read_prompts
+from ..trainer.data.prompts import FoundPrompts, draw_prompts, find_prompts, prompt_lines, suggested
 from ..trainer.data.walk import stamp
 from ..trainer.groups import OF_GUIDANCE, OF_IMAGES, OF_PAIRS, OF_PROMPTS, OF_SIZES
 from ..trainer.run.events import PairsMade
@@ -57,10 +59,13 @@ class Images:
 
 
 class Prompts(io.ComfyNode):
-    """Prompts from a text, a file or a built-in list."""
+    """Prompts from a text, a file, one's own pictures or a built-in list."""
 
     TEXT, FILE = "the text below", "the file below"
-    BUILT_IN = {"built in: anything": ANYTHING, "built in: the demo model's": files.PROMPTS}  # noqa: RUF012 - a constant
+    BUILT_IN: ClassVar[dict[str, str | Path]] = {
+        **{f"built in: {name}": name for name in (AUTO, *LISTS)},
+        "built in: the demo model's": files.PROMPTS,
+    }
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -69,54 +74,83 @@ class Prompts(io.ComfyNode):
             node_id="TurboDistillPrompts",
             display_name="Prompts",
             category=CATEGORY,
-            description="The prompts that a student learns from: what you write, a file of yours, or built-in ones. "
-            "Of {red|blue} one is drawn for every picture.",
+            description="The prompts that a student learns from: what you write, a file of yours, those of your own "
+            "pictures, or built-in ones. Of {red|blue} one is drawn for every picture.",
             inputs=[
                 io.Combo.Input(
                     "source",
                     options=[cls.TEXT, cls.FILE, *cls.BUILT_IN],
-                    tooltip="Prompts like those you will use later are best; built in are some for any model.",
+                    tooltip="Prompts like those you will use later are best. Built in are lists in sentences (prose) "
+                    "and in booru tags; auto takes what suits the connected model.",
                 ),
                 io.String.Input(
                     "text",
                     default="a {red|black|white} {fox|cat|owl} in a {forest|city|garden}, {photo|oil painting}",
                     multiline=True,
                     dynamic_prompts=False,  # the page would draw once for all pictures
-                    tooltip="One prompt a line; of {red|blue} one is drawn. Lines that begin with # are left out.",
+                    tooltip="One prompt a line; of {red|blue} one is drawn, and for __colour__ a line of the wildcard "
+                    "file colour.txt. Lines that begin with # are left out.",
                 ),
                 io.String.Input(
                     "file",
                     default="",
-                    tooltip="A text file, one prompt a line: its name in ComfyUI's input folder, or its whole path.",
+                    tooltip="A text file, one prompt a line; or a folder of pictures as ComfyUI, A1111 or Forge saved "
+                    "them, for the prompts in them. Its name in ComfyUI's input folder, or its whole path.",
+                ),
+                io.Model.Input(
+                    "model", optional=True, tooltip="For the built-in list auto: the model that will be distilled."
                 ),
             ],
             outputs=[
                 PROMPTS.Output("PROMPTS", display_name="PROMPTS", tooltip="For Teacher Pairs."),
                 io.String.Output("examples", display_name="examples", tooltip="Some of the prompts as they are drawn."),
+                io.String.Output(
+                    "about",
+                    display_name="about",
+                    tooltip="Which built-in list it is and why; what pictures gave prompts.",
+                ),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
     def fingerprint_inputs(cls, source: str, text: str, file: str, **_):
-        stamp = 0.0
-        if source == cls.FILE:
+        changes = ""
+        if source in (cls.TEXT, cls.FILE):
             with suppress(DataError, OSError):  # reported when it runs, not when ComfyUI asks whether to run
-                stamp = page.input_path(file).stat().st_mtime_ns
-        return f"{source} {text} {file} {stamp}"
+                place = page.input_path(file) if source == cls.FILE else None
+                changes = (
+                    stamp(place)
+                    if place and is_pictures(place)
+                    else digest("\n".join(cls._found(source, text, file, None).lines))
+                )
+        return f"{source} {text} {file} {changes}"
 
     @classmethod
-    def execute(cls, source: str, text: str, file: str) -> io.NodeOutput:
+    def execute(cls, source: str, text: str, file: str, model: Any = None) -> io.NodeOutput:
+        lines, about = cls._found(source, text, file, model)
+        return io.NodeOutput(lines, "\n".join(dict.fromkeys(draw_prompts(lines, SHOWN))), about)
+
+    @classmethod
+    def _found(cls, source: str, text: str, file: str, model: Any) -> FoundPrompts:
         if source == cls.TEXT:
-            lines = prompt_lines(text)
+            lines = prompt_lines(text, page.wildcard_folders())
             if not lines:
                 raise DataError("there is no prompt in the text: write one a line")
-        elif source == cls.FILE:
-            lines = read_prompts(check_text_file(page.input_path(file), page.readable_folders()))
-        elif source in cls.BUILT_IN:
-            lines = read_prompts(cls.BUILT_IN[source])
-        else:
+            return FoundPrompts(lines)
+        if source == cls.FILE:
+            if not path_of(file):
+                raise DataError(
+                    "file is empty: give the name of a text file in ComfyUI's input folder, or a whole path"
+                )
+            place = check_prompt_place(page.input_path(file), page.readable_folders())
+            return find_prompts(place, wildcards=page.wildcard_folders())
+        if source not in cls.BUILT_IN:
             raise DataError(f"source is {source!r:.100}: use one of {', '.join((cls.TEXT, cls.FILE, *cls.BUILT_IN))}")
-        return io.NodeOutput(lines, "\n".join(dict.fromkeys(draw_prompts(lines, SHOWN))))
+        chosen = cls.BUILT_IN[source]
+        if chosen == AUTO:
+            return suggested(suggest() if model is None else _suggestion(cls, model))
+        return find_prompts(LISTS.get(str(chosen), chosen))
 
 
 class ImageFolder(io.ComfyNode):
@@ -182,6 +216,12 @@ def base_name(cls, model) -> str:
     """What the MODEL is called: its files, as the graph names them."""
     names = file_names(cls.hidden.prompt or {}, cls.hidden.unique_id)
     return " + ".join(reversed(names)) or patcher.title(model)
+
+
+def _suggestion(cls, model) -> Suggestion:
+    """The built-in list for the MODEL, by what its files say."""
+    names = file_names(cls.hidden.prompt or {}, cls.hidden.unique_id)
+    return suggest(base_name(cls, model), patcher.architecture(model), patcher.metadata(names))
 
 
 class TeacherPairs(io.ComfyNode):

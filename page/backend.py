@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..trainer.data.built_in import Suggestion
 from ..trainer.host import Host
 
 
@@ -55,7 +56,15 @@ class Backend(Protocol):
         ...
 
     def prompts(self) -> dict[str, Path]:
-        """The built-in prompt lists that suit the model, by name."""
+        """The built-in prompt lists that suit the model, by name; `auto` among them is that of `suggestion`."""
+        ...
+
+    def suggestion(self) -> Suggestion:
+        """Which of the lists suits the model best, and why."""
+        ...
+
+    def wildcards(self) -> Sequence[Path]:
+        """Folders of wildcard files, which need not be there."""
         ...
 
     def open(self, width: int, height: int) -> AbstractContextManager[Host]:

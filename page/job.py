@@ -22,6 +22,7 @@ from ..core.families import recognise, suspect
 from ..core.gradient_checkpointing import blocks
 from ..trainer.checks import check_inside, check_name
 from ..trainer.config import ConfigError
+from ..trainer.data.built_in import AUTO
 from ..trainer.data.files import write_whole
 from ..trainer.data.images import check_pictures
 from ..trainer.data.lock import InUse, locked
@@ -90,11 +91,13 @@ class Job:
                 check_pictures(found.pictures)
             captions = found.captions
             self.config = with_buckets(self.config, found, self.size)
-        self.prompts = request.lines(backend.prompts(), folders, captions)
+        self.prompts, words = request.find_prompts(backend, captions)
         self.begun = time.time()
         self.result = ""  # what came of it, in words
         self.estimate: Estimate | None = None
         self.monitor = Monitor(request.kind, request.name, self.config, lambda latents: [], backend.free_memory())
+        if words:
+            self.monitor.warn(words)
         self._cancelled = threading.Event()
         self.session = Session(self.monitor, self.folder if request.kind == "distill" else None)
         self._thread = threading.Thread(target=self._work, name=f"TurboDistill {request.name}", daemon=True)
@@ -215,7 +218,8 @@ class Job:
         key = pairs_key(host, config, self.prompts)
         before = runs.check_pairs(folder, key)
         # Whole, so that it can go on even where a default has changed.
-        asked = replace(asked, width=self.size[0], height=self.size[1], settings=config.to_dict())
+        built_in = self.backend.suggestion().name if asked.built_in == AUTO else asked.built_in
+        asked = replace(asked, built_in=built_in, width=self.size[0], height=self.size[1], settings=config.to_dict())
         with locked(folder):  # a run that another program has there keeps its record
             Record(asked, self.checkpoint, key, student=before.student if before else "").write(folder)
         if found := recognise(self.checkpoint):

@@ -13,7 +13,7 @@ from ..core.card import CardError
 from ..generate.generator import Generator, Made
 from ..generate.sample import check_numbers
 from ..trainer.config import MOST_SEED, ConfigError
-from ..trainer.data.prompts import check_choices
+from ..trainer.data.choices import check_choices
 from . import fields, job, view
 from .events import asking, listen, stamp
 from .pictures import data_urls

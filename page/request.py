@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from ..trainer.checks import check_text_file
+from ..trainer.checks import check_prompt_place
 from ..trainer.config import Config, ConfigError
+from ..trainer.data.built_in import AUTO
 from ..trainer.data.files import DataError, path_of
-from ..trainer.data.prompts import prompt_lines, read_prompts
+from ..trainer.data.prompts import FoundPrompts, find_prompts, prompt_lines
 from ..trainer.setting import KINDS, shown
+from .backend import Backend
 
 WORK = ("pairs", "distill", "estimate")
 
@@ -21,9 +22,9 @@ WORK = ("pairs", "distill", "estimate")
 class Request:
     """What is asked for.
 
-    The prompts are `prompts` (one a line), those of `prompt_file`, or the list `built_in`; where none
-    is given, the captions of `images`, a folder of pictures. A width or height of 0 is the model's
-    own. `settings` are fields of `trainer.config.Config`; the others keep their defaults.
+    The prompts are `prompts` (one a line), those of `prompt_file` (a text file, or pictures with their metadata), or
+    the list `built_in`; where none is given, the captions of `images`, a folder of pictures. A width or height of 0 is
+    the model's own. `settings` are fields of `trainer.config.Config`; the others keep their defaults.
     """
 
     name: str = "my-turbo"
@@ -58,21 +59,23 @@ class Request:
         config = Config.from_dict(dict(self.settings))
         return config.replace(positives="both") if self.images and config.positives == "teacher" else config
 
-    def lines(
-        self, built_in: Mapping[str, Path], folders: Sequence[Path] | None, captions: Sequence[str] = ()
-    ) -> list[str]:
-        """The prompts before any choice in them is drawn, from files in `folders` (None: any), or else the captions.
+    def find_prompts(self, backend: Backend, captions: Sequence[str] = ()) -> FoundPrompts:
+        """The prompts before any choice in them is drawn, from files that may be read there, or else the captions.
 
-        Raises DataError where there are none, or the file may not be read.
+        Raises DataError where there are none, or a file may not be read.
         """
-        if lines := prompt_lines(self.prompts):
-            return lines
+        folders = backend.readable_folders()
+        wildcards = backend.wildcards()
+        if lines := prompt_lines(self.prompts, wildcards):
+            return FoundPrompts(lines)
         if self.prompt_file:
-            return read_prompts(check_text_file(self.prompt_file, folders))
+            return find_prompts(check_prompt_place(self.prompt_file, folders), wildcards=wildcards)
         if self.built_in:
-            if self.built_in not in built_in:
-                raise DataError(f"there is no prompt list {self.built_in!r:.100}: known are {', '.join(built_in)}")
-            return read_prompts(built_in[self.built_in])
+            lists = backend.prompts()
+            if self.built_in not in lists:
+                raise DataError(f"there is no prompt list {self.built_in!r:.100}: known are {', '.join(lists)}")
+            words = backend.suggestion().words if self.built_in == AUTO else ""
+            return FoundPrompts(find_prompts(lists[self.built_in]).lines, words)
         if not captions:
             raise DataError("there are no prompts: write some, one a line, or name a text file or a built-in list")
-        return list(captions)
+        return FoundPrompts(list(captions))

@@ -20,7 +20,7 @@ from .events import asking, listen, stamp
 from .limits import FIELDS
 from .request import Request
 
-TEXT, FILE, CAPTIONS = "the text below", "a text file", "the captions of my pictures"
+TEXT, FILE, CAPTIONS = "the text below", "a text file, or pictures", "the captions of my pictures"
 BUILT_IN = "built in: "
 EXAMPLE = "a {red|black|white} {fox|cat|owl} in a {forest|city|garden}, {photo|oil painting}"
 MAIN = (*OF_PAIRS, *OF_DISTILL)
@@ -134,13 +134,15 @@ def _form(backend: Backend) -> Form:
         choices=[*built_in, TEXT, FILE, CAPTIONS],
         value=first,
         label="Prompts",
-        info="Prompts like those you will use later are best; built in are some for any model",
+        info="Prompts like those you will use later are best. Built in are lists in sentences (prose) and in booru "
+        "tags; auto takes what suits the model",
         elem_id="turbodistill-source",
     )
     text = gr.Textbox(
         value=EXAMPLE,
         label="Text",
-        info="One prompt a line; of {red|blue} one is drawn. Lines that begin with # are left out",
+        info="One prompt a line; of {red|blue} one is drawn, and for __colour__ a line of the wildcard file "
+        "colour.txt. Lines that begin with # are left out",
         lines=4,
         max_lines=12,
         visible=first == TEXT,
@@ -149,7 +151,8 @@ def _form(backend: Backend) -> Form:
     file = gr.Textbox(
         value="",
         label="File",
-        info="The whole path of a text file, one prompt a line",
+        info="The whole path of a text file, one prompt a line; or of a folder of your pictures as A1111, Forge or "
+        "ComfyUI saved them, for the prompts in them",
         max_lines=1,
         visible=False,
         elem_id="turbodistill-file",

@@ -10,6 +10,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save
 from turbodistill.core.card import KEY, CardError, StudentCard, read_card, read_student, titles
 from turbodistill.core.families import by_file
@@ -17,10 +18,11 @@ from turbodistill.page import curves, runs
 from turbodistill.page.request import Request
 from turbodistill.trainer.checks import check_name
 from turbodistill.trainer.config import Config, ConfigError
+from turbodistill.trainer.data.choices import expand
 from turbodistill.trainer.data.files import DataError, checksum, read_tensors
 from turbodistill.trainer.data.images import check_pictures, load_picture
 from turbodistill.trainer.data.pictures import read_pictures
-from turbodistill.trainer.data.prompts import expand, read_prompts
+from turbodistill.trainer.data.prompts import read_prompts
 from turbodistill.trainer.data.samples import load_samples
 from turbodistill.trainer.loop.distill import Step
 from turbodistill.trainer.loop.health import Health
@@ -149,7 +151,50 @@ def test_prompts(fuzz, endures, tmp_path):
         for line in read_prompts(path):
             expand(line, draws)
 
-    assert endures(prompts, share=2)
+    def wildcards(draws):
+        folder = tmp_path / "wildcards"
+        folder.mkdir()
+        sample = b"2::red\n{1-2$$ and $$blue|{0.5::a|b}}\n__b*__\n\\{x\\}|y\n"
+        (folder / "a.txt").write_bytes(fuzz.bytes_of(draws, sample) if draws.random() < 0.5 else sample)
+        (folder / "b.txt").write_bytes(fuzz.bytes_of(draws, b"one\ntwo {__c/d__|three}\n"))
+        values = fuzz.values_of(draws, {"c": {"d": ["e", "f {g|h}"], "e": ["__a__"]}, "i": ["j"]})
+        (folder / "c.json").write_bytes(json.dumps(values).encode())
+        (folder / "d.yaml").write_bytes(fuzz.bytes_of(draws, b"c:\n  d: [e, 2]\nk: &k\n- l\nm: {n: *k}\n"))
+        (tmp_path / "p.txt").write_bytes(fuzz.bytes_of(draws, b"a __a__ {2$$__b__} {2$$, $$__c/d__|__k*__} \\__z__\n"))
+        for line in read_prompts(tmp_path / "p.txt"):
+            expand(line, draws)
+
+    assert endures(prompts, share=2) and endures(wildcards, share=2, fresh=tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_prompts_of_pictures(fuzz, endures, tmp_path):
+    node = {"class_type": "CLIPTextEncode", "inputs": {"text": "an owl", "clip": ["4", 1]}}
+    sampler = {"class_type": "KSampler", "inputs": {"positive": ["6", 0], "negative": ["7", 0], "cfg": 7.0, "steps": 4}}
+    links = [[1, 1, 0, 3, 1, "CONDITIONING"]]
+    text = {"id": 1, "type": "CLIPTextEncode", "widgets_values": ["an elk"]}
+    samples = {"id": 3, "type": "KSampler", "inputs": [{"name": "positive", "link": 1}]}
+    page = {"nodes": [text, samples], "links": links}
+    infotext = b"a fox <lora:x:1>\nNegative prompt: bad\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1"
+
+    def picture(draws):
+        graph = {"3": fuzz.values_of(draws, sampler), "6": fuzz.values_of(draws, node), "7": node}
+        about = PngInfo()
+        if draws.random() < 0.5:
+            about.add_itxt("parameters", fuzz.bytes_of(draws, infotext).decode("utf-8", "replace"))
+        about.add_text("prompt", json.dumps(graph if draws.random() < 0.8 else fuzz.values_of(draws, graph)))
+        about.add_text("workflow", json.dumps(fuzz.values_of(draws, page)))
+        Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=about)
+        exif = Image.Exif()
+        exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + infotext.decode().encode("utf-16-be")
+        Image.new("RGB", (8, 8)).save(tmp_path / "b.jpg", exif=fuzz.bytes_of(draws, exif.tobytes()))
+        for name in ("a.png", "b.jpg"):
+            raw = (tmp_path / name).read_bytes()
+            (tmp_path / name).write_bytes(fuzz.bytes_of(draws, raw) if draws.random() < 0.3 else raw)
+        for line in read_prompts(tmp_path):
+            expand(line, draws)
+
+    endures(picture, share=3, fresh=tmp_path)
 
 
 def test_settings(fuzz, endures, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .config import ConfigError
 from .data.files import DataError, check_file
+from .data.picture_prompts import ENDINGS
 
 LONGEST = 100  # letters of a name
 # What Windows takes for a device, whatever follows the first dot.
@@ -26,6 +27,11 @@ def check_name(name: str) -> str:
     return name
 
 
+def is_inside(path: Path, folders: Sequence[Path] | None) -> bool:
+    """Whether a whole path lies below one of the folders, by its words; None allows any."""
+    return folders is None or any(path.is_relative_to(os.path.abspath(folder)) for folder in folders)
+
+
 def check_inside(path: str | Path, folders: Sequence[Path] | None) -> Path:
     """The path, which must lie below one of the folders; None allows any.
 
@@ -33,9 +39,9 @@ def check_inside(path: str | Path, folders: Sequence[Path] | None) -> Path:
     DataError.
     """
     given = Path(os.path.abspath(os.path.expanduser(path)))
-    if folders is None or any(given.is_relative_to(os.path.abspath(folder)) for folder in folders):
+    if is_inside(given, folders):
         return given
-    listed = ", ".join(map(str, folders)) or "none"
+    listed = ", ".join(map(str, folders or ())) or "none"
     raise DataError(
         f"{path!s:.300} is outside the folders that this server may read ({listed}): it can be reached from other "
         "computers. Move the files there, or let its owner allow their folder as turbodistill_readable_folders (a "
@@ -43,13 +49,15 @@ def check_inside(path: str | Path, folders: Sequence[Path] | None) -> Path:
     )
 
 
-def check_text_file(path: str | Path, folders: Sequence[Path] | None) -> Path:
-    """The path of a file of prompts; where others reach the server, by its ending too. Raises DataError.
+def check_prompt_place(path: str | Path, folders: Sequence[Path] | None) -> Path:
+    """The path of a file of prompts, or of pictures; where others reach the server, by its ending too.
 
-    No pipe: a page would wait for it.
+    No pipe: a page would wait for it. Raises DataError.
     """
     given = check_inside(path, folders)
-    if folders is not None and given.suffix.lower() not in TEXTS:
+    if os.path.isdir(given):
+        return given
+    if folders is not None and given.suffix.lower() not in (*TEXTS, *ENDINGS):
         raise DataError(f"{path!s:.300} is no file of prompts ({', '.join(TEXTS)}): rename it if it is one")
     check_file("prompt file", given)
     return given

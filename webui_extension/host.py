@@ -14,6 +14,8 @@ import gradio as gr
 from modules import paths, progress, sd_models, shared
 from modules.call_queue import queue_lock
 
+from ..trainer.checks import is_inside
+
 lock = queue_lock  # held by whoever makes pictures: `with lock`
 FOLDER = "turbodistill_folder"  # our settings among the host's
 READABLE = "turbodistill_readable_folders"
@@ -72,6 +74,19 @@ def readable_folders() -> list[Path] | None:
         return None
     listed = getattr(shared.opts, READABLE, "").split(";")
     return [Path(paths.data_path), *(Path(os.path.expanduser(folder.strip())) for folder in listed if folder.strip())]
+
+
+def wildcard_folders() -> list[Path]:
+    """Where wildcard files lie: the WebUI's own folder, and those of the extensions that read such files."""
+    data, chosen = Path(paths.data_path), getattr(shared.opts, "wildcard_dir", None)
+    extensions = data / "extensions"
+    folders = [
+        data / "wildcards",
+        Path(chosen) if chosen else extensions / "sd-dynamic-prompts" / "wildcards",
+        extensions / "stable-diffusion-webui-wildcards" / "wildcards",
+    ]
+    allowed = readable_folders()  # a setting can be changed from where the page is
+    return [folder for folder in folders if is_inside(Path(os.path.abspath(folder)), allowed)]
 
 
 def lora_folder() -> Path:

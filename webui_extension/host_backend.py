@@ -14,8 +14,10 @@ import torch
 from modules import devices, sd_models
 from safetensors import SafetensorError, safe_open
 
+from ..core.architecture import architecture_of_file
+from ..core.card import header
 from ..page import job
-from ..trainer.data.prompts import ANYTHING
+from ..trainer.data.built_in import AUTO, LISTS, Suggestion, suggest
 from ..trainer.groups import OF_PIXELS
 from ..trainer.host import Host
 from . import host, host_kind, host_training
@@ -70,7 +72,14 @@ class HostBackend:
         return host.lora_folder()
 
     def prompts(self) -> dict[str, Path]:
-        return {"anything": ANYTHING}
+        return {AUTO: LISTS[self.suggestion().name], **LISTS}
+
+    def suggestion(self) -> Suggestion:
+        info = _chosen()
+        return _suggested(Path(info.filename), info.name_for_extra) if info else suggest()
+
+    def wildcards(self) -> list[Path]:
+        return host.wildcard_folders()
 
     @contextmanager
     def open(self, width: int, height: int) -> Iterator[Host]:
@@ -119,6 +128,20 @@ def _chosen() -> Any:
 def _ours() -> Any:
     """Our module for the host that we are in: neither could be imported in the other."""
     return importlib.import_module(".host_forge" if host_kind.is_forge() else ".host_a1111", __package__)
+
+
+def _suggested(file: Path, name: str) -> Suggestion:
+    """The built-in prompt list for a checkpoint."""
+    try:
+        return _suggested_then(file, name, file.stat().st_mtime_ns)
+    except OSError:
+        return suggest(name)
+
+
+@lru_cache(maxsize=2)
+def _suggested_then(file: Path, name: str, _changed: int) -> Suggestion:
+    metadata, shapes = header(file)
+    return suggest(name, architecture_of_file(shapes), metadata)
 
 
 def _large(file: Path) -> bool:

@@ -23,6 +23,7 @@ from ...trainer.data.files import path_of
 
 SMALL = 128  # pixels; smaller pictures are kept without loss
 READABLE = "turbodistill_readable_folders"  # the entry in extra_model_paths.yaml
+WILDCARDS = "wildcards"  # as other nodes call their folder, too
 
 
 def send(event: str, message: dict[str, Any]) -> None:
@@ -110,6 +111,13 @@ def readable_folders() -> list[Path] | None:
 def input_path(text: str) -> Path:
     """What a widget names: a path in ComfyUI's input folder, or a whole one; raises DataError if it may not be read."""
     return check_inside(Path(folder_paths.get_input_directory()) / path_of(text), readable_folders())
+
+
+def wildcard_folders() -> list[Path]:
+    """Where wildcard files lie: in the input folder, in ComfyUI's own, and where extra_model_paths.yaml says so."""
+    listed, _ = folder_paths.folder_names_and_paths.get(WILDCARDS, ([], set()))
+    own = (folder_paths.get_input_directory(), getattr(folder_paths, "base_path", None))
+    return [*(Path(place) / WILDCARDS for place in own if place), *map(Path, listed)]
 
 
 def save_path(folder: str, name: str) -> tuple[Path, str]:

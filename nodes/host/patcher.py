@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ...core.architecture import architecture_of
-from ...core.card import CardError, StudentCard, fingerprint
+from ...core.card import CardError, StudentCard, fingerprint, header
 from ...core.families import SamplingRecipe, by_files, lcm_boundary, of_card, recognise
 from ...core.fit import Base, check_fit
 from ...core.lora import PARTS, PEFT_PARTS, check_match
@@ -270,6 +270,12 @@ def sampling_by_files(names: Sequence[str], model) -> SamplingRecipe | None:
     if found := by_files(given, made_of, predicts):
         return found[1]
     return recognise(*(n for n in names if n not in known), architectures=[made_of], prediction=predicts)
+
+
+def metadata(names: Sequence[str]) -> dict[str, str]:
+    """What these files of the MODEL say of themselves, of one key what the last says: that nearest the checkpoint."""
+    paths = [path for name in names for folder in FOLDERS if (path := file_path(folder, name))]
+    return {key: value for path in paths for key, value in header(path)[0].items()}
 
 
 def architecture(model) -> str:

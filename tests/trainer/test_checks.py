@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 import pytest
-from turbodistill.trainer.checks import check_inside, check_name, check_text_file, foreign
+from turbodistill.trainer.checks import check_inside, check_name, check_prompt_place, foreign
 from turbodistill.trainer.config import Config, ConfigError
 from turbodistill.trainer.data.files import DataError, path_of
 from turbodistill.trainer.sizes import check_size
@@ -73,10 +73,10 @@ def test_paths_stay_below_the_folders_that_a_server_may_read(tmp_path):
 def test_only_files_of_prompts_are_read_for_others(tmp_path):
     for name in ("prompts.TXT", "config.json"):
         (tmp_path / name).write_text("a fox")
-    assert check_text_file(tmp_path / "prompts.TXT", [tmp_path]).name == "prompts.TXT"
-    assert check_text_file(tmp_path / "config.json", None)
+    assert check_prompt_place(tmp_path / "prompts.TXT", [tmp_path]).name == "prompts.TXT"
+    assert check_prompt_place(tmp_path / "config.json", None)
     with pytest.raises(DataError, match=r"config.json is no file of prompts"):
-        check_text_file(tmp_path / "config.json", [tmp_path])
+        check_prompt_place(tmp_path / "config.json", [tmp_path])
 
 
 OWN = {"host": "127.0.0.1:7860"}

@@ -17,11 +17,10 @@ from safetensors.torch import save_file
 from turbodistill.app import cli
 from turbodistill.core.card import read_student
 from turbodistill.measure import bench
-from turbodistill.trainer.config import Config
+from turbodistill.trainer.config import Config, ConfigError
 from turbodistill.trainer.data.pairs import load_pairs
-from turbodistill.trainer.data.prompts import ANYTHING
 from turbodistill.trainer.pipeline import load
-from turbodistill.trainer.run import training
+from turbodistill.trainer.run import run, training
 from turbodistill.trainer.run.memory import OutOfMemory
 from turbodistill.trainer.run.state_file import read_values
 
@@ -140,7 +139,7 @@ def test_bad_values_and_files_end_with_one_line(tmp_path, capsys, pipeline_folde
     prompts.write_text("")
     fails(capsys, ["distill", "--rank", "-1"], "rank is -1: the least is 0")
     fails(capsys, ["distill", "--config", tmp_path / "none.toml"], "does not exist")
-    fails(capsys, ["distill", "--model", tmp_path / "none", "--prompts", ANYTHING], "none does not exist")
+    fails(capsys, ["distill", "--model", tmp_path / "none"], "none does not exist")
     fails(capsys, ["sample", "a fox", "--model", tmp_path / "none"], "none does not exist")
     fails(capsys, ["info", tmp_path / "none"], "none does not exist")
     fails(capsys, ["info", prompts], "is no model file: give a .safetensors file")
@@ -202,7 +201,6 @@ def test_a_finished_run_is_told_again_and_a_changed_one_refused(made, pipeline_f
 def test_what_stops_a_run_is_told_in_one_line(tmp_path, capsys, pipeline_folder, prompts):
     model = ["distill", "--model", pipeline_folder]
     fails_at = [
-        ([*model], "--model needs --prompts"),
         ([*model, "--prompts", tmp_path / "none.txt"], "none.txt does not exist"),
         ([*model, "--prompts", prompts, "--positives", "real", "--out", tmp_path], "there are no images"),
         ([*model, "--prompts", prompts, "--targets", "nothing", "--out", tmp_path], "match no layer"),
@@ -211,6 +209,28 @@ def test_what_stops_a_run_is_told_in_one_line(tmp_path, capsys, pipeline_folder,
         assert cli.main([str(c) for c in command]) == 1
         last = capsys.readouterr().err.strip().splitlines()[-1]
         assert last.startswith("turbodistill: ") and told in last
+
+
+def test_the_list_that_suits_the_model_is_told(tmp_path, capsys, pipeline_folder, monkeypatch):
+    taken = []
+
+    def stop(host, config, folder, prompts, *_):
+        taken.append(prompts)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(run, "run", stop)
+    monkeypatch.chdir(tmp_path)
+    for given in ([], ["--prompts", "auto"], ["--prompts", "tags"]):
+        assert cli.main(["distill", "--model", str(pipeline_folder), "--out", "out", *given]) == 1
+    told = "prompts: the built-in list of prose, since nothing says that the model learnt tags"
+    assert capsys.readouterr().out.splitlines() == [told] * 2
+    assert [len(prompts) for prompts in taken] == [63, 63, 49]
+    (tmp_path / "auto").write_text("a __colour__ fox")  # a file of that name goes before, where it is named
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "colour.txt").write_text("red")
+    for given in ([], ["--prompts", "auto", "--wildcards", "mine"]):
+        assert cli.main(["distill", "--model", str(pipeline_folder), "--out", "out", *given]) == 1
+    assert len(taken[-2]) == 63 and taken[-1] == ["a {red} fox"]
 
 
 def test_info_prints_the_card_in_words(made, capsys):

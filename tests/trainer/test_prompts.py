@@ -9,18 +9,10 @@ from turbodistill.demo.files import PROMPTS
 from turbodistill.generate.generator import Generator
 from turbodistill.generate.sample import sample
 from turbodistill.trainer.data.captions import caption_of
+from turbodistill.trainer.data.choices import LONGEST, check_choices, expand
 from turbodistill.trainer.data.files import DataError
 from turbodistill.trainer.data.pairs import make_pairs
-from turbodistill.trainer.data.prompts import (
-    ANYTHING,
-    LONGEST,
-    check_choices,
-    draw_prompts,
-    drawn,
-    expand,
-    prompt_lines,
-    read_prompts,
-)
+from turbodistill.trainer.data.prompts import draw_prompts, drawn, prompt_lines, read_prompts
 from turbodistill.trainer.run import run
 
 
@@ -90,10 +82,9 @@ def test_nested_empty_and_broken_choices(line, allowed):
     assert {expand(line, random.Random(seed)) for seed in range(40)} == allowed
 
 
-@pytest.mark.parametrize(("path", "least"), [(ANYTHING, 300), (PROMPTS, 20)], ids=["anything", "demo"])
-def test_the_built_in_prompts_are_many_and_clean(path, least):
-    made = draw_prompts(read_prompts(path), 500)
-    assert len(set(made)) >= least
+def test_the_demo_s_prompts_are_many_and_clean():
+    made = draw_prompts(read_prompts(PROMPTS), 500)
+    assert len(set(made)) >= 20
     assert [p for p in made if set("{}|#") & set(p) or "  " in p or p != p.strip() or not p] == []
 
 

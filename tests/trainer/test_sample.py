@@ -202,6 +202,18 @@ def test_the_command_takes_prompt_files_and_foreign_loras(pipeline_folder, lora,
     assert said == ""
 
 
+def test_the_command_takes_wildcards_and_the_prompts_of_its_own_pictures(pipeline_folder, lora, tmp_path, capsys):
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "colour.txt").write_text("red\n")
+    flags = ("--student", lora(LCM), "--wildcards", tmp_path / "words")
+    pictures, _ = run(capsys, tmp_path / "o", "a __colour__ fox", *flags, model=pipeline_folder)
+    assert [p.name for p in pictures] == ["00001-a-red-fox-0.png"]
+    flags = ("--student", lora(LCM), "--prompts", tmp_path / "o", "--seed", "3")
+    pictures, said = run(capsys, tmp_path / "again", *flags, model=pipeline_folder)
+    assert [p.name for p in pictures] == ["00001-a-red-fox-3.png"]
+    assert "1 prompts of 1 pictures" in said and "4 steps, guidance 1, sampler ADD few-step" in said
+
+
 @pytest.mark.parametrize("flags", [(), ("--student", "none")])
 def test_a_checkpoint_that_is_a_few_step_model_needs_no_student(pipeline_folder, tmp_path, capsys, flags):
     folder = shutil.copytree(pipeline_folder, tmp_path / "LCM_Dreamshaper_v7")

@@ -1,6 +1,8 @@
 """The loaded checkpoints of AUTOMATIC1111 and Forge as the trainer's host: bare while trained, as before after it."""
 
 import importlib.util
+import json
+import os
 import sys
 import threading
 from contextlib import contextmanager
@@ -441,7 +443,32 @@ def test_a_backend_knows_its_host_s_folders(loaded, tmp_path):
     assert backend.name == {"a1111": "AUTOMATIC1111", "forge": "Forge"}[loaded.kind]
     assert backend.checkpoint() == "toy" and backend.sizes == (512, 512) and backend.free_memory() is None
     assert backend.runs_folder() == tmp_path / "outputs" / "turbodistill" / "runs"
-    assert backend.students_folder() == tmp_path / "Lora" and list(backend.prompts()) == ["anything"]
+    assert backend.students_folder() == tmp_path / "Lora" and list(backend.prompts()) == ["auto", "prose", "tags"]
+
+
+def test_the_list_that_suits_is_told_by_the_checkpoint_s_file(a1111, tmp_path):
+    backend, info = a1111.ours.host_backend.HostBackend(), a1111.model.sd_checkpoint_info
+    info.filename, info.name_for_extra = str(tmp_path / "wai.safetensors"), "waiIllustrious_v14"
+    assert backend.suggestion().words.endswith("of tags, since the model's name says wai")  # there is no file yet
+    assert backend.prompts()["auto"] == backend.prompts()["tags"] != backend.prompts()["prose"]
+    learnt = {"ss_tag_frequency": json.dumps({"a": {"a photograph of a red fox in snow": 40}})}
+    save_file({"a": torch.zeros(1)}, info.filename, learnt)
+    assert "metadata says that it learnt sentences" in backend.suggestion().words
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(1), "img_in.weight": torch.zeros(1),
+               "vector_in.in_layer.weight": torch.zeros(1)}, info.filename)  # fmt: skip
+    os.utime(info.filename, ns=(1, 1))
+    assert "flux-1-schnell" in backend.suggestion().words and backend.suggestion().name == "prose"
+
+
+def test_wildcards_are_the_webui_s_and_its_extensions(a1111, tmp_path, monkeypatch):
+    backend, shared = a1111.ours.host_backend.HostBackend(), a1111.host("modules.shared")
+    extensions = tmp_path / "extensions"
+    theirs = [extensions / name / "wildcards" for name in ("sd-dynamic-prompts", "stable-diffusion-webui-wildcards")]
+    assert backend.wildcards() == [tmp_path / "wildcards", *theirs]
+    monkeypatch.setattr(shared.opts, "wildcard_dir", "/data/mine", raising=False)
+    assert backend.wildcards() == [tmp_path / "wildcards", Path("/data/mine"), theirs[1]]
+    monkeypatch.setattr(shared.cmd_opts, "listen", True, raising=False)  # a setting that others could change
+    assert backend.wildcards() == [tmp_path / "wildcards", theirs[1]]
 
 
 @pytest.mark.parametrize(

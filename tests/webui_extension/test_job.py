@@ -6,6 +6,8 @@ import time
 
 import pytest
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from turbodistill.core.card import read_card
 from turbodistill.page import job, pictures, runs
 from turbodistill.page.request import Request
@@ -116,6 +118,33 @@ def test_pictures_that_cannot_be_used_stop_it_or_are_told_beside_the_run(toy, ba
     first, second = told["warnings"][:2]
     assert told["state"] == "done" and first.endswith("left out: 1 other files (.pdf)")
     assert second.startswith("3 pictures of ") and "1 pictures that cannot be read (picture " in second
+
+
+def test_the_list_that_suits_is_chosen_told_and_kept(toy, backend, tmp_path):
+    (tmp_path / "tags.txt").write_text("1girl\nsolo\n1boy\nno humans")
+    backend.lists = {"auto": tmp_path / "tags.txt", "tags": tmp_path / "tags.txt"}
+    backend.title = "animagine-xl.safetensors"
+    begun = job.start(backend, ask(toy, prompts="", built_in="auto"))
+    done = finish(begun)
+    assert begun.prompts == ["1girl", "solo", "1boy", "no humans"]
+    told = "prompts: the built-in list of tags, since the model's name says animagine"
+    assert [told in words for words in done["warnings"]].count(True) == 1
+    assert runs.asked(backend.runs_folder(), "my-turbo").built_in == "tags"  # as it goes on, whatever is loaded then
+
+
+def test_wildcards_and_pictures_give_prompts(toy, backend, tmp_path):
+    folder = backend.wildcards()[0]
+    folder.mkdir()
+    (folder / "colour.txt").write_text("red\nblue\n")
+    assert job.Job(backend, ask(toy, prompts="a __colour__ fox")).prompts == ["a {red|blue} fox"]
+    about = PngInfo()
+    about.add_text("parameters", "an owl, <lora:x:1>\nNegative prompt: y")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=about)
+    begun = job.Job(backend, ask(toy, prompts="", prompt_file=str(tmp_path / "a.png")))
+    assert begun.prompts == ["an owl"] and "1 prompts of 1 pictures" in begun.snapshot()["warnings"][0]
+    backend.readable = [tmp_path / "allowed"]
+    with pytest.raises(DataError, match="is outside the folders"):
+        job.Job(backend, ask(toy, prompts="", prompt_file=str(tmp_path / "a.png")))
 
 
 def test_choices_in_prompts_are_drawn(toy, backend, tmp_path):

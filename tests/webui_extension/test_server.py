@@ -122,4 +122,5 @@ def test_a_model_of_one_s_own_begins_without_a_student(folder):
     client = TestClient(app, base_url="http://localhost")
     settings = client.get(f"{ROOT}/settings").json()
     values = {row["name"]: row["value"] for row in settings["settings"]}
-    assert settings["prompts"] == ["anything"] and (values["batch_size"], values["gradient_checkpointing"]) == (4, True)
+    assert settings["prompts"] == ["auto", "prose", "tags"]
+    assert (values["batch_size"], values["gradient_checkpointing"]) == (4, True)

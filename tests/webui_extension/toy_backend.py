@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from turbodistill.core.card import fingerprint
+from turbodistill.trainer.data.built_in import Suggestion, suggest
 
 
 def module_at(path: Path, name: str):
@@ -41,6 +42,7 @@ class ToyBackend:
     def __init__(self, folder: Path):
         self.folder, self.title = folder, "toy.safetensors"
         self.readable = None
+        self.lists: dict[str, Path] = {}  # built in, besides "words"
         self.host = kit.conv_host()
         self.lock = threading.Lock()
         self.gate = threading.Event()
@@ -74,7 +76,13 @@ class ToyBackend:
     def prompts(self) -> dict[str, Path]:
         path = self.folder / "words.txt"
         path.write_text(PROMPTS)
-        return {"words": path}
+        return {"words": path, **self.lists}
+
+    def suggestion(self) -> Suggestion:
+        return suggest(self.title)
+
+    def wildcards(self) -> list[Path]:
+        return [self.folder / "wildcards"]
 
     @contextmanager
     def open(self, width: int, height: int):

@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .choices import LONGEST, check_texts
 from .files import DataError, text_of
-from .prompts import LONGEST, check_texts
 
 SUFFIXES = (".txt", ".caption", ".json")  # of a caption's file: an earlier one goes before a later one
 NAMES = ("text", "caption", "prompt", "captions", "description")  # of a caption in JSON or a table, by preference

@@ -39,7 +39,7 @@ AT_ONCE = 8  # pictures that are encoded together
 def check_pictures(pictures: Sequence[Picture]) -> None:
     """Raise DataError if one of the pictures is missing or broken, without decoding them all."""
     for picture in pictures:
-        with _said_of(picture), picture.open() as file, _opened(file) as image:
+        with _said_of(picture), picture.open() as file, opened(file) as image:
             image.verify()
 
 
@@ -60,7 +60,7 @@ def _said_of(picture: Picture) -> Iterator[None]:
         raise DataError(f"picture {shown(picture.name)} cannot be read ({words:.200}): replace or remove it") from None
 
 
-def _opened(file: BinaryIO) -> Image.Image:
+def opened(file: BinaryIO) -> Image.Image:
     """A picture whose pixels are not read yet; raises ValueError for too many of them, and as Pillow does."""
     image = Image.open(file, formats=_formats())
     if image.width * image.height > MOST_PIXELS:
@@ -83,7 +83,7 @@ def load_picture(picture: Picture, size: tuple[int, int]) -> Tensor:
     Raises DataError for a file that cannot be read.
     """
     width, height = size
-    with _said_of(picture), picture.open() as file, _opened(file) as image:
+    with _said_of(picture), picture.open() as file, opened(file) as image:
         whole = _on_white(_eight_bits(ImageOps.exif_transpose(image)))
     scale = max(width / whole.width, height / whole.height)
     scaled = whole.resize((max(width, round(whole.width * scale)), max(height, round(whole.height * scale))))
@@ -94,7 +94,7 @@ def load_picture(picture: Picture, size: tuple[int, int]) -> Tensor:
 
 def shape_of(picture: Picture) -> tuple[int, int]:
     """Width and height in pixels, the right way up; raises DataError for a file that cannot be read."""
-    with _said_of(picture), picture.open() as file, _opened(file) as image:
+    with _said_of(picture), picture.open() as file, opened(file) as image:
         lies = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return (image.height, image.width) if lies else (image.width, image.height)
 

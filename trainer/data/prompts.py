@@ -1,33 +1,25 @@
-"""Prompts from files, with choices in them, so that a few lines make many: `a {red|blue} fox, {photo|oil painting}`."""
+"""Prompts from a text, a file, a built-in list or pictures, with choices in them, so that a few lines make many."""
 
 from __future__ import annotations
 
 import os
 import random
-import re
 from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
-from .files import DataError, check_file, lines_of, path_of, read_text
+from .built_in import AUTO, LISTS, Suggestion, suggest
+from .choices import check_choices, check_texts, expand
+from .files import DataError, check_file, lines_of, log, path_of, read_text
+from .picture_prompts import is_pictures, read_picture_prompts
+from .wildcards import FOLDER, Wildcards
 
-ANYTHING = Path(__file__).with_name("anything.txt")  # prompts for any model that knows the world
-LONGEST = 2**16  # letters of a prompt or a caption
-BRACE = re.compile(r"([{}])")
 
+class FoundPrompts(NamedTuple):
+    """Prompts with their choices not yet drawn, and what there is to tell of where they come from; or ""."""
 
-def expand(line: str, draws: random.Random) -> str:
-    """The line with one alternative of each choice; an empty one leaves a word out."""
-    levels = [""]  # the text so far, outside and in each choice that is open: choices may hold choices
-    for part in BRACE.split(line):
-        if part == "{":
-            levels.append("")
-        elif part == "}" and len(levels) > 1:
-            chosen = draws.choice(levels.pop().split("|"))
-            levels[-1] += chosen
-        else:
-            levels[-1] += part
-    return re.sub(r" +(,|$)", r"\1", re.sub(r" {2,}", " ", "{".join(levels))).strip()
+    lines: list[str]
+    words: str = ""
 
 
 def draw_prompts(lines: Sequence[str], count: int, seed: int = 0) -> list[str]:
@@ -50,51 +42,61 @@ def drawn(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
     return [expand(prompt, random.Random(seed)) for prompt, seed in zip(prompts, seeds, strict=True)]
 
 
-def read_prompts(path: str | Path) -> list[str]:
-    """Lines of a text file or a pipe, empty ones and those that begin with # left out.
+def is_built_in(source: str | Path) -> bool:
+    """Whether this names a built-in list, or the one that suits the model: a file of that name goes before."""
+    return str(source) in (AUTO, *LISTS) and not os.path.exists(source)
 
-    Raises DataError for a missing file, one without a prompt, and as `check_choices`.
+
+def listed(name: str) -> list[str]:
+    """The prompts of the built-in list of that name."""
+    return prompt_lines(read_text(LISTS[name]))
+
+
+def suggested(suggestion: Suggestion) -> FoundPrompts:
+    """The built-in list that suits a model, and why it is that one."""
+    return FoundPrompts(listed(suggestion.name), suggestion.words)
+
+
+def find_prompts(
+    source: str | Path, suggestion: Suggestion | None = None, wildcards: Sequence[str | Path] = ()
+) -> FoundPrompts:
+    """Prompts from a text file, one a line, from pictures' metadata, or of a built-in list.
+
+    `source` is a text file or a pipe, a folder of pictures or one picture, or `prose`, `tags` or `auto`, which takes
+    the `suggestion`. `wildcards` are further folders of wildcard files, after `wildcards` beside the text file. Raises
+    DataError as `prompt_lines`, and for what is not there or holds no prompt.
     """
-    path = Path(path_of(str(path)))
-    if os.path.isfile(path) or os.path.isdir(path) or not os.path.exists(path):  # else it is a pipe
+    if is_built_in(source):
+        return suggested(suggestion or suggest()) if str(source) == AUTO else FoundPrompts(listed(str(source)))
+    path = Path(path_of(str(source)))
+    if is_pictures(path) and os.path.exists(path):
+        return FoundPrompts(*read_picture_prompts(path))
+    if os.path.isfile(path) or not os.path.exists(path):  # else it is a pipe
         check_file("prompt file", path)
-    prompts = prompt_lines(read_text(path))
+    prompts = prompt_lines(read_text(path), [path.parent / FOLDER, *wildcards])
     if not prompts:
         raise DataError(f"prompt file {path} holds no prompt: write one a line")
-    return prompts
+    return FoundPrompts(prompts)
 
 
-def prompt_lines(text: str) -> list[str]:
-    """The lines of a text that are prompts: not empty, and not begun with #; raises DataError as `check_choices`."""
+def read_prompts(source: str | Path = AUTO, model: object = None, wildcards: Sequence[str | Path] = ()) -> list[str]:
+    """The prompts of `source`, for `distill`; `auto` is the built-in list that suits the `model` of `load_model`.
+
+    `source` and `wildcards` are as in `find_prompts`; which list it was, and what was left out, is logged. Raises
+    DataError.
+    """
+    suggestion = suggest(getattr(model, "name", ""), getattr(model, "architecture", ""))
+    found = find_prompts(source, suggestion, wildcards)
+    if found.words:
+        log.warning("%s", found.words)
+    return found.lines
+
+
+def prompt_lines(text: str, wildcards: Sequence[str | Path] = ()) -> list[str]:
+    """The lines of a text that are prompts, not empty and not begun with #, with what their wildcards stand for.
+
+    `wildcards` are the folders of those. Raises DataError as `check_choices` and `Wildcards.put_into`.
+    """
     prompts = [line for raw in lines_of(text) if (line := raw.strip()) and not line.startswith("#")]
     check_choices(prompts)
-    return prompts
-
-
-def check_choices(prompts: Sequence[str]) -> None:
-    """Raise DataError for half a choice, and as `check_texts`."""
-    check_texts(prompts)
-    for prompt in prompts:
-        depths = list(accumulate(1 if brace == "{" else -1 for brace in BRACE.findall(prompt)))
-        if depths and (min(depths) < 0 or depths[-1]):
-            raise DataError(
-                f"prompt {prompt[:80]!r} has a brace without its other one: write choices as "
-                "{red|blue}, or leave it out"
-            )
-
-
-def check_texts(prompts: Sequence[str]) -> None:
-    """Raise DataError for what no text encoder can read: no text, too long, or half a letter (a lone surrogate)."""
-    for prompt in prompts:
-        if not isinstance(prompt, str):
-            raise DataError(f"prompt {prompt!r:.80} is no text: give prompts as texts")
-        if len(prompt) > LONGEST:
-            raise DataError(f"prompt {prompt[:40]!r}... has {len(prompt):,} letters: give at most {LONGEST:,}")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            half = prompt[error.start]
-            raise DataError(
-                f"prompt {prompt[:80]!r} is no valid text: {half!r} is half a letter, or a byte that is not UTF-8. "
-                "Type that letter again"
-            ) from None
+    return Wildcards(wildcards).put_into(prompts)

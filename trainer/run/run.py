@@ -17,12 +17,12 @@ from ...core.exclusive import exclusive
 from ...core.header import no_file
 from ..config import Config, ConfigError
 from ..data.affixes import Affixes
+from ..data.choices import check_texts
 from ..data.found import BROKEN, Found
 from ..data.images import cache_images, check_pictures, load_images
 from ..data.lock import locked
 from ..data.pairs import load_pairs, make_pairs, pairs_recipe
 from ..data.pictures import check_place, read_pictures
-from ..data.prompts import check_texts
 from ..data.samples import Samples
 from ..data.sizes import by_size, pictures_by_size, with_buckets
 from ..host import Host

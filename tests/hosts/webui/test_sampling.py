@@ -305,3 +305,12 @@ def test_each_cell_of_a_plot_says_only_what_is_its_own(webui, gap, plot):
     assert "ADD" not in told[2] + told[3]
     for picture, infotext in zip(made.pictures[-4:], told, strict=True):
         assert gap(webui.from_infotext(infotext).picture, picture) <= ROUNDED
+
+
+def test_its_infotext_gives_the_prompt_back(webui):
+    from turbodistill.trainer.data.infotext import of_infotext
+
+    infotext = webui.txt2img(prompt="a {red} fox,\n(sharp:1.2)", negative_prompt="blurry,\ntext").infotext
+    found = of_infotext(infotext)
+    assert found and (found.prompt, found.negative) == ("a {red} fox, (sharp:1.2)", "blurry, text")
+    assert (found.steps, found.cfg, found.sampler) == ("1", "1.0", ONE)
