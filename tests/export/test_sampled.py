@@ -67,7 +67,7 @@ def test_the_commands_know_it(kit, make, tmp_path, to, capsys):
     given = ["distill", "--model", str(out), "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "r")]
     assert cli.main([*given, *how]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "has a one-step student of tiny-sd1 merged into it, so it is no teacher: give tiny-sd1 instead" in line
+    assert "has a student of tiny-sd1 merged into it, so it is no teacher: give tiny-sd1 instead" in line
 
 
 def test_a_loaded_pipeline_of_it_is_no_teacher(kit, make, tmp_path):
@@ -81,7 +81,7 @@ def test_a_loaded_pipeline_of_it_is_no_teacher(kit, make, tmp_path):
 def test_a_full_student_s_file_stays_no_base(make, tmp_path):
     path = make("sd1").student(tmp_path / "full.safetensors", full=True)
     assert all(n.startswith("model.diffusion_model.") for n in load_file(path))
-    with pytest.raises(ModelError, match="is a one-step student that TurboDistill made of tiny-sd1: give it as the"):
+    with pytest.raises(ModelError, match="is a student that TurboDistill made of tiny-sd1: give it as the"):
         td.load_model(path, "cpu", with_student=True)
 
 
