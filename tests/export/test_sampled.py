@@ -9,6 +9,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from turbodistill.app import cli
+from turbodistill.core.schedule import trailing_timesteps
 from turbodistill.generate.few_step import few_step_model
 from turbodistill.generate.sample import sample
 from turbodistill.trainer.checkpoint.errors import ModelError
@@ -19,6 +20,7 @@ CHANGES = {
     "x0": {"prediction": "x0"},
     "early": {"timesteps": (399,)},
     "few steps": {"timesteps": (999, 499)},
+    "guidance alone": {"timesteps": tuple(trailing_timesteps(9)), "guidance_only": True},
 }
 
 

@@ -2,9 +2,11 @@
 
 from contextlib import closing
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from turbodistill.app import cli
 from turbodistill.core.card import read_card
 from turbodistill.core.denoiser import Guidance, Guided, guided
 from turbodistill.core.sampling import sample_dpmpp_2m, sample_euler, trailing_sigmas
@@ -20,6 +22,7 @@ from turbodistill.trainer.data.samples import Samples
 from turbodistill.trainer.loop import start, steps
 from turbodistill.trainer.loop.batch import Group, draw_guidance_batch, generator
 from turbodistill.trainer.loop.distill import Step, distill
+from turbodistill.trainer.pipeline.load import load_model
 from turbodistill.trainer.run import run
 from turbodistill.trainer.run.events import Preview, Selected, Warned
 from turbodistill.trainer.run.memory import measure_memory
@@ -330,3 +333,25 @@ def test_the_page_makes_its_own_number_of_steps_instead_of_too_few(host, student
     latents = by_euler(host, student, host.encode_text(["fox"]), seeded(host, 3), made)
     assert torch.allclose(found.pictures, host.decode(latents), atol=1e-4)
     student.release()
+
+
+@pytest.mark.parametrize(("flags", "made"), [([], 9), (["--steps", "12"], 12), (["--steps", "2"], 2)])
+def test_the_command_samples_it_as_its_base(kit, pipeline_folder, tmp_path, capsys, flags, made):
+    model = load_model(pipeline_folder)
+    path = kit.go(model, kit.config(**SETTINGS), tmp_path / "run")[-1].path
+    assert cli.main(["info", str(path)]) == 0
+    assert "Sampling: as its base, with any sampler, 9 steps or as many as you like at CFG 1" in capsys.readouterr().out
+    given = ["sample", "a fox", "--model", str(pipeline_folder), "--student", str(path), "--seed", "5", *flags]
+    assert cli.main([*given, "--out", str(tmp_path / "out")]) == 0
+    remarks = capsys.readouterr().err
+    assert ("steps is 2: student.safetensors was made for 8 steps or more." in remarks) == (made == 2)
+    (file,) = (tmp_path / "out").iterdir()
+    with Image.open(file) as picture:
+        told = picture.text["parameters"]
+        found = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+    assert f"Steps: {made}, Sampler: Euler, Schedule type: SGM Uniform, CFG scale: 1, Seed: 5" in told
+    assert "ADD" not in told
+    student, _, _ = load_student(path, model.denoiser)
+    (expected,) = sample(model, student, ["a fox"], seed=5, steps=made)
+    student.release()
+    assert (found - expected).abs().max() < 0.01

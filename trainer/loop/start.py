@@ -31,7 +31,7 @@ def check(host: Host, config: Config) -> None:
     if not config.init_student:
         return
     if start := _foreign(host, config):
-        if config.guidance_only and start.recipe:
+        if config.guidance_only and start.recipe and not start.recipe.ordinary:
             raise ConfigError(_makes_few_steps(config))
         return
     denoiser = host.denoiser

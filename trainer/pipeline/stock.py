@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -80,8 +81,8 @@ def scheduler_of(card: StudentCard, pipe: Any) -> Any:
 
 
 def own_scheduler(pipe: Any) -> Any:
-    """A fresh scheduler like the pipeline's."""
-    return type(pipe.scheduler).from_config(pipe.scheduler.config)
+    """Another scheduler like the pipeline's: `from_config` would set what the pipeline itself has corrected back."""
+    return copy.deepcopy(pipe.scheduler)
 
 
 def _discrete(card: StudentCard, pipe: Any) -> Any:
