@@ -10,10 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..trainer.config import Config
 from ..trainer.setting import KINDS
-
-MOST_STEPS = Config.__dataclass_fields__["student_steps"].metadata["high"]
 
 EXPONENT = re.compile(r"(\d{1,3})[eE]\+?(\d{1,2})")
 LONGEST = 255  # bytes of a file's name

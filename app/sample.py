@@ -12,10 +12,11 @@ from typing import Any
 
 from ..demo import files
 from ..trainer.config import MOST_SEED, ConfigError
-from .arguments import MOST_STEPS, add_model, between, folder, model_options, place
+from .arguments import add_model, between, folder, model_options, place
 
 NONE = Path("none")
 MOST_PROMPTS = 100_000
+MOST_STEPS = 1000
 TOGETHER = 2**20  # pixels that are made at once: one picture of 1024 x 1024, four of 512 x 512
 
 
@@ -39,7 +40,7 @@ def command(commands: Any) -> None:
         "itself such a checkpoint (default: the embedded model's, with --model none)",
     )
     parser.add_argument(
-        "--steps", type=between(1, MOST_STEPS), help=f"1 to {MOST_STEPS} (default: what the file was made for)"
+        "--steps", type=between(1, MOST_STEPS), help="number of steps (default: what the file was made for)"
     )
     parser.add_argument("--size", type=size, help="WIDTHxHEIGHT in pixels (default: the model's own)")
     parser.add_argument("--image", type=place, help="picture to begin from, scaled and cropped to the size")
@@ -142,15 +143,16 @@ def _make(args: argparse.Namespace, prompts: list[str]) -> int:
         start["strength"] = args.strength or 0.6
         start["picture"] = host.encode_images(_picture(args.image, host.resolution)[None])
     base = file.card.base_model if file and file.card else host.name
+    timesteps = model.recipe.timesteps(steps, start.get("strength", 1.0))
     settings = {
         "Steps": steps,
-        "Sampler": f"ADD {'1-step' if steps == 1 else 'few-step'}",
+        **_sampler(model.recipe, steps),
         "CFG scale": f"{model.recipe.cfg:g}",
         "Seed": 0,
         "Size": f"{host.resolution[0]}x{host.resolution[1]}",
         "Denoising strength": start.get("strength"),
         "ADD model": None if file and file.card else model.recipe.name,
-        "ADD timesteps": " ".join(map(str, model.recipe.timesteps(steps, start.get("strength", 1.0)))),
+        "ADD timesteps": None if model.recipe.ordinary else " ".join(map(str, timesteps)),
         "Model": base,
         "Student": file.path.name if file else None,
     }
@@ -162,6 +164,13 @@ def _make(args: argparse.Namespace, prompts: list[str]) -> int:
         write_whole(path, _png_bytes(to_image(picture), infotext(prompts[k], settings | {"Seed": seed})))
         print(path)
     return 0
+
+
+def _sampler(recipe: Any, steps: int) -> dict[str, str]:
+    """The WebUIs' names of what samples so."""
+    if recipe.ordinary:
+        return {"Sampler": "Euler", "Schedule type": "SGM Uniform"}
+    return {"Sampler": f"ADD {'1-step' if steps == 1 else 'few-step'}"}
 
 
 def _last_number(folder: Path) -> int:

@@ -47,7 +47,8 @@ class StudentCard:
     `prediction` is how its backbone's output is read; `timesteps` the start of each step of the
     longest schedule that it was trained for (the first is where pure noise enters); `guidance` the
     teacher's scale that is baked in, away from the `negative_prompt`: sample with cfg 1. The prompts that it learnt
-    had the prefix and suffix, which are typed when it is sampled, unless they are baked in.
+    had the prefix and suffix, which are typed when it is sampled, unless they are baked in. One of `guidance_only` is
+    sampled as its base is, with any sampler and number of steps; its `timesteps` are those of the teacher's pictures.
     """
 
     kind: str
@@ -73,6 +74,7 @@ class StudentCard:
     prompt_prefix: str = ""
     prompt_suffix: str = ""
     bake_affixes: bool = False
+    guidance_only: bool = False
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -107,11 +109,11 @@ class StudentCard:
             KEY: json.dumps(asdict(self)),
             "modelspec.sai_model_spec": "1.0.1",
             "modelspec.architecture": self.architecture + ("/lora" if self.kind == "lora" else ""),
-            "modelspec.title": f"{self.base_model} one-step student",
+            "modelspec.title": f"{self.base_model} {'guidance-only' if self.guidance_only else 'one-step'} student",
             "modelspec.implementation": "turbodistill",
             "modelspec.resolution": f"{width}x{height}",
             "modelspec.prediction_type": {"eps": "epsilon"}.get(self.prediction, self.prediction),
-            "modelspec.usage_hint": f"{self._steps()}, cfg 1, first timestep {self.timesteps[0]}",
+            "modelspec.usage_hint": f"{self.steps_in_words()}, cfg 1, first timestep {self.timesteps[0]}",
         } | KOHYA.get(self.architecture, {})
 
     @classmethod
@@ -140,8 +142,12 @@ class StudentCard:
         except (KeyError, TypeError) as error:
             raise CardError(f"{path}: the student card lacks a field ({error!s:.100}): make the file again") from None
 
-    def _steps(self) -> str:
-        return "1 step" if len(self.timesteps) == 1 else f"1 to {len(self.timesteps)} steps"
+    def steps_in_words(self) -> str:
+        """In how many steps it makes a picture."""
+        count = f"{len(self.timesteps)} step{'s' * (len(self.timesteps) > 1)}"
+        if self.guidance_only:
+            return f"any sampler, {count} or as many as you like"
+        return count if len(self.timesteps) == 1 else f"1 to {count}"
 
     def guidance_in_words(self) -> str:
         """What the student has of the teacher's guidance."""
@@ -164,14 +170,16 @@ class StudentCard:
         form = f"LoRA of rank {self.rank} ({self.targets})" if self.kind == "lora" else "full model"
         width, height = self.resolution
         single = len(self.timesteps) == 1
+        kind = "Guidance-only" if self.guidance_only else "One-step" if single else "Few-step"
+        sampling = f"{'as its base, with ' * self.guidance_only}{self.steps_in_words()}"
         begin = f"  The noise enters at timestep {self.timesteps[0]}"
+        begin += "." if single else f"; the longest schedule is {', '.join(map(str, self.timesteps))}."
         own = self.prediction == self.base_prediction
         lines = [
-            f"{'One' if single else 'Few'}-step student of {self.base_model}, a {form}, made by {self.method}.",
+            f"{kind} student of {self.base_model}, a {form}, made by {self.method}.",
             f"Base model: {self.architecture}, hash {self.base_hash}.",
-            f"Sampling: {self._steps()} at CFG 1. {self.guidance_in_words()}, so negative prompts do nothing.",
-            *filter(None, [self.affixes_in_words()]),
-            begin + ("." if single else f"; the longest schedule is {', '.join(map(str, self.timesteps))}."),
+            f"Sampling: {sampling} at CFG 1. {self.guidance_in_words()}, so negative prompts do nothing.",
+            *filter(None, [self.affixes_in_words(), "" if self.guidance_only else begin]),
             f"  The network predicts {self.prediction}, "
             + ("as the base model does." if own else f"where the base model predicts {self.base_prediction}."),
             f"Resolution: {self.sizes or f'{width} x {height}'}.",

@@ -141,26 +141,31 @@ class Guidance:
         """That of a training's settings, or of a student's card."""
         return Guidance(source.guidance, source.guidance_rescale, source.guidance_start, source.guidance_end)
 
-    def acts(self, schedule: Schedule, sigma: Tensor) -> bool:
-        """Whether there is guidance at this noise level, which is all rows' own."""
+    def acts(self, schedule: Schedule, sigma: Tensor) -> Tensor:
+        """Whether there is guidance, (B,), at each of these noise levels (B,)."""
         if self.scale == 1 or (self.start <= 0 and self.end >= 1):
-            return self.scale != 1
-        done = 1 - float(schedule.timestep(sigma.flatten()[:1])[0]) / (schedule.timesteps - 1)
-        return self.start <= done < self.end
+            return torch.full(sigma.shape, self.scale != 1)
+        done = 1 - schedule.timestep(sigma).double() / (schedule.timesteps - 1)
+        return (self.start <= done) & (done < self.end)
 
 
 def guided(denoiser: Denoiser, x: Tensor, sigma: Tensor, cond: Cond, uncond: Cond | None, guidance: Guidance) -> Tensor:
-    """Guidance at one noise level: uncond + scale (cond - uncond), as x0 (B, C, H, W).
+    """Guidance at a noise level of each row's own: uncond + scale (cond - uncond), as x0 (B, C, H, W).
 
     Two rows a sample in one pass; one where guidance does not act or there is no `uncond`.
     """
     schedule = denoiser.schedule
-    if uncond is None or not guidance.acts(schedule, sigma):
+    acts = guidance.acts(schedule, sigma)
+    if uncond is None or not acts.any():
         return denoiser(x, sigma, cond)
-    both = Cond.cat([cond, uncond.repeat(len(cond)) if len(uncond) == 1 else uncond])
-    positive, negative = denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
-    result = negative + guidance.scale * (positive - negative)
-    return rescaled(schedule, x, sigma, positive, result, guidance.rescale) if guidance.rescale else result
+    rows = acts.nonzero().flatten().to(x.device)
+    against = uncond.repeat(len(rows)) if len(uncond) == 1 else uncond.rows(rows)
+    inputs = torch.cat([x, x[rows]]), torch.cat([sigma, sigma[rows]]), Cond.cat([cond, against])
+    positive, negative = denoiser(*inputs).split([len(x), len(rows)])
+    result = negative + guidance.scale * (positive[rows] - negative)
+    if guidance.rescale:
+        result = rescaled(schedule, x[rows], sigma[rows], positive[rows], result, guidance.rescale)
+    return positive.index_copy(0, rows, result)
 
 
 def rescaled(schedule: Schedule, x: Tensor, sigma: Tensor, positive: Tensor, result: Tensor, phi: float) -> Tensor:

@@ -34,9 +34,10 @@ from .architecture import (
 )
 from .card import CardError, StudentCard, header, read_card, titles
 from .sampling import sample_euler, sample_few_step, sigmas_at, sigmas_of
-from .schedule import FlowSchedule, expand, trailing_timesteps
+from .schedule import TIMESTEPS, FlowSchedule, expand, trailing_timesteps
 
 MOST = 8  # steps
+FEWEST_ORDINARY = 8  # steps in which an ordinary model makes a picture
 MOST_LETTERS = 300  # of a name or a title
 
 
@@ -50,7 +51,8 @@ class SamplingRecipe:
     `renoise` adds fresh noise between steps; else Euler's step is taken. `shift` is NitroFusion's: the network is
     given the timestep t shift / 1000. `exact` says that pure noise is scaled by sigma itself, as our students learnt
     it, not by ComfyUI's sqrt(1 + sigma^2). `flow_shift` is that of a flow model's noise levels, where it is not the
-    host's own; `cfg` the guidance scale, and `strength` the weight of its LoRA.
+    host's own; `cfg` the guidance scale, and `strength` the weight of its LoRA. `ordinary` says that it is sampled as
+    models are that nobody has distilled, by any sampler.
     """
 
     name: str
@@ -64,11 +66,16 @@ class SamplingRecipe:
     flow_shift: float | None = None
     cfg: float = 1.0
     strength: float = 1.0
+    ordinary: bool = False
 
     @property
     def range(self) -> tuple[int, int]:
         """The fewest and the most steps that it works with."""
         return self.span or (self.steps, self.steps)
+
+    def made_in(self, steps: int) -> int:
+        """The steps that are made where `steps` are asked for of whatever model: an ordinary one needs its own."""
+        return self.steps if self.ordinary and steps < self.range[0] else steps
 
     def timesteps(self, steps: int, denoise: float = 1.0) -> list[int]:
         """The start of each of `steps` steps, falling.
@@ -76,8 +83,9 @@ class SamplingRecipe:
         `denoise` 1 begins at `start`, less begins that much nearer to the picture (img2img). Raises
         ValueError for steps or a denoise that cannot be.
         """
-        if not 1 <= steps <= MOST:
-            raise ValueError(f"steps is {steps}: give 1 to {MOST}")
+        most = max(MOST, self.range[1])
+        if not 1 <= steps <= most:
+            raise ValueError(f"steps is {steps}: give 1 to {most}")
         if not 0 < denoise <= 1:
             raise ValueError(f"denoise is {denoise:g}: give more than 0, and at most 1")
         return trailing_timesteps(steps, max(round((self.start + 1) * denoise), steps) - 1)
@@ -114,6 +122,11 @@ class SamplingRecipe:
 
     def in_words(self) -> str:
         """The sampling as a person reads it."""
+        if self.ordinary:
+            return (
+                f"{self.name}: sampled as its base, with any sampler, made for {_count(self.steps, self.steps)}; cfg "
+                f"{self.cfg:g}, negative prompts do nothing."
+            )
         reading = {"inherit": "as the base model's", "lcm": "as LCM's"}.get(self.prediction, f"as {self.prediction}")
         between = "fresh noise" if self.renoise else "Euler's step"
         weight = "" if self.strength == 1 else f", its LoRA's weight {self.strength:g}"
@@ -126,6 +139,8 @@ class SamplingRecipe:
 
 def _count(low: int, high: int) -> str:
     """A range of steps in words."""
+    if high == TIMESTEPS:
+        return f"{low} steps or more"
     return f"{low if low == high else f'{low} to {high}'} step{'s' * (high > 1)}"
 
 
@@ -324,10 +339,11 @@ def suspect(name: str) -> str:
 def of_card(card: StudentCard) -> SamplingRecipe:
     """The sampling of a student of ours."""
     prediction = "inherit" if card.prediction == card.base_prediction else card.prediction
-    steps = len(card.timesteps)
-    return SamplingRecipe(
-        f"student of {card.base_model}", prediction, card.timesteps[0], steps, exact=True, span=(1, steps)
-    )
+    name, start, steps = f"student of {card.base_model}", card.timesteps[0], len(card.timesteps)
+    if card.guidance_only:
+        span = (min(steps, FEWEST_ORDINARY), TIMESTEPS)
+        return SamplingRecipe(name, prediction, start, steps, exact=True, span=span, ordinary=True, **EULER)
+    return SamplingRecipe(name, prediction, start, steps, exact=True, span=(1, steps))
 
 
 def by_file(path: str | Path, *hints: str) -> SamplingRecipe | None:

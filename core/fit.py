@@ -34,14 +34,14 @@ def check_fit(
     base: Base,
     student: str | Path = "the student",
     *,
-    steps: int = 1,
+    steps: int | None = None,
     weight: float = 1.0,
     cfg: float = 1.0,
 ) -> list[str]:
     """What does not fit, as warnings in words; an empty list where all does.
 
-    `student` is what the words call it. Raises CardError where no picture could come of it: on a base of another
-    architecture, or of another prediction type.
+    `student` is what the words call it; steps of None are not known yet. Raises CardError where no picture could come
+    of it: on a base of another architecture, or of another prediction type.
     """
     same = card.base_hash in base.hashes
     pair = {card.architecture, base.architecture}
@@ -74,7 +74,8 @@ def check_fit(
         said.append(f"{student} was made for {card.base_model}, the loaded model is {base.name}: pictures may suffer.")
     if weight != 1:
         said.append(f"the weight of {student} is {weight:g}: it was trained at 1, another blurs or burns the picture.")
-    return said + replace(of_card(card), name=str(student)).remarks(steps, cfg)
+    recipe = replace(of_card(card), name=str(student))
+    return said + recipe.remarks(recipe.steps if steps is None else steps, cfg)
 
 
 def read_base(path: Path) -> Base:

@@ -104,6 +104,12 @@ def sds_weight(schedule: Schedule, sigma: Tensor) -> Tensor:
     return alpha / (2 * s) * s**2
 
 
+# The loss of guidance distillation (arXiv 2210.03142, section 3.1), whose weight there is max(SNR, 1).
+def velocity_weight(schedule: Schedule, sigma: Tensor) -> Tensor:
+    """1 / sigma_t^2, (B,): an error of x0 counts as that of the velocity does, v or a flow's; of v it is SNR + 1."""
+    return schedule.alpha_sigma(sigma)[1] ** -2
+
+
 def equal_weight(schedule: Schedule, sigma: Tensor) -> Tensor:
     """c(t) = 1, (B,)."""
     return torch.ones_like(sigma)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .exclusive import exclusive
 from .fit import Base, check_fit
 from .lora import LoRA, check_match, quantised
 from .naming import is_diffusers, of_an_adapter, to_single_file, without_adapter
-from .sampling import sample_few_step, sigmas_of
+from .sampling import sample_euler, sample_few_step, sigmas_of
 from .schedule import Schedule, trailing_timesteps
 
 PREDICTIONS = ("inherit", "x0")
@@ -30,7 +30,8 @@ class Student(Denoiser):
     `rank` > 0 trains a LoRA on the teacher's backbone; the teacher is the same tensors with the
     LoRA off. `rank` 0 trains a full copy. `prediction` says what the backbone predicts: `inherit`
     the teacher's eps, v or flow, `x0` the picture itself. `start_timestep` is that of pure noise,
-    and the first of a few-step schedule.
+    and the first of a few-step schedule. One of `guidance_steps` has the teacher's guidance baked in
+    and no more: it is sampled as the teacher is, in so many steps where no other number is given.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Student(Denoiser):
         targets: str = "all",
         prediction: str = "inherit",
         start_timestep: int | None = None,
+        guidance_steps: int = 0,
     ):
         if prediction not in PREDICTIONS:
             raise ValueError(f"student prediction is {prediction!r}: use one of {', '.join(PREDICTIONS)}")
@@ -48,6 +50,7 @@ class Student(Denoiser):
         self.schedule: Schedule = teacher.schedule
         self.prediction = teacher.prediction if prediction == "inherit" else prediction
         self.start_timestep = self.schedule.timesteps - 1 if start_timestep is None else start_timestep
+        self.guidance_steps = guidance_steps
         self.lora: LoRA | None = None
         self.trained_steps: int | None = None  # the most that a file says it was trained for
         with exclusive(teacher.backbone):
@@ -121,11 +124,19 @@ class Student(Denoiser):
         return sigmas_of(self.schedule, trailing_timesteps(steps, self.start_timestep, self.schedule.timesteps))
 
     @torch.no_grad()
-    def generate(self, noise: Tensor, cond: Cond, steps: int = 1) -> Tensor:
-        """Unit noise (B, C, H, W) -> latents (B, C, H, W) in `steps`; a row's picture is its noise's alone."""
-        sigmas = self.sigmas(steps).to(noise)
+    def generate(
+        self, noise: Tensor, cond: Cond, steps: int | None = None, sampler: Callable[..., Tensor] = sample_euler
+    ) -> Tensor:
+        """Unit noise (B, C, H, W) -> latents (B, C, H, W) in `steps`; a row's picture is its noise's alone.
+
+        By default in one step, or with guidance alone in its own number, by `sampler`.
+        """
+        sigmas = self.sigmas(steps or self.guidance_steps or 1).to(noise)
         x = self.schedule.add_noise(torch.zeros_like(noise), noise, sigmas[:1])
-        return sample_few_step(lambda x, s: self(x, s, cond), x, sigmas, schedule=self.schedule)
+        model = lambda x, s: self(x, s, cond)  # noqa: E731
+        if self.guidance_steps:
+            return sampler(model, x, sigmas)
+        return sample_few_step(model, x, sigmas, schedule=self.schedule)
 
     def release(self) -> None:
         """Take the LoRA's hooks out of the shared backbone."""
@@ -253,11 +264,13 @@ def _load_student(path: str | Path, teacher: Denoiser) -> tuple[Student, Student
         # By the file's header first: what does not fit is not read, and no copy is made for it.
         if not card.rank:
             _check_full(teacher.backbone, header(path)[1])
-        student = Student(teacher, card.rank, card.alpha, card.targets, prediction, card.timesteps[0])
+        steps = len(card.timesteps)
+        own = steps if card.guidance_only else 0
+        student = Student(teacher, card.rank, card.alpha, card.targets, prediction, card.timesteps[0], own)
         if student.lora:
             student.lora.check(student.backbone, header(path)[1])
         load_weights(student, student.trained, read_student(path)[0])
-        student.trained_steps = len(card.timesteps)
+        student.trained_steps = None if card.guidance_only else steps
     except (ValueError, RuntimeError, KeyError, IndexError) as error:
         if student:
             student.release()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.card import StudentCard
+from ..core.families import of_card
 from ..core.fit import Base, check_fit
 from ..core.student import Student, load_student
 from ..trainer.data.prompts import drawn
@@ -66,21 +67,24 @@ class Generator:
     def make(self, path: Path, prompt: str, seeds: Sequence[int], steps: int) -> Made | None:
         """Pictures of a prompt, one a seed, which draws its choices; None if it was dropped or overtaken as it waited.
 
-        Raises CardError for a file that is no student of this model, DataError for a prompt that cannot be, ValueError
-        if the model is in use.
+        A student of guidance alone takes its own number of steps instead of too few. Raises CardError for a file that
+        is no student of this model, DataError for a prompt that cannot be, ValueError if the model is in use.
         """
         texts = drawn([prompt] * len(seeds), seeds)
         ticket = self._latest = next(self._tickets)
         with self._alone(PATIENCE):
             if ticket != self._latest or ticket <= self._dropped:
                 return None
-            student = self._load(path)
+            student, card = self._load(path)
+            made_in = of_card(card).made_in(steps)
             began = time.perf_counter()
             different = list(dict.fromkeys(texts))
             cond = self.host.encode_text(different).rows(torch.tensor([different.index(text) for text in texts]))
-            pictures = self.host.decode(sample_latents(self.host, student, cond, seeds, steps)).cpu()
+            pictures = self.host.decode(sample_latents(self.host, student, cond, seeds, made_in)).cpu()
             seconds = time.perf_counter() - began
-            said = check_fit(self._card, Base(), path.name, steps=steps) if self._card else []
+            said = check_fit(card, Base(), path.name, steps=made_in)
+            if made_in != steps:
+                said.append(f"{path.name} is sampled as its base is: in {made_in} steps, not {steps}.")
             if ticket <= self._dropped:
                 return None
             return Made(pictures, seconds, tuple(filter(None, (self._warning, *said))))
@@ -89,13 +93,13 @@ class Generator:
         """Give no pictures of the prompts that were asked for so far and are not made yet."""
         self._dropped = self._latest
 
-    def _load(self, path: Path) -> Student:
-        if self._student is None or path != self._path:
+    def _load(self, path: Path) -> tuple[Student, StudentCard]:
+        if self._student is None or self._card is None or path != self._path:
             self._unload()
             self._student, self._card, self._warning = load_student(path, self.host.denoiser)
             self._path = path
             self._merged.enter_context(self._student.merged())
-        return self._student
+        return self._student, self._card
 
     def _unload(self) -> None:
         """Put the model's own weights back, and take the student's hooks out."""

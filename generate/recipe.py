@@ -83,16 +83,17 @@ class FewStepModel:
         self,
         noise: Tensor,
         cond: Cond,
-        steps: int = 1,
+        steps: int | None = None,
         picture: Tensor | None = None,
         strength: float = 1.0,
         fresh: Callable[[int], Tensor] | None = None,
     ) -> Tensor:
         """Unit noise (B, C, H, W), and a picture's latents to begin from, if any -> latents (B, C, H, W).
 
-        `fresh(i)` draws the noise that follows step i, by default as every host does.
+        In as many steps as it was made for, if none are given. `fresh(i)` draws the noise that follows step i, by
+        default as every host does.
         """
-        sigmas = self.sigmas(steps, strength).to(noise)
+        sigmas = self.sigmas(steps or self.recipe.steps, strength).to(noise)
         start = torch.zeros_like(noise) if picture is None else picture.to(noise).expand_as(noise)
         x = self.schedule.add_noise(start, noise, sigmas[:1])
         if picture is None and not self.recipe.exact and not isinstance(self.schedule, FlowSchedule):

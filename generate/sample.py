@@ -26,7 +26,12 @@ MOST_STEPS = 1000
 
 @torch.no_grad()
 def sample_latents(
-    host: Host, student: Student | FewStepModel, cond: Cond, seeds: Sequence[int], steps: int = 1, **start: Any
+    host: Host,
+    student: Student | FewStepModel,
+    cond: Cond,
+    seeds: Sequence[int],
+    steps: int | None = None,
+    **start: Any,
 ) -> Tensor:
     """Latents (B, C, H, W) of B conditions and as many seeds, by the student as it stands (merged or not).
 
@@ -37,9 +42,10 @@ def sample_latents(
     return student.generate(noise, cond.to(device), steps, **start)
 
 
-def check_numbers(count: int, seed: int = 0, steps: int = 1, batch_size: int = BATCH_SIZE) -> None:
+def check_numbers(count: int, seed: int = 0, steps: int | None = None, batch_size: int = BATCH_SIZE) -> None:
     """Raise ValueError for numbers with which no `count` pictures can be made."""
-    bounds = {"seed": (seed, 0, MOST_SEED), "steps": (steps, 1, MOST_STEPS), "batch_size": (batch_size, 1, math.inf)}
+    made = 1 if steps is None else steps
+    bounds = {"seed": (seed, 0, MOST_SEED), "steps": (made, 1, MOST_STEPS), "batch_size": (batch_size, 1, math.inf)}
     for name, (value, low, high) in bounds.items():
         whole = isinstance(value, Integral) and not isinstance(value, bool)  # numpy's are, too
         if not whole or not low <= value <= high:
@@ -55,13 +61,14 @@ def sample(
     student: Student | FewStepModel,
     prompts: Iterable[str],
     seed: int = 0,
-    steps: int = 1,
+    steps: int | None = None,
     batch_size: int = BATCH_SIZE,
     **start: Any,
 ) -> Iterator[Tensor]:
     """Pictures (3, height, width) in [0, 1] on the CPU, one a prompt in their order; prompt k has seed `seed + k`.
 
-    A FewStepModel takes the latents (1, C, H, W) of a `picture` to begin from, with a `strength`.
+    A student takes one step where no `steps` are given; one of `guidance_only`, and a FewStepModel, as many as it was
+    made for. A FewStepModel takes the latents (1, C, H, W) of a `picture` to begin from, with a `strength`.
 
     A picture depends on its prompt and seed alone, not on the batch: of {red|blue} in a prompt its seed draws one. The
     model is as before between two pictures; threads that sample or distil the same model wait for each other. Raises
@@ -76,7 +83,7 @@ def sample(
     if isinstance(student, Student):
         if start:
             raise ValueError(f"a student is sampled without {', '.join(start)}: leave it out; size is load_model's")
-        if student.trained_steps and steps > student.trained_steps:
+        if student.trained_steps and steps and steps > student.trained_steps:
             raise ValueError(f"steps is {steps}: the student was trained for {student.trained_steps} at most")
     prompts = drawn(prompts, range(seed, seed + len(prompts)))
     for first in range(0, len(prompts), batch_size):

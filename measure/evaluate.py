@@ -124,8 +124,8 @@ def teacher_arm(host: Host, steps: int, guidance: Guidance, negative: str = "", 
     return Arm(make, lambda: exclusive(host.denoiser.backbone), affixes.teacher)
 
 
-def student_arm(student: Student, steps: int = 1, affixes: Affixes = NO_AFFIXES) -> Arm:
-    """The student in `steps`, merged, as hosts sample it."""
+def student_arm(student: Student, steps: int | None = None, affixes: Affixes = NO_AFFIXES) -> Arm:
+    """The student in `steps` (by default one, or with guidance alone its own number), merged, as hosts sample it."""
 
     @contextmanager
     def ready() -> Iterator[None]:

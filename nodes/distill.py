@@ -135,7 +135,7 @@ class Distill(io.ComfyNode):
             with watched(cls.hidden, monitor, folder) as panel, cancellable(trained):
                 names = file_names(cls.hidden.prompt or {}, cls.hidden.unique_id)
                 if found := patcher.sampling_by_files(names, model):
-                    monitor.warn(f"{base} looks like {found.name}, which is one-step already: connect its base model")
+                    monitor.warn(f"{base} looks like {found.name}, which is distilled already: connect its base model")
                 elif word := suspect(base):
                     monitor.warn(f"{base} has {word!r} in its name: if it is a few-step model, connect its base model")
                 preview, finished = cls._train(loaded, config, folder, pairs, images, panel)

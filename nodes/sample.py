@@ -8,13 +8,13 @@ import time
 import torch
 from comfy_api.latest import io, ui
 
-from ..core.families import MOST
 from .host import patcher
 from .load import CATEGORY
 from .picture import side_by_side
 from .schema import schema, within_bounds
 
 log = logging.getLogger(__name__)
+MOST = 100  # steps
 
 
 def model_input() -> io.Model.Input:
@@ -41,7 +41,8 @@ def steps_input() -> io.Int.Input:
         default=1,
         min=1,
         max=MOST,
-        tooltip="1 is what most are made for. More may add detail, and keeps less of a picture in image to image.",
+        tooltip="1 is what most are made for. More may add detail, and keeps less of a picture in image to image. A "
+        "student of guidance alone takes its own number instead of too few.",
     )
 
 
@@ -60,9 +61,12 @@ def denoise_input() -> io.Float.Input:
 def sigmas_of(model, steps: int, denoise: float) -> torch.Tensor:
     """The sigmas (steps + 1,) at which the MODEL is sampled, as its student or family says."""
     sampling = patcher.sampling_of(model)
-    for remark in sampling.remarks(steps):
+    made_in = sampling.made_in(steps)
+    for remark in sampling.remarks(made_in):
         log.warning(remark)
-    return patcher.sigmas_for(model, sampling.timesteps(steps, denoise))
+    if made_in != steps:
+        log.warning("%s is sampled as its base is: in %d steps, not %d", sampling.name, made_in, steps)
+    return patcher.sigmas_for(model, sampling.timesteps(made_in, denoise))
 
 
 class OneStepScheduler(io.ComfyNode):
@@ -178,6 +182,7 @@ class Compare(io.ComfyNode):
         cls, teacher, student, vae, positive, negative, latent_image, seed, teacher_steps, teacher_cfg, student_steps
     ) -> io.NodeOutput:
         euler, spaced = patcher.euler(teacher, teacher_steps)
+        student_steps = patcher.sampling_of(student).made_in(student_steps)
         runs = (
             (f"teacher, {teacher_steps} steps, cfg {teacher_cfg:g}", teacher, spaced, euler, negative, teacher_cfg),
             (

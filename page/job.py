@@ -223,7 +223,7 @@ class Job:
         with locked(folder):  # a run that another program has there keeps its record
             Record(asked, self.checkpoint, key, student=before.student if before else "").write(folder)
         if found := recognise(self.checkpoint):
-            self.monitor.warn(f"{self.checkpoint} looks like {found.name}, which is one-step already: load its base")
+            self.monitor.warn(f"{self.checkpoint} looks like {found.name}, which is distilled already: load its base")
         elif word := suspect(self.checkpoint):
             self.monitor.warn(f"{self.checkpoint} has {word!r} in its name: if it is a few-step model, load its base")
         place, control = self._pairs_folder(key), self.monitor.control

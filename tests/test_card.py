@@ -74,6 +74,22 @@ def test_the_card_in_words_says_how_to_sample():
         assert part in words
 
 
+def test_the_card_of_guidance_alone_says_that_it_is_sampled_as_its_base():
+    card = replace(CARD, prediction="eps", guidance_only=True, method="guidance distillation", negative_prompt="blur")
+    assert StudentCard.from_metadata(card.to_metadata()) == card
+    words = card.in_words()
+    assert words.startswith("Guidance-only student of Toy XL, a LoRA of rank 16 (attention), made by guidance distill")
+    assert (
+        "Sampling: as its base, with any sampler, 4 steps or as many as you like at CFG 1. The teacher's guidance of "
+        "4.5 away from 'blur' is baked in, so negative prompts do nothing."
+    ) in words
+    assert "The noise enters" not in words and "One-step" not in words and "Few-step" not in words
+    metadata = card.to_metadata()
+    assert metadata["modelspec.usage_hint"].startswith("any sampler, 4 steps or as many as you like, cfg 1")
+    assert metadata["modelspec.title"] == "Toy XL guidance-only student"
+    assert not StudentCard.from_metadata(CARD.to_metadata()).guidance_only
+
+
 def test_unknown_fields_of_the_same_version_are_ignored(tmp_path):
     assert read_card(file_with(tmp_path / "a.safetensors", {"mood": "good"})) == CARD
 
@@ -234,6 +250,7 @@ def test_weights_that_are_no_numbers_are_told(tmp_path, value, dtype):
         ({"timesteps": 3}, "lacks a field"),
         ({"training": ["x"]}, "training is"),
         ({"base_model": None}, "base_model is None"),
+        ({"guidance_only": 1}, "guidance_only is 1, it must be true or false"),
         ({"version": None}, "has no version"),
         ({"version": "1"}, "has no version"),
         ({"version": True}, "has no version"),

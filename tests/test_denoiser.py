@@ -87,3 +87,20 @@ def test_guidance_acts_in_its_interval_alone(toys):
         sigma = denoiser.schedule.sigma(torch.tensor([(1 - share) * 999.0])).expand(2)
         expected = guided(denoiser, x, sigma, cond, uncond, Guidance(7.0 if acts else 1.0))
         assert torch.equal(model(x, sigma), expected), share
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_rows_of_other_levels_have_guidance_or_none_each_for_itself(toys, rescale):
+    denoiser, x, cond, uncond = toys.conv(), toys.picture(4), toys.cond(4), toys.cond(1)
+    guidance = Guidance(7.0, rescale, start=0.2, end=0.6)
+    sigma = denoiser.schedule.sigma(torch.tensor([900.0, 700.0, 500.0, 100.0]))
+    assert guidance.acts(denoiser.schedule, sigma).tolist() == [False, True, True, False]
+    found = guided(denoiser, x, sigma, cond, uncond, guidance)
+    for i in range(4):
+        row = slice(i, i + 1)
+        alone = Guidance(7.0 if i in (1, 2) else 1.0, rescale)
+        expected = guided(denoiser, x[row], sigma[row], cond.rows(row), uncond, alone)
+        assert torch.allclose(found[row], expected, atol=1e-5), i
+    spy = toys.Recorder()
+    guided(spy, x, sigma, cond, uncond, guidance)
+    assert [len(call[0]) for call in spy.calls] == [6]  # one pass, of no more rows than it takes

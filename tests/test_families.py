@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from turbodistill.core.architecture import KNOWN
 from turbodistill.core.card import StudentCard
 from turbodistill.core.families import FAMILIES, MOST, SamplingRecipe, by_file, by_files, of_card, recognise, suspect
-from turbodistill.core.schedule import DiscreteSchedule, FlowSchedule
+from turbodistill.core.schedule import DiscreteSchedule, FlowSchedule, trailing_timesteps
 
 # A file's name -> its family, reading, start, steps, fresh noise between steps, cfg; as each family's page says.
 TURBO, LIGHTNING, HYPER = "SD-Turbo, SDXL-Turbo", "SDXL-Lightning", "Hyper-SD"
@@ -283,6 +283,33 @@ def test_a_student_of_ours_is_sampled_as_its_card_says():
     card = StudentCard("lora", "base", "0" * 16, "sd", "v", "v", (899, 674), 4.0, (64, 64))
     assert of_card(card) == SamplingRecipe("student of base", "inherit", 899, 2, exact=True, span=(1, 2))
     assert of_card(StudentCard("lora", "base", "0" * 16, "sd", "x0", "v", (999,), 4.0, (64, 64))).prediction == "x0"
+
+
+@pytest.mark.parametrize(("count", "least"), [(16, 8), (4, 4), (50, 8)])
+def test_a_student_of_guidance_alone_is_sampled_as_an_ordinary_model(count, least):
+    timesteps = tuple(trailing_timesteps(count))
+    card = StudentCard("lora", "base", "0" * 16, "sd", "v", "v", timesteps, 4.0, (64, 64), guidance_only=True)
+    recipe = of_card(card)
+    assert (recipe.steps, recipe.range, recipe.start, recipe.cfg) == (count, (least, 1000), 999, 1)
+    assert recipe.ordinary and not recipe.renoise and recipe.exact and recipe.prediction == "inherit"
+    assert recipe.timesteps(count) == list(timesteps) and recipe.timesteps(1000) == list(range(999, -1, -1))
+    assert recipe.timesteps(30, 0.5)[0] == 499
+    with pytest.raises(ValueError, match="steps is 1001: give 1 to 1000"):
+        recipe.timesteps(1001)
+    assert recipe.remarks(least) == recipe.remarks(200) == []
+    assert recipe.remarks(1) == [f"steps is 1: student of base was made for {least} steps or more."]
+    assert (recipe.made_in(1), recipe.made_in(least), recipe.made_in(30)) == (count, least, 30)
+    assert "sampled as its base, with any sampler" in recipe.in_words()
+    assert FAMILIES["LCM"].sampling.made_in(1) == 1
+
+
+def test_its_steps_are_euler_s():
+    recipe = SamplingRecipe("", renoise=False, ordinary=True, steps=4, span=(4, 1000))
+    x, sigmas = torch.ones(1, 1, 1, 1), torch.tensor([4.0, 2.0, 1.0, 0.0])
+    # Of a model that always finds the picture 0 what is left of the noise falls as sigma does.
+    seen = []
+    found = recipe.sample(lambda x, s: torch.zeros_like(x), x, sigmas, callback=lambda told: seen.append(told["x"]))
+    assert [float(x) for x in seen] == [1.0, 0.5, 0.25] and float(found) == 0
 
 
 def test_a_file_says_how_it_is_sampled(tmp_path):

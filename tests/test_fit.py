@@ -82,6 +82,15 @@ def test_settings_that_it_was_not_trained_for_are_warned_of(settings, words):
     assert check_fit(CARD, RIGHT, "s", **settings) == [words]
 
 
+def test_a_student_of_guidance_alone_takes_as_many_steps_as_one_likes():
+    card = replace(CARD, timesteps=tuple(range(999, 0, -63)), guidance_only=True)
+    assert check_fit(card, RIGHT, "s") == check_fit(card, RIGHT, "s", steps=30) == []
+    assert check_fit(card, RIGHT, "s", steps=2, cfg=7.0) == [
+        "steps is 2: s was made for 8 steps or more.",
+        "cfg is 7: s was made for 1, more burns the picture.",
+    ]
+
+
 def test_the_same_file_in_another_precision_is_the_same_model():
     assert check_fit(CARD, replace(RIGHT, hashes=("c" * 16,), name="Base.safetensors")) == []
 

@@ -267,6 +267,21 @@ def test_nfsd_rests_where_the_condition_says_nothing(toys):
 # --- Regression and features ---
 
 
+@pytest.mark.parametrize(("schedule", "velocity"), [(DiscreteSchedule(), "v"), (FlowSchedule(shift=3.0), "flow")])
+def test_an_error_of_x0_weighs_as_much_as_that_of_the_velocity(schedule, velocity):
+    """In variance-preserving models that is 1 + SNR, half to one time the truncated SNR of Salimans and Ho."""
+    sigma = schedule.sigma(torch.tensor([0, 20, 500, 999]))
+    x, found, wanted = torch.randn(3, 4, 2, 8, 8)
+    weight = losses.velocity_weight(schedule, sigma)
+    of_velocity = F.mse_loss(*(schedule.from_x0(velocity, x, x0, sigma) for x0 in (found, wanted)))
+    assert torch.allclose(losses.distillation(found, wanted, weight), of_velocity, rtol=1e-3)
+    if velocity == "v":
+        alpha, s = schedule.alpha_sigma(sigma)
+        snr = (alpha / s) ** 2
+        assert torch.allclose(weight, 1 + snr, rtol=1e-5)
+        assert ((weight >= snr.clamp(min=1)) & (weight <= 2 * snr.clamp(min=1) * (1 + 1e-5))).all()
+
+
 def test_regression_is_huber_and_has_no_gradient_to_the_target():
     output = torch.tensor([0.25, 2.0]).reshape(2, 1, 1, 1).requires_grad_()
     target = torch.zeros(2, 1, 1, 1, requires_grad=True)
@@ -404,8 +419,8 @@ def test_a_real_picture_with_another_s_text_counts_as_wrong(toys, conditional):
 def test_the_image_condition_is_as_noisy_as_the_teacher_is_told(toys, conditional):
     state, pairs = toy_state(toys, condition_image=True, student_steps=2)
     batch = draw_batch(state.config, state.student, pairs, None, torch.Generator().manual_seed(3))
-    calls, features = [], state.features
-    state.features = Watched(features, calls, conditional)
+    calls, features = [], state.critic.features
+    state.critic.features = Watched(features, calls, conditional)
     told = steps.image_condition(state, batch)
     ((picture, sigma),) = calls
     assert torch.equal(sigma, state.student.schedule.sigma(torch.full((4,), 20.0)))

@@ -6,8 +6,8 @@ step is the middle of the ring, where there is nothing, as a diffusion model's i
 
 import pytest
 import torch
-from turbodistill.core.denoiser import Cond, Guided
-from turbodistill.core.sampling import sample_dpmpp_2m, seeded_noise, trailing_sigmas
+from turbodistill.core.denoiser import Cond, Guidance, Guided
+from turbodistill.core.sampling import sample_dpmpp_2m, sample_euler, seeded_noise, trailing_sigmas
 from turbodistill.core.student import Student
 from turbodistill.trainer.config import Config
 from turbodistill.trainer.data.samples import Samples
@@ -111,3 +111,36 @@ def test_one_step_of_the_student_covers_the_modes(taught, recipe):
     assert modes == 8 and share > 0.6
     # Nothing of it touched the teacher.
     assert torch.equal(teacher(held_out(), torch.full((1000,), 3.0), nothing(1000)), before)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "flow"])
+def test_guidance_alone_is_learnt_to_the_weight(toys, prediction):
+    """Of an affine teacher W c + b the guided one is s W c + (1 - s) W u + b, and nothing else changes."""
+    teacher, scale, draws = toys.affine(prediction), 3.0, torch.Generator().manual_seed(1)
+    cond = Cond(torch.randn(256, 1, toys.TEXT, generator=draws))
+    negative = Cond(torch.randn(1, 1, toys.TEXT, generator=draws))
+    pairs = Samples(torch.randn(256, *SHAPE, generator=draws), cond, [""] * 256, torch.arange(256))
+    config = Config(
+        guidance_only=True, guidance=scale, pair_steps=16, rank=0, updates=800, batch_size=64, lr=2e-2, lr_decay=0.5,
+        ema_decay=0.9, precision="float32",
+    )  # fmt: skip
+    student = Student(teacher, rank=0, guidance_steps=config.pair_steps)
+    state = State.create(student, config, pairs)
+    steps = list(distill.distill(state, pairs, negative))
+    assert state.critic is None and {name for step in steps for name in step.losses} == {"guidance"}
+
+    old, new = teacher.backbone, student.backbone
+    assert torch.allclose(new.text.weight, scale * old.text.weight, atol=2e-2)
+    assert torch.allclose(new.point.weight, old.point.weight, atol=2e-2)
+    shift = (1 - scale) * old.text.weight @ negative.context[0, 0]
+    assert torch.allclose(new.point.bias + new.text.bias, old.point.bias + old.text.bias + shift, atol=2e-2)
+
+    noise, some = torch.randn(8, *SHAPE, generator=draws), cond.rows(slice(8))
+    sigmas = trailing_sigmas(teacher.schedule, 16)
+    x = teacher.schedule.add_noise(torch.zeros_like(noise), noise, sigmas[:1])
+    with torch.no_grad():
+        expected, unguided = (
+            sample_euler(Guided(teacher, some, negative, Guidance(s)), x, sigmas) for s in (scale, 1.0)
+        )
+    found = student.generate(noise, some)  # in its own 16 steps
+    assert (found - expected).norm() < 0.05 * (unguided - expected).norm()

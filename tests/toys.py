@@ -212,6 +212,23 @@ class MixtureBackbone(nn.Module):
         return self.exact(scaled, time) + self.out(h)
 
 
+class AffineBackbone(nn.Module):
+    """A matrix for the point, one for the text, and what is added to both; points are pictures (B, 2, 1, 1)."""
+
+    def __init__(self):
+        super().__init__()
+        self.point = Conv2d(2, 2, 1)
+        self.text = Linear(TEXT, 2)
+
+    def forward(self, scaled: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        return self.point(scaled) + self.text(context.mean(1))[:, :, None, None]
+
+
+def affine(prediction: str) -> Toy:
+    """A teacher whose guidance another of its kind gives exactly."""
+    return conv(prediction, backbone=AffineBackbone)
+
+
 def mixture(means: Tensor, std: float = 0.1) -> Toy:
     """A teacher whose score is known: of Gaussians at `means` (M, 2), on points (B, 2, 1, 1)."""
     schedule = DiscreteSchedule()

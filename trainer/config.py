@@ -27,6 +27,8 @@ MOST_SEED = 2**63 - 1  # of a picture's noise
 LEAST_LR = 1e-9  # with less, or nothing, a training only takes time
 MOST_LETTERS = 4000  # of a prompt
 FEWEST_OF_SIZE = 4  # pairs
+# What a student that is sampled as its teacher has no use for.
+OF_FEW_STEPS = ("prediction", "start_timestep", "student_steps", "first_step_share", "fresh_noise_share")
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,12 @@ class Config:
         "What the student's network predicts: inherit is the model's own eps or v; x0 can remove speckle.",
         "student",
         PREDICTIONS,
+    )
+    guidance_only: bool = option(
+        False,
+        "Only bake the CFG into the student, negative prompt included: it is sampled as its teacher is, in as many "
+        "steps, at CFG 1 and half the cost. The other losses are not used.",
+        "student",
     )
     start_timestep: int = option(
         999,
@@ -417,8 +425,24 @@ class Config:
         if self.negative_prompt and not guides:
             raise ConfigError("negative_prompt is given and guidance is 1, which leaves it out: raise guidance")
         weights = ("adversarial_weight", "distillation_weight", "regression_weight", "feature_weight")
-        if not any(getattr(self, name) for name in weights):
+        if self.guidance_only:
+            self._check_guidance_only()
+        elif not any(getattr(self, name) for name in weights):
             raise ConfigError("every loss has weight 0: give at least one of " + ", ".join(weights))
+
+    def _check_guidance_only(self) -> None:
+        """Raise ConfigError for settings that a student of guidance alone cannot have."""
+        if self.guidance <= 1:
+            raise ConfigError(
+                f"guidance_only is true and guidance is {self.guidance:g}: there is nothing to bake in, raise guidance"
+            )
+        for name in OF_FEW_STEPS:
+            usual = self.__dataclass_fields__[name].default
+            if (value := getattr(self, name)) != usual:
+                raise ConfigError(
+                    f"guidance_only is true and {name} is {shown(value)}: such a student is sampled as its teacher is. "
+                    f"Leave {name} at {shown(usual)}, or guidance_only off"
+                )
 
     @property
     def sees_pictures(self) -> bool:

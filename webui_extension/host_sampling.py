@@ -29,6 +29,7 @@ from .samplers import (
     MODEL,
     TIMESTEPS,
     Found,
+    by_another,
     find,
     misfits,
     passes,
@@ -87,10 +88,7 @@ def foreign(p) -> None:
             said = misfits(students, loras, loaded_base())
         except CardError as error:
             said = [str(error)]
-        name, card = next(iter(students.items()))
-        ours = list(LIMITS)[len(card.timesteps) > 1]
-        said.append(f"{name} is a student: {p.sampler_name} is not made for it, take {ours} and CFG Scale 1.")
-        for each in said:
+        for each in said + by_another(students, p.sampler_name, p.steps, p.cfg_scale):
             remark(p, each)
 
 

@@ -11,8 +11,9 @@ from typing import Any
 from ..core.card import KEY
 from ..core.families import FAMILIES, SamplingRecipe, recognise
 from ..core.fit import check_fit, read_base
-from .samplers import DETECT, FEW_STEP, NOTHING, ONE_STEP, UNKNOWN, applied_loras, find, students_among
+from .samplers import DETECT, FEW_STEP, LIMITS, NOTHING, ONE_STEP, UNKNOWN, applied_loras, find, students_among
 
+EULER = "Euler"  # as both hosts call it
 ABOUT = (
     "Set chooses the sampler, the steps and the CFG Scale that the model is made for, and puts a student into the "
     "prompt. At CFG Scale 1 negative prompts do nothing."
@@ -85,9 +86,11 @@ def apply(
 
 
 def wanted(sampling: SamplingRecipe, now: Settings, tag: str = "") -> Settings:
-    """The settings with which a model is sampled as it was made for."""
-    sampler = ONE_STEP if sampling.steps == 1 else FEW_STEP
-    return Settings(" ".join(filter(None, (now.prompt.rstrip(), tag))), sampler, sampling.steps, sampling.cfg)
+    """The settings with which a model is sampled as it was made for; an ordinary one keeps sampler and steps."""
+    sampler, steps = ONE_STEP if sampling.steps == 1 else FEW_STEP, sampling.steps
+    if sampling.ordinary:
+        sampler, steps = EULER if now.sampler in LIMITS else now.sampler, sampling.made_in(now.steps)
+    return Settings(" ".join(filter(None, (now.prompt.rstrip(), tag))), sampler, steps, sampling.cfg)
 
 
 def undo(now: Settings, before: dict | None) -> Settings:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..core.card import CardError, StudentCard, read_card
-from ..core.families import FAMILIES, MOST, SamplingRecipe, by_file, by_files
+from ..core.families import FAMILIES, MOST, SamplingRecipe, by_file, by_files, of_card
 from ..core.fit import Base, check_fit
 
 # A name must not end in " Simple", " Turbo" or another scheduler's name: the host would cut that off.
@@ -105,6 +105,8 @@ def remarks(found: Found, steps: int, cfg: float, choice: str, applied: Iterable
     """What else to tell the user of these settings, below the picture."""
     sampling = found.sampling if found.source else replace(found.sampling, name="a one-step model")
     said = ([] if found.source else [NOTHING]) + sampling.remarks(steps, cfg)
+    if sampling.ordinary:
+        said.append(f"{sampling.name} is sampled as its base is: take an ordinary sampler, {sampling.steps} steps.")
     if found.source == f"LoRA {choice}" and choice not in applied:
         said.append(f"The student {choice} is chosen, but <lora:{choice}:1> is not in the prompt.")
     return said
@@ -117,6 +119,19 @@ def students_among(applied: Iterable[str], files: Mapping[str, Path]) -> dict[st
         with suppress(CardError, OSError, KeyError):
             found[name] = read_card(files[name])
     return found
+
+
+def by_another(students: Mapping[str, StudentCard], sampler: str, steps: int, cfg: float) -> list[str]:
+    """What to tell of students that another sampler than ours samples: those of guidance alone want no other."""
+    said = []
+    for name, card in students.items():
+        if card.guidance_only:
+            said += replace(of_card(card), name=name).remarks(steps, cfg)
+    if few := [(name, card) for name, card in students.items() if not card.guidance_only]:
+        name, card = few[0]
+        ours = list(LIMITS)[len(card.timesteps) > 1]
+        said.append(f"{name} is a student: {sampler} is not made for it, take {ours} and CFG Scale 1.")
+    return said
 
 
 def misfits(students: Mapping[str, StudentCard], weights: Mapping[str, float], base: Base) -> list[str]:

@@ -15,7 +15,7 @@ from ...core.naming import is_single_file, layers_of, to_diffusers
 from ...trainer.checkpoint import shapes as config_from
 from ...trainer.checkpoint.layout import Piece, same, text_encoder_to_diffusers, vae_to_diffusers
 from ...trainer.checkpoint.merged import CARD, as_full
-from ...trainer.checkpoint.single_file import config_of, pipeline_config
+from ...trainer.checkpoint.single_file import config_of, pipeline_config, scheduler_config
 from ...trainer.checkpoint.tokenizer import BEGIN, END, LENGTH, clip_vocabulary
 from . import configs
 from .checkpoint import Checkpoint
@@ -75,6 +75,8 @@ def _from_folder(merge: Merge, dtype: torch.dtype) -> Folder:
 def _schedule(merge: Merge, made: Folder) -> None:
     """The student's scheduler in place of the base's: its default spacing of timesteps would begin at the wrong end."""
     path, own = "scheduler/scheduler_config.json", merge.base.config("scheduler")
+    if merge.student.card.guidance_only:  # which is sampled as the base is
+        return
     made.copies.pop(path, None)
     if merge.base.component == "unet":
         made.texts[path] = scheduler = configs.scheduler(merge.student.card, own)
@@ -108,7 +110,11 @@ def _from_file(merge: Merge, dtype: torch.dtype, tokenizer: Path | None) -> Fold
     for part, prefix in encoders.items():
         _add_text_encoder(made, base, part, prefix, dtype)
     _add_tokenizers(made, config["padding"], tokenizer)
-    scheduler = configs.scheduler(card, {"rescale_betas_zero_snr": "ztsnr" in base.denoiser})
+    zero = "ztsnr" in base.denoiser
+    if card.guidance_only:
+        scheduler = scheduler_config(config, card.base_prediction, zero)
+    else:
+        scheduler = configs.scheduler(card, {"rescale_betas_zero_snr": zero})
     made.texts["scheduler/scheduler_config.json"] = scheduler
     made.texts["model_index.json"] = configs.index(base.architecture, scheduler["_class_name"])
     return made

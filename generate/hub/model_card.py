@@ -13,6 +13,7 @@ from ...trainer.checkpoint.single_file import pipeline_config
 from ..export.tensors import ExportError
 
 LORA_NAME = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a repository
+ORDINARY = "KSampler at CFG 1, with sampler, scheduler and steps as for the base."
 TAGS = {SD1: "stable-diffusion", SD2: "stable-diffusion", SDXL: "stable-diffusion-xl"}
 
 
@@ -41,7 +42,7 @@ def readme(page: Page) -> str:
         "license": page.license,
         **({"library_name": "diffusers"} if _diffusers(page) else {}),
         "pipeline_tag": "text-to-image",
-        "tags": ["text-to-image", "turbodistill", "one-step", "distillation", *_tags(page)],
+        "tags": ["text-to-image", "turbodistill", *_tags(page)],
     }
     if page.base_model:
         data |= {"base_model": page.base_model}
@@ -51,17 +52,23 @@ def readme(page: Page) -> str:
 
 
 def _tags(page: Page) -> list[str]:
-    return [*(["lora"] if page.card.kind == "lora" else []), *filter(None, [TAGS.get(page.card.architecture)])]
+    kind = "guidance-distillation" if page.card.guidance_only else "one-step"
+    lora = ["lora"] if page.card.kind == "lora" else []
+    return [kind, "distillation", *lora, *filter(None, [TAGS.get(page.card.architecture)])]
 
 
 def _sections(page: Page) -> list[str]:
     card = page.card
     width, height = card.resolution
-    steps = "one step" if len(card.timesteps) == 1 else f"1 to {len(card.timesteps)} steps"
+    if card.guidance_only:
+        makes = f"is sampled as its base, with {card.steps_in_words()}, at half the cost"
+    else:
+        steps = "one step" if len(card.timesteps) == 1 else card.steps_in_words()
+        makes = f"makes a picture of {width} x {height} in {steps}"
     form = f"a LoRA of rank {card.rank}" if card.kind == "lora" else "a full model"
     return [
         f"# {page.repo.partition('/')[2]}",
-        f"A student of `{page.base_model or card.base_model}` that makes a picture of {width} x {height} in {steps}: "
+        f"A student of `{page.base_model or card.base_model}` that {makes}: "
         f"{form}, distilled by {card.method} with TurboDistill. {card.guidance_in_words()}: sample at CFG 1, where "
         "negative prompts do nothing.",
         card.affixes_in_words(),
@@ -84,18 +91,19 @@ def _stock(card: StudentCard) -> bool:
 def _comfyui(page: Page) -> str:
     if not page.file:
         return ""
+    ordinary = page.card.guidance_only
     if page.whole:
-        words = (
-            f"Put `{page.file}` into `models/checkpoints` and load it as any checkpoint: KSampler with 1 step, CFG 1, "
-        )
-        words += "sampler `euler`, scheduler `sgm_uniform`."
+        words = f"Put `{page.file}` into `models/checkpoints` and load it as any checkpoint: "
+        words += ORDINARY if ordinary else "KSampler with 1 step, CFG 1, sampler `euler`, scheduler `sgm_uniform`."
         return "### ComfyUI\n\n" + words
     folder = "loras" if page.card.kind == "lora" else "diffusion_models"
     words = (
         f"Put `{page.file}` into `models/{folder}`. With TurboDistill's nodes: *Load Student* on the base model, then "
     )
-    words += "*One-Step Sample*."
-    if _stock(page.card) and page.card.kind == "lora":
+    words += ORDINARY if ordinary else "*One-Step Sample*."
+    if ordinary and page.card.kind == "lora":
+        words += " Without them: *Load LoRA* at strength 1 does the same."
+    elif _stock(page.card) and page.card.kind == "lora":
         words += " Without them: *Load LoRA* at strength 1, KSampler with 1 step, CFG 1, sampler `euler`, scheduler "
         words += "`sgm_uniform`."
     return "### ComfyUI\n\n" + words
@@ -111,6 +119,8 @@ def _webui(page: Page) -> str:
         words = f"Put `{page.file}` into `models/Lora` and write `<lora:{name}:1>` into the prompt."
     else:
         return ""
+    if page.card.guidance_only:
+        return "### AUTOMATIC1111, Forge\n\n" + words + " Sampler, schedule type and steps as for the base, CFG 1."
     words += " With TurboDistill: sampler *ADD 1-step*, 1 step, CFG 1."
     if _stock(page.card):
         words += " Without it: sampler Euler, schedule type SGM Uniform, 1 step, CFG 1."
@@ -137,7 +147,7 @@ def _diffusers(page: Page) -> str:
     else:
         return ""
     kinds = ["DiffusionPipeline" if not page.file else pipeline]
-    if unet and page.file:  # a folder has the student's own
+    if unet and page.file and not card.guidance_only:  # a folder has the student's own
         reading = ', prediction_type="sample"' if card.prediction == "x0" else ""
         scheduler = "EulerDiscreteScheduler"
         load.append(
@@ -145,7 +155,8 @@ def _diffusers(page: Page) -> str:
         )
         kinds.append(scheduler)
     early = unet and page.file and card.timesteps[0] != LAST_TIMESTEP
-    start = f"timesteps=[{card.timesteps[0]}]" if early else "num_inference_steps=1"
+    steps = len(card.timesteps) if card.guidance_only else 1
+    start = f"timesteps=[{card.timesteps[0]}]" if early else f"num_inference_steps={steps}"
     lines = [
         "import torch",
         f"from diffusers import {', '.join(sorted(kinds))}",

@@ -172,7 +172,7 @@ def push(
         done = api.create_commit(
             upload.repo,
             operations,
-            commit_message="A one-step student by TurboDistill",
+            commit_message="A student by TurboDistill",
             revision=revision or None,
             create_pr=create_pr,
         )

@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from turbodistill.core.card import KEY, StudentCard
+from turbodistill.core.schedule import trailing_timesteps
 from turbodistill.generate.export.tensors import ExportError
 from turbodistill.trainer.checkpoint import shapes as config_from
 from turbodistill.trainer.checkpoint.errors import ModelError
@@ -210,3 +211,18 @@ def test_a_unet_s_shapes_tell_its_configuration(kit, changes, expected):
     with torch.device("meta"):
         again = UNet2DConditionModel.from_config(told)
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in unet.state_dict().items()}
+
+
+def test_a_student_of_guidance_alone_has_the_base_s_scheduler(kit, base, single, tmp_path):
+    timesteps = tuple(trailing_timesteps(9))
+    path = tmp_path / "student.safetensors"
+    student = base.student(path, torch.float32, timesteps=timesteps, guidance_only=True)
+    kit.export(student, "diffusers", tmp_path / "of_folder", base=base.folder)
+    for name in ("scheduler/scheduler_config.json", "model_index.json"):
+        assert json.loads((tmp_path / "of_folder" / name).read_text()) == json.loads((base.folder / name).read_text())
+    kit.export(student, "diffusers", tmp_path / "of_file", base=single, tokenizer=base.tokenizer)
+    pipe = load(base, tmp_path / "of_file")
+    assert pipe.scheduler.config.prediction_type == base.pipe.scheduler.config.prediction_type
+    assert type(pipe.scheduler).__name__ == "EulerDiscreteScheduler" and len(pipe.scheduler) == 1000
+    pipe.scheduler.set_timesteps(30)
+    assert len(pipe.scheduler.timesteps) == 30

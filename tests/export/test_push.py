@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from turbodistill.app import cli
 from turbodistill.core.card import read_card
+from turbodistill.core.schedule import trailing_timesteps
 from turbodistill.generate.hub import push
 from turbodistill.generate.hub.model_card import Page, readme
 
@@ -193,6 +194,23 @@ def test_a_sampler_that_knows_nothing_of_it_is_named_only_where_it_can_do_it(bas
     for card in (base.card(prediction="x0"), base.card(timesteps=(399,))):
         body = readme(page_of(card, file="fox.safetensors", lora=True))
         assert "sgm_uniform" not in body and "SGM Uniform" not in body and "ADD 1-step" in body
+
+
+def test_a_student_of_guidance_alone_is_for_any_sampler(base):
+    card = base.card(timesteps=tuple(trailing_timesteps(16)), guidance_only=True, method="guidance distillation")
+    head, body = front(readme(page_of(card, file="fox.safetensors", lora=True)))
+    assert "guidance-distillation" in head["tags"] and "one-step" not in head["tags"]
+    for words in (
+        "that is sampled as its base, with any sampler, 16 steps or as many as you like, at half the cost: a LoRA of",
+        "distilled by guidance distillation", "KSampler at CFG 1, with sampler, scheduler and steps as for the base",
+        "`<lora:fox:1>` into the prompt. Sampler, schedule type and steps as for the base, CFG 1.",
+        'pipe("a red fox", num_inference_steps=16, guidance_scale=0)',
+    ):  # fmt: skip
+        assert words in body, words
+    for words in ("ADD 1-step", "One-Step Sample", "sgm_uniform", "EulerDiscreteScheduler", "in one step"):
+        assert words not in body, words
+    whole = readme(page_of(base.card(guidance_only=True, kind="full", rank=0), file="fox.safetensors", whole=True))
+    assert "load it as any checkpoint: KSampler at CFG 1" in whole and "1 step," not in whole
 
 
 def test_a_folder_s_page_speaks_of_a_full_model(kit, base, run_folder, tmp_path):

@@ -9,6 +9,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from turbodistill.app import cli
+from turbodistill.core.schedule import trailing_timesteps
 from turbodistill.generate.few_step import few_step_model
 from turbodistill.generate.sample import sample
 from turbodistill.trainer.checkpoint.errors import ModelError
@@ -19,6 +20,7 @@ CHANGES = {
     "x0": {"prediction": "x0"},
     "early": {"timesteps": (399,)},
     "few steps": {"timesteps": (999, 499)},
+    "guidance alone": {"timesteps": tuple(trailing_timesteps(9)), "guidance_only": True},
 }
 
 
@@ -67,7 +69,7 @@ def test_the_commands_know_it(kit, make, tmp_path, to, capsys):
     given = ["distill", "--model", str(out), "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "r")]
     assert cli.main([*given, *how]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "has a one-step student of tiny-sd1 merged into it, so it is no teacher: give tiny-sd1 instead" in line
+    assert "has a student of tiny-sd1 merged into it, so it is no teacher: give tiny-sd1 instead" in line
 
 
 def test_a_loaded_pipeline_of_it_is_no_teacher(kit, make, tmp_path):
@@ -81,7 +83,7 @@ def test_a_loaded_pipeline_of_it_is_no_teacher(kit, make, tmp_path):
 def test_a_full_student_s_file_stays_no_base(make, tmp_path):
     path = make("sd1").student(tmp_path / "full.safetensors", full=True)
     assert all(n.startswith("model.diffusion_model.") for n in load_file(path))
-    with pytest.raises(ModelError, match="is a one-step student that TurboDistill made of tiny-sd1: give it as the"):
+    with pytest.raises(ModelError, match="is a student that TurboDistill made of tiny-sd1: give it as the"):
         td.load_model(path, "cpu", with_student=True)
 
 

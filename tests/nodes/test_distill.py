@@ -91,7 +91,7 @@ def test_a_model_that_looks_one_step_already_is_warned_of(graph, server, file, w
     graph.file = file
     graph.distill(graph.pairs())
     warnings = server.sent[-1][1]["warnings"]
-    assert len(warnings) == warned and all("SDXL-Turbo, which is one-step already" in text for text in warnings)
+    assert len(warnings) == warned and all("SDXL-Turbo, which is distilled already" in text for text in warnings)
 
 
 def test_settings_come_from_all_three_nodes(graph, places, kit):

@@ -1,11 +1,13 @@
 """Sampling through ComfyUI: noise, mask, prompts and cfg, and the nodes on top."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from turbodistill.core.families import FAMILIES, SamplingRecipe
-from turbodistill.core.sampling import sample_few_step, sigmas_of, trailing_sigmas
-from turbodistill.core.schedule import DiscreteSchedule
+from turbodistill.core.sampling import sample_euler, sample_few_step, sigmas_of, trailing_sigmas
+from turbodistill.core.schedule import DiscreteSchedule, trailing_timesteps
 
 SD = DiscreteSchedule()
 TOP = SD.sigma_max
@@ -250,6 +252,37 @@ def test_a_student_s_picture_is_the_trainer_s(
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize(("steps", "made"), [(1, 9), (7, 9), (8, 8), (20, 20)])
+@pytest.mark.parametrize("prediction", ["eps", "v", "flow"])
+def test_a_student_of_guidance_alone_is_sampled_by_euler_in_its_own_number_of_steps_or_more(
+    nodes, toys, model_of, student_of, saved, sampled, caplog, prediction, steps, made
+):
+    teacher, cond = toys.conv(prediction), toys.cond(1)
+    student = student_of(teacher)
+    path = saved(student)
+    tensors, card = nodes.load.read_student(path)
+    card = replace(card, guidance_only=True, timesteps=tuple(trailing_timesteps(9)))
+    sigmas = trailing_sigmas(teacher.schedule, made)
+    x = teacher.schedule.add_noise(torch.zeros(2, 4, 8, 8), draws(7, 2), sigmas[:1])
+    with torch.no_grad():
+        expected = sample_euler(lambda x, s: student(x, s, cond.repeat(2)), x, sigmas)
+    student.release()
+    model, warning = nodes.patcher.with_student(model_of(teacher), tensors, card, 1.0, path.name)
+    assert warning == ""
+    found = sampled(model, [[cond.context, {}]], empty(2), steps=steps)
+    assert (found - expected).abs().max() < 0.01 * expected.abs().max()
+    told = [f"student of toy is sampled as its base is: in 9 steps, not {steps}"] if made != steps else []
+    assert [record.getMessage() for record in caplog.records] == told
+
+
+def test_compare_says_in_how_many_steps_it_was_sampled(nodes, compared):
+    recipe = SamplingRecipe("student of toy", steps=9, renoise=False, span=(8, 1000), ordinary=True)
+    compared.made.student = nodes.patcher.with_sampling(compared.made.student, recipe)
+    made = compared(student_steps=1)
+    assert made.titles[1].startswith("student, 9 steps: ")
+    assert len(made.student.model.diffusion_model.heard) == 9
+
+
 @pytest.mark.parametrize("steps", [1, 4])
 def test_item_k_of_a_batch_is_that_item_alone(nodes, toys, model_of, sampled, steps):
     model, positive = (
@@ -349,6 +382,7 @@ def compared(nodes, toys, silent, model_of, monkeypatch):
         made.output = nodes.sample.Compare.run(**inputs | changes)
         return made
 
+    run.made = made
     return run
 
 

@@ -431,4 +431,4 @@ def test_the_learning_rates_fall_to_zero_at_the_end(host, kit, tmp_path, setting
     with contextlib.closing(distill(state, samples, host.encode_text([""]))) as steps:
         next(steps)
     assert state.optimizer.param_groups[0]["lr"] == pytest.approx(factor * state.config.lr)
-    assert state.discriminator_optimizer.param_groups[0]["lr"] == pytest.approx(factor * state.config.lr_discriminator)
+    assert state.critic.optimizer.param_groups[0]["lr"] == pytest.approx(factor * state.config.lr_discriminator)

@@ -76,9 +76,9 @@ def scene(webui, toys, tmp_path):
 def student(tmp_path):
     """Puts a student's file among a scene's LoRAs, by name."""
 
-    def put(scene, name="mine", prediction=None, timesteps=(999,)):
+    def put(scene, name="mine", prediction=None, timesteps=(999,), **more):
         base = scene.toy.prediction
-        card = StudentCard("lora", "a base", "0" * 16, "sd", prediction or base, base, timesteps, 4.0, (64, 64))
+        card = StudentCard("lora", "a base", "0" * 16, "sd", prediction or base, base, timesteps, 4.0, (64, 64), **more)
         path = tmp_path / f"{name}.safetensors"
         save_file({"weight": torch.zeros(1)}, path, card.to_metadata())
         entry = type("Entry", (), {"filename": str(path), "metadata": card.to_metadata()})
@@ -348,6 +348,13 @@ def test_a_student_under_another_sampler_is_told_of(scene, student):
     plain = made.p(sampler_name="Euler")
     made.ours.foreign(plain)
     assert plain.comments == []
+    alone = student(made, timesteps=tuple(range(999, 0, -63)), guidance_only=True)
+    p = made.p(sampler_name="Euler", steps=20, cfg_scale=1.0, **alone)
+    made.ours.foreign(p)
+    assert p.comments == []
+    p = made.p(sampler_name="Euler", steps=20, cfg_scale=7.0, **alone)
+    made.ours.foreign(p)
+    assert p.comments == ["cfg is 7: mine was made for 1, more burns the picture."]
 
 
 def test_a_wrong_choice_is_an_error(scene, toys):

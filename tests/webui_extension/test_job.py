@@ -188,7 +188,7 @@ def test_a_lora_of_somebody_else_is_never_written_over(toy, backend):
 def test_a_model_that_is_one_step_already_is_told_so(toy, backend):
     backend.title = "sdxl_lightning_4step.safetensors"
     told = go(toy, backend)
-    assert "SDXL-Lightning, which is one-step already" in told["warnings"][0]
+    assert "SDXL-Lightning, which is distilled already" in told["warnings"][0]
 
 
 # --- ended as asked ---

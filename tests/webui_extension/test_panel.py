@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from turbodistill.core.card import StudentCard
 from turbodistill.core.families import FAMILIES
+from turbodistill.core.schedule import trailing_timesteps
 from turbodistill.webui_extension import panel
 from turbodistill.webui_extension.panel import Settings
 from turbodistill.webui_extension.samplers import DETECT, FEW_STEP, NOTHING, ONE_STEP
@@ -41,6 +42,28 @@ def test_set_makes_what_the_card_says_and_undo_puts_it_back(files, student, samp
     assert now == Settings(f"a fox <lora:{student}:1>", sampler, steps, 1.0)
     assert words.startswith(f"{'One' if steps == 1 else 'Few'}-step student of a base")
     assert panel.undo(now, before) == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps", "then"),
+    [
+        ("DPM++ 2M", 20, ("DPM++ 2M", 20)),
+        ("DPM++ 2M", 150, ("DPM++ 2M", 150)),
+        ("Euler a", 4, ("Euler a", 16)),
+        (ONE_STEP, 1, ("Euler", 16)),
+        (FEW_STEP, 8, ("Euler", 8)),
+    ],
+)
+def test_set_leaves_sampler_and_steps_to_a_student_of_guidance_alone(files, tmp_path, sampler, steps, then):
+    timesteps = tuple(trailing_timesteps(16))
+    card = StudentCard("lora", "a base", "0" * 16, "sd", "eps", "eps", timesteps, 4.0, (64, 64), guidance_only=True)
+    files["alone"] = tmp_path / "alone.safetensors"
+    save_file({"weight": torch.zeros(1)}, files["alone"], card.to_metadata())
+    mine = Settings("a fox", sampler, steps, 7.0)
+    now, before, words = panel.apply("alone", mine, None, files, None)
+    assert now == Settings("a fox <lora:alone:1>", *then, 1.0)
+    assert words.startswith("Guidance-only student of a base") and "as its base, with any sampler, 16 steps" in words
+    assert panel.undo(now, before) == mine
 
 
 def test_what_was_written_since_stays(files):

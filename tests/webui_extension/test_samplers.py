@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from turbodistill.core.card import CardError, StudentCard
 from turbodistill.core.families import FAMILIES, MOST
 from turbodistill.core.fit import Base
+from turbodistill.core.schedule import trailing_timesteps
 from turbodistill.generate import recipe
 from turbodistill.webui_extension import samplers
 from turbodistill.webui_extension.samplers import DETECT, FEW_STEP, LIMITS, ONE_STEP, Found, find, passes, remarks
@@ -146,6 +147,33 @@ def test_what_does_not_fit_between_students_and_the_model(files):
     assert samplers.misfits(both, dict.fromkeys(both, 1.0), right) == [
         "2 students are in the prompt (my-turbo, second): their changes add up, use one."
     ]
+
+
+@pytest.fixture
+def alone(files, tmp_path):
+    """A student of guidance alone among the files."""
+    timesteps = tuple(trailing_timesteps(16))
+    card = StudentCard("lora", "a base", "0" * 16, "sd", "eps", "eps", timesteps, 4.0, (64, 64), guidance_only=True)
+    save_file({"weight": torch.zeros(1)}, tmp_path / "alone.safetensors", card.to_metadata())
+    files["alone"] = tmp_path / "alone.safetensors"
+    return files
+
+
+def test_a_student_of_guidance_alone_wants_no_sampler_of_ours(alone):
+    ours = samplers.students_among(["alone"], alone)
+    assert samplers.by_another(ours, "DPM++ 2M", 20, 1.0) == []
+    assert samplers.by_another(ours, "DPM++ 2M", 4, 7.0) == [
+        "steps is 4: alone was made for 8 steps or more.",
+        "cfg is 7: alone was made for 1, more burns the picture.",
+    ]
+    both = samplers.students_among(["alone", "my-turbo"], alone)
+    assert samplers.by_another(both, "Euler", 20, 1.0) == [
+        "my-turbo is a student: Euler is not made for it, take ADD few-step and CFG Scale 1."
+    ]
+    right = Base(hashes=(ours["alone"].base_hash,))
+    assert samplers.misfits(ours, {"alone": 1.0}, right) == []
+    with_ours = said(find("alone", 1, alone, []), choice="alone", applied=["alone"])
+    assert "steps is 1" in with_ours and "take an ordinary sampler, 16 steps." in with_ours
 
 
 def test_more_steps_than_are_made_are_told():

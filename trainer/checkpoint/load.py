@@ -20,7 +20,7 @@ from . import hub, merged
 from .errors import ModelError
 from .folder import components_of, load_components, load_module, read_json, text_to_image_index
 from .header import read_header
-from .single_file import Parts, load_parts, load_vae
+from .single_file import Parts, load_parts, load_vae, scheduler_config
 from .tokenizer import TOKENS, clip_tokenizer, t5_tokenizer
 
 TRANSFORMERS = {
@@ -219,11 +219,8 @@ def _vae_of(path: Path, config: Mapping[str, Any], dtype: torch.dtype | None) ->
 def _scheduler(config: Mapping[str, Any], prediction: str, zero: bool) -> Any:
     import diffusers
 
-    kind, settings = config["scheduler"]
-    changed = {} if prediction == "flow" else {"prediction_type": PREDICTION_TYPES[prediction]}
-    if zero:
-        changed |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return getattr(diffusers, kind)(**settings | changed)
+    settings = scheduler_config(config, prediction, zero)
+    return getattr(diffusers, settings.pop("_class_name"))(**settings)
 
 
 def _pipeline(kind: str, parts: Mapping[str, Any], options: Mapping[str, Any]) -> Any:

@@ -51,9 +51,9 @@ def of_folder(folder: Path) -> StudentCard | None:
 
 
 def check_teacher(source: str | Path, card: StudentCard | None) -> None:
-    """Raise ModelError for a model that a student is merged into: it makes pictures in a step, and teaches nothing."""
+    """Raise ModelError for a model that a student is merged into: it has no guidance any more, and teaches nothing."""
     if card:
         raise ModelError(
-            f"{source!s:.300} has a one-step student of {card.base_model} merged into it, so it is no teacher: give "
+            f"{source!s:.300} has a student of {card.base_model} merged into it, so it is no teacher: give "
             f"{card.base_model} instead, or sample it as it is (`turbodistill sample --model`, without a student)"
         )

@@ -122,9 +122,7 @@ def addition(header: Header) -> str:
             base = StudentCard.from_metadata(header.metadata).base_model
         except CardError:
             base = "its base"
-        return (
-            f"is a one-step student that TurboDistill made of {base}: give it as the student, and {base} as the model"
-        )
+        return f"is a student that TurboDistill made of {base}: give it as the student, and {base} as the model"
     if state_file.KEY in header.metadata:
         return "is the state of a training, from which `distill` goes on, not a model: give its base instead"
     whole = any(n.startswith("model.diffusion_model.") for n in header.shapes)  # an addition may lie beside it

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ...core.architecture import SD2
 from ...core.header import Header, Shapes
 from ...core.naming import is_diffusers, layers_of, to_diffusers, to_single_file
+from ...core.schedule import PREDICTION_TYPES
 from . import shapes as config_from
 from .errors import ModelError
 from .header import read_header
@@ -63,6 +64,15 @@ def _config_text(architecture: str) -> str:
 def pipeline_config(architecture: str) -> dict[str, Any]:
     """The classes and settings of an architecture's pipeline, as far as the shapes of its weights do not tell them."""
     return json.loads(_config_text(architecture))
+
+
+def scheduler_config(config: Mapping[str, Any], prediction: str, zero: bool) -> dict[str, Any]:
+    """The scheduler of such a pipeline, as diffusers writes it; `zero` is of levels that end without signal."""
+    kind, settings = config["scheduler"]
+    changed = {} if prediction == "flow" else {"prediction_type": PREDICTION_TYPES[prediction]}
+    if zero:
+        changed |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return {"_class_name": kind} | settings | changed
 
 
 def load_parts(path: Path, dtype: torch.dtype | None = None) -> Parts:

@@ -44,5 +44,9 @@ class Affixes:
         """The prompt that the student is given."""
         return prompt if self.baked else self.teacher(prompt)
 
+    def both(self, prompt: str) -> tuple[str, str]:
+        """The teacher's and the student's."""
+        return self.teacher(prompt), self.student(prompt)
+
 
 NO_AFFIXES = Affixes()

@@ -150,7 +150,7 @@ def _autoencoder(host: Host, device: torch.device) -> list[float]:
 def cache_images(
     host: Host, found: Found, folder: str | Path, broken: str = "stop", affixes: Affixes = NO_AFFIXES
 ) -> Iterator[tuple[int, Tensor]]:
-    """Encode pictures once into latents and conditioning under `folder`; captions get the student's `affixes`.
+    """Encode pictures once into latents and conditioning under `folder`; captions get `affixes`, as prompts do.
 
     Yields (number done so far, the newest latents (n, C, H, W)) after each shard; resumable as `make_pairs`. One that
     cannot be read is left out, in `found`, if `broken` is "skip"; else, or if none is left, raises DataError.
@@ -161,7 +161,7 @@ def cache_images(
     about = [host.base_hash, host.text_hash, _autoencoder(host, device), host.resolution, *stamps]
     about += [affixes.in_recipe()] if affixes.in_recipe() else []
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-    captions = [affixes.student(picture.text) for picture in pictures]
+    captions = [each for picture in pictures for each in affixes.both(picture.text)]
     conditioning = Conditioning(host, captions, folder, key, replace_others=True)
     done, wrong = 0, [""]
     for first in range(0, len(pictures), SHARD):
@@ -177,7 +177,7 @@ def cache_images(
         for words in wrong:
             found.leave(BROKEN, "", words)
         if texts:
-            conditioning.of([affixes.student(text) for text in texts])
+            conditioning.of([each for text in texts for each in affixes.both(text)])
             done += len(texts)
             yield first + len(part), latents
     if not done:

@@ -123,7 +123,7 @@ def _make(share: OfSize, warn: Callable[[str], None]) -> Iterator[tuple[int, Ten
     recipe, key = pairs_recipe(host, config, prompts), pairs_key(host, config, prompts)
     teacher = Teacher(host, config)
     affixes = Affixes.of(config)
-    encoded = [each for text in texts for each in (affixes.teacher(text), affixes.student(text))]
+    encoded = [each for text in texts for each in affixes.both(text)]
     _check_space(folder, pairs_size(host.latent_shape, teacher.uncond, config.pairs, len(set(encoded))))
     conditioning = Conditioning(host, encoded, folder, key)
     making = False

@@ -117,7 +117,5 @@ def load_samples(folder: str | Path, kind: str, limit: int | None = None) -> Sam
         read_conditioning(folder, key, [affixes.student(prompt) for prompt in prompts]),
         prompts,
         torch.cat(seeds)[:limit] if seeds else None,
-        read_conditioning(folder, key, [affixes.teacher(p) for p in prompts])
-        if kind == "pairs" and affixes.baked
-        else None,
+        read_conditioning(folder, key, [affixes.teacher(p) for p in prompts]) if affixes.baked else None,
     )

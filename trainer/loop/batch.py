@@ -44,6 +44,16 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class GuidanceBatch:
+    """One batch of guidance distillation on the device: noisy pictures at any level."""
+
+    x: Tensor  # (B, C, H, W)
+    sigma: Tensor  # (B,) its level
+    cond: Cond  # the student's
+    teacher_cond: Cond  # the same but for a prefix and suffix that are baked in
+
+
+@dataclass(frozen=True)
 class Reals:
     """Real pictures, and for each teacher pair the row (N,) of one of its prompt, -1 where there is none."""
 
@@ -111,8 +121,7 @@ def draw_batch(
     noise = torch.where(expand(paired, target).bool(), pairs.noise(rows), torch.randn(shape, generator=draws))
     positive, positive_cond, positive_key = target, cond, rows
     if reals is not None and config.sees_pictures:
-        other = reals.rows(rows, torch.randint(len(reals.samples), (size,), generator=draws))
-        take = torch.rand(size, generator=draws) < (1.0 if config.positives == "real" else config.real_share)
+        other, take = draw_reals(config, reals, rows, draws)
         positive = torch.where(expand(take, target).bool(), reals.samples.latents[other], target)
         positive_key = torch.where(take, -1 - other, rows)
         mixed = torch.arange(size) + size * take
@@ -140,3 +149,35 @@ def draw_batch(
         torch.randn(shape, generator=draws).to(device),
         int(torch.randint(2**31, (1,), generator=draws)),
     )
+
+
+def draw_reals(config: Config, reals: Reals, rows: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+    """For pairs' rows (B,) those of real pictures (B,), of the same prompt if there are, and whether to take them."""
+    other = reals.rows(rows, torch.randint(len(reals.samples), rows.shape, generator=draws))
+    share = 1.0 if config.positives == "real" else config.real_share
+    return other, torch.rand(len(rows), generator=draws) < share
+
+
+def draw_guidance_batch(config: Config, student: Student, group: Group, draws: torch.Generator) -> GuidanceBatch:
+    """Pictures of pairs, and real ones, with fresh noise at uniform timesteps, on the student's device."""
+    schedule, device, size = student.schedule, student.device, config.batch_size
+    pairs, reals = group.pairs, group.reals
+    rows = torch.randint(len(pairs), (size,), generator=draws)
+    clean, conds = pairs.latents[rows], _conds(pairs, rows)
+    if reals is not None and config.sees_pictures:
+        other, take = draw_reals(config, reals, rows, draws)
+        clean = torch.where(expand(take, clean).bool(), reals.samples.latents[other], clean)
+        mixed = torch.arange(size) + size * take
+        both = zip(conds, _conds(reals.samples, other), strict=True)
+        conds = [Cond.cat(each).rows(mixed) for each in both]
+    # Spread evenly over the batch (arXiv 2107.00630, appendix I.1): the loss differs most by the level.
+    uniform = (torch.rand((), generator=draws) + torch.arange(size) / size) % 1
+    sigma = schedule.sigma((uniform * schedule.timesteps).long())
+    x = schedule.add_noise(clean, torch.randn(clean.shape, generator=draws), sigma)
+    return GuidanceBatch(x.to(device), sigma.to(device), *(cond.to(device) for cond in conds))
+
+
+def _conds(samples: Samples, rows: Tensor) -> list[Cond]:
+    """The student's and the teacher's."""
+    own = samples.cond.rows(rows)
+    return [own, own if samples.teacher_cond is None else samples.teacher_cond.rows(rows)]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...core.denoiser import Cond
 from ...core.exclusive import exclusive
 from ..data.samples import Samples
-from .batch import Group, draw_group, generator
+from .batch import Group, draw_group, draw_guidance_batch, generator
 from .feature_cache import FeatureCache
 from .health import Health, HealthParts, health_parts
 from .precision import autocast
@@ -25,6 +25,7 @@ from .steps import (
     StudentStep,
     discriminator_step,
     fake_score_step,
+    guidance_step,
     student_step,
 )
 
@@ -64,13 +65,14 @@ def distill_groups(state: State, groups: Sequence[Group]) -> Generator[Step, Non
     with student.training(), scoring, state.checkpointed():
         while not state.finished:
             # Spectral norms advance with every pass of the heads: an update that is broken off must not leave its own.
-            norms = [buffer.clone() for buffer in state.discriminator.buffers()]
+            spectral = list(state.critic.discriminator.buffers()) if state.critic else []
+            norms = [buffer.clone() for buffer in spectral]
             try:
                 with exclusive(student.teacher.backbone):
                     step = _update(state, groups)
             except BaseException:
                 if state.whole:
-                    for buffer, before in zip(state.discriminator.buffers(), norms, strict=True):
+                    for buffer, before in zip(spectral, norms, strict=True):
                         buffer.copy_(before)
                 raise
             yield step
@@ -86,6 +88,23 @@ def _update(state: State, groups: Sequence[Group]) -> Step:
             _discriminator_update(state, groups, generator(config.seed, state.update, extra), phase)
     draws, share = generator(config.seed, state.update), 1 / config.gradient_accumulation
     drawn = [draw_group(groups, draws) for _ in range(config.gradient_accumulation)]
+    learn = _learn_guidance if config.guidance_only else _learn_steps
+    parts, health = learn(state, drawn, draws, phase, share)
+    losses, measured = _apply(state, phase, parts, share, health)
+    update_average(state)
+    seconds = time.monotonic() - began
+    state.update += 1
+    state.spent += seconds
+    state.whole = True
+    return Step(state.update, losses, measured, seconds, state.spent)
+
+
+Learnt = tuple[list[dict[str, Tensor]], HealthParts]
+
+
+def _learn_steps(state: State, drawn: Sequence[Group], draws: torch.Generator, phase: Phase, share: float) -> Learnt:
+    """Losses and gradients of everything that makes a picture in few steps, and the health of the last batch."""
+    config = state.config
     batches = [group.batch(config, state.student, draws, phase.fresh_noise_share) for group in drawn]
     parts: list[dict[str, Tensor]] = []
     made, critic = StudentStep(batches[0].x, {}), DiscriminatorStep({})
@@ -98,14 +117,17 @@ def _update(state: State, groups: Sequence[Group]) -> Step:
         if phase.adversarial and state.fake_score:
             parts.append(fake_score_step(state, batch, made, share))
     relative = config.adversarial == "relativistic"
-    health = health_parts(critic.on_real, critic.on_fake, made.output, batches[-1].positive, relative)
-    losses, measured = _apply(state, phase, parts, share, health)
-    update_average(state)
-    seconds = time.monotonic() - began
-    state.update += 1
-    state.spent += seconds
-    state.whole = True
-    return Step(state.update, losses, measured, seconds, state.spent)
+    return parts, health_parts(critic.on_real, critic.on_fake, made.output, batches[-1].positive, relative)
+
+
+def _learn_guidance(
+    state: State, drawn: Sequence[Group], draws: torch.Generator, _phase: Phase, share: float
+) -> Learnt:
+    """Losses and gradients of guidance alone, and the health of the last batch beside the guided teacher's."""
+    batches = [draw_guidance_batch(state.config, state.student, group, draws) for group in drawn]
+    made = [guidance_step(state, batch, group.uncond, share) for group, batch in zip(drawn, batches, strict=True)]
+    student, target = made[-1]
+    return [step.losses for step, _ in made], health_parts([], [], student.output, target, False)
 
 
 def _apply(
@@ -141,14 +163,15 @@ def _optimizers(state: State, phase: Phase) -> dict[str, tuple[nn.Module, torch.
     found: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {}
     if state.fake_score and phase.adversarial:
         found["fake score"] = (state.fake_score.denoiser.trained, state.fake_score.optimizer)
-    if phase.discriminator:
-        found["discriminator"] = (state.discriminator, state.discriminator_optimizer)
+    if state.critic and phase.discriminator:
+        found["discriminator"] = (state.critic.discriminator, state.critic.optimizer)
     return found | {"student": (state.student.trained, state.optimizer)}
 
 
 def _discriminator_update(state: State, groups: Sequence[Group], draws: torch.Generator, phase: Phase) -> None:
     """One more discriminator update, on batches of its own, as many as the student's."""
-    config, student = state.config, state.student
+    config, student, critic = state.config, state.student, state.critic
+    assert critic
     fresh = config.fresh_noise_share if phase.adversarial else 0.0
     state.whole = False
     for _ in range(config.gradient_accumulation):
@@ -156,12 +179,11 @@ def _discriminator_update(state: State, groups: Sequence[Group], draws: torch.Ge
         with torch.no_grad(), autocast(config, student):
             made = StudentStep(student(batch.x, batch.sigma, batch.cond).float(), {})
         discriminator_step(state, batch, made, 1 / config.gradient_accumulation)
-    optimizer = state.discriminator_optimizer
-    state.scaler.unscale_(optimizer)
-    norm = clip_gradients(state.discriminator, config.max_grad_norm).item()
+    state.scaler.unscale_(critic.optimizer)
+    norm = clip_gradients(critic.discriminator, config.max_grad_norm).item()
     _check_gradients(state, {"discriminator's gradient": norm})
-    state.scaler.step(optimizer)
-    optimizer.zero_grad(set_to_none=True)
+    state.scaler.step(critic.optimizer)
+    critic.optimizer.zero_grad(set_to_none=True)
     state.scaler.update()
 
 
@@ -194,10 +216,9 @@ def learning_rate_scale(state: State) -> float:
 def set_learning_rates(state: State) -> None:
     """Every learning rate as it is at this update."""
     config, scale = state.config, learning_rate_scale(state)
-    rates: list[tuple[torch.optim.Optimizer, float]] = [
-        (state.optimizer, config.lr),
-        (state.discriminator_optimizer, config.lr_discriminator),
-    ]
+    rates: list[tuple[torch.optim.Optimizer, float]] = [(state.optimizer, config.lr)]
+    if state.critic:
+        rates.append((state.critic.optimizer, config.lr_discriminator))
     if state.fake_score:
         rates.append((state.fake_score.optimizer, config.lr_fake_score))
     for optimizer, lr in rates:

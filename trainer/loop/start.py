@@ -30,7 +30,9 @@ def check(host: Host, config: Config) -> None:
         raise ConfigError(str(error)) from None
     if not config.init_student:
         return
-    if _foreign(host, config):
+    if start := _foreign(host, config):
+        if config.guidance_only and start.recipe and not start.recipe.ordinary:
+            raise ConfigError(_makes_few_steps(config))
         return
     denoiser = host.denoiser
     prediction = denoiser.prediction if config.prediction == "inherit" else config.prediction
@@ -50,6 +52,16 @@ def check(host: Host, config: Config) -> None:
             f"init_student: {config.init_student} has prediction and start timestep {found}, this training {wanted}: "
             "use the same settings, or start from the teacher"
         )
+    if config.guidance_only and not card.guidance_only:
+        raise ConfigError(_makes_few_steps(config))
+
+
+def _makes_few_steps(config: Config) -> str:
+    """What is said of an `init_student` from which no student of guidance alone can begin."""
+    return (
+        f"init_student: {config.init_student} makes pictures in few steps, and one of guidance_only is sampled as its "
+        "teacher is: start from the teacher, or from another of guidance_only"
+    )
 
 
 def _foreign(host: Host, config: Config) -> Start | None:
@@ -67,9 +79,8 @@ def create(host: Host, config: Config) -> Student:
     check(host, config)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        return Student(
-            host.denoiser, config.rank, config.alpha or None, config.targets, config.prediction, config.start_timestep
-        )
+        form = config.rank, config.alpha or None, config.targets, config.prediction, config.start_timestep
+        return Student(host.denoiser, *form, config.pair_steps if config.guidance_only else 0)
 
 
 def init(student: Student, host: Host, config: Config) -> dict[str, float]:
@@ -88,8 +99,10 @@ def init(student: Student, host: Host, config: Config) -> dict[str, float]:
         raise ConfigError(f"init_student: {error}") from None
 
 
-def features(host: Host, config: Config) -> Features:
-    """What the discriminator sees; raises ConfigError for taps or a vision transformer that cannot be had."""
+def features(host: Host, config: Config) -> Features | None:
+    """What the discriminator sees, if there is one; raises ConfigError for taps or a network that cannot be had."""
+    if config.guidance_only:
+        return None
     taps = tap_names(config)
     try:
         if not config.pixel_backbone:

@@ -25,15 +25,39 @@ from .precision import grad_scaler
 
 
 @dataclass
+class Critic:
+    """The discriminator, the features that it sees, and its optimizer."""
+
+    features: Features
+    discriminator: Discriminator
+    optimizer: torch.optim.Optimizer
+
+    @classmethod
+    def create(cls, student: Student, config: Config, sample: Samples, features: Features | None) -> Critic:
+        """A fresh one for features and text of the shapes that one `sample` row has."""
+        device = student.device
+        features = features or TeacherFeatures(student.teacher, tap_names(config))
+        x, cond = sample.latents[:1].to(device), sample.cond.rows(slice(1)).to(device)
+        with torch.no_grad():
+            maps = features(x, student.schedule.sigma(torch.tensor([500])).to(device), cond)
+        image = maps[-1].shape[1] if config.condition_image else 0
+        with torch.random.fork_rng():  # a host's own randomness stays as it was
+            torch.manual_seed(config.seed)
+            discriminator = Discriminator(
+                [m.shape[1] for m in maps], cond.summary.shape[1], image, config.head_channels
+            )
+        discriminator.to(device)
+        return cls(features, discriminator, adam(discriminator, config.lr_discriminator, (0.0, 0.99)))
+
+
+@dataclass
 class State:
     """Everything that an update changes."""
 
     config: Config
     student: Student
-    features: Features
-    discriminator: Discriminator
+    critic: Critic | None  # None where guidance alone is distilled
     optimizer: torch.optim.Optimizer
-    discriminator_optimizer: torch.optim.Optimizer
     average: nn.Module  # the running average of student.trained
     scaler: amp.GradScaler  # of the losses; it does something in float16 alone
     fake_score: FakeScore | None = None  # where distribution matching needs it
@@ -52,32 +76,28 @@ class State:
         features: Features | None = None,
     ) -> State:
         """A fresh state; one `sample` row tells the shapes of features (by default the teacher's) and text."""
-        device = student.device
-        features = features or TeacherFeatures(student.teacher, tap_names(config))
-        x, cond = sample.latents[:1].to(device), sample.cond.rows(slice(1)).to(device)
-        with torch.no_grad():
-            maps = features(x, student.schedule.sigma(torch.tensor([500])).to(device), cond)
-        image = maps[-1].shape[1] if config.condition_image else 0
-        with torch.random.fork_rng():  # a host's own randomness stays as it was
-            torch.manual_seed(config.seed)
-            discriminator = Discriminator(
-                [m.shape[1] for m in maps], cond.summary.shape[1], image, config.head_channels
-            )
-        discriminator.to(device)
-        trained = student.trained
+        alone, trained = config.guidance_only, student.trained
+        matches = config.distillation_weight > 0 and config.distillation == "matching" and not alone
         return cls(
             config,
             student,
-            features,
-            discriminator,
+            None if alone else Critic.create(student, config, sample, features),
             adam(trained, config.lr, (0.9, 0.99)),
-            adam(discriminator, config.lr_discriminator, (0.0, 0.99)),
             copy.deepcopy(trained).requires_grad_(False),
-            grad_scaler(config, device, student.backbone),
-            FakeScore(student, config)
-            if config.distillation_weight > 0 and config.distillation == "matching"
-            else None,
+            grad_scaler(config, student.device, student.backbone),
+            FakeScore(student, config) if matches else None,
         )
+
+    @property
+    def features(self) -> Features:
+        """What the discriminator sees."""
+        assert self.critic
+        return self.critic.features
+
+    @property
+    def discriminator(self) -> Discriminator:
+        assert self.critic
+        return self.critic.discriminator
 
     @property
     def finished(self) -> bool:
@@ -120,9 +140,9 @@ class State:
             "config": self.config.to_dict(),
             "student": self.student.trained.state_dict(),
             "average": self.average.state_dict(),
-            "discriminator": self.discriminator.state_dict(),
+            "discriminator": self.critic and self.critic.discriminator.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "discriminator_optimizer": self.discriminator_optimizer.state_dict(),
+            "discriminator_optimizer": self.critic and self.critic.optimizer.state_dict(),
             "update": self.update,
             "spent": self.spent,
             "extra": self.extra,
@@ -135,15 +155,18 @@ class State:
         check_resumable(saved["config"], self.config)
         self.student.trained.load_state_dict(saved["student"])
         self.average.load_state_dict(saved["average"])
-        self.discriminator.load_state_dict(saved["discriminator"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.discriminator_optimizer.load_state_dict(saved["discriminator_optimizer"])
+        optimizers = [self.optimizer]
+        if self.critic:
+            self.critic.discriminator.load_state_dict(saved["discriminator"])
+            self.critic.optimizer.load_state_dict(saved["discriminator_optimizer"])
+            optimizers.append(self.critic.optimizer)
         if saved.get("scaler"):  # empty in another precision
             self.scaler.load_state_dict(saved["scaler"])
         if self.fake_score:
             self.fake_score.load_state_dict(saved["fake_score"])
         self.update, self.spent, self.extra = saved["update"], saved["spent"], saved["extra"]
-        for optimizer in (self.optimizer, self.discriminator_optimizer):  # which does not look at them itself
+        for optimizer in optimizers:  # which do not look at them themselves
             for parameter, moments in optimizer.state.items():
                 if any(m.ndim and m.shape != parameter.shape for m in moments.values()):
                     raise ValueError("an optimizer's moments are of other shapes than what it trains")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ...core import losses
-from ...core.denoiser import Cond
+from ...core.denoiser import Cond, Guidance, guided
 from ...core.schedule import expand
-from .batch import Batch
+from .batch import Batch, GuidanceBatch
 from .precision import autocast
 from .state import State
 
@@ -33,6 +33,8 @@ class Phase:
     @classmethod
     def of(cls, state: State) -> Phase:
         config, update = state.config, state.update
+        if config.guidance_only:
+            return cls(False, False, 1.0, 0.0)
         adversarial = update >= config.regression_updates
         since = update - config.regression_updates + 1
         unpaired = config.adversarial_weight > 0 or config.distillation_weight > 0
@@ -271,6 +273,22 @@ def fake_score_step(state: State, batch: Batch, student: StudentStep, share: flo
         parts = {"fake_score": state.fake_score.loss(student.output, batch)}
     _backward(state, parts, share)
     return parts
+
+
+def guidance_step(state: State, batch: GuidanceBatch, uncond: Cond, share: float) -> tuple[StudentStep, Tensor]:
+    """Guidance distillation's loss (arXiv 2210.03142, eq. 4) and its gradient, beside the guided teacher's x0.
+
+    At every level the student gives in one pass what the teacher gives with guidance, or without where there is none.
+    """
+    student, guidance = state.student, Guidance.of(state.config)
+    with autocast(state.config, student, student.teacher):
+        with torch.no_grad():
+            target = guided(student.teacher, batch.x, batch.sigma, batch.teacher_cond, uncond, guidance).float()
+        output = student(batch.x, batch.sigma, batch.cond).float()
+        weight = losses.velocity_weight(student.schedule, batch.sigma)
+        step = StudentStep(output, {"guidance": losses.distillation(output, target, weight)})
+    _backward(state, step.losses, share)
+    return step, target
 
 
 def _backward(state: State, parts: dict[str, Tensor], share: float) -> None:

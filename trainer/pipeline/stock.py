@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -26,10 +27,15 @@ DYNAMIC = (
 
 
 def student_scheduler(card: StudentCard, pipe: Any) -> Any:
-    """Our scheduler for a student on a pipeline; raises ModelError where the pipeline cannot sample it."""
+    """Our scheduler for a student on a pipeline; raises ModelError where the pipeline cannot sample it.
+
+    For a student of guidance alone, which any scheduler samples, the pipeline's own.
+    """
     from .scheduler import StudentScheduler
 
     kind = kind_of(pipe)
+    if card.guidance_only:
+        return own_scheduler(pipe)
     check_start(card, pipe, kind)
     config = pipe.scheduler.config
     settings: dict[str, Any] = {
@@ -52,6 +58,7 @@ def student_scheduler(card: StudentCard, pipe: Any) -> Any:
 def scheduler_of(card: StudentCard, pipe: Any) -> Any:
     """A scheduler of diffusers' own that samples a student as its card says.
 
+    For a student of guidance alone it is another of the pipeline's own kind, with its settings.
     One step is Euler's, from pure noise to the picture. A student for several steps gets fresh noise between them:
     LCMScheduler without its boundary scalings, whose noise has the scale 1, not 0.998; for a flow FlowMatchEuler's
     `stochastic_sampling`. Where the pipeline leaves the timesteps to the scheduler (Stable Diffusion 3, Sana), give
@@ -60,6 +67,8 @@ def scheduler_of(card: StudentCard, pipe: Any) -> Any:
     Raises ModelError, with the reason, where none of them can.
     """
     kind = kind_of(pipe)
+    if card.guidance_only:
+        return own_scheduler(pipe)
     check_start(card, pipe, kind)
     if not kind.flows:
         return _discrete(card, pipe)
@@ -69,6 +78,11 @@ def scheduler_of(card: StudentCard, pipe: Any) -> Any:
             "turbodistill.use_student with its own"
         )
     return _flow(card, pipe)
+
+
+def own_scheduler(pipe: Any) -> Any:
+    """Another scheduler like the pipeline's: `from_config` would set what the pipeline itself has corrected back."""
+    return copy.deepcopy(pipe.scheduler)
 
 
 def _discrete(card: StudentCard, pipe: Any) -> Any:

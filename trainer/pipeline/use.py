@@ -42,6 +42,7 @@ class StudentOnPipeline:
 def use_student(pipe: Any, path: str | Path, stock: bool = False) -> StudentOnPipeline:
     """Put a student on a loaded pipeline, so that `pipe(prompt, num_inference_steps=1, guidance_scale=0)` is it.
 
+    One of guidance alone keeps the pipeline's scheduler, and takes as many steps as the pipeline always does.
     `pipe` is a pipeline of diffusers, or the model that `load_model` made of one. The pipeline gets a scheduler of ours
     that samples as the student's card says, or one of diffusers' own (`stock`). A LoRA rides on hooks beside the
     pipeline's weights, a full student takes their place. `release()` of what is returned puts everything back.

@@ -56,7 +56,7 @@ def estimate(host: Host, config: Config, prompts: Sequence[str]) -> Estimate:
     on_disk, seconds = 0, 0.0
     for share in shares:
         drawn = draw_prompts(share.prompts, share.config.pairs, config.seed)
-        texts = {each for text in drawn for each in (affixes.teacher(text), affixes.student(text))}
+        texts = {each for text in drawn for each in affixes.both(text)}
         on_disk += pairs_size(share.host.latent_shape, cond, share.config.pairs, len(texts))
         seconds += seconds_of_pairs(share.host, share.config, len(texts))
     return Estimate(memory, config.pairs, on_disk, seconds)
@@ -68,7 +68,7 @@ def seconds_of_pairs(host: Host, config: Config, texts: int) -> float:
     guidance = Guidance.of(config)
     teacher = Teacher(host, config)
     cond = host.encode_text([""]).repeat(batch)
-    acts = [guidance.acts(host.denoiser.schedule, sigma) for sigma in teacher.sigmas[:-1]]
+    acts = guidance.acts(host.denoiser.schedule, teacher.sigmas[:-1]).tolist()
     seconds = texts * _measured(lambda: host.encode_text([""]))
     for guided in set(acts):
         # One step, which is one pass; with guidance throughout, or with none.

@@ -180,8 +180,9 @@ def measure_memory(state: State, pairs: Samples, resolution: tuple[int, int]) ->
 
     `resolution` are the pixels (width, height) of a picture."""
     config, student = state.config, state.student
-    modules: list[nn.Module] = [student.teacher.backbone, student.trained, state.discriminator]
-    parameters = [p for m in modules for p in m.parameters()]
+    heads = list(state.critic.discriminator.parameters()) if state.critic else []
+    modules: list[nn.Module] = [student.teacher.backbone, student.trained]
+    parameters = [*(p for m in modules for p in m.parameters()), *heads]
     sigma = student.schedule.sigma(torch.tensor([500.0])).to(student.device)
     sample: Cond = pairs.cond.rows(slice(1)).to(student.device)
     latents = pairs.latents[:1].to(student.device)
@@ -192,9 +193,9 @@ def measure_memory(state: State, pairs: Samples, resolution: tuple[int, int]) ->
         with _SavedTensors(student.backbone, parameters) as of_student:
             student(x, sigma.expand(count), cond)
         found = [of_student.kept]
-        if config.adversarial_weight > 0 or config.feature_weight > 0:
+        if state.critic and (config.adversarial_weight > 0 or config.feature_weight > 0):
             with _SavedTensors(student.teacher.backbone, parameters) as of_features:
-                state.features(x.clone().requires_grad_(True), sigma.expand(count), cond)
+                state.critic.features(x.clone().requires_grad_(True), sigma.expand(count), cond)
             found.append(of_features.kept)
         return found
 
@@ -209,7 +210,7 @@ def measure_memory(state: State, pairs: Samples, resolution: tuple[int, int]) ->
     return Memory(
         _bytes(student.teacher.backbone.parameters()),
         # A parameter beside its gradient, Adam's two moments and the running average.
-        5 * _bytes(trained) + 4 * _bytes(state.discriminator.parameters()),
+        5 * _bytes(trained) + 4 * _bytes(heads),
         sum(kept.total(config.gradient_checkpointing) for kept in batches),
         decoding=DECODING * math.prod(resolution) * min(PREVIEWS, decoded_at_once(resolution)),
     )

@@ -20,6 +20,7 @@ def make_card(host: Host, state: State, metrics: dict[str, Any]) -> StudentCard:
     config, student = state.config, state.student
     if state.update <= config.regression_updates and config.regression_weight > 0:  # the other losses are yet to come
         config = config.replace(adversarial_weight=0.0, distillation_weight=0.0)
+    steps = student.guidance_steps or config.student_steps
     earlier = state.extra.get("earlier", {})
     return StudentCard(
         kind="lora" if student.lora is not None else "full",
@@ -28,7 +29,7 @@ def make_card(host: Host, state: State, metrics: dict[str, Any]) -> StudentCard:
         architecture=host.architecture,
         prediction=student.prediction,
         base_prediction=student.teacher.prediction,
-        timesteps=tuple(trailing_timesteps(config.student_steps, student.start_timestep, student.schedule.timesteps)),
+        timesteps=tuple(trailing_timesteps(steps, student.start_timestep, student.schedule.timesteps)),
         guidance=config.guidance,
         resolution=host.resolution,
         rank=config.rank,
@@ -42,12 +43,15 @@ def make_card(host: Host, state: State, metrics: dict[str, Any]) -> StudentCard:
             **{name: earlier[name] for name in ("init_error",) if name in earlier},
         },
         metrics=metrics,
+        guidance_only=config.guidance_only,
         **{name: getattr(config, name) for name in (*OF_SIZES, *OF_GUIDANCE, *OF_PROMPTS)},
     )
 
 
 def _method(config: Config) -> str:
     """What the student was made by, in the papers' names."""
+    if config.guidance_only:
+        return "guidance distillation"
     names = ["ADD" if config.pixel_backbone else "LADD"] if config.adversarial_weight > 0 else []
     if config.distillation_weight > 0:
         names.append(
@@ -61,7 +65,8 @@ def _settings(config: Config) -> dict[str, Any]:
     adversarial = ("positives", "adversarial") if config.adversarial_weight > 0 else ()
     distillation = ("distillation",) if config.distillation_weight > 0 else ()
     weights = ("adversarial_weight", "distillation_weight", "regression_weight")
-    names = ("pairs", "batch_size", "student_steps", *adversarial, *distillation, *weights, "seed")
+    few_steps = ("student_steps", *adversarial, *distillation, *weights)
+    names = ("pairs", "batch_size", *(() if config.guidance_only else few_steps), "seed")
     settings = {n: getattr(config, n) for n in names}
     if config.pixel_backbone:  # of a folder its name alone: where it lay is nobody's business
         settings["pixel_backbone"] = (

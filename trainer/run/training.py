@@ -18,6 +18,7 @@ from torch import Tensor
 from ...core.card import CardError, read_card, read_student
 from ...core.exclusive import exclusive
 from ...core.rights import denied
+from ...core.sampling import TEACHER_SAMPLERS
 from ...core.student import load_weights
 from ..config import Config, ConfigError, check_resumable
 from ..data.files import reason
@@ -41,17 +42,18 @@ log = logging.getLogger(__name__)
 STATE, HISTORY, BEST = "state.safetensors", "history.csv", "student.safetensors"
 
 
-def student_pictures(state: State, pairs: Samples, rows: Tensor, steps: int = 1) -> Tensor:
+def student_pictures(state: State, pairs: Samples, rows: Tensor, steps: int | None = None) -> Tensor:
     """Latents (N, C, H, W), float32 on the CPU, that the averaged student makes from these pairs' noise.
 
-    Its LoRA is not merged: the copy of the weights that this takes may be more than the memory a training leaves free.
+    In one step; one of guidance alone as the teacher made the pairs. Its LoRA is not merged: the copy of the weights
+    that this takes may be more than the memory a training leaves free.
     """
-    device = state.student.device
+    device, sampler = state.student.device, TEACHER_SAMPLERS[state.config.pair_sampler]
     parts = []
     with state.averaged(), autocast(state.config, state.student):
         for chunk in rows.split(state.config.batch_size):
             cond = pairs.cond.rows(chunk).to(device)
-            parts.append(state.student.generate(pairs.noise(chunk).to(device), cond, steps).float().cpu())
+            parts.append(state.student.generate(pairs.noise(chunk).to(device), cond, steps, sampler).float().cpu())
     return torch.cat(parts)
 
 
@@ -198,7 +200,8 @@ class Training:
         yield Begun(state.update, memory)
         if not state.finished and (words := self._choose_anew()):
             yield Warned(0, words)
-        if config.updates <= config.regression_updates and (config.adversarial_weight or config.distillation_weight):
+        judged = (config.adversarial_weight or config.distillation_weight) and not config.guidance_only
+        if config.updates <= config.regression_updates and judged:
             yield Warned(
                 0,
                 f"regression_updates is {config.regression_updates} and updates {config.updates}: this is regression "
@@ -217,7 +220,7 @@ class Training:
     def _after(self, step: Step) -> Iterator[Event]:
         """What follows an update."""
         config = self.state.config
-        if step.update > config.regression_updates:
+        if step.update > config.regression_updates and not config.guidance_only:
             self.recent.append(step.health)
         yield step
         if self._evaluates():

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from turbodistill import scheduler_of, use_student
 from turbodistill.core.card import KEY, CardError, read_card
+from turbodistill.core.schedule import trailing_timesteps
 from turbodistill.core.student import load_student
 from turbodistill.trainer.pipeline.host import ModelError
 from turbodistill.trainer.pipeline.scheduler import StudentScheduler
@@ -271,3 +272,48 @@ def test_the_embedded_model_has_no_pipeline(tmp_path):
 
     with pytest.raises(ModelError, match=r"is no pipeline of diffusers: use turbodistill\.load_student"):
         use_student(load_model(), STUDENT)
+
+
+def of_guidance_alone(made, path, steps=9):
+    """The student's file, as if it had guidance alone."""
+    return recarded(made.path, path, guidance_only=True, timesteps=trailing_timesteps(steps))
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_a_student_of_guidance_alone_keeps_the_pipeline_s_scheduler(tiny_kit, students, name, stock, tmp_path):
+    made = students(name)
+    path, own = of_guidance_alone(made, tmp_path / "alone.safetensors"), made.pipe.scheduler
+    tiny_kit.pictures(made.pipe, name, tiny_kit.noise(made.model), 2)  # which a pipeline remembers
+    before = tiny_kit.everything(made.pipe)
+    with use_student(made.pipe, path, stock=stock) as used:
+        found = made.pipe.scheduler
+        assert type(found) is type(own) and dict(found.config) == dict(own.config) and found is not own
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # there is no number of steps that it was not made for
+            tiny_kit.pictures(made.pipe, name, tiny_kit.noise(made.model), 12)
+        assert used.card.guidance_only
+    assert made.pipe.scheduler is own and tiny_kit.everything(made.pipe) == before
+
+
+@pytest.mark.parametrize("name", ["sd", "sd-v", "sdxl"])
+@pytest.mark.parametrize("steps", [9, 20])
+def test_what_it_makes_is_euler_s_of_diffusers(tiny_kit, students, name, steps, tmp_path):
+    from diffusers import DDIMScheduler
+
+    made = students(name)
+    path, own = of_guidance_alone(made, tmp_path / "alone.safetensors"), made.pipe.scheduler
+    noise = tiny_kit.noise(made.model)
+    student, *_ = load_student(path, made.model.denoiser)
+    cond = made.model.encode_text(["a red fox", "an owl"])
+    expected = student.generate(noise, cond, steps)
+    assert steps != 9 or torch.equal(student.generate(noise, cond), expected)
+    student.release()
+    like = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
+    made.pipe.scheduler = DDIMScheduler.from_config(own.config, **like)
+    try:
+        with use_student(made.pipe, path):
+            found = tiny_kit.pictures(made.pipe, name, noise, steps, "latent")
+    finally:
+        made.pipe.scheduler = own
+    # Pure noise is scaled by 1 there, by sigma_t here; and so is what of it is left where the network is a toy.
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
