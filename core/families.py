@@ -50,7 +50,8 @@ class SamplingRecipe:
     `renoise` adds fresh noise between steps; else Euler's step is taken. `shift` is NitroFusion's: the network is
     given the timestep t shift / 1000. `exact` says that pure noise is scaled by sigma itself, as our students learnt
     it, not by ComfyUI's sqrt(1 + sigma^2). `flow_shift` is that of a flow model's noise levels, where it is not the
-    host's own; `cfg` the guidance scale, and `strength` the weight of its LoRA.
+    host's own; `cfg` the guidance scale, and `strength` the weight of its LoRA. `clip_skip` is that of its prompts, 0
+    where nothing tells it.
     """
 
     name: str
@@ -64,6 +65,7 @@ class SamplingRecipe:
     flow_shift: float | None = None
     cfg: float = 1.0
     strength: float = 1.0
+    clip_skip: int = 0
 
     @property
     def range(self) -> tuple[int, int]:
@@ -326,7 +328,13 @@ def of_card(card: StudentCard) -> SamplingRecipe:
     prediction = "inherit" if card.prediction == card.base_prediction else card.prediction
     steps = len(card.timesteps)
     return SamplingRecipe(
-        f"student of {card.base_model}", prediction, card.timesteps[0], steps, exact=True, span=(1, steps)
+        f"student of {card.base_model}",
+        prediction,
+        card.timesteps[0],
+        steps,
+        exact=True,
+        span=(1, steps),
+        clip_skip=card.clip_skip,
     )
 
 

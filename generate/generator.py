@@ -80,7 +80,8 @@ class Generator:
             cond = self.host.encode_text(different).rows(torch.tensor([different.index(text) for text in texts]))
             pictures = self.host.decode(sample_latents(self.host, student, cond, seeds, steps)).cpu()
             seconds = time.perf_counter() - began
-            said = check_fit(self._card, Base(), path.name, steps=steps) if self._card else []
+            base = Base(clip_skip=self.host.clip_skip)
+            said = check_fit(self._card, base, path.name, steps=steps) if self._card else []
             if ticket <= self._dropped:
                 return None
             return Made(pictures, seconds, tuple(filter(None, (self._warning, *said))))

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.gradio
 pytest.importorskip("gradio")
 fastapi = pytest.importorskip("fastapi")
 testing = pytest.importorskip("fastapi.testclient", reason="starlette's test client needs httpx")
-PARTS = ("before_ui", "ui_tabs", "ui_settings", "app_started")
+PARTS = ("before_ui", "after_component", "ui_tabs", "ui_settings", "app_started")
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_all_is_registered_at_each_load(host):
     start = host.get("host_start").start
     for times in (1, 2):
         start()
-        assert [len(host.registered[part]) for part in PARTS] == [times] * 4
+        assert [len(host.registered[part]) for part in PARTS] == [times] * len(PARTS)
         assert [entry.name for entry in host.samplers.all_samplers].count("ADD 1-step") == 1
 
 

@@ -42,6 +42,7 @@ def make_card(host: Host, state: State, metrics: dict[str, Any]) -> StudentCard:
             **{name: earlier[name] for name in ("init_error",) if name in earlier},
         },
         metrics=metrics,
+        clip_skip=host.clip_skip,
         **{name: getattr(config, name) for name in (*OF_SIZES, *OF_GUIDANCE, *OF_PROMPTS)},
     )
 
