@@ -71,6 +71,7 @@ class Model:
 
     def __init__(self, guided: Callable[[Tensor, Tensor], Tensor], model):
         self.guided, self.model_patcher = guided, model
+        self.cfg = 1.0  # for the log: guidance is within
         self.inner_model = SimpleNamespace(model_sampling=model.get_model_object("model_sampling"))
 
     def __call__(self, x: Tensor, sigma: Tensor, model_options: dict | None = None, seed: int | None = None) -> Tensor:

@@ -69,7 +69,11 @@ def own(comfyui, new_graph):
     return sample
 
 
-# Texts are kept in half precision, and so are the pairs.
+def off(found, expected):
+    """The root mean square of the difference, as a share of the spread: texts and pairs are kept in half precision."""
+    return float((found - expected).square().mean().sqrt() / expected.std())
+
+
 @pytest.mark.newest
 @pytest.mark.parametrize(
     ("sampler", "scheduler"),
@@ -83,21 +87,21 @@ def own(comfyui, new_graph):
         ("lcm", "simple"),
     ],
 )
-def test_pairs_are_what_sampler_custom_makes(made, own, scale, gap, sampler, scheduler):
+def test_pairs_are_what_sampler_custom_makes(made, own, scale, sampler, scheduler):
     found, _ = made(sampler, scheduler)
-    assert gap(found / scale, own(sampler, scheduler, 6)) < 0.02
+    assert off(found / scale, own(sampler, scheduler, 6)) < 0.01
 
 
-def test_sigmas_alone_are_sampled_with_the_setting_s_sampler_and_a_negative_prompt_counts(made, own, scale, gap):
+def test_sigmas_alone_are_sampled_with_the_setting_s_sampler_and_a_negative_prompt_counts(made, own, scale):
     found, _ = made(None, "karras", negative_prompt="blue", pair_sampler="euler")
-    assert gap(found / scale, own("euler", "karras", 6, "blue")) < 0.02
-    assert gap(found / scale, own("euler", "karras", 6)) > 0.1
+    assert off(found / scale, own("euler", "karras", 6, "blue")) < 0.01
+    assert off(found / scale, own("euler", "karras", 6)) > 0.05
 
 
-def test_a_sampler_alone_takes_pair_steps_at_our_levels(made, gap):
+def test_a_sampler_alone_takes_pair_steps_at_our_levels(made):
     ours, _ = made(None, None, pair_sampler="euler")
     theirs, _ = made("euler", None, pair_sampler="dpmpp_2m")
-    assert gap(theirs, ours) < 0.1  # ComfyUI begins with noise that is 0.2 per cent stronger
+    assert off(theirs, ours) < 0.02  # ComfyUI begins with noise that is 0.2 per cent stronger
 
 
 def test_every_sampler_and_every_sigma_has_pairs_of_its_own(made):
