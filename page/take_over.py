@@ -29,7 +29,7 @@ class Taken:
         if self.refused:
             return self.refused
         shown = {name: value for name, value in self.values.items() if name != "negative_prompt"}
-        parts = [f"{name.replace('_', ' ')} {value}" for name, value in shown.items()]
+        parts = [f"{name.replace('_', ' ')} {_shown(value)}" for name, value in shown.items()]
         if "negative_prompt" in self.values:
             parts.append("the negative prompt" if self.values["negative_prompt"] else "no negative prompt")
         return " ".join([f"Taken over: {', '.join(parts)}.", *self.said])
@@ -62,6 +62,10 @@ def take_over(page: Mapping[str, Any]) -> Taken:
     return taken
 
 
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def nearest(sampler: str) -> tuple[str, bool]:
     """Of the teacher's samplers the one that is nearest to one of the program's, and whether it is that one."""
     name = sampler.lower()
@@ -92,5 +96,5 @@ def _clipped(taken: Taken, name: str, value: Any, kind: type, low: float, high: 
         taken.said.append(f"{name.replace('_', ' ')} is no number there: it stays as it is.")
         return
     if clipped != found:
-        taken.said.append(f"{name.replace('_', ' ')} {found} is out of bounds: it is {clipped} here.")
+        taken.said.append(f"{name.replace('_', ' ')} {_shown(found)} is out of bounds: it is {_shown(clipped)} here.")
     taken.values[name] = clipped

@@ -44,8 +44,8 @@ def test_the_nearest_sampler_is_taken_and_told_where_it_is_another(sampler, ours
 @pytest.mark.parametrize(
     ("given", "taken", "told"),
     [
-        ({"cfg_scale": 45.0}, {"guidance": 30.0}, "guidance 45.0 is out of bounds: it is 30.0 here."),
-        ({"cfg_scale": 0.5}, {"guidance": 1.0}, "guidance 0.5 is out of bounds: it is 1.0 here."),
+        ({"cfg_scale": 45.0}, {"guidance": 30.0}, "guidance 45 is out of bounds: it is 30 here."),
+        ({"cfg_scale": 0.5}, {"guidance": 1.0}, "guidance 0.5 is out of bounds: it is 1 here."),
         ({"steps": 0}, {"pair_steps": 1}, "pair steps 0 is out of bounds: it is 1 here."),
         ({"width": 9000}, {"width": 4096}, "width 9000 is out of bounds: it is 4096 here."),
         ({"height": 517}, {"height": 512}, "height 517 is no multiple of 8: it is 512 here."),
