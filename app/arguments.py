@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..core.clip_skip import MOST as MOST_CLIP_SKIP
 from ..trainer.setting import KINDS
 
 EXPONENT = re.compile(r"(\d{1,3})[eE]\+?(\d{1,2})")
@@ -80,12 +81,18 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     for name, about in OF_MODEL.items():
         group.add_argument(f"--{name}", type=str if name in ("revision", "variant") else place, help=about)
+    group.add_argument(
+        "--clip-skip",
+        type=between(1, MOST_CLIP_SKIP),
+        help="layer of CLIP that prompts are read at, as AUTOMATIC1111 counts: 1 is the last, 2 the one before "
+        "(default: the model's own)",
+    )
     group.add_argument("--model-prediction", choices=("eps", "v"), help="what it predicts, where it says it wrongly")
 
 
 def model_options(args: argparse.Namespace) -> dict[str, Any]:
     """What `load_model` is asked for besides the model, by the flags of `add_model`."""
-    how = {name: getattr(args, name) for name in OF_MODEL} | {"prediction": args.model_prediction}
+    how = {name: getattr(args, name) for name in (*OF_MODEL, "clip_skip")} | {"prediction": args.model_prediction}
     return {name: value for name, value in how.items() if value is not None}
 
 

@@ -26,6 +26,7 @@ class EmbeddedBackend:
     name = "TurboDistill"
     usage = "choose {name} in the generate page"
     limits: dict[str, Any] = {}  # noqa: RUF012 - a constant
+    page_fields: dict[str, Any] = {}  # noqa: RUF012 - a constant
 
     def __init__(self, host: PipelineHost, folder: Path, shipped: dict[str, Path], own: bool):
         self.host, self.folder, self.shipped, self.own = host, folder, shipped, own

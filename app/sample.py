@@ -132,6 +132,8 @@ def _make(args: argparse.Namespace, prompts: list[str]) -> int:
     if args.image:
         _picture(args.image, (16, 16))
     how = model_options(args) | ({"with_student": True} if args.model else {})
+    if args.model and file and file.card and file.card.clip_skip > 1:  # as it was trained, unless another is asked for
+        how = {"clip_skip": file.card.clip_skip} | how
     host = load_model(args.model, args.device, args.size, **how)
     model, remarks = few_step_model(host, file, args.model)
     steps, said = check_steps(model.recipe, args.steps)
@@ -150,6 +152,7 @@ def _make(args: argparse.Namespace, prompts: list[str]) -> int:
         "CFG scale": f"{model.recipe.cfg:g}",
         "Seed": 0,
         "Size": f"{host.resolution[0]}x{host.resolution[1]}",
+        "Clip skip": host.clip_skip if host.clip_skip > 1 else None,
         "Denoising strength": start.get("strength"),
         "ADD model": None if file and file.card else model.recipe.name,
         "ADD timesteps": None if model.recipe.ordinary else " ".join(map(str, timesteps)),

@@ -44,6 +44,7 @@ class SDXLShaped:
     """A model of SDXL's shapes without its weights."""
 
     name, architecture, base_hash, text_hash = "shape", "stable-diffusion-xl-v1-base", "0" * 16, ""
+    clip_skip, sampling = 0, None
     latent_shape, resolution = (4, 128, 128), (1024, 1024)
 
     def __init__(self):

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .clip_skip import OWN
 from .header import opened, read_header
 from .naming import is_diffusers, to_single_file
 from .schedule import PREDICTION_TYPES
@@ -49,6 +50,7 @@ class StudentCard:
     teacher's scale that is baked in, away from the `negative_prompt`: sample with cfg 1. The prompts that it learnt
     had the prefix and suffix, which are typed when it is sampled, unless they are baked in. One of `guidance_only` is
     sampled as its base is, with any sampler and number of steps; its `timesteps` are those of the teacher's pictures.
+    `clip_skip` is in AUTOMATIC1111's counting (`core.clip_skip`), 0 where it is not told.
     """
 
     kind: str
@@ -75,6 +77,7 @@ class StudentCard:
     prompt_suffix: str = ""
     bake_affixes: bool = False
     guidance_only: bool = False
+    clip_skip: int = 0
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -90,6 +93,8 @@ class StudentCard:
             raise CardError(
                 f"card: guidance {self.guidance!s:.20}, rank {self.rank!s:.20} or alpha {self.alpha!s:.20} cannot be"
             )
+        if not 0 <= self.clip_skip <= 99:
+            raise CardError(f"card: clip_skip is {self.clip_skip!s:.20}, it must lie between 0 and 99")
         if self.kind not in KINDS:
             raise CardError(f"card: kind is {self.kind!r:.80}, known are {', '.join(KINDS)}")
         try:  # others read cards, too, and JSON has no NaN
@@ -165,6 +170,10 @@ class StudentCard:
             return ""
         return f"Prompts: {parts} is baked in, leave it out." if self.bake_affixes else f"Prompts: write {parts}."
 
+    def clip_skip_in_words(self) -> str:
+        """The clip skip, where it is another than the base model's own."""
+        return f"Clip skip: {self.clip_skip}." if self.clip_skip > OWN.get(self.architecture, 1) else ""
+
     def in_words(self) -> str:
         """The card as a person reads it."""
         form = f"LoRA of rank {self.rank} ({self.targets})" if self.kind == "lora" else "full model"
@@ -179,7 +188,7 @@ class StudentCard:
             f"{kind} student of {self.base_model}, a {form}, made by {self.method}.",
             f"Base model: {self.architecture}, hash {self.base_hash}.",
             f"Sampling: {sampling} at CFG 1. {self.guidance_in_words()}, so negative prompts do nothing.",
-            *filter(None, [self.affixes_in_words(), "" if self.guidance_only else begin]),
+            *filter(None, [self.affixes_in_words(), self.clip_skip_in_words(), "" if self.guidance_only else begin]),
             f"  The network predicts {self.prediction}, "
             + ("as the base model does." if own else f"where the base model predicts {self.base_prediction}."),
             f"Resolution: {self.sizes or f'{width} x {height}'}.",

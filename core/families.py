@@ -52,7 +52,7 @@ class SamplingRecipe:
     given the timestep t shift / 1000. `exact` says that pure noise is scaled by sigma itself, as our students learnt
     it, not by ComfyUI's sqrt(1 + sigma^2). `flow_shift` is that of a flow model's noise levels, where it is not the
     host's own; `cfg` the guidance scale, and `strength` the weight of its LoRA. `ordinary` says that it is sampled as
-    models are that nobody has distilled, by any sampler.
+    models are that nobody has distilled, by any sampler. `clip_skip` is that of its prompts, 0 where nothing tells it.
     """
 
     name: str
@@ -67,6 +67,7 @@ class SamplingRecipe:
     cfg: float = 1.0
     strength: float = 1.0
     ordinary: bool = False
+    clip_skip: int = 0
 
     @property
     def range(self) -> tuple[int, int]:
@@ -340,10 +341,11 @@ def of_card(card: StudentCard) -> SamplingRecipe:
     """The sampling of a student of ours."""
     prediction = "inherit" if card.prediction == card.base_prediction else card.prediction
     name, start, steps = f"student of {card.base_model}", card.timesteps[0], len(card.timesteps)
+    known: dict[str, Any] = {"exact": True, "clip_skip": card.clip_skip}
     if card.guidance_only:
         span = (min(steps, FEWEST_ORDINARY), TIMESTEPS)
-        return SamplingRecipe(name, prediction, start, steps, exact=True, span=span, ordinary=True, **EULER)
-    return SamplingRecipe(name, prediction, start, steps, exact=True, span=(1, steps))
+        return SamplingRecipe(name, prediction, start, steps, span=span, ordinary=True, **known, **EULER)
+    return SamplingRecipe(name, prediction, start, steps, span=(1, steps), **known)
 
 
 def by_file(path: str | Path, *hints: str) -> SamplingRecipe | None:

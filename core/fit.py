@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from . import clip_skip
 from .architecture import KNOWN, WHOLE, architecture_of_file
 from .card import CardError, StudentCard, fingerprint, header
 from .families import of_card
@@ -20,13 +21,14 @@ class Base:
 
     `architecture` and `prediction` are in a card's words. `hashes` are its fingerprints, with and without what is
     patched onto it: any counts. `name` is its file's: the same name counts as well, since a file that is loaded in
-    another precision has another hash.
+    another precision has another hash. `clip_skip` is that of the prompts, as `core.clip_skip` counts.
     """
 
     architecture: str = ""
     prediction: str = ""
     hashes: tuple[str, ...] = ()
     name: str = ""
+    clip_skip: int = 0
 
 
 def check_fit(
@@ -74,6 +76,7 @@ def check_fit(
         said.append(f"{student} was made for {card.base_model}, the loaded model is {base.name}: pictures may suffer.")
     if weight != 1:
         said.append(f"the weight of {student} is {weight:g}: it was trained at 1, another blurs or burns the picture.")
+    said += clip_skip.remark(str(student), card.clip_skip, base.clip_skip)
     recipe = replace(of_card(card), name=str(student))
     return said + recipe.remarks(recipe.steps if steps is None else steps, cfg)
 

@@ -93,7 +93,7 @@ def few_step_model(
     if file.card:
         student, card, warning = load_student(file.path, host.denoiser)
         recipe = replace(file.recipe, prediction="inherit")  # the student reads its output itself
-        remarks = [*([warning] if warning else []), *check_fit(card, Base(), file.path.name)]
+        remarks = [*([warning] if warning else []), *check_fit(card, Base(clip_skip=host.clip_skip), file.path.name)]
         return FewStepModel(student, recipe, merging=student.merged, release=student.release), remarks
     assert file.lora is not None
     changes = file.lora.changes(host.denoiser.backbone)

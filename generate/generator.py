@@ -82,7 +82,7 @@ class Generator:
             cond = self.host.encode_text(different).rows(torch.tensor([different.index(text) for text in texts]))
             pictures = self.host.decode(sample_latents(self.host, student, cond, seeds, made_in)).cpu()
             seconds = time.perf_counter() - began
-            said = check_fit(card, Base(), path.name, steps=made_in)
+            said = check_fit(card, Base(clip_skip=self.host.clip_skip), path.name, steps=made_in)
             if made_in != steps:
                 said.append(f"{path.name} is sampled as its base is: in {made_in} steps, not {steps}.")
             if ticket <= self._dropped:

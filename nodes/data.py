@@ -48,6 +48,8 @@ class Pairs:
     settings: dict[str, Any]
     width: int
     height: int
+    sampler: Any = None
+    sigmas: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -246,6 +248,16 @@ class TeacherPairs(io.ComfyNode):
                 *widgets(OF_PAIRS),
                 io.Int.Input("at_once", default=4, min=1, max=256, tooltip="Pictures that are made at a time."),
                 *widgets((*OF_PROMPTS, *OF_GUIDANCE, *OF_SIZES), optional=True),
+                io.Sampler.Input(
+                    "sampler",
+                    optional=True,
+                    tooltip="Yours, from KSamplerSelect: the teacher samples with it in place of pair_sampler.",
+                ),
+                io.Sigmas.Input(
+                    "sigmas",
+                    optional=True,
+                    tooltip="Yours, from BasicScheduler or another one, at denoise 1: in place of pair_steps.",
+                ),
             ],
             outputs=[PAIRS.Output("PAIRS", display_name="PAIRS", tooltip="For Distill.")],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id, io.Hidden.extra_pnginfo],
@@ -254,9 +266,12 @@ class TeacherPairs(io.ComfyNode):
 
     @classmethod
     @within_bounds
-    def execute(cls, model, clip, vae, prompts: Sequence[str], width, height, at_once, **settings) -> io.NodeOutput:
+    def execute(
+        cls, model, clip, vae, prompts: Sequence[str], width, height, at_once, sampler=None, sigmas=None, **settings
+    ) -> io.NodeOutput:
         config = Config(**settings, batch_size=at_once)
         loaded = ComfyUIHost(model, clip, vae, base_name(cls, model), width, height)
+        loaded = loaded.sampled_by(sampler, sigmas, config)
         folder = page.output_folder() / "pairs" / pairs_key(loaded, config, prompts)
         monitor = Monitor("pairs", folder.name, config, lambda latents: page.show(loaded.decode(latents)))
         with watched(cls.hidden, monitor) as panel, cancellable(model):
@@ -264,4 +279,4 @@ class TeacherPairs(io.ComfyNode):
             for done, newest in make_pairs(loaded, config, prompts, folder, monitor.warn):
                 panel.follow(PairsMade(done, config.pairs, "teacher pairs", newest))
             monitor.end("done")
-        return io.NodeOutput(Pairs(folder, list(prompts), settings, width, height))
+        return io.NodeOutput(Pairs(folder, list(prompts), settings, width, height, sampler, sigmas))

@@ -124,6 +124,7 @@ class Distill(io.ComfyNode):
         with trainable(model) as trained:
             base = base_name(cls, model)
             loaded = ComfyUIHost(model, clip, vae, base, pairs.width, pairs.height, trained)
+            loaded = loaded.sampled_by(pairs.sampler, pairs.sigmas, config)
             if pairs_key(loaded, config, pairs.prompts) != pairs.folder.name:
                 raise DataError("the pairs were made with another model or CLIP: connect the same ones to Distill")
             device = loaded.denoiser.device

@@ -8,6 +8,8 @@ import time
 import torch
 from comfy_api.latest import io, ui
 
+from ..core.clip_skip import remark
+from .graph import clip_layer
 from .host import patcher
 from .load import CATEGORY
 from .picture import side_by_side
@@ -62,8 +64,8 @@ def sigmas_of(model, steps: int, denoise: float) -> torch.Tensor:
     """The sigmas (steps + 1,) at which the MODEL is sampled, as its student or family says."""
     sampling = patcher.sampling_of(model)
     made_in = sampling.made_in(steps)
-    for remark in sampling.remarks(made_in):
-        log.warning(remark)
+    for words in sampling.remarks(made_in):
+        log.warning(words)
     if made_in != steps:
         log.warning("%s is sampled as its base is: in %d steps, not %d", sampling.name, made_in, steps)
     return patcher.sigmas_for(model, sampling.timesteps(made_in, denoise))
@@ -130,12 +132,18 @@ class OneStepSample(io.ComfyNode):
                 denoise_input(),
             ],
             outputs=[io.Latent.Output("LATENT", tooltip="For VAE Decode.")],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
     @within_bounds
     def execute(cls, model, positive, latent_image, seed: int, steps: int, denoise: float) -> io.NodeOutput:
-        sampler = patcher.FewStep(patcher.sampling_of(model))
+        sampling = patcher.sampling_of(model)
+        layer = clip_layer(cls.hidden.prompt or {}, cls.hidden.unique_id)
+        now = patcher.clip_skip(layer, patcher.architecture(model)) if sampling.clip_skip else 0
+        for words in remark(sampling.name, sampling.clip_skip, now):
+            log.warning(words)
+        sampler = patcher.FewStep(sampling)
         return io.NodeOutput(
             patcher.sample(model, positive, latent_image, seed, sigmas_of(model, steps, denoise), sampler)
         )

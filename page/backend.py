@@ -39,6 +39,11 @@ class Backend(Protocol):
         """Settings that are narrower here than the trainer's: what differs of bounds and help; None is not offered."""
         ...
 
+    @property
+    def page_fields(self) -> Mapping[str, Any]:
+        """The components of txt2img by the names in `take_over.READ`; none where there is no such page."""
+        ...
+
     def checkpoint(self) -> str:
         """The title of what is loaded, "" where nothing is."""
         ...

@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from ..trainer.config import MOST_LETTERS
 from ..trainer.setting import KINDS, ConfigError, shown
 from .limits import FIELDS, Limits, offered
 
@@ -29,19 +30,36 @@ def component(name: str, value: Any = None, limits: Limits | None = None) -> Any
     if kind is bool:
         return gr.Checkbox(**options)
     if kind is str:
-        return gr.Textbox(**options)
+        return gr.Textbox(lines=2 if is_long(name) else 1, **options)
     # Neither bounds nor precision: gradio would answer with an error that has no words, and cut 2.5 to 2.
     return gr.Number(**options)
 
 
 def components(names: Iterable[str], values: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
     """Inputs for some settings, in two columns; those in `values` begin with another value than the trainer's."""
-    names, made = list(names), {}
-    for k in range(0, len(names), 2):
+    made = {}
+    for row in rows(names):
         with gr.Row():
-            for name in names[k : k + 2]:
+            for name in row:
                 made[name] = component(name, values.get(name), limits)
     return made
+
+
+def rows(names: Iterable[str]) -> list[list[str]]:
+    """Settings by two, in their order; a prompt has a row of its own."""
+    found: list[list[str]] = []
+    for name in names:
+        beside = found and len(found[-1]) == 1 and not any(map(is_long, (found[-1][0], name)))
+        if beside:
+            found[-1].append(name)
+        else:
+            found.append([name])
+    return found
+
+
+def is_long(name: str) -> bool:
+    """Whether a setting is a text as long as prompts are."""
+    return FIELDS[name].metadata["high"] == MOST_LETTERS
 
 
 def grouped(names: Iterable[str], values: Mapping[str, Any], limits: Limits) -> dict[str, Any]:

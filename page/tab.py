@@ -19,6 +19,7 @@ from .backend import Backend
 from .events import asking, listen, stamp
 from .limits import FIELDS
 from .request import Request
+from .take_over import READ, take_over
 
 TEXT, FILE, CAPTIONS = "the text below", "a text file, or pictures", "the captions of my pictures"
 BUILT_IN = "built in: "
@@ -54,6 +55,9 @@ def add_components(backend: Backend, blocks: gr.Blocks) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=380):
             gr.HTML(view.box(_introduction(backend)))
+            take = (
+                gr.Button("Take over txt2img's settings", elem_id="turbodistill-take") if backend.page_fields else None
+            )
             form = _form(backend)
         with gr.Column(scale=1, min_width=380, elem_id="turbodistill-live"):
             with gr.Row(equal_height=True):
@@ -106,6 +110,9 @@ def add_components(backend: Backend, blocks: gr.Blocks) -> None:
     ):
         listen(button.click, answer, inputs, [said])
     listen(fill.click, lambda line: filled(backend, line), [chosen], [said, *form.inputs()])
+    if take:
+        read = [backend.page_fields[name] for name in READ]
+        listen(take.click, lambda *values: taken_over(values), read, [said, *form.inputs()])
     source = form.run["source"]
     listen(source.change, _visible, [source], [form.run["text"], form.run["file"]])
 
@@ -198,6 +205,14 @@ def filled(backend: Backend, line: str | None) -> list[Any]:
     except MISTAKES as error:
         return [view.box(str(error), "bad"), *(gr.update() for _ in (*OF_RUN, *SETTINGS))]
     return ["", *_values(asked)]
+
+
+def taken_over(values: Sequence[Any]) -> list[Any]:
+    """The form's values where txt2img's (READ) are taken over, after what is said of it."""
+    taken = take_over(dict(zip(READ, values, strict=True)))
+    kind = "bad" if taken.refused else "warn" if taken.said else "good"
+    given = [taken.values.get(name) for name in (*OF_RUN, *SETTINGS)]
+    return [view.box(taken.in_words(), kind), *(gr.update() if v is None else gr.update(value=v) for v in given)]
 
 
 def last_asked() -> list[Any]:

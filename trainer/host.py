@@ -18,16 +18,36 @@ def decoded_at_once(resolution: tuple[int, int]) -> int:
     return max(1, min(16, MOST_PIXELS // (width * height)))
 
 
+class HostSampling(Protocol):
+    """A host's own sampler and noise levels, for the teacher in place of the settings' sampler and steps."""
+
+    sigmas: Tensor  # (n + 1,), falling to 0
+    recipe: dict[str, str]  # what tells it from others: "sampler" and "steps", in words
+
+    def __call__(self, model: Callable[[Tensor, Tensor], Tensor], noise: Tensor, seeds: list[int], /) -> Tensor:
+        """Standard normal noise (B, C, H, W) and the seed of each row -> latents (B, C, H, W), by `model(x, sigma)`.
+
+        A row depends on its noise and seed alone.
+        """
+        ...
+
+
 class Host(Protocol):
     """A loaded checkpoint: its denoiser, and text and pictures in and out of it."""
 
     @property
     def denoiser(self) -> Denoiser: ...
 
+    @property
+    def sampling(self) -> HostSampling | None:
+        """How the teacher makes pictures here, where it is not by the settings."""
+        ...
+
     name: str
     architecture: str  # a ModelSpec architecture: stable-diffusion-v1, ...
     base_hash: str
     text_hash: str  # of a text encoder that is not the base's own; "" where it is
+    clip_skip: int  # as `core.clip_skip` counts; 0 where there is none, or it is not known
     latent_shape: tuple[int, int, int]  # (C, H, W) at the resolution worked at
     resolution: tuple[int, int]  # (width, height) in pixels
 

@@ -14,6 +14,8 @@ import gradio as gr
 from modules import paths, progress, sd_models, shared
 from modules.call_queue import queue_lock
 
+from ..core.architecture import SD1
+from ..core.clip_skip import OWN
 from ..trainer.checks import is_inside
 
 lock = queue_lock  # held by whoever makes pictures: `with lock`
@@ -87,6 +89,19 @@ def wildcard_folders() -> list[Path]:
     ]
     allowed = readable_folders()  # a setting can be changed from where the page is
     return [folder for folder in folders if is_inside(Path(os.path.abspath(folder)), allowed)]
+
+
+def clip_skip(model: Any, architecture: str) -> int:
+    """The clip skip that prompts are read with, as `core.clip_skip` counts; 0 where it is not known.
+
+    AUTOMATIC1111 has it for Stable Diffusion 1 alone, Forge for all; below XL's own nothing is taken.
+    """
+    own, chosen = OWN.get(architecture, 0), int(getattr(shared.opts, "CLIP_stop_at_last_layers", 0) or 0)
+    if not (own and chosen):
+        return 0
+    if architecture == SD1 or hasattr(model, "set_clip_skip"):
+        return max(chosen, own)
+    return 0 if getattr(shared.opts, "sdxl_clip_l_skip", False) is True and chosen != own else own
 
 
 def lora_folder() -> Path:

@@ -20,7 +20,7 @@ from ..page import job
 from ..trainer.data.built_in import AUTO, LISTS, Suggestion, suggest
 from ..trainer.groups import OF_PIXELS
 from ..trainer.host import Host
-from . import host, host_kind, host_training
+from . import host, host_kind, host_page, host_training
 
 # How names of tensors begin that models made for 1024 pixels alone have: text encoders of SDXL, blocks of SD3 and Flux.
 LARGE = ("conditioner.embedders.", "model.diffusion_model.joint_blocks.", "model.diffusion_model.double_blocks.")
@@ -42,6 +42,10 @@ class HostBackend:
     @property
     def name(self) -> str:
         return host_kind.name()
+
+    @property
+    def page_fields(self) -> dict[str, Any]:
+        return host_page.fields()
 
     @property
     def sizes(self) -> tuple[int, int]:

@@ -77,7 +77,8 @@ def loaded_base() -> Base:
     """What is known of the loaded model."""
     file, model = host.checkpoint_file(), shared.sd_model
     base = read_base(file) if file else Base()
-    return replace(base, architecture=base.architecture or architecture(model), prediction=base_prediction(model))
+    kind = base.architecture or architecture(model)
+    return replace(base, architecture=kind, prediction=base_prediction(model), clip_skip=host.clip_skip(model, kind))
 
 
 def foreign(p) -> None:

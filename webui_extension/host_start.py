@@ -9,13 +9,15 @@ from fastapi.security import HTTPBasic, HTTPBasicCredentials
 from modules import script_callbacks, shared
 
 from ..page import api, tab
-from . import host, host_panel, host_sampling
+from . import host, host_page, host_panel, host_sampling
 from .host_backend import HostBackend
 
 
 def start() -> None:
     """Register all; the host has forgotten what was registered before, but for the samplers."""
     host_sampling.register()
+    host_page.forget()
+    script_callbacks.on_after_component(host_page.keep)
     script_callbacks.on_before_ui(host_panel.add_axis)
     script_callbacks.on_ui_tabs(training_tab)
     script_callbacks.on_ui_settings(add_settings)

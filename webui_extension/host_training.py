@@ -17,6 +17,7 @@ from ..core.architecture import architecture_of
 from ..core.borrowed import watched
 from ..core.card import fingerprint
 from ..core.denoiser import Cond, Denoiser
+from .host import clip_skip
 from .host_denoiser import architecture
 
 FACTOR = 8  # pixels a side of a latent, in all that these hosts load
@@ -77,6 +78,7 @@ class WebUIHost:
         shapes = {name: parameter.shape for name, parameter in denoiser.backbone.named_parameters()}
         self.architecture = architecture_of(shapes) or architecture(model)
         self.base_hash = fingerprint(denoiser.backbone)
+        self.clip_skip, self.sampling = clip_skip(model, self.architecture), None
         settings = {name: getattr(shared.opts, name, None) for name in TEXT_SETTINGS}
         self.text_hash = fingerprint(text_encoder) + hashlib.sha256(str(settings).encode()).hexdigest()[:8]
 

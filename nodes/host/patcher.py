@@ -21,8 +21,9 @@ import latent_preview
 import torch
 from torch import Tensor
 
-from ...core.architecture import architecture_of
+from ...core.architecture import SD2, architecture_of
 from ...core.card import CardError, StudentCard, fingerprint, header
+from ...core.clip_skip import OWN
 from ...core.families import SamplingRecipe, by_files, lcm_boundary, of_card, recognise
 from ...core.fit import Base, check_fit
 from ...core.lora import PARTS, PEFT_PARTS, check_match
@@ -102,6 +103,19 @@ def clip_hash(clip) -> str:
     """The same of a CLIP, with the layer that it stops at and how it cuts texts into tokens."""
     options = getattr(clip, "tokenizer_options", None) or ""
     return model_hash(clip.patcher, "") + hashlib.sha256(f"{clip.layer_idx}{options}".encode()).hexdigest()[:8]
+
+
+def clip_skip(layer: int | None, architecture: str) -> int:
+    """The layer that a CLIP stops at (-1, -2, ...; None is the model's own), as `core.clip_skip` counts; 0 is unknown.
+
+    ComfyUI counts the whole of Stable Diffusion 2's, of which diffusers leaves the last layer out.
+    """
+    own = OWN.get(architecture, 0)
+    if layer is None or not own:
+        return own
+    if not layer:
+        return 0
+    return -layer - (architecture == SD2)
 
 
 def _tensors(value) -> Iterator[Tensor]:

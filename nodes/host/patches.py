@@ -53,12 +53,17 @@ def patches_hash(model) -> str:
     options = model.model_options.get("transformer_options", {})
     if not (options or model.object_patches):
         return ""
-    digest = hashlib.sha256()
     network = getattr(model.model, "diffusion_model", model.model)
     known = {id(part): part for part in (model, model.model, *network.modules())}
     for patch in model.object_patches.values():  # while the MODEL is loaded, it is in its place
         known = {address: part for address, part in known.items() if part is not patch}
-    for part in _described([options, model.object_patches], known):
+    return values_hash([options, model.object_patches], known)
+
+
+def values_hash(value: Any, known: dict[int, Any] | None = None) -> str:
+    """16 hex digits of a value by what it holds, the same in another session; of objects in `known` nothing counts."""
+    digest = hashlib.sha256()
+    for part in _described(value, {} if known is None else known):
         digest.update(part)
     return digest.hexdigest()[:16]
 

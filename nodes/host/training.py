@@ -13,9 +13,11 @@ from torch import Tensor
 
 from ...core.borrowed import leave_inference_mode, watched
 from ...core.denoiser import Cond
+from ...trainer.config import Config
 from .denoiser import ModelDenoiser, attends_jointly, conditions, differentiable
-from .patcher import KEY, architecture, clip_hash, load, model_hash
+from .patcher import KEY, architecture, clip_hash, clip_skip, load, model_hash
 from .patches import check_patches
+from .sampler import SamplerSampling
 
 
 @contextmanager
@@ -125,7 +127,8 @@ class ComfyUIHost:
         self.denoiser = ModelDenoiser(self.model)
         self.architecture = architecture(model)
         self.base_hash = model_hash(model)
-        self.text_hash = clip_hash(clip)
+        self.text_hash, self.clip_skip = clip_hash(clip), clip_skip(clip.layer_idx, self.architecture)
+        self.sampling: SamplerSampling | None = None
         channels = model.get_model_object("latent_format").latent_channels
         if vae.latent_channels != channels:
             raise ValueError(
@@ -145,6 +148,17 @@ class ComfyUIHost:
         """The same model at another size of pictures; raises ValueError for one that the VAE does not work in."""
         other = copy.copy(self)
         other._resize(self.latent_shape[0], width, height)
+        return other
+
+    def sampled_by(self, sampler, sigmas: Tensor | None, config: Config) -> ComfyUIHost:
+        """The same model whose teacher samples with this SAMPLER and these SIGMAS, of which either may be None.
+
+        Raises ValueError as SamplerSampling.
+        """
+        other = copy.copy(self)
+        if sampler is not None or sigmas is not None:
+            given = (sampler, sigmas, config.pair_sampler, config.pair_steps)
+            other.sampling = SamplerSampling(self.model, self.denoiser.schedule, *given)
         return other
 
     @contextmanager

@@ -1,5 +1,6 @@
 """Nodes that give a distillation its data: prompts, pictures of one's own, and the teacher's pairs."""
 
+import itertools
 import json
 import random
 import sys
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from turbodistill.demo import files
 from turbodistill.trainer.config import ConfigError
 from turbodistill.trainer.data.built_in import LISTS
-from turbodistill.trainer.data.files import DataError
+from turbodistill.trainer.data.files import DataError, read_tensors
 from turbodistill.trainer.data.pairs import load_pairs
 from turbodistill.trainer.data.prompts import read_prompts
 from turbodistill.trainer.groups import OF_PAIRS
@@ -364,3 +365,124 @@ def test_a_model_that_cannot_be_distilled_is_told_before_pairs_are_made(nodes, g
     with pytest.raises(ValueError, match="17 x 16 pixels: give multiples of 2"):
         graph.pairs(width=17)
     assert not (places.output / "turbodistill").exists()
+
+
+# --- a SAMPLER and SIGMAS of ComfyUI's ---
+
+
+@pytest.fixture
+def sigmas():
+    """From noise to 0 in three steps."""
+    return torch.tensor([14.6146, 5.0, 1.0, 0.0])
+
+
+def test_a_sampler_and_sigmas_decide_the_pairs_and_their_folder(graph, comfyui, sigmas):
+    euler, noisy = (
+        comfyui.sampling.ksampler("euler"),
+        comfyui.sampling.KSAMPLER(sample_ancestral),
+    )
+    plain = graph.pairs(pair_steps=3)
+    made = [graph.pairs(**given) for given in (
+        {"sampler": euler}, {"sigmas": sigmas}, {"sampler": euler, "sigmas": sigmas}, {"sampler": noisy},
+        {"sampler": noisy, "sigmas": sigmas}, {"sampler": comfyui.sampling.KSAMPLER(sample_ancestral, {"eta": 0.5})},
+    )]  # fmt: skip
+    # Of sigmas alone the sampler is ComfyUI's of pair_sampler's name.
+    assert len({plain.folder, *(pairs.folder for pairs in made)}) == 6 and made[1].folder == made[2].folder
+    assert graph.pairs(sampler=euler, sigmas=sigmas, pair_steps=9, pair_sampler="dpmpp_2m").folder == made[2].folder
+    recipe = read_tensors(made[2].folder / "pairs-0000000.safetensors")[1]
+    assert recipe["sampler"] == "ComfyUI's euler" and recipe["steps"].startswith("3 from sigma 14.61 (SIGMAS ")
+
+
+def sample_ancestral(model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1.0):
+    """Draws noise from the seed that it is given, and from torch's own."""
+    generator = torch.Generator().manual_seed(extra_args["seed"])
+    for sigma, following in itertools.pairwise(sigmas):
+        x0 = model(x, sigma * x.new_ones(len(x)), **extra_args)
+        x = x0 + following * (torch.randn(x.shape, generator=generator) + eta * torch.randn_like(x)) / 2
+    return x
+
+
+def test_a_picture_depends_on_its_seed_alone_whatever_the_sampler_draws(graph, comfyui, sigmas):
+    sampler = comfyui.sampling.KSAMPLER(sample_ancestral)
+    found = []
+    for at_once in (1, 3, 12):
+        torch.manual_seed(at_once)
+        pairs = graph.pairs(sampler=sampler, sigmas=sigmas, at_once=at_once)
+        found.append(load_pairs(pairs.folder).latents[:].clone())
+        for path in pairs.folder.iterdir():
+            path.unlink()
+    assert torch.allclose(found[0], found[1], atol=2e-3) and torch.allclose(found[0], found[2], atol=2e-3)
+
+
+def test_distill_samples_what_is_missing_of_them_the_same_way(graph, comfyui, sigmas, places, kit):
+    pairs = graph.pairs(sampler=comfyui.sampling.ksampler("euler"), sigmas=sigmas)
+    whole = load_pairs(pairs.folder).latents[:].clone()
+    for path in pairs.folder.iterdir():
+        path.unlink()
+    graph.distill(pairs)
+    assert torch.equal(load_pairs(pairs.folder).latents[:], whole) and kit.folder(places).exists()
+
+
+def with_guidance(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    return model(x, sigmas[:1].expand(len(x)), denoise_mask=None, model_options={"sampler_post_cfg_function": [print]})
+
+
+def larger(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    return torch.cat([x, x], -1)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([14.6], "sigmas has 0 steps: give 1 to 1000"),
+        ([14.6, 5.0, 0.5], r"sigmas end at 0\.5: the last must be 0"),
+        ([14.6, 5.0, 5.0, 0.0], "sigmas do not fall from step to step"),
+        ([14.6, float("nan"), 0.0], "sigmas do not fall from step to step"),
+        ([1.5, 0.7, 0.0], r"sigmas begin at 1\.5, where a part of a picture .* denoise to 1"),
+        (with_guidance, r"changes the guidance within its steps \(sampler_post_cfg_function\)"),
+        (larger, "makes pictures of another size"),
+        ("custom", "sampler is a object, which works in a way of its own: connect KSamplerSelect"),
+    ],
+)
+def test_a_sampler_or_sigmas_that_make_no_pairs_are_refused(graph, comfyui, given, words):
+    if given == "custom":
+        changes = {"sampler": object()}
+    else:
+        sampler = isinstance(given, list)
+        changes = {"sigmas": torch.tensor(given)} if sampler else {"sampler": comfyui.sampling.KSAMPLER(given)}
+    with pytest.raises(ValueError, match=words):
+        graph.pairs(**changes)
+
+
+# --- clip skip ---
+
+
+def test_a_clip_that_stops_earlier_has_other_pairs_and_the_student_tells_it(nodes, graph, monkeypatch):
+    plain = graph.pairs()
+    graph.clip.layer_idx = -2
+    earlier = graph.pairs()
+    assert earlier.folder != plain.folder
+    monkeypatch.setattr(type(graph.model.model.model_config), "architecture", "stable-diffusion-v1")
+    card = graph.distill(earlier)[1].card
+    assert card.clip_skip == 2 and "Clip skip: 2." in card.in_words()
+
+
+@pytest.mark.parametrize(
+    ("layer", "architecture", "skip"),
+    [
+        (None, "stable-diffusion-v1", 1),
+        (-1, "stable-diffusion-v1", 1),
+        (-2, "stable-diffusion-v1", 2),
+        (None, "stable-diffusion-xl-v1-base", 2),
+        (-2, "stable-diffusion-xl-v1-base", 2),
+        (-3, "stable-diffusion-xl-v1-base", 3),
+        (None, "stable-diffusion-v2", 1),
+        (-2, "stable-diffusion-v2", 1),  # ComfyUI has the layer that diffusers leaves out
+        (-3, "stable-diffusion-v2", 2),
+        (-1, "stable-diffusion-v2", 0),
+        (-2, "flux-1-dev", 0),
+        (0, "stable-diffusion-v1", 0),
+    ],
+)
+def test_a_layer_of_comfyui_s_as_clip_skip(nodes, layer, architecture, skip):
+    assert nodes.patcher.clip_skip(layer, architecture) == skip

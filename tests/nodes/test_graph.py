@@ -85,3 +85,27 @@ def test_an_input_without_a_link_has_nothing_upstream(nodes, value):
 
 def test_numbers_are_node_ids_too(nodes):
     assert nodes.graph.file_names({"1": node(a="x.pt"), "2": node(model=[1, 0])}, 2) == ["x.pt"]
+
+
+def clip_graph(**last):
+    """A prompt whose sampler 9 reads its text by a CLIP that other nodes have changed."""
+    return {
+        "1": node(ckpt_name="base.safetensors"),
+        "2": {"class_type": "CLIPSetLastLayer", "inputs": {"clip": ["1", 1], "stop_at_clip_layer": -2} | last},
+        "3": node(clip=["2", 0], lora_name="style.safetensors"),
+        "4": node(clip=["3", 0], text="a fox"),
+        "5": node(conditioning_1=["4", 0], strength=0.5),
+        "9": node(positive=["5", 0], model=["1", 0]),
+    }
+
+
+def test_where_the_clip_behind_a_prompt_stops(nodes):
+    layer = nodes.graph.clip_layer
+    assert layer(clip_graph(), "9") == -2
+    assert layer(clip_graph(stop_at_clip_layer=["7", 0]), "9") == 0  # another node gives it
+    plain = clip_graph() | {"3": node(clip=["1", 1], lora_name="style.safetensors")}
+    assert layer(plain, "9") is None
+    assert layer(plain | {"5": node(name="a file of conditioning")}, "9") == 0 == layer({}, "9")
+    nearer = clip_graph() | {"4": node(clip=["8", 0])}
+    nearer["8"] = {"class_type": "CLIPSetLastLayer", "inputs": {"clip": ["3", 0], "stop_at_clip_layer": -1}}
+    assert layer(nearer, "9") == -1

@@ -1,5 +1,6 @@
 """Sampling through ComfyUI: noise, mask, prompts and cfg, and the nodes on top."""
 
+import dataclasses
 from dataclasses import replace
 
 import pytest
@@ -421,3 +422,22 @@ def test_the_sheet_is_the_output_and_its_preview(nodes, compared):
     output = compared().output
     assert len(output.args) == 1 and output[0].shape == (2, 16 * 16 + 26, 2 * 16 * 16 + 8, 3)
     assert output.ui.image is output[0] and issubclass(output.ui.cls, nodes.sample.Compare)
+
+
+def test_a_student_of_another_clip_skip_is_remarked_on(nodes, toys, model_of, student_of, saved, caplog, monkeypatch):
+    teacher = toys.conv()
+    model = model_of(teacher)
+    tensors, card = nodes.load.read_student(saved(student_of(teacher, 4)))
+    card = dataclasses.replace(card, clip_skip=2, architecture="stable-diffusion-v1", base_hash="")
+    monkeypatch.setattr(type(model.model.model_config), "architecture", "stable-diffusion-v1")
+    student, _ = nodes.patcher.with_student(model, tensors, card, 1.0, "fox.safetensors")
+    last = {"class_type": "CLIPSetLastLayer", "inputs": {"clip": ["1", 1], "stop_at_clip_layer": -2}}
+    other = "trained with clip skip 2, and is sampled with 1"
+    for between, said in ((last, []), ({"inputs": {"clip": ["1", 1]}}, [other])):
+        graph = {"1": {"inputs": {}}, "2": between, "3": {"inputs": {"clip": ["2", 0]}}}
+        graph["4"] = {"inputs": {"positive": ["3", 0]}}
+        caplog.clear()
+        inputs = {"positive": prompt(toys), "latent_image": empty(), "seed": 7, "steps": 1, "denoise": 1.0}
+        nodes.sample.OneStepSample.run(prompt=graph, unique_id="4", model=student, **inputs)
+        found = [r.message for r in caplog.records if "clip skip" in r.message]
+        assert len(found) == len(said) and all(words in message for words, message in zip(said, found, strict=True))

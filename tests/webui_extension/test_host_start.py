@@ -10,7 +10,7 @@ pytestmark = pytest.mark.gradio
 pytest.importorskip("gradio")
 fastapi = pytest.importorskip("fastapi")
 testing = pytest.importorskip("fastapi.testclient", reason="starlette's test client needs httpx")
-PARTS = ("before_ui", "ui_tabs", "ui_settings", "app_started")
+PARTS = ("before_ui", "after_component", "ui_tabs", "ui_settings", "app_started")
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_all_is_registered_at_each_load(host):
     start = host.get("host_start").start
     for times in (1, 2):
         start()
-        assert [len(host.registered[part]) for part in PARTS] == [times] * 4
+        assert [len(host.registered[part]) for part in PARTS] == [times] * len(PARTS)
         assert [entry.name for entry in host.samplers.all_samplers].count("ADD 1-step") == 1
 
 
@@ -109,3 +109,44 @@ def test_where_others_reach_the_webui_files_are_read_below_its_own_folders_alone
     host.shared.opts.turbodistill_readable_folders = f" {tmp_path / 'a'} ;; {tmp_path / 'b'}"
     own = Path(sys.modules["modules.paths"].data_path)
     assert ours.readable_folders() == ([own, tmp_path / "a", tmp_path / "b"] if reached else None)
+
+
+def test_txt2img_s_components_are_known_once_all_are_there_and_forgotten_at_reload(host):
+    ours = host.get("host_page")
+    host.get("host_start").start()
+    keep = host.registered["after_component"][-1]
+    for name in ours.READ:
+        assert ours.fields() == {}
+        keep(f"txt2img's {name}", elem_id=f"txt2img_{name}")
+        keep(f"img2img's {name}", elem_id=f"img2img_{name}")
+    keep("none's")
+    assert ours.fields() == {name: f"txt2img's {name}" for name in ours.READ}
+    for label in ("txt2img", "Txt2img"):  # a hidden page's components are nowhere: a button that reads them breaks all
+        host.shared.opts.hidden_tabs = [label]
+        assert ours.fields() == {}
+    host.shared.opts.hidden_tabs = ["Extras"]
+    assert ours.fields()
+    host.get("host_start").start()
+    assert ours.fields() == {}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "forge", "chosen", "l_skip", "skip"),
+    [
+        ("stable-diffusion-v1", False, 1, False, 1),
+        ("stable-diffusion-v1", False, 2, False, 2),
+        ("stable-diffusion-v1", True, 3, False, 3),
+        ("stable-diffusion-v2", False, 2, False, 1),  # AUTOMATIC1111 has it for none but the first
+        ("stable-diffusion-v2", True, 2, False, 2),
+        ("stable-diffusion-xl-v1-base", False, 3, False, 2),
+        ("stable-diffusion-xl-v1-base", False, 3, True, 0),  # of one of two text encoders alone
+        ("stable-diffusion-xl-v1-base", False, 2, True, 2),
+        ("stable-diffusion-xl-v1-base", True, 1, False, 2),
+        ("stable-diffusion-xl-v1-base", True, 4, False, 4),
+        ("flux-1-dev", True, 2, False, 0),
+    ],
+)
+def test_the_clip_skip_that_the_host_reads_prompts_with(host, architecture, forge, chosen, l_skip, skip):
+    vars(host.shared.opts).update(CLIP_stop_at_last_layers=chosen, sdxl_clip_l_skip=l_skip)
+    model = SimpleNamespace(set_clip_skip=print) if forge else SimpleNamespace()
+    assert host.get("host").clip_skip(model, architecture) == skip

@@ -67,6 +67,17 @@ def test_the_advanced_ones_lie_in_their_groups(page):
     assert sorted(tab.SETTINGS) == sorted(FIELDS)
 
 
+def test_prompts_have_rows_of_their_own():
+    rows = fields.rows(["pairs", "guidance", "seed", "negative_prompt", "prompt_prefix", "bake_affixes", "lr"])
+    assert rows == [
+        ["pairs", "guidance"],
+        ["seed"],
+        ["negative_prompt"],
+        ["prompt_prefix"],
+        ["bake_affixes", "lr"],
+    ]
+
+
 def test_values_come_back_as_the_trainer_wants_them():
     names = ("rank", "lr", "taps", "gradient_checkpointing", "adversarial")
     told = fields.settings(names, (8.0, 1, None, None, "hinge"))

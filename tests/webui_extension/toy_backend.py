@@ -38,6 +38,7 @@ class ToyBackend:
     usage = "in a prompt: <lora:{name}:1>"
     settings = QUICK
     limits: dict = {}  # noqa: RUF012 - a constant
+    page_fields: dict = {}  # noqa: RUF012 - a constant
 
     def __init__(self, folder: Path):
         self.folder, self.title = folder, "toy.safetensors"

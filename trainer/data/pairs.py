@@ -39,10 +39,10 @@ def pairs_recipe(host: Host, config: Config, prompts: Sequence[str]) -> dict[str
     shares = by_size(host, config, prompts, Path())
     # A host's nodes and settings change how the same weights are read.
     levels = [f"{sigma:.4g}" for sigma in trailing_sigmas(host.denoiser.schedule, 4).tolist()]
+    sampling = {"sampler": config.pair_sampler, "steps": str(config.pair_steps)}
     return {
         "model": digest(json.dumps([host.base_hash, host.text_hash, host.denoiser.prediction, levels])),
-        "sampler": config.pair_sampler,
-        "steps": str(config.pair_steps),
+        **(host.sampling.recipe if host.sampling else sampling),
         "guidance": str(config.guidance),
         "seed": str(config.seed),
         "size": ", ".join(f"{s.host.latent_shape[2]} x {s.host.latent_shape[1]}" for s in shares) + " (of latents)",
@@ -167,23 +167,33 @@ def _make(share: OfSize, warn: Callable[[str], None]) -> Iterator[tuple[int, Ten
 
 
 class Teacher:
-    """The model as it makes pairs: its sampler, its levels (`sigmas`) and its guidance, by default the settings'."""
+    """The model as it makes pairs: its sampler, its levels (`sigmas`) and its guidance, by default the settings'.
+
+    Where the host has a `sampling` of its own it is that, but at other `sigmas`.
+    """
 
     def __init__(self, host: Host, config: Config, guidance: Guidance | None = None, sigmas: Tensor | None = None):
         self.host, self.config = host, config
         self.guidance = Guidance.of(config) if guidance is None else guidance
-        self.sigmas = trailing_sigmas(host.denoiser.schedule, config.pair_steps) if sigmas is None else sigmas
+        self.own = host.sampling if sigmas is None else None
+        known = self.own.sigmas if self.own else sigmas
+        self.sigmas = trailing_sigmas(host.denoiser.schedule, config.pair_steps) if known is None else known
         self.uncond = host.encode_text([config.negative_prompt]).to(host.denoiser.device)
 
     def pictures(self, seeds: Tensor, cond: Cond) -> Tensor:
         """Seeds of the noise (B,) and conditioning of B rows -> latents (B, C, H, W), on the CPU."""
         denoiser = self.host.denoiser
         noise = seeded_noise(seeds.tolist(), self.host.latent_shape, denoiser.device)
-        sigmas = self.sigmas.to(noise.device)
-        x = denoiser.schedule.add_noise(torch.zeros_like(noise), noise, sigmas[:1])
         model = Guided(denoiser, cond.to(noise.device), self.uncond, self.guidance)
         with exclusive(denoiser.backbone), autocast(self.config, denoiser):
-            return TEACHER_SAMPLERS[self.config.pair_sampler](model, x, sigmas).float().cpu()
+            return self._sample(model, noise, seeds.tolist()).float().cpu()
+
+    def _sample(self, model: Guided, noise: Tensor, seeds: list[int]) -> Tensor:
+        if self.own:
+            return self.own(model, noise, seeds)
+        sigmas = self.sigmas.to(noise.device)
+        x = model.schedule.add_noise(torch.zeros_like(noise), noise, sigmas[:1])
+        return TEACHER_SAMPLERS[self.config.pair_sampler](model, x, sigmas)
 
 
 def _no_pictures(latents: Tensor) -> list[int]:

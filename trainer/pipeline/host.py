@@ -25,7 +25,7 @@ class PipelineHost:
     `encode(prompts, size)` makes conditions, `factor` is how many pixels a latent is wide, and `multiple` what both
     sides of a picture must be multiples of. `schedule(size)` gives the noise levels where they depend on the size.
     `pipe` is the pipeline that all of it comes from, if there is one, and `student` the card of one that is merged into
-    the network.
+    the network. `text_hash` says that texts are read in another way than the model's own, such as by its `clip_skip`.
     """
 
     def __init__(
@@ -43,12 +43,15 @@ class PipelineHost:
         schedule: Callable[[Size], Schedule] | None = None,
         pipe: Any = None,
         student: StudentCard | None = None,
+        clip_skip: int = 0,
+        text_hash: str = "",
     ):
         self.denoiser, self.vae, self.pipe = denoiser, vae, pipe
         self.name, self.architecture, self.student = name, architecture, student
         self._autoencoder, self._encode, self._schedule = Autoencoder(vae), encode, schedule
         self._channels, self._factor, self._multiple = channels, factor, multiple
-        self.base_hash, self.text_hash = fingerprint(denoiser.backbone), ""
+        self.base_hash, self.text_hash, self.clip_skip = fingerprint(denoiser.backbone), text_hash, clip_skip
+        self.sampling = None
         self._resize(size)
 
     def _resize(self, size: tuple[int, ...]) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ...core.architecture import SD1, SDXL
+from ...core.clip_skip import OWN
 from ...core.schedule import DiscreteSchedule, FlowSchedule, Schedule, prediction_of_name
 from . import denoisers, texts
 from .host import ModelError, Size
@@ -18,7 +20,8 @@ class PipelineKind:
 
     `network` is the name of its component and the class that it must be; `multiple` is how many latents wide a square
     is that the network takes as one; `packs` says that the pipeline's own latents are such squares; `side` gives the
-    default width of its pictures, in latents or, where no setting gives it, in pixels over the factor.
+    default width of its pictures, in latents or, where no setting gives it, in pixels over the factor. `clip_skip` is
+    its own; 0 where the text is of no layer that could be chosen.
     """
 
     network: tuple[str, str]
@@ -27,6 +30,7 @@ class PipelineKind:
     multiple: int = 2
     packs: bool = False
     side: Callable[[Any], Any] = lambda pipe: 128
+    clip_skip: int = 0
 
     @property
     def flows(self) -> bool:
@@ -40,8 +44,12 @@ def _sample_size(pipe: Any) -> Any:
 
 _UNET = ("unet", "UNet2DConditionModel")
 KINDS = {
-    "StableDiffusion": PipelineKind(_UNET, denoisers.UNetDenoiser, texts.stable_diffusion, 1, side=_sample_size),
-    "StableDiffusionXL": PipelineKind(_UNET, denoisers.UNetDenoiser, texts.stable_diffusion_xl, 1, side=_sample_size),
+    "StableDiffusion": PipelineKind(
+        _UNET, denoisers.UNetDenoiser, texts.stable_diffusion, 1, side=_sample_size, clip_skip=OWN[SD1]
+    ),
+    "StableDiffusionXL": PipelineKind(
+        _UNET, denoisers.UNetDenoiser, texts.stable_diffusion_xl, 1, side=_sample_size, clip_skip=OWN[SDXL]
+    ),
     "StableDiffusion3": PipelineKind(
         ("transformer", "SD3Transformer2DModel"),
         denoisers.SD3Denoiser,

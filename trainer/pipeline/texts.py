@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,21 +14,43 @@ from torch import Tensor
 
 from ...core.denoiser import Cond
 
-Encode = Callable[[Any, Sequence[str], tuple[int, int]], Cond]
+Encode = Callable[..., Cond]  # (pipe, prompts, size), and layers of CLIP to leave out where it has any
 FILL = 512  # text tokens to which a pipeline's texts of different lengths are filled up: its default's most
 
 
-def stable_diffusion(pipe: Any, prompts: Sequence[str], size: tuple[int, int]) -> Cond:
-    """Stable Diffusion 1 and 2: the text's states."""
-    return Cond(pipe.encode_prompt(list(prompts), pipe._execution_device, 1, False)[0])
+def stable_diffusion(pipe: Any, prompts: Sequence[str], size: tuple[int, int], skipped: int = 0) -> Cond:
+    """Stable Diffusion 1 and 2: the text's states, `skipped` layers before those that the model was trained with."""
+    with _without_last(skipped, pipe.text_encoder):
+        return Cond(pipe.encode_prompt(list(prompts), pipe._execution_device, 1, False)[0])
 
 
-def stable_diffusion_xl(pipe: Any, prompts: Sequence[str], size: tuple[int, int]) -> Cond:
+@contextmanager
+def _without_last(count: int, encoder: Any) -> Iterator[None]:
+    """CLIP ends so many layers earlier within.
+
+    The pipeline's own `clip_skip` fails with a transformers whose CLIPTextModel has no `text_model`.
+    """
+    if not count:
+        yield
+        return
+    stack = getattr(encoder, "text_model", encoder).encoder
+    whole = stack.layers
+    try:
+        stack.layers = whole[:-count]
+        yield
+    finally:
+        stack.layers = whole
+
+
+def stable_diffusion_xl(pipe: Any, prompts: Sequence[str], size: tuple[int, int], skipped: int = 0) -> Cond:
     """Stable Diffusion XL: states and pooled text of two encoders, and the picture's size (width, height).
 
-    The empty prompt is zeros where the pipeline says so (`force_zeros_for_empty_prompt`).
+    The states are those `skipped` layers before the ones that the model was trained with. The empty prompt is zeros
+    where the pipeline says so (`force_zeros_for_empty_prompt`).
     """
-    states, _, pooled, _ = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False)
+    states, _, pooled, _ = pipe.encode_prompt(
+        list(prompts), do_classifier_free_guidance=False, clip_skip=skipped or None
+    )
     width, height = size
     times = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=states.device)
     cond = Cond(states, pooled, {"time_ids": times.expand(len(states), -1).contiguous()})

@@ -44,6 +44,7 @@ def make_card(host: Host, state: State, metrics: dict[str, Any]) -> StudentCard:
         },
         metrics=metrics,
         guidance_only=config.guidance_only,
+        clip_skip=host.clip_skip,
         **{name: getattr(config, name) for name in (*OF_SIZES, *OF_GUIDANCE, *OF_PROMPTS)},
     )
 

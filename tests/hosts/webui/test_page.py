@@ -148,6 +148,40 @@ def test_a_picture_is_made_and_its_remarks_stand_below(page):
     sync.expect(results).to_contain_text("of 9 steps, 8")
 
 
+def test_txt2img_s_settings_are_taken_over(page, webui):
+    page.turn_to("txt2img")
+    before = {name: page.field(name).input_value() for name in ("steps", "cfg_scale", "width", "height", "sampling")}
+    for name, value in {"steps": "31", "cfg_scale": "5.5", "width": "72", "height": "104"}.items():
+        page.field(name).fill(value)
+        page.field(name).blur()
+    page.page.locator("#txt2img_neg_prompt textarea").fill("blurry, lowres")
+    field, options = page.field("sampling"), page.page.locator("ul.options li")
+    field.click()
+    options.filter(has_text=re.compile(r"^\W*DPM\+\+ SDE\s*$")).first.click()
+    page.shows(sampling="DPM++ SDE", steps="31", height="104")
+    page.turn_to("TurboDistill")
+    tab = page.page.locator("#tab_turbodistill")
+    tab.get_by_role("button", name="Take over txt2img's settings").click()
+    said = tab.locator("#turbodistill-said").last
+    sync.expect(said).to_contain_text("The nearest to the sampler DPM++ SDE is euler.", timeout=15_000)
+    assert "guidance 5.5" in said.inner_text() and "72" in said.inner_text()
+    inside = {"pair_steps": "31", "guidance": "5.5", "width": "72", "height": "104", "pair_sampler": "euler"}
+    for name, value in inside.items():
+        sync.expect(tab.locator(f"#turbodistill-{name} input").first).to_have_value(value)
+    negative = tab.locator("#turbodistill-negative_prompt").locator("textarea, input").first
+    assert negative.input_value() == "blurry, lowres"
+    page.page.screenshot(path=webui.data / "taken.png", full_page=True)
+    # As the other tests find the page.
+    page.turn_to("txt2img")
+    page.page.locator("#txt2img_neg_prompt textarea").fill("")
+    field.click()
+    options.filter(has_text=re.compile(rf"^\W*{re.escape(before.pop('sampling'))}\s*$")).first.click()
+    for name, value in before.items():
+        page.field(name).fill(value)
+        page.field(name).blur()
+    page.open()
+
+
 @pytest.fixture
 def nothing_runs_after(webui, refused):
     """A distillation that is left holds the host's lock, and every later picture would wait for it."""
