@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from turbodistill import load_model
+from turbodistill.app.cli import main
 from turbodistill.core.card import read_card
 from turbodistill.generate.few_step import few_step_model, open_file
 from turbodistill.trainer.data.pairs import pairs_key
@@ -114,3 +116,21 @@ def test_a_student_tells_it_and_is_remarked_on_where_it_is_another(deep, tiny_ki
 def test_a_student_of_the_model_s_own_says_nothing(tiny_kit, tmp_path):
     card = read_card(tiny_kit.distil(tiny_kit.host("sd"), tmp_path))
     assert card.clip_skip == 1 and "Clip skip" not in card.in_words()
+
+
+def test_sample_takes_the_card_s_unless_another_is_asked_for(deep, tiny_kit, tmp_path, capsys):
+    folder = tmp_path / "base"
+    deep("sd").save_pretrained(folder)
+    student = tiny_kit.distil(load_model(folder, size=(16, 16), clip_skip=2), tmp_path / "run")
+    for flags, written, said in (([], "Clip skip: 2,", False), (["--clip-skip", "1"], "", True)):
+        out = tmp_path / f"pictures{len(flags)}"
+        asked = ["sample", "a red fox", "--model", folder, "--student", student, "--size", "16x16", "--out", out]
+        assert main([*map(str, asked), *flags]) == 0
+        (picture,) = out.glob("*.png")
+        with Image.open(picture) as made:
+            assert (written or "Steps: ") in made.text["parameters"]
+            assert ("Clip skip" in made.text["parameters"]) == bool(written)
+        assert ("trained with clip skip 2, and is sampled with 1" in capsys.readouterr().err) == said
+    with pytest.raises(SystemExit):
+        main(["sample", "a fox", "--clip-skip", "13"])
+    assert "is '13': give a whole number from 1 to 12" in " ".join(capsys.readouterr().err.split())
