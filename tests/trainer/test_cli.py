@@ -323,7 +323,7 @@ def test_a_seed_with_no_room_for_the_next_pictures_is_told(capsys, pipeline_fold
     ("flags", "told"),
     [
         (["sample", "a fox", "--count", "0"], "--count: is '0': give a whole number from 1 to 10000"),
-        (["sample", "a fox", "--steps", "9"], "--steps: is '9': give a whole number from 1 to 8"),
+        (["sample", "a fox", "--steps", "1001"], "--steps: is '1001': give a whole number from 1 to 1000"),
         (["sample", "a fox", "--seed", "-1"], "--seed: is '-1': give a whole number from 0 to 9223372036854775807"),
         (
             ["sample", "a fox", "--seed", "99999999999999999999"],

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from turbodistill.core.schedule import trailing_timesteps
 from turbodistill.core.student import load_student
 
 pytestmark = pytest.mark.host
@@ -52,6 +53,31 @@ def test_a_student_gives_the_numbers_of_python(
     with student.merged():
         expected = student.generate(noise(5, *found.shape), condition(name), steps) / checkpoints[name].scale
     assert gap(found, expected) < 1e-4 < 0.1 < gap(plain, expected)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl_v"])
+def test_a_student_of_guidance_alone_is_for_any_sampler(
+    comfyui, graph, synthetic, checkpoints, trained, saved, condition, noise, gap, name
+):
+    """In its own number of steps where one is asked for; KSampler makes nearly the same, with any loader of LoRAs."""
+    denoiser, timesteps = checkpoints[name].denoiser, tuple(trailing_timesteps(10))
+    made = trained(denoiser)
+    file = saved(name, made, f"{name}_alone.safetensors", guidance_only=True, timesteps=timesteps)
+    base, positive, latent = synthetic(name)
+    model = loaded(graph, base, file)
+    lora = graph.add("LoraLoaderModelOnly", model=base, lora_name=file.removeprefix("loras/"), strength_model=1.0)
+    options = {"positive": positive, "negative": positive, "latent_image": latent, "seed": 5, "steps": 10, "cfg": 1.0}
+    options |= {"sampler_name": "euler", "scheduler": "sgm_uniform", "denoise": 1.0}
+    by_others = [graph.add("KSampler", model=each, **options) for each in (model[0], lora, base)]
+    ours = graph.sample(model, positive, latent, seed=5, steps=1)
+    found, with_student, with_lora, plain = comfyui.latents(graph, ours, *by_others)
+    student, _, warning = load_student(comfyui.base / "models" / file, denoiser)
+    with student.merged():
+        expected = student.generate(noise(5, *found.shape), condition(name)) / checkpoints[name].scale
+    student.release()
+    assert warning == "" and gap(found, expected) < 1e-3
+    assert torch.equal(with_student, with_lora)
+    assert gap(with_student, expected) < 0.1 < gap(plain, expected)
 
 
 @pytest.mark.parametrize("name", ["demo", "sd15", "sdxl", "sd3"])
