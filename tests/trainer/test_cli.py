@@ -224,7 +224,7 @@ def test_the_list_that_suits_the_model_is_told(tmp_path, capsys, pipeline_folder
         assert cli.main(["distill", "--model", str(pipeline_folder), "--out", "out", *given]) == 1
     told = "prompts: the built-in list of prose, since nothing says that the model learnt tags"
     assert capsys.readouterr().out.splitlines() == [told] * 2
-    assert [len(prompts) for prompts in taken] == [63, 63, 49]
+    assert [len(prompts) for prompts in taken] == [63, 63, 50]
     (tmp_path / "auto").write_text("a __colour__ fox")  # a file of that name goes before, where it is named
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "colour.txt").write_text("red")

@@ -10,7 +10,6 @@ import random
 import re
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple
 
 from .files import DataError
 
@@ -18,20 +17,15 @@ LONGEST = 2**16  # letters of a prompt as it is drawn, or of a caption
 LONGEST_LINE = 2**20  # of one with choices, the lines of its wildcards among them
 COUNT = r"(?P<count>[0-9]{1,6}(?:-[0-9]{0,6})?|-[0-9]{1,6})\$\$(?:(?P<between>[^${}]{0,1000})\$\$)?"
 TOKEN = re.compile(r"\\(?:[{}|]|__)|\{(?:" + COUNT + r")?|[|}]")
+# The same, and at once a whole choice without another in it, without weights, numbers or letters that are escaped.
+TOKEN_OR_PLAIN = re.compile(r"\{(?P<plain>[^{}\\:$]*)\}|" + TOKEN.pattern)
 WEIGHT = re.compile(r"\s*([0-9]{1,6}(?:\.[0-9]{0,6})?|\.[0-9]{1,6})\s*::\s*")
+COUNTED = re.compile(r"\{" + COUNT)
+BAR = "\udfff"  # half a letter, which no prompt may have
 BETWEEN = ", "  # what stands between several of a choice, unless it says so
 # What sd-dynamic-prompts has besides. A variable's name begins with a letter.
 SAMPLER = re.compile(r"(?<!\\)\{[@~]")
 VARIABLE = re.compile(r"(?<!\\)\$\{\s*[A-Za-z_]\w*\s*[?:=}]")
-
-
-class _Choice(NamedTuple):
-    """A choice that is open, as far as it is read: how it began, how many of it are wanted, its alternatives."""
-
-    opening: str
-    number: str | None
-    between: str
-    options: list[str]
 
 
 def expand(line: str, draws: random.Random) -> str:
@@ -39,50 +33,52 @@ def expand(line: str, draws: random.Random) -> str:
 
     What is no choice stays as it is. Raises DataError for a prompt that gets too long.
     """
-    levels = [_Choice("", None, "", [""])]  # the text so far, and each choice that is open: choices may hold choices
+    parts: list[str] = []  # the text so far, of each choice that is open with how it began and with BAR between
+    begun: list[int] = []  # where in it the choices that are open begin: they may hold others
     end = 0
-    for token in TOKEN.finditer(line):
-        text, inside = token[0], len(levels) > 1
-        levels[-1].options[-1] += line[end : token.start()]
-        _check_drawn(len(levels[-1].options[-1]))
+    for token in TOKEN_OR_PLAIN.finditer(line):
+        text, inside = token[0], bool(begun)
+        parts.append(line[end : token.start()])
         end = token.end()
-        if text[0] == "{":
-            between = BETWEEN if token["between"] is None else token["between"]
-            levels.append(_Choice(text, token["count"], between, [""]))
+        if token["plain"] is not None:
+            parts.append(draws.choice(token["plain"].split("|")))
+        elif text[0] == "{":
+            begun.append(len(parts))
+            parts.append(text)
         elif text == "}" and inside:
-            chosen = _pick(levels.pop(), draws)
-            levels[-1].options[-1] += chosen
-        elif text == "|" and inside:
-            levels[-1].options.append("")
+            opening, *inner = parts[begun[-1] :]
+            parts[begun.pop() :] = [_pick(opening, "".join(inner).split(BAR), draws)]
+        elif text[0] == "\\" and (inside or text != r"\|"):
+            parts.append(text[1:])
         else:
-            escaped = text[0] == "\\" and (inside or text != r"\|")
-            levels[-1].options[-1] += text[1:] if escaped else text
-    levels[-1].options[-1] += line[end:]
-    whole = "".join(level.opening + "|".join(level.options) for level in levels)
+            parts.append(BAR if text == "|" and inside else text)
+    whole = "".join((*parts, line[end:])).replace(BAR, "|")
     _check_drawn(len(whole))
     return re.sub(r" +(,|$)", r"\1", re.sub(r" {2,}", " ", whole)).strip()
 
 
-def _pick(choice: _Choice, draws: random.Random) -> str:
-    """One of the alternatives, or several, each at most once."""
-    if choice.number is None and not any("::" in option for option in choice.options):
-        return draws.choice(choice.options)
-    found = [WEIGHT.match(option) for option in choice.options]
-    options = [option[match.end() :] if match else option for option, match in zip(choice.options, found, strict=True)]
+def _pick(opening: str, given: list[str], draws: random.Random) -> str:
+    """One of the alternatives, or as many as the choice says where it begins, each at most once."""
+    if opening == "{" and not any("::" in option for option in given):
+        return draws.choice(given)
+    found = [WEIGHT.match(option) for option in given]
+    options = [option[match.end() :] if match else option for option, match in zip(given, found, strict=True)]
     weights = [float(match[1]) if match else 1.0 for match in found] if any(found) else []
-    if choice.number is None and not weights:
+    several = COUNTED.fullmatch(opening)
+    if several is None and not weights:
         return draws.choice(options)
-    number = 1 if choice.number is None else _number(choice.number, len(options), draws)
+    number = _number(several["count"], len(options), draws) if several else 1
     if weights:  # the first of exponential variables of these rates: drawn one after the other, none put back
         times = [draws.expovariate(weight) if weight else math.inf for weight in weights]
         possible = [k for k in range(len(options)) if weights[k]]
         chosen = [options[k] for k in sorted(possible, key=times.__getitem__)[:number]]
     else:
         chosen = draws.sample(options, number)
-    if choice.number is None:
+    if several is None:
         return "".join(chosen)
-    _check_drawn(sum(map(len, chosen)) + len(choice.between) * len(chosen))
-    return choice.between.join(text.strip() for text in chosen)
+    between = BETWEEN if several["between"] is None else several["between"]
+    _check_drawn(sum(map(len, chosen)) + len(between) * len(chosen))
+    return between.join(text.strip() for text in chosen)
 
 
 def _number(count: str, most: int, draws: random.Random) -> int:
