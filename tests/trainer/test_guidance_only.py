@@ -24,6 +24,7 @@ from turbodistill.trainer.loop.batch import Group, draw_guidance_batch, generato
 from turbodistill.trainer.loop.distill import Step, distill
 from turbodistill.trainer.pipeline.load import load_model
 from turbodistill.trainer.run import run
+from turbodistill.trainer.run.estimate import estimate
 from turbodistill.trainer.run.events import Preview, Selected, Warned
 from turbodistill.trainer.run.memory import measure_memory
 
@@ -210,6 +211,12 @@ def test_the_estimate_counts_no_discriminator(begun):
     assert found.trained == 5 * sum(p.numel() * 4 for p in state.student.trained.parameters())
     plain, _, _ = begun(rank=4, guidance_only=False, adversarial_weight=0.0)
     assert found.activations == measure_memory(plain, samples, (64, 64)).activations
+
+
+def test_before_anything_is_made_the_estimate_says_so_too(kit, host):
+    alone, usual = (estimate(host, kit.config(**SETTINGS | more), kit.WORDS) for more in ({}, {"guidance_only": False}))
+    assert alone.memory.trained < usual.memory.trained and alone.memory.activations < usual.memory.activations
+    assert (alone.pairs, alone.on_disk) == (usual.pairs, usual.on_disk)
 
 
 # --- A run ---
