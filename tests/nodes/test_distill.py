@@ -64,6 +64,23 @@ def test_the_previews_are_what_the_student_makes(nodes, graph, comfyui, places):
     assert torch.allclose(previews, expected, atol=0.05 * expected.std().item())  # the file is in half precision
 
 
+@pytest.mark.parametrize("prediction", ["eps", "flow"])
+def test_guidance_alone_is_distilled_by_one_setting(nodes, graph, toys, loaded, places, server, prediction):
+    graph.model = loaded(prediction, toys.row)
+    ticked = {"guidance_only": True, "preview_every": 0}
+    model, student, words, _ = graph.distill(graph.pairs(pair_steps=9), advanced=ticked, updates=3).args
+    assert student.card.guidance_only and len(student.card.timesteps) == 9
+    assert words.startswith("Guidance-only student of toy.safetensors")
+    sampling = nodes.patcher.sampling_of(model)
+    assert sampling.ordinary and sampling.steps == 9 and model.patches
+    assert server.sent[-1][1]["warnings"] == [] and set(server.sent[-1][1]["history"]["losses"]) == {"guidance"}
+
+
+def test_what_guidance_alone_cannot_have_is_told_on_the_node(nodes):
+    with pytest.raises(ConfigError, match="guidance_only is true and student_steps is 4: such a student is sampled as"):
+        nodes.distill.AdvancedSettings.run(guidance_only=True, student_steps=4)
+
+
 @pytest.mark.parametrize("prediction", ["v", "flow"])
 def test_other_predictions_are_distilled_too(graph, toys, loaded, prediction, places, kit):
     graph.model = loaded(prediction, toys.row)

@@ -1,6 +1,7 @@
 """Guidance-only distillation: what is drawn, learnt, left out, shown and written, and what cannot be."""
 
 from contextlib import closing
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from turbodistill.trainer.loop.batch import Group, draw_guidance_batch, generato
 from turbodistill.trainer.loop.distill import Step, distill
 from turbodistill.trainer.pipeline.load import load_model
 from turbodistill.trainer.run import run
+from turbodistill.trainer.run.estimate import estimate
 from turbodistill.trainer.run.events import Preview, Selected, Warned
 from turbodistill.trainer.run.memory import measure_memory
 
@@ -212,6 +214,12 @@ def test_the_estimate_counts_no_discriminator(begun):
     assert found.activations == measure_memory(plain, samples, (64, 64)).activations
 
 
+def test_before_anything_is_made_the_estimate_says_so_too(kit, host):
+    alone, usual = (estimate(host, kit.config(**SETTINGS | more), kit.WORDS) for more in ({}, {"guidance_only": False}))
+    assert alone.memory.trained < usual.memory.trained and alone.memory.activations < usual.memory.activations
+    assert (alone.pairs, alone.on_disk) == (usual.pairs, usual.on_disk)
+
+
 # --- A run ---
 
 
@@ -245,6 +253,33 @@ def test_previews_are_made_as_the_pairs_were(kit, host, tmp_path, name, sampler)
     with torch.no_grad():
         expected = sampler(model, noise * sigmas[0], sigmas)
     assert torch.allclose(first.student, expected, rtol=2e-2, atol=2e-2)  # conditions are stored in half precision
+
+
+class Own:
+    """A host's own sampler, which takes two steps."""
+
+    sigmas = torch.tensor([14.6146, 2.0, 0.0])
+    recipe: ClassVar = {"sampler": "its own", "steps": "2 of its own"}
+
+    def __init__(self):
+        self.seeds = []
+
+    def __call__(self, model, noise, seeds):
+        self.seeds.append(seeds)
+        return sample_euler(model, noise * self.sigmas[0], self.sigmas)
+
+
+def test_where_the_host_samples_by_itself_so_are_previews_and_the_choice(kit, host, tmp_path):
+    host.sampling = own = Own()
+    events = kit.go(host, kit.config(**SETTINGS | {"evaluate_every": 1}), tmp_path)
+    first = next(e for e in events if isinstance(e, Preview))
+    with torch.no_grad():
+        model = Guided(host.denoiser, host.encode_text(first.prompts))
+        expected = sample_euler(model, seeded(host, *first.seeds) * own.sigmas[0], own.sigmas)
+    assert torch.allclose(first.student, expected, rtol=2e-2, atol=2e-2)
+    held = [seeds for seeds in own.seeds if set(seeds) <= set(first.seeds)]
+    assert len(held) >= 4  # of the first preview, two choices and the last preview
+    assert read_card(events[-1].path).timesteps == (999, 499)
 
 
 def test_a_run_that_was_closed_goes_on_to_the_same_student(kit, host, tmp_path):

@@ -80,7 +80,8 @@ def create(host: Host, config: Config) -> Student:
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         form = config.rank, config.alpha or None, config.targets, config.prediction, config.start_timestep
-        return Student(host.denoiser, *form, config.pair_steps if config.guidance_only else 0)
+        steps = len(host.sampling.sigmas) - 1 if host.sampling else config.pair_steps
+        return Student(host.denoiser, *form, steps if config.guidance_only else 0)
 
 
 def init(student: Student, host: Host, config: Config) -> dict[str, float]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...core.card import CardError, read_card, read_student
+from ...core.denoiser import Guided
 from ...core.exclusive import exclusive
 from ...core.rights import denied
 from ...core.sampling import TEACHER_SAMPLERS
@@ -25,7 +26,7 @@ from ..data.files import reason
 from ..data.found import Found
 from ..data.pairs import changes, digest
 from ..data.samples import Samples
-from ..host import Host
+from ..host import Host, HostSampling
 from ..loop import health
 from ..loop.batch import Group
 from ..loop.distill import Diverged, Step, distill_groups
@@ -42,18 +43,24 @@ log = logging.getLogger(__name__)
 STATE, HISTORY, BEST = "state.safetensors", "history.csv", "student.safetensors"
 
 
-def student_pictures(state: State, pairs: Samples, rows: Tensor, steps: int | None = None) -> Tensor:
+def student_pictures(
+    state: State, pairs: Samples, rows: Tensor, steps: int | None = None, own: HostSampling | None = None
+) -> Tensor:
     """Latents (N, C, H, W), float32 on the CPU, that the averaged student makes from these pairs' noise.
 
-    In one step; one of guidance alone as the teacher made the pairs. Its LoRA is not merged: the copy of the weights
-    that this takes may be more than the memory a training leaves free.
+    In one step; one of guidance alone as the teacher made the pairs, by the host's `own` sampler if that did. Its LoRA
+    is not merged: the copy of the weights that this takes may be more than the memory a training leaves free.
     """
-    device, sampler = state.student.device, TEACHER_SAMPLERS[state.config.pair_sampler]
+    student, sampler = state.student, TEACHER_SAMPLERS[state.config.pair_sampler]
     parts = []
-    with state.averaged(), autocast(state.config, state.student):
+    with state.averaged(), autocast(state.config, student), torch.no_grad():
         for chunk in rows.split(state.config.batch_size):
-            cond = pairs.cond.rows(chunk).to(device)
-            parts.append(state.student.generate(pairs.noise(chunk).to(device), cond, steps, sampler).float().cpu())
+            cond, noise = pairs.cond.rows(chunk).to(student.device), pairs.noise(chunk).to(student.device)
+            if own and student.guidance_steps and pairs.seeds is not None:
+                made = own(Guided(student, cond), noise, pairs.seeds[chunk].tolist())
+            else:
+                made = student.generate(noise, cond, steps, sampler)
+            parts.append(made.float().cpu())
     return torch.cat(parts)
 
 
@@ -275,9 +282,9 @@ class Training:
 
     def preview(self) -> Preview:
         """The student's pictures of the first held-out pairs, beside the teacher's."""
-        held = self.parts[0].held
+        held, own = self.parts[0].held, self.parts[0].host.sampling
         rows = torch.arange(min(PREVIEWS, len(held)))
-        pictures = student_pictures(self.state, held, rows)
+        pictures = student_pictures(self.state, held, rows, own=own)
         seeds = [] if held.seeds is None else held.seeds[rows].tolist()
         self.state.extra["previewed"] = self.state.update
         return Preview(self.state.update, pictures, held.latents[rows], [held.prompts[i] for i in rows], seeds)
@@ -286,7 +293,10 @@ class Training:
         """Measure the student on the held-out pairs, and keep it if it is the best so far."""
         state = self.state
         values = [
-            self.score(student_pictures(state, part.held, torch.arange(len(part.held))), part.held.latents[:])
+            self.score(
+                student_pictures(state, part.held, torch.arange(len(part.held)), own=part.host.sampling),
+                part.held.latents[:],
+            )
             for part in self.parts
         ]
         value = sum(values) / len(values)

@@ -151,7 +151,7 @@ def test_a_choice_that_is_none_is_refused_in_words(webui, refused):
 def put(webui):
     """Puts a student into the Lora folder, whose card says that noise enters at timestep 799; gives its name."""
 
-    def put(name, base="a base", architecture="stable-diffusion-v1"):
+    def put(name, base="a base", architecture="stable-diffusion-v1", timesteps=(799, 399), **more):
         layer, width = (
             "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q",
             64 if webui.kind.name == "a1111" else 320,
@@ -162,7 +162,8 @@ def put(webui):
             f"{layer}.lora_down.weight": torch.randn(2, wide, generator=draw),
             f"{layer}.alpha": torch.tensor(2.0),
         }
-        card = StudentCard("lora", base, "0" * 16, architecture, "eps", "eps", (799, 399), 4.0, (64, 64), rank=2)
+        about = ("lora", base, "0" * 16, architecture, "eps", "eps", timesteps, 4.0, (64, 64))
+        card = StudentCard(*about, rank=2, **more)
         save_file(tensors, webui.data / "models" / "Lora" / f"{name}.safetensors", card.to_metadata())
         webui.refresh_loras()
         return name
@@ -191,6 +192,20 @@ def test_what_does_not_fit_is_told_to_programs_too(webui, student, put):
     (euler,) = webui.txt2img(**right | {"sampler_name": "Euler"}).remarks
     assert euler == f"{second} is a student: Euler is not made for it, take {FEW} and CFG Scale 1."
     assert "remarks" not in webui.txt2img(**right, steps=4).infotext
+
+
+def test_a_student_of_guidance_alone_is_for_the_host_s_own_samplers(webui, put, gap):
+    base = "tiny.safetensors" if webui.kind.name == "a1111" else "small.ckpt"
+    alone = put("alone", base, timesteps=tuple(range(999, 0, -63)), guidance_only=True)
+    usual = {"prompt": f"a fox <lora:{alone}:1>", "sampler_name": "DPM++ 2M", "steps": 10, "cfg_scale": 1}
+    made = webui.txt2img(**usual)
+    assert made.remarks == [] and "ADD" not in made.infotext
+    assert gap(made.picture, webui.txt2img(**usual | {"prompt": "a fox"}).picture) > 5
+    assert webui.txt2img(**usual | {"cfg_scale": 7}).remarks == [
+        "cfg is 7: alone was made for 1, more burns the picture."
+    ]
+    ours = webui.txt2img(**usual | {"sampler_name": FEW, "steps": 8})
+    assert ours.remarks == [f"student of {base} is sampled as its base is: take an ordinary sampler, 16 steps."]
 
 
 def test_a_newcomer_s_first_picture_is_remarked_upon(webui):
