@@ -179,7 +179,6 @@ def test_txt2img_s_settings_are_taken_over(page, webui):
     for name, value in before.items():
         page.field(name).fill(value)
         page.field(name).blur()
-    page.open()
 
 
 @pytest.fixture
