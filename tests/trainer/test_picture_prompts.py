@@ -205,3 +205,12 @@ def test_a_picture_s_wildcards_and_half_letters_are_no_prompts_of_ours(tmp_path)
     save(tmp_path / "b.png", parameters="a" * 70_000)
     found = find_prompts(tmp_path)
     assert draw_prompts(found.lines, 1) == ["a __colour__ {fox"] and "1 have none" in found.words
+
+
+def test_what_is_told_of_them_can_be_printed(tmp_path):
+    odd = node("KSampler", positive=["6", 0], sampler_name="euler\ud800\x1b[2J", steps=20, cfg=7.0)
+    graph = {"3": odd, "6": node("CLIPTextEncode", text="an owl")}
+    save(tmp_path / "a.png", prompt=json.dumps(graph))
+    told = find_prompts(tmp_path).words
+    assert "sampler euler??[2J" in told
+    told.encode()

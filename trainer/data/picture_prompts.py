@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .choices import LONGEST, check_texts, literal
 from .files import DataError, check_file
-from .found import Found, open_file
+from .found import Found, open_file, printable
 from .images import UNREADABLE, opened
 from .infotext import MadeWith, read_made_with
 from .walk import files_below
@@ -74,12 +74,12 @@ def _advice(made: list[MadeWith]) -> Iterator[str]:
     for name in ("steps", "cfg", "sampler", "negative"):
         counts = Counter(value for each in made if (value := getattr(each, name)))
         if counts and counts.most_common(1)[0][1] * 2 >= len(made):
-            common[name] = counts.most_common(1)[0][0]
+            common[name] = printable(counts.most_common(1)[0][0][:300])
     words = [
         f"{common['steps']} steps" if "steps" in common else "",
         f"guidance {common['cfg']}" if "cfg" in common else "",
         f"sampler {common['sampler']}" if "sampler" in common else "",
-        f"negative prompt {common['negative'][:300]!r}" if "negative" in common else "",
+        f"negative prompt {common['negative']!r}" if "negative" in common else "",
     ]
     if any(words):
         yield f"Most were made with {', '.join(filter(None, words))}: the teacher pairs can be made so too"
