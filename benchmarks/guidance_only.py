@@ -1,6 +1,6 @@
 """Guidance baked in and no more: a student at CFG 1 against its teacher at its own CFG and without, in as many steps.
 
-    python benchmarks/guidance_only.py --folder guidance      # about 15 minutes on a CPU core; goes on where it stopped
+    python benchmarks/guidance_only.py --folder guidance   # about half an hour on a CPU core; goes on where it stopped
 
 A student of the embedded model, from scratch, with `guidance_only`. All three arms make the same prompts from the same
 noise by the same sampler (Euler's). KID is to real pictures of held-out names; style is the share whose style word a
