@@ -445,7 +445,7 @@ def test_layers_of_another_size_are_refused(toys, tmp_path, rank):
 
 def test_another_prediction_is_refused(toys, tmp_path):
     path = saved(tmp_path / "student.safetensors", Student(toys.conv("eps"), rank=2))
-    with pytest.raises(CardError, match=r"predicts eps, the loaded one predicts v: load toy"):
+    with pytest.raises(CardError, match=r"predicts eps, the loaded one predicts v: it is the right file"):
         load_student(path, toys.conv("v"))
 
 
