@@ -192,7 +192,7 @@ def run_distill(args: argparse.Namespace) -> int:
         print(found.words)
     score = latent_score if args.model else _judge(None).kid_score(host)
     if args.estimate:
-        print(estimate(host, config, found.lines).in_words())
+        print(estimate(host, config, found.lines, args.images).in_words())
         return 0
     events = run.run(host, config, args.out, found.lines, args.images, score, args.pairs_folder)
     try:

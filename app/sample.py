@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..core.schedule import TIMESTEPS
 from ..demo import files
 from ..trainer.config import MOST_SEED, ConfigError
 from .arguments import add_model, between, folder, model_options, place
 
 NONE = Path("none")
 MOST_PROMPTS = 100_000
-MOST_STEPS = 1000
 TOGETHER = 2**20  # pixels that are made at once: one picture of 1024 x 1024, four of 512 x 512
 
 
@@ -40,7 +40,7 @@ def command(commands: Any) -> None:
         "itself such a checkpoint (default: the embedded model's, with --model none)",
     )
     parser.add_argument(
-        "--steps", type=between(1, MOST_STEPS), help="number of steps (default: what the file was made for)"
+        "--steps", type=between(1, TIMESTEPS), help="number of steps (default: what the file was made for)"
     )
     parser.add_argument("--size", type=size, help="WIDTHxHEIGHT in pixels (default: the model's own)")
     parser.add_argument("--image", type=place, help="picture to begin from, scaled and cropped to the size")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import turbodistill as td
+from shipped import settings
 from turbodistill.core.card import read_card
 from turbodistill.core.denoiser import Guidance
 from turbodistill.demo.files import REFERENCE, STUDENT
@@ -60,12 +61,7 @@ def main() -> None:
     model, card = td.load_model(), read_card(STUDENT)
     prompts = (names * -(-args.pictures // len(names)))[: args.pictures]
     for recipe, words in RECIPES.items():
-        config = td.Config(
-            rank=card.rank, alpha=card.alpha, targets=card.targets, init_student=str(STUDENT), pairs=args.pairs,
-            pair_steps=8, guidance=card.guidance, updates=args.updates, regression_updates=args.updates // 2,
-            discriminator_warmup=min(50, args.updates // 2), adversarial_ramp=50, lr=4e-4, evaluate_every=0,
-            preview_every=0, **words,
-        )  # fmt: skip
+        config = settings(card, args, **words)
         place = args.folder / recipe.replace("'", "").replace(" ", "-").replace(",", "")
         for _ in td.distill(model, config, place, prompts=names):
             pass

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import turbodistill as td
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import trange
 from turbodistill.core.card import fingerprint, read_card
@@ -135,9 +136,8 @@ def lcm_lora(reference: Reference, updates: int, path: Path) -> None:
             optimizer.step()
             for s, p in zip(slow.parameters(), student.trained.parameters(), strict=True):
                 s.data.lerp_(p.data, 0.05)
-    from safetensors.torch import save_file
-
-    save_file(student.lora.export(student.backbone, "kohya", torch.float16), path)  # pyright: ignore
+    assert student.lora
+    save_file(student.lora.export(student.backbone, "kohya", torch.float16), path)
 
 
 def main() -> None:
@@ -155,10 +155,10 @@ def main() -> None:
         lcm_lora(evaluator.known, args.tuning, lcm)
     starts = {"nothing": "", "the shipped student": str(STUDENT), "an LCM LoRA": str(lcm)}
     for title, style, make in (("fine-tune", GLOSSY, style_teacher), ("merged LoRA", FLAT, lora_teacher)):
-        file = args.folder / f"{title.replace(' ', '-')}.pt"
+        file = args.folder / f"{title.replace(' ', '-')}.safetensors"
         if not file.exists():
-            torch.save(make(evaluator.known, args.tuning), file)
-        host = host_of(torch.load(file, weights_only=True))
+            save_file(make(evaluator.known, args.tuning), file)
+        host = host_of(load_file(file))
         real, held = of_style(evaluator.known, style), of_style(evaluator.real, style)
         known = evaluator.network(real.images)[0]
         prompts = list(dict.fromkeys(real.captions))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import turbodistill as td
+from shipped import settings
 from torch import Tensor
 from turbodistill.core.card import read_card
 from turbodistill.core.denoiser import Guidance
@@ -38,12 +39,7 @@ def main() -> None:
     model, card = td.load_model(), read_card(STUDENT)
     students = {"shipped student": STUDENT}
     for sizes in (ALL, *SIZES):
-        config = td.Config(
-            rank=card.rank, alpha=card.alpha, targets=card.targets, init_student=str(STUDENT), pairs=args.pairs,
-            pair_steps=8, guidance=card.guidance, updates=args.updates, regression_updates=args.updates // 2,
-            discriminator_warmup=min(50, args.updates // 2), adversarial_ramp=50, lr=4e-4, evaluate_every=0,
-            preview_every=0, sizes=sizes,
-        )  # fmt: skip
+        config = settings(card, args, sizes=sizes)
         place = args.folder / sizes.replace(", ", "+")
         for _ in td.distill(model, config, place, prompts=read_prompts(PROMPTS)):
             pass

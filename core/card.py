@@ -93,6 +93,7 @@ class StudentCard:
             raise CardError(
                 f"card: guidance {self.guidance!s:.20}, rank {self.rank!s:.20} or alpha {self.alpha!s:.20} cannot be"
             )
+        self._check_guidance()
         if not 0 <= self.clip_skip <= 99:
             raise CardError(f"card: clip_skip is {self.clip_skip!s:.20}, it must lie between 0 and 99")
         if self.kind not in KINDS:
@@ -106,6 +107,14 @@ class StudentCard:
                 raise CardError(f"card: prediction is {value!r:.80}, known are {', '.join(PREDICTION_TYPES)}")
         if not self.timesteps or any(not 0 <= t < 1000 for t in self.timesteps):
             raise CardError(f"card: timesteps are {self.timesteps!r:.80}, they must lie between 0 and 999")
+
+    def _check_guidance(self) -> None:
+        """Raise CardError for an interval or a rescale that no guidance has."""
+        if not (0 <= self.guidance_rescale <= 1 and 0 <= self.guidance_start < self.guidance_end <= 1):
+            raise CardError(
+                f"card: guidance_rescale {self.guidance_rescale!s:.20}, guidance_start {self.guidance_start!s:.20} or "
+                f"guidance_end {self.guidance_end!s:.20} cannot be: they lie between 0 and 1, the start before the end"
+            )
 
     def to_metadata(self) -> dict[str, str]:
         """The card as strings for a safetensors header, beside fields of ModelSpec and kohya that other tools read."""

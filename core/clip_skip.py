@@ -1,7 +1,7 @@
 """Clip skip: the layer of CLIP that a prompt's states are taken from, in AUTOMATIC1111's counting.
 
-1 is the last layer, 2 the one before, and so on. Stable Diffusion 2 and XL were trained on the one before the last: of
-2 diffusers' encoder lacks the last, so that its own is 1 there, and XL's is 2, below which nothing is taken.
+1 is the last layer, 2 the one before, and so on. Stable Diffusion XL was trained on the one before the last, 2, and so
+was Stable Diffusion 2; but diffusers' encoder of the latter has no last layer, and its last is called 1.
 """
 
 from __future__ import annotations

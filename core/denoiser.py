@@ -142,10 +142,10 @@ class Guidance:
         return Guidance(source.guidance, source.guidance_rescale, source.guidance_start, source.guidance_end)
 
     def acts(self, schedule: Schedule, sigma: Tensor) -> Tensor:
-        """Whether there is guidance, (B,), at each of these noise levels (B,)."""
+        """Whether there is guidance at each of these noise levels (B,): (B,), on the CPU."""
         if self.scale == 1 or (self.start <= 0 and self.end >= 1):
             return torch.full(sigma.shape, self.scale != 1)
-        done = 1 - schedule.timestep(sigma).double() / (schedule.timesteps - 1)
+        done = 1 - schedule.timestep(sigma).cpu().double() / (schedule.timesteps - 1)
         return (self.start <= done) & (done < self.end)
 
 

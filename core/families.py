@@ -74,7 +74,7 @@ class SamplingRecipe:
         """The fewest and the most steps that it works with."""
         return self.span or (self.steps, self.steps)
 
-    def made_in(self, steps: int) -> int:
+    def steps_taken(self, steps: int) -> int:
         """The steps that are made where `steps` are asked for of whatever model: an ordinary one needs its own."""
         return self.steps if self.ordinary and steps < self.range[0] else steps
 

@@ -76,15 +76,15 @@ class Generator:
             if ticket != self._latest or ticket <= self._dropped:
                 return None
             student, card = self._load(path)
-            made_in = of_card(card).made_in(steps)
+            steps_taken = of_card(card).steps_taken(steps)
             began = time.perf_counter()
             different = list(dict.fromkeys(texts))
             cond = self.host.encode_text(different).rows(torch.tensor([different.index(text) for text in texts]))
-            pictures = self.host.decode(sample_latents(self.host, student, cond, seeds, made_in)).cpu()
+            pictures = self.host.decode(sample_latents(self.host, student, cond, seeds, steps_taken)).cpu()
             seconds = time.perf_counter() - began
-            said = check_fit(card, Base(clip_skip=self.host.clip_skip), path.name, steps=made_in)
-            if made_in != steps:
-                said.append(f"{path.name} is sampled as its base is: in {made_in} steps, not {steps}.")
+            said = check_fit(card, Base(clip_skip=self.host.clip_skip), path.name, steps=steps_taken)
+            if steps_taken != steps:
+                said.append(f"{path.name} is sampled as its base is: in {steps_taken} steps, not {steps}.")
             if ticket <= self._dropped:
                 return None
             return Made(pictures, seconds, tuple(filter(None, (self._warning, *said))))

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core.denoiser import Cond
 from ..core.exclusive import exclusive
 from ..core.sampling import seeded_noise
+from ..core.schedule import TIMESTEPS
 from ..core.student import Student
 from ..trainer.config import MOST_SEED
 from ..trainer.data.prompts import drawn
@@ -21,7 +22,6 @@ from ..trainer.host import Host
 from .recipe import FewStepModel
 
 BATCH_SIZE = 16
-MOST_STEPS = 1000
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def sample_latents(
 def check_numbers(count: int, seed: int = 0, steps: int | None = None, batch_size: int = BATCH_SIZE) -> None:
     """Raise ValueError for numbers with which no `count` pictures can be made."""
     made = 1 if steps is None else steps
-    bounds = {"seed": (seed, 0, MOST_SEED), "steps": (made, 1, MOST_STEPS), "batch_size": (batch_size, 1, math.inf)}
+    bounds = {"seed": (seed, 0, MOST_SEED), "steps": (made, 1, TIMESTEPS), "batch_size": (batch_size, 1, math.inf)}
     for name, (value, low, high) in bounds.items():
         whole = isinstance(value, Integral) and not isinstance(value, bool)  # numpy's are, too
         if not whole or not low <= value <= high:

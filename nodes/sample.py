@@ -63,12 +63,12 @@ def denoise_input() -> io.Float.Input:
 def sigmas_of(model, steps: int, denoise: float) -> torch.Tensor:
     """The sigmas (steps + 1,) at which the MODEL is sampled, as its student or family says."""
     sampling = patcher.sampling_of(model)
-    made_in = sampling.made_in(steps)
-    for words in sampling.remarks(made_in):
+    steps_taken = sampling.steps_taken(steps)
+    for words in sampling.remarks(steps_taken):
         log.warning(words)
-    if made_in != steps:
-        log.warning("%s is sampled as its base is: in %d steps, not %d", sampling.name, made_in, steps)
-    return patcher.sigmas_for(model, sampling.timesteps(made_in, denoise))
+    if steps_taken != steps:
+        log.warning("%s is sampled as its base is: in %d steps, not %d", sampling.name, steps_taken, steps)
+    return patcher.sigmas_for(model, sampling.timesteps(steps_taken, denoise))
 
 
 class OneStepScheduler(io.ComfyNode):
@@ -190,7 +190,7 @@ class Compare(io.ComfyNode):
         cls, teacher, student, vae, positive, negative, latent_image, seed, teacher_steps, teacher_cfg, student_steps
     ) -> io.NodeOutput:
         euler, spaced = patcher.euler(teacher, teacher_steps)
-        student_steps = patcher.sampling_of(student).made_in(student_steps)
+        student_steps = patcher.sampling_of(student).steps_taken(student_steps)
         runs = (
             (f"teacher, {teacher_steps} steps, cfg {teacher_cfg:g}", teacher, spaced, euler, negative, teacher_cfg),
             (

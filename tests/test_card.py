@@ -266,3 +266,13 @@ def test_a_card_nested_too_deep_is_told(tmp_path):
     path = file_with(tmp_path / "x.safetensors", header={KEY: "[" * 100_000})
     with pytest.raises(CardError, match="cannot be read"):
         read_card(path)
+
+
+@pytest.mark.parametrize("field", ["guidance_rescale", "guidance_start", "guidance_end"])
+@pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
+def test_guidance_beyond_its_bounds_is_no_card_s(field, value):
+    given = {"kind": "lora", "base_model": "toy", "base_hash": "0" * 16, "architecture": "sd", "prediction": "eps"}
+    given |= {"base_prediction": "eps", "timesteps": (999,), "guidance": 4.0, "resolution": (64, 64)}
+    assert StudentCard(**given).guidance_end == 1
+    with pytest.raises(CardError, match=rf"card: .*{field} {value!s}.* cannot be"):
+        StudentCard(**given, **{field: value})

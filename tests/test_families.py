@@ -298,9 +298,9 @@ def test_a_student_of_guidance_alone_is_sampled_as_an_ordinary_model(count, leas
         recipe.timesteps(1001)
     assert recipe.remarks(least) == recipe.remarks(200) == []
     assert recipe.remarks(1) == [f"steps is 1: student of base was made for {least} steps or more."]
-    assert (recipe.made_in(1), recipe.made_in(least), recipe.made_in(30)) == (count, least, 30)
+    assert (recipe.steps_taken(1), recipe.steps_taken(least), recipe.steps_taken(30)) == (count, least, 30)
     assert "sampled as its base, with any sampler" in recipe.in_words()
-    assert FAMILIES["LCM"].sampling.made_in(1) == 1
+    assert FAMILIES["LCM"].sampling.steps_taken(1) == 1
 
 
 def test_its_steps_are_euler_s():

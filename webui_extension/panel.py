@@ -89,7 +89,7 @@ def wanted(sampling: SamplingRecipe, now: Settings, tag: str = "") -> Settings:
     """The settings with which a model is sampled as it was made for; an ordinary one keeps sampler and steps."""
     sampler, steps = ONE_STEP if sampling.steps == 1 else FEW_STEP, sampling.steps
     if sampling.ordinary:
-        sampler, steps = EULER if now.sampler in LIMITS else now.sampler, sampling.made_in(now.steps)
+        sampler, steps = EULER if now.sampler in LIMITS else now.sampler, sampling.steps_taken(now.steps)
     return Settings(" ".join(filter(None, (now.prompt.rstrip(), tag))), sampler, steps, sampling.cfg)
 
 

@@ -191,3 +191,14 @@ def test_buckets_without_pictures_are_refused(kit, host, tmp_path):
         ConfigError, match="sizes is 'buckets', which takes them from an image folder, and there is none"
     ):
         kit.go(host, kit.config(sizes="buckets"), tmp_path)
+
+
+def test_buckets_leave_out_what_cannot_be_read_and_many_rare_shapes_still_count():
+    found = Found("here")
+    found.add("broken", "", "a", lambda: io.BytesIO(b"no picture"))
+    for k in range(30):  # none of whose shapes has a twentieth of them
+        file = io.BytesIO()
+        Image.new("1", (1000 + 40 * k, 2000 - 40 * k)).save(file, "PNG")
+        found.add(str(k), "", "a", partial(io.BytesIO, file.getvalue()))
+    sizes = sizes_of(with_buckets(Config(sizes="buckets", pairs=64), found, (1024, 1024)).sizes)
+    assert 1 <= len(sizes) <= 8 and all(width * height <= 1024**2 for width, height in sizes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,8 @@ def with_buckets(config: Config, found: Found | None, resolution: tuple[int, int
     """The settings with the sizes that the pictures fit, of the area of `resolution`, where they ask for buckets.
 
     As in aspect ratio bucketing: sides are multiples of 64 (of 8 for small pictures), no side is more than twice the
-    other, and of shapes that at least a twentieth of the pictures have, the eight most frequent count.
+    other. The eight most frequent shapes count, but those that less than a twentieth of the pictures have only where
+    there is no other. Pictures that cannot be read are told when they are encoded.
     """
     if config.sizes != BUCKETS or found is None:
         return config
@@ -58,9 +60,12 @@ def with_buckets(config: Config, found: Found | None, resolution: tuple[int, int
     step = 64 if area >= 512**2 else 8
     sides = range(step, math.isqrt(2 * area) + 1, step)
     shapes = [(width, height) for width in sides if (height := area // width // step * step) in sides]
-    fitting = Counter(_nearest(shape_of(picture), shapes) for picture in found.pictures)
-    most = [shape for shape, count in fitting.most_common(8) if count * 20 >= len(found.pictures)]
-    return config.replace(sizes=size_in_words(sorted(most)))
+    fitting: Counter[tuple[int, int]] = Counter()
+    for picture in found.pictures:
+        with suppress(DataError):
+            fitting[_nearest(shape_of(picture), shapes)] += 1
+    frequent = [shape for shape, count in fitting.most_common(8) if count * 20 >= fitting.total()]
+    return config.replace(sizes=size_in_words(sorted(frequent or [shape for shape, _ in fitting.most_common(8)])))
 
 
 def _nearest(size: tuple[int, int], shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:

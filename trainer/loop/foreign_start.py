@@ -40,7 +40,7 @@ def foreign_start(host: Host, config: Config) -> Start | None:
     another rank. Raises ValueError for one that cannot be used, ConfigError for one that does not fit the settings.
     """
     metadata, shapes = header(config.init_student)
-    if not is_lora(shapes) or (KEY in metadata and goes_on(read_card(config.init_student), host, config)):
+    if not is_lora(shapes) or (KEY in metadata and fits_as_it_is(read_card(config.init_student), host, config)):
         return None
     lora, denoiser = ForeignLoRA(config.init_student, of_ours=True), host.denoiser
     if lora.architecture != host.architecture and {lora.architecture, host.architecture} <= KNOWN:
@@ -56,7 +56,7 @@ def foreign_start(host: Host, config: Config) -> Start | None:
     return Start(lora, recipe)
 
 
-def goes_on(card: StudentCard, host: Host, config: Config) -> bool:
+def fits_as_it_is(card: StudentCard, host: Host, config: Config) -> bool:
     """Whether a student of ours is of this model and of the settings' form, so that its weights fit as they are."""
     return (card.base_hash, card.rank) == (host.base_hash, config.rank)
 

@@ -12,7 +12,7 @@ from ...core.student import Student, check_copyable, load_weights
 from ..config import Config, ConfigError
 from ..data.samples import Samples
 from ..host import Host
-from .foreign_start import Start, begin_from, foreign_start, goes_on
+from .foreign_start import Start, begin_from, fits_as_it_is, foreign_start
 from .pixel_backbone import load_vision
 from .state import State, tap_names
 
@@ -41,7 +41,7 @@ def check(host: Host, config: Config) -> None:
         card = read_card(config.init_student)
     except ValueError as error:
         raise ConfigError(f"init_student: {error}") from None
-    if not goes_on(card, host, config):
+    if not fits_as_it_is(card, host, config):
         raise ConfigError(
             f"init_student: {config.init_student} is a full copy of {card.base_model}, which would take its place: "
             "extract its LoRA (turbodistill export --to lora), or start from the teacher"

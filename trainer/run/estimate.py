@@ -14,9 +14,10 @@ from ...core.denoiser import Guidance
 from ..config import Config
 from ..data.affixes import Affixes
 from ..data.pairs import Teacher, pairs_size
+from ..data.pictures import read_pictures
 from ..data.prompts import draw_prompts
 from ..data.samples import Samples
-from ..data.sizes import by_size
+from ..data.sizes import by_size, with_buckets
 from ..host import Host
 from ..loop.start import begin
 from .memory import Memory, measure_memory, size_in_words
@@ -38,11 +39,14 @@ class Estimate:
         return f"{self.pairs} teacher pairs take {making}; {self.memory.in_words(free)}"
 
 
-def estimate(host: Host, config: Config, prompts: Sequence[str]) -> Estimate:
+def estimate(host: Host, config: Config, prompts: Sequence[str], images: str | Path | None = None) -> Estimate:
     """Measure on two samples what making pairs of the prompts and training on them will take.
 
-    Raises ConfigError for settings that do not fit this model, DataError as `draw_prompts`.
+    `images`, as `run` takes them, count where the sizes are theirs. Raises ConfigError for settings that do not fit
+    this model, DataError as `draw_prompts` and `read_pictures`.
     """
+    found = None if images is None else read_pictures(images, config.broken_pictures)
+    config = with_buckets(config, found, host.resolution)
     affixes = Affixes.of(config)
     shares = by_size(host, config, prompts, Path())
     largest = max((share.host for share in shares), key=lambda host: math.prod(host.resolution))
