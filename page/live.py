@@ -77,7 +77,9 @@ def _add(generator: Generator, students: Callable[[], dict[str, Path]], example:
 
 
 def _seen(students: dict[str, Path]) -> dict[str, Any]:
-    return {"students": list(students), "running": job.running() is not None}
+    """The students, and the newest job: a short one may begin and end between two looks."""
+    newest = job.current()
+    return {"students": list(students), "job": [newest.begun, newest.working] if newest else None}
 
 
 def follow(generator: Generator, students: dict[str, Path], before: dict[str, Any], *values: Any) -> list[Any]:
@@ -87,7 +89,7 @@ def follow(generator: Generator, students: dict[str, Path], before: dict[str, An
     listed, drawn = gr.update(), [gr.update(), gr.update()]
     if now["students"] != before["students"]:
         listed = gr.update(choices=now["students"], **({"value": new} if new else {}))
-    if now["running"] != before["running"] and not new:  # another student draws by itself
+    if now["job"] != before["job"] and not new:  # another student draws by itself
         drawn = pictures(generator, students, *values)
     return [now, stamp(), listed, *drawn]
 

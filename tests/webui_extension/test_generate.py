@@ -205,7 +205,7 @@ def test_the_page_follows_a_distillation_to_its_new_student(toy, backend, made, 
     _, generator = made
     inputs = ("fox", 2, 1, 3, "first")
     known = {"first": students["first"]}
-    before = {"students": ["first"], "running": False}
+    before, *_ = live.follow(generator, known, {"students": ["first"], "job": None}, *inputs)
     now, _, *shown = live.follow(generator, known, before, *inputs)
     assert now == before and shown == [gradio.update()] * 3
     backend.gate.clear()
@@ -217,6 +217,8 @@ def test_the_page_follows_a_distillation_to_its_new_student(toy, backend, made, 
     job.current().wait(60)
     now, _, listed, _, html = live.follow(generator, known, now, *inputs)
     assert listed == gradio.update() and len(urls(html)) == 2  # it was cancelled: the same student draws again
+    _, _, _, _, html = live.follow(generator, known, before, *inputs)
+    assert len(urls(html)) == 2  # so it does where nobody looked while that ran
     _, _, listed, *drawn = live.follow(generator, {"second": students["second"], **known}, now, *inputs)
     assert (listed["choices"], listed["value"]) == (["second", "first"], "second") and drawn == [gradio.update()] * 2
 
