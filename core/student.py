@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .architecture import architecture_of
 from .card import CardError, StudentCard, fingerprint, header, read_card, read_student
 from .denoiser import Cond, Denoiser
-from .exclusive import exclusive
+from .exclusive import exclusive, frozen
 from .fit import Base, check_fit
 from .lora import LoRA, check_match, quantised
 from .naming import is_diffusers, of_an_adapter, to_single_file, without_adapter
@@ -75,15 +75,14 @@ class Student(Denoiser):
     @contextmanager
     def training(self) -> Iterator[None]:
         """Freeze the teacher, let the student's parameters take gradients; restore every flag at the end."""
-        modules = [self.teacher.backbone] + ([] if self.lora else [self.backbone])
-        flags = [(p, p.requires_grad) for m in modules for p in m.parameters()]
-        try:
-            self.teacher.backbone.requires_grad_(False)
+        flags = [(p, p.requires_grad) for p in self.trained.parameters()]
+        with frozen(self.teacher.backbone):
             self.trained.requires_grad_(True)
-            yield
-        finally:
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+            try:
+                yield
+            finally:
+                for parameter, flag in flags:
+                    parameter.requires_grad_(flag)
 
     @contextmanager
     def switched_on(self) -> Iterator[None]:

@@ -325,6 +325,20 @@ def test_training_restores_every_flag(toys, rank):
     assert {n: p.requires_grad for n, p in teacher.backbone.named_parameters()} == flags
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_two_trainings_on_one_model_the_last_to_end_restores_its_flags(toys, first):
+    teacher = toys.conv()
+    teacher.backbone.conv_in.weight.requires_grad_(False)
+    flags = [p.requires_grad for p in teacher.backbone.parameters()]
+    trainings = [Student(teacher, rank=rank).training() for rank in (4, 0)]
+    for training in trainings:
+        training.__enter__()
+    trainings[first].__exit__(None, None, None)
+    assert not any(p.requires_grad for p in teacher.backbone.parameters())
+    trainings[1 - first].__exit__(None, None, None)
+    assert [p.requires_grad for p in teacher.backbone.parameters()] == flags
+
+
 def test_a_full_copy_shares_no_tensor_with_the_teacher(toys):
     teacher = toys.conv()
     x, sigma, cond = inputs(toys, teacher)

@@ -52,6 +52,13 @@ def test_with_room_for_it_the_student_is_the_teacher_with_the_lora(kit, host, lo
     state.release()
 
 
+def test_one_of_no_known_kind_is_told(kit, host, lora, caplog):
+    begun(kit, host, lora).release()
+    assert "few-step kind" not in caplog.text
+    begun(kit, host, lora.rename(lora.with_name("watercolour.safetensors"))).release()
+    assert "watercolour.safetensors is of no few-step kind that is known: the student begins as the" in caplog.text
+
+
 def test_of_a_larger_rank_the_best_part_is_kept_and_the_rest_is_told(kit, host, lora, others, caplog):
     with caplog.at_level(logging.INFO):
         state = begun(kit, host, lora, rank=2)

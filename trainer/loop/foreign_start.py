@@ -100,6 +100,12 @@ def begin_from(start: Start, student: Student) -> dict[str, float]:
             "%s was made for start timestep %d: start_timestep is %d, so that the student begins further away.",
             *(name, start.recipe.start, student.start_timestep),
         )
+    if not start.recipe and KEY not in start.lora.metadata:
+        log.warning(
+            "%s is of no few-step kind that is known: the student begins as the model with it, read as the model is. A "
+            "LoRA of a style is better merged into the teacher.",
+            start.lora.path.name,
+        )
     for remark in start.lora.remarks(changes.unknown):
         log.warning(remark)
     return {"init_error": float(f"{error:.3g}")}
