@@ -1,6 +1,7 @@
 """What a student keeps of its teacher's negative prompt, prefix and suffix: the shares of styles in its pictures.
 
-    python benchmarks/baked_prompts.py --folder baked      # about 20 minutes on two CPU cores; goes on where it stopped
+    python benchmarks/baked_prompts.py --folder baked      # about 20 minutes on a CPU core; goes on where it stopped
+    python benchmarks/baked_prompts.py --folder baked --front comfyui    # trained there; or ui, the WebUI's tab
 
 The embedded model is asked for names without a style, and draws all three. Students of four recipes go on from the
 shipped one: with nothing more, away from a style (negative prompt), and with a style as suffix, typed or baked in. A
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 import turbodistill as td
+from fronts import front
 from shipped import settings
 from turbodistill.core.card import read_card
 from turbodistill.core.denoiser import Guidance
@@ -52,6 +54,7 @@ def shares(evaluator: Evaluator, pictures: torch.Tensor) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="of the runs, which go on from there")
+    parser.add_argument("--front", choices=("cli", "comfyui", "ui"), default="cli", help="what trains the students")
     parser.add_argument("--updates", type=int, default=300)
     parser.add_argument("--pairs", type=int, default=384)
     parser.add_argument("--pictures", type=int, default=128, help="that are classified for each line")
@@ -60,16 +63,18 @@ def main() -> None:
     names = sorted({caption.rpartition(", in ")[0] for caption in evaluator.known.captions})
     model, card = td.load_model(), read_card(STUDENT)
     prompts = (names * -(-args.pictures // len(names)))[: args.pictures]
+    students = {}
+    with front(args.front, args.folder / args.front, names) as train:
+        for recipe, words in RECIPES.items():
+            name = recipe.replace("'", "").replace(" ", "-").replace(",", "")
+            _, students[recipe] = train(name, settings(card, args, **words).to_dict())
     for recipe, words in RECIPES.items():
         config = settings(card, args, **words)
-        place = args.folder / recipe.replace("'", "").replace(" ", "-").replace(",", "")
-        for _ in td.distill(model, config, place, prompts=names):
-            pass
         affixes = Affixes.of(config)
         teacher = teacher_arm(model, 8, Guidance.of(config), config.negative_prompt, affixes)
         by_teacher = torch.cat(list(make_pictures(model, teacher, prompts, 1)))
         print(f"{recipe}\n  teacher           {shares(evaluator, by_teacher)}", flush=True)
-        student, _ = td.load_student(place / "student.safetensors", model)
+        student, _ = td.load_student(students[recipe], model)
         bare = torch.stack(list(td.sample(model, student, prompts, seed=100_000)))
         print(f"  student           {shares(evaluator, bare)}")
         if affixes.suffix and not affixes.baked:
