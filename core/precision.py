@@ -37,7 +37,7 @@ def output_in_float32(backbone: nn.Module) -> Iterator[None]:
     own, forward = layer.__dict__.get("forward"), layer.forward
 
     def in_full(x: Tensor) -> Tensor:
-        parameters = dict(layer._parameters)
+        parameters: dict[str, Any] = dict(layer._parameters)
         try:
             layer._parameters.update({n: p if p is None else p.float() for n, p in parameters.items()})
             with amp.autocast(x.device.type, enabled=False):

@@ -58,7 +58,7 @@ def add_routes(app: fastapi.FastAPI, backend: Backend, dependencies: Sequence[An
         handler = _handler(getattr(routes, path))
         app.add_api_route(f"{ROOT}/{path}", handler, methods=[method], dependencies=dependencies)
     # Else a program that opens pages beside these would answer with one of them.
-    others = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+    others = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
     app.add_api_route(
         ROOT + "/{path:path}", no_route, methods=others, dependencies=dependencies, include_in_schema=False
     )

@@ -21,6 +21,7 @@ from ..trainer.checks import is_inside
 lock = queue_lock  # held by whoever makes pictures: `with lock`
 FOLDER = "turbodistill_folder"  # our settings among the host's
 READABLE = "turbodistill_readable_folders"
+NOT_SAVED = "do_not_save_to_config"  # on a component: the host does not keep its first value in a file
 
 
 @contextmanager

@@ -50,7 +50,7 @@ class Panel(scripts.Script):
                 # Clicked by javascript/turbodistill.js.
                 renew = gr.Button("Renew", elem_id=self.elem_id("fresh"), elem_classes="turbodistill-hidden")
             for component in (choice, words):
-                component.do_not_save_to_config = True
+                setattr(component, host.NOT_SAVED, True)
             before = gr.State(None)
         self.infotext_fields = [(choice, lambda infotext: infotext.get(CHOSEN, DETECT))]
         if self.buttons is None:  # the API calls `ui` again, for the default values

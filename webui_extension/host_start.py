@@ -28,7 +28,7 @@ def training_tab() -> list[tuple]:
     """Our tab; the host is not to keep its fields' first values, which would then outlive the trainer's defaults."""
     page = tab.build(HostBackend())
     for component in page.blocks.values():
-        component.do_not_save_to_config = True
+        setattr(component, host.NOT_SAVED, True)
     return [(page, "TurboDistill", "turbodistill")]
 
 

@@ -62,14 +62,19 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
     return loss + WORST_WEIGHT * errors.flatten(1).amax(1).mean()
 
 
+def build() -> Any:
+    """A fresh autoencoder; Any, because diffusers mistypes its `to`, `encode` and `decode`."""
+    return AutoencoderKL(**CONFIG)
+
+
 def train(args) -> None:
     """Train encoder and decoder, and write them with the pictures' latents."""
     images, records = dataset.load(args.folder)
     rows = torch.tensor([i for i, r in enumerate(records) if r["split"] == "train"])
     torch.manual_seed(0)
-    model = AutoencoderKL(**CONFIG).to(args.device)
+    model = build().to(args.device)
 
-    def loss(model: nn.Module, step: int) -> Tensor:
+    def loss(model: Any, step: int) -> Tensor:
         draw = torch.Generator().manual_seed(step)
         x = images[rows[torch.randint(len(rows), (args.batch_size,), generator=draw)]].to(args.device)
         x = x.float() / 127.5 - 1
@@ -84,7 +89,7 @@ def train(args) -> None:
     encode_all(fitted(model, loss, args.folder / "autoencoder.pt", args), images, args)
 
 
-def fitted(model: nn.Module, loss, path: Path, args):
+def fitted(model: nn.Module, loss, path: Path, args) -> Any:
     """The average of `model` after `--updates`, the learning rate falling over the last third."""
     training = Training(model, {"batch_size": args.batch_size, "lr": args.lr})
     fit(training, loss, path, args.lr, args.batch_size, args.updates, decay=args.updates // 3)
@@ -111,7 +116,7 @@ class Critic(nn.Sequential):
 class Refined(nn.Module):
     """A decoder in training with its critic: one module, so that one state file holds both."""
 
-    def __init__(self, decoder: AutoencoderKL) -> None:
+    def __init__(self, decoder: Any) -> None:
         super().__init__()
         self.decoder, self.critic = decoder, Critic()
 
@@ -128,7 +133,7 @@ def refine_decoder(args) -> None:
         about = file.metadata()
     latents = load_file(args.folder / "latents.safetensors")["latents"]
     noise = 0.25 * latents.std()
-    decoder = AutoencoderKL(**CONFIG)
+    decoder = build()
     decoder.load_state_dict(load_file(path))
     decoder.encoder.requires_grad_(False)
     decoder.quant_conv.requires_grad_(False)
@@ -157,7 +162,7 @@ def refine_decoder(args) -> None:
 
 
 @torch.no_grad()
-def report_error(model: AutoencoderKL, images: Tensor, latents: Tensor, args) -> None:
+def report_error(model: Any, images: Tensor, latents: Tensor, args) -> None:
     """Print the PSNR, in dB, of latents (N, 4, 16, 16), decoded, to their pictures (N, 3, 64, 64), uint8."""
     errors = []
     for z, chunk in zip(latents.split(64), images.split(64), strict=True):
@@ -169,7 +174,7 @@ def report_error(model: AutoencoderKL, images: Tensor, latents: Tensor, args) ->
 
 
 @torch.no_grad()
-def encode_all(model: AutoencoderKL, images: Tensor, args) -> None:
+def encode_all(model: Any, images: Tensor, args) -> None:
     """Cache every latent (unscaled mean) beside the weights; report the error and the latents' spread."""
     latents = []
     for chunk in tqdm(images.split(64), desc="latents"):

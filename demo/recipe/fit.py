@@ -156,7 +156,7 @@ def rate_scale(step: int, updates: int | None, decay: int) -> float:
 
 def fit(
     training: Training,
-    loss: Callable[[nn.Module, int], Tensor],
+    loss: Callable[[Any, int], Tensor],
     path: Path,
     lr: float,
     batch_size: int,

@@ -106,8 +106,8 @@ CHOICES = {
 }
 
 
-def build() -> UNet2DConditionModel:
-    """A fresh UNet for latents of 4 x 16 x 16."""
+def build() -> Any:
+    """A fresh UNet for latents of 4 x 16 x 16; Any, because diffusers mistypes its `to`."""
     unet = UNet2DConditionModel(**CONFIG)
     unet.set_attn_processor(AttnProcessor())  # on a CPU the fused backward in bf16 is slower
     return unet

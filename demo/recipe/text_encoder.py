@@ -13,10 +13,11 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModel
 
 from ..text_encoder import LENGTH, TextEncoder
@@ -78,7 +79,7 @@ def prune(tokenizer: dict, texts: list[str]) -> tuple[str, list[int]]:
     return json.dumps(small), kept
 
 
-def initialise(student: TextEncoder, bert: nn.Module, kept: list[int]) -> None:
+def initialise(student: TextEncoder, bert: Any, kept: list[int]) -> None:
     """Embeddings as they are; the two layers start as the original's first and last."""
     embeddings = bert.embeddings
     with torch.no_grad():
@@ -87,6 +88,7 @@ def initialise(student: TextEncoder, bert: nn.Module, kept: list[int]) -> None:
             embeddings.position_embeddings.weight[:LENGTH] + embeddings.token_type_embeddings.weight[0]
         )
         student.norm.load_state_dict(embeddings.LayerNorm.state_dict())
+        mine: Any  # torch does not know of which kind the modules in a list are
         for mine, source in zip(student.layers.layers, (bert.encoder.layer[0], bert.encoder.layer[-1]), strict=True):
             attention = source.attention
             parts = (attention.self.query, attention.self.key, attention.self.value)
@@ -113,7 +115,7 @@ def train(args) -> None:
     student.word.weight.requires_grad_(False)
     words = [w for w in json.loads(tokenizer)["model"]["vocab"] if w.isalpha() and len(w) > 2]
 
-    def loss(model: nn.Module, step: int) -> Tensor:
+    def loss(model: TextEncoder, step: int) -> Tensor:
         draw = random.Random(step)
         batch = draw.sample(texts, args.batch_size // 2)
         while len(batch) < args.batch_size:

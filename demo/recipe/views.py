@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -50,7 +49,7 @@ def latents(folder: Path, device: torch.device) -> Tensor:
         images, _ = dataset.load(folder)
         with safe_open(folder / "autoencoder.safetensors", "pt") as file:
             scale = float(file.metadata()["scale_factor"])
-        vae = AutoencoderKL(**autoencoder.CONFIG).to(device).eval()
+        vae = autoencoder.build().to(device).eval()
         vae.load_state_dict(load_file(folder / "autoencoder.safetensors"))
         made = torch.empty(len(images), VIEWS, 4, 16, 16, dtype=torch.float16)
         for first in tqdm(range(0, len(images), 64), desc="latents"):

@@ -111,7 +111,7 @@ def write_safetensors(path: Path, entries: Sequence[Entry], metadata: Mapping[st
         for entry in entries:
             tensor = entry.make()
             assert tuple(tensor.shape) == entry.shape and tensor.dtype == entry.dtype, entry.name
-            file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             yield entry.nbytes
 
 

@@ -104,11 +104,11 @@ def _found_files(source: str | Path | None) -> tuple[Path, ...]:
 
 def t5_tokenizer() -> Any:
     """T5's tokenizer, as a host on this machine has it; None where there is none."""
-    from transformers import T5TokenizerFast
+    transformers: Any = importlib.import_module("transformers")  # 5 makes the fast class when it is asked for
 
     for path in in_hosts(T5S):
         if (path / "tokenizer.json").is_file():
-            return T5TokenizerFast.from_pretrained(path, local_files_only=True)
+            return transformers.T5TokenizerFast.from_pretrained(path, local_files_only=True)
     return None
 
 

@@ -23,7 +23,7 @@ def parameters_on_meta() -> Iterator[None]:
     """Within, modules made in this thread have parameters without memory; their buffers are real."""
     thread = threading.get_ident()
 
-    def replace(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    def replace(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> Any:  # torch types it as None
         if parameter is None or parameter.is_meta or threading.get_ident() != thread:
             return None
         return nn.Parameter(parameter.to("meta"), parameter.requires_grad)

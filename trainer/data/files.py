@@ -173,7 +173,7 @@ def checksum(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         digest.update(name.encode())
         if tensors[name].ndim:
-            digest.update(tensors[name].contiguous().view(torch.uint8).flatten().numpy())
+            digest.update(tensors[name].contiguous().view(torch.uint8).flatten().numpy().data)
     return digest.hexdigest()
 
 

@@ -142,6 +142,7 @@ def _make(share: OfSize, warn: Callable[[str], None]) -> Iterator[tuple[int, Ten
             if len(begun) >= count:
                 yield first + count, begun.latents[:count]
                 continue
+            assert begun.seeds is not None
             parts, made = [begun.latents], len(begun)
             seeds = config.seed * 1_000_000 + torch.arange(first, first + count)
             seeds[:made] = begun.seeds

@@ -24,6 +24,8 @@ GUIDANCE = 3.5  # the scale that a guidance-distilled transformer (FLUX.1 dev) t
 class NetworkDenoiser(Denoiser):
     """A network that diffusers' pipelines call, at its weights' own precision."""
 
+    backbone: Any  # of diffusers' own class: nn.Module has no `config`
+
     def __init__(self, network: Any, schedule: Schedule, prediction: str = "flow"):
         self.backbone, self.schedule, self.prediction = network, schedule, prediction
         self.execution_device: torch.device | None = None  # where it computes, if its weights may lie elsewhere

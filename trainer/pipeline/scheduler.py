@@ -52,6 +52,7 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
     (`use_dynamic_shifting`, with the settings that diffusers has for it). Else they are those of the betas.
     """
 
+    config: Any  # diffusers types it as a plain dictionary, which has no attributes
     order = 1
 
     @register_to_config
@@ -65,7 +66,7 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
         beta_start: float = 0.00085,
         beta_end: float = 0.012,
         beta_schedule: str = "scaled_linear",
-        trained_betas: Sequence[float] | None = None,
+        trained_betas: list[float] | None = None,
         rescale_betas_zero_snr: bool = False,
         use_flow_sigmas: bool = False,
         shift: float = 1.0,
