@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
+from tqdm import tqdm
 from turbodistill.core.card import KEY
 from turbodistill.trainer.config import Config
 from turbodistill.trainer.loop import distill
@@ -201,6 +202,7 @@ def compare(
         wholes[name], status = follow(*start(host, prompts, config, out / f"{name}-again"))
         assert status == 0 and what_is_left(out / f"{name}-again") == lefts[name], f"{name} is not the same twice"
     killed, equal = Counter[str](), Counter[str]()
+    bar = tqdm(total=kills, unit="kill")
     for number in count():
         name = list(configs)[number % len(configs)]
         folder = out / f"killed-{number}"
@@ -214,13 +216,15 @@ def compare(
         _, status = follow(*start(host, prompts, configs[name], folder))
         found = differences(what_is_left(folder), lefts[name]) if status == 0 else ["it failed"]
         killed.update(phases)
+        bar.update(len(phases))
         if found:
-            print(f"{folder}, {name}, killed in {', '.join(phases)}: {', '.join(found)}", flush=True)
+            bar.write(f"{folder}, {name}, killed in {', '.join(phases)}: {', '.join(found)}", sys.stdout)
         else:
             equal.update(phases)
             shutil.rmtree(folder)
         if killed.total() >= kills:
             break
+    bar.close()
     return killed, equal
 
 
