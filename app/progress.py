@@ -63,8 +63,9 @@ class Bars:
         self._renew(self.title, round(minutes * 60) if minutes else self.config.updates, "s" if minutes else "update")
         done = min(round(step.spent), self._bar.total) if minutes else step.update
         self._bar.update(done - self._bar.n)
-        losses = {name: f"{value:.3f}" for name, value in step.losses.items()}
-        self._bar.set_postfix(update=step.update, **losses, acc=f"{step.health.accuracy:.2f}", refresh=False)
+        if step.health:
+            losses = {name: f"{value:.3f}" for name, value in step.losses.items()}
+            self._bar.set_postfix(update=step.update, **losses, acc=f"{step.health.accuracy:.2f}", refresh=False)
 
     def _renew(self, title: str, total: int, unit: str) -> None:
         """A bar of this title, in place of another's."""

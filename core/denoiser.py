@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .schedule import FlowSchedule, Schedule
+from .transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class Cond:
 
     def to(self, *args, **kwargs) -> Cond:
         return self.map(lambda v: v.to(*args, **kwargs))
+
+    def to_device(self, device: torch.device) -> Cond:
+        """On a device, without waiting for it."""
+        return self.map(lambda v: to_device(v, device))
 
     def repeat(self, count: int) -> Cond:
         """A batch of one, `count` times."""
@@ -149,23 +154,35 @@ class Guidance:
         return (self.start <= done) & (done < self.end)
 
 
-def guided(denoiser: Denoiser, x: Tensor, sigma: Tensor, cond: Cond, uncond: Cond | None, guidance: Guidance) -> Tensor:
+def guided(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigma: Tensor,
+    cond: Cond,
+    uncond: Cond | None,
+    guidance: Guidance,
+    acts: Tensor | None = None,
+) -> Tensor:
     """Guidance at a noise level of each row's own: uncond + scale (cond - uncond), as x0 (B, C, H, W).
 
-    Two rows a sample in one pass; one where guidance does not act or there is no `uncond`.
+    Two rows a sample in one pass; one where guidance does not act or there is no `uncond`. `acts` (B,), on the CPU, is
+    what `guidance.acts` would say: whoever drew the levels there need not wait for them.
     """
     schedule = denoiser.schedule
-    acts = guidance.acts(schedule, sigma)
+    acts = guidance.acts(schedule, sigma) if acts is None else acts
     if uncond is None or not acts.any():
         return denoiser(x, sigma, cond)
-    rows = acts.nonzero().flatten().to(x.device)
-    against = uncond.repeat(len(rows)) if len(uncond) == 1 else uncond.rows(rows)
-    inputs = torch.cat([x, x[rows]]), torch.cat([sigma, sigma[rows]]), Cond.cat([cond, against])
-    positive, negative = denoiser(*inputs).split([len(x), len(rows)])
-    result = negative + guidance.scale * (positive[rows] - negative)
+    whole = bool(acts.all())
+    rows: Any = slice(None) if whole else to_device(acts.nonzero().flatten(), x.device)
+    x_again, sigma_again = x[rows], sigma[rows]
+    against = uncond.repeat(len(x_again)) if len(uncond) == 1 else uncond.rows(rows)
+    inputs = torch.cat([x, x_again]), torch.cat([sigma, sigma_again]), Cond.cat([cond, against])
+    both, negative = denoiser(*inputs).split([len(x), len(x_again)])
+    positive = both[rows]
+    result = negative + guidance.scale * (positive - negative)
     if guidance.rescale:
-        result = rescaled(schedule, x[rows], sigma[rows], positive[rows], result, guidance.rescale)
-    return positive.index_copy(0, rows, result)
+        result = rescaled(schedule, x_again, sigma_again, positive, result, guidance.rescale)
+    return result if whole else both.index_copy(0, rows, result)
 
 
 def rescaled(schedule: Schedule, x: Tensor, sigma: Tensor, positive: Tensor, result: Tensor, phi: float) -> Tensor:

@@ -57,11 +57,13 @@ class Discriminator(nn.Module):
             self.register_buffer(f"mean_{k}", torch.zeros(c))
             self.register_buffer(f"std_{k}", torch.ones(c))
         self.register_buffer("calibrated", torch.tensor(False))
+        self._calibrated = False  # what the device says, which is asked only where this is False
 
     @torch.no_grad()
     def calibrate(self, features: Sequence[Tensor]) -> None:
         """Take mean and spread per channel from K maps of real pictures (B, C_k, H_k, W_k), once."""
-        if self.calibrated:
+        if self._calibrated or self.calibrated:
+            self._calibrated = True
             return
         for k, f in enumerate(features):
             getattr(self, f"mean_{k}").copy_(f.mean((0, 2, 3)))

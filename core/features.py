@@ -170,6 +170,7 @@ class VisionFeatures:
         self.patch, self.decode, self.size = patch, decode, size
         self.taps = list(taps or vision_taps(network))
         self.modules = tapped(network, self.taps)
+        self._normal = torch.tensor(self.MEAN)[:, None, None], torch.tensor(self.STD)[:, None, None]
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> list[Tensor]:
         """Clean latents x (B, C, H, W) -> K feature maps, float32; level and condition tell it nothing."""
@@ -178,7 +179,9 @@ class VisionFeatures:
         rows, columns = (math.ceil(side * scale / self.patch) for side in pictures.shape[-2:])
         sides = (rows * self.patch, columns * self.patch)
         pictures = F.interpolate(pictures, sides, mode="bicubic", antialias=True)
-        mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (self.MEAN, self.STD))
+        if self._normal[0].device != pictures.device:
+            self._normal = self._normal[0].to(pictures.device), self._normal[1].to(pictures.device)
+        mean, std = self._normal
 
         def take(_tap: str, output: Any) -> Tensor:
             tokens = output[0] if isinstance(output, tuple) else output

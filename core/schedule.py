@@ -123,21 +123,32 @@ class DiscreteSchedule(Schedule):
         self.sigmas = ((1 - table) / table).sqrt()
         self.log_sigmas = self.sigmas.log()
         self.timesteps = len(table)
+        self._tables = {self.log_sigmas.device: self.log_sigmas}
+
+    def _table(self, device: torch.device) -> Tensor:
+        """The logarithms of sigma (T,) where they are looked up: a look-up elsewhere would wait for the device.
+
+        In float32 but for a CPU, which alone is fast in float64, and Apple's devices have none.
+        """
+        if device not in self._tables:
+            self._tables[device] = self.log_sigmas.to(device, torch.float32)
+        return self._tables[device]
 
     def sigma(self, timestep: Tensor | float) -> Tensor:
-        t = torch.as_tensor(timestep, dtype=torch.float64)
-        low = t.detach().cpu().clamp(0, self.timesteps - 1)
+        t = timestep.detach() if isinstance(timestep, Tensor) else torch.tensor(timestep, dtype=torch.float64)
+        table = self._table(t.device)
+        low = t.to(table.dtype).clamp(0, self.timesteps - 1)
         floor = low.floor().long()
         ceil = low.ceil().long()
-        mixed = torch.lerp(self.log_sigmas[floor], self.log_sigmas[ceil], low - floor)
-        return mixed.exp().float().to(t.device)
+        return torch.lerp(table[floor], table[ceil], low - floor).exp().float()
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        log = torch.as_tensor(sigma).detach().cpu().double().clamp(min=1e-10).log()
-        high = torch.searchsorted(self.log_sigmas, log.contiguous()).clamp(1, self.timesteps - 1)
-        low_log, high_log = self.log_sigmas[high - 1], self.log_sigmas[high]
-        weight = ((log - low_log) / (high_log - low_log)).clamp(0, 1)
-        return (high - 1 + weight).float().to(torch.as_tensor(sigma).device)
+        sigma = torch.as_tensor(sigma).detach()
+        table = self._table(sigma.device)
+        log = sigma.to(table.dtype).clamp(min=1e-10).log()
+        high = torch.searchsorted(table, log.contiguous()).clamp(1, self.timesteps - 1)
+        weight = ((log - table[high - 1]) / (table[high] - table[high - 1])).clamp(0, 1)
+        return (high - 1 + weight).float()
 
     def alpha_sigma(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         alpha = (sigma**2 + 1).rsqrt()

@@ -327,7 +327,7 @@ def seen(state, output, batch):
 def toy_state(toys, teacher=None, rank=0, **settings):
     teacher = teacher or toys.conv()
     config = Config(rank=rank, batch_size=4, head_channels=8, taps="conv_in,down", precision="float32", **settings)
-    pairs = Samples(toys.picture(8), toys.cond(8), [""] * 8, torch.arange(8))
+    pairs = Samples(toys.picture(8), toys.cond(8), list("abcdefgh"), torch.arange(8))
     student = Student(teacher, rank=rank)
     return State.create(student, config, pairs), pairs
 

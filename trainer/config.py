@@ -396,6 +396,14 @@ class Config:
         low=0,
         high=MOST_UPDATES,
     )
+    log_every: int = option(
+        0,
+        "Updates between two looks at the losses, of which the means are told. 0: 1 on a CPU, 10 on a GPU, which "
+        "waits at each.",
+        "output",
+        low=0,
+        high=MOST_UPDATES,
+    )
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -487,7 +495,7 @@ class Config:
 
 Config.__init__ = told_names(Config.__init__)
 # What may change between a run and its resumption: it decides how long, how often and with how much memory.
-RESUMABLE = {"updates", "minutes", "preview_every", "save_every", "evaluate_every"}
+RESUMABLE = {"updates", "minutes", "preview_every", "save_every", "evaluate_every", "log_every"}
 RESUMABLE |= {"batch_size", "gradient_accumulation", "precision", "gradient_checkpointing"}
 RESUMABLE |= {"init_student", "broken_pictures"}  # only the start needs them
 

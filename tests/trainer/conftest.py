@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from turbodistill.core.card import fingerprint
 from turbodistill.core.denoiser import Cond, Denoiser
+from turbodistill.core.features import Features
 from turbodistill.core.schedule import DiscreteSchedule
 from turbodistill.core.student import Student
 from turbodistill.trainer.config import Config
@@ -109,10 +110,10 @@ def pairs(host: ToyHost, settings: Config, folder, prompts=WORDS) -> Samples:
     return load_pairs(folder, settings.pairs)
 
 
-def state(host: ToyHost, settings: Config, samples: Samples) -> State:
+def state(host: ToyHost, settings: Config, samples: Samples, seeing: Features | None = None) -> State:
     torch.manual_seed(settings.seed)
     student = Student(host.denoiser, settings.rank, settings.alpha or None, settings.targets, settings.prediction)
-    return State.create(student, settings, samples, features(host, settings))
+    return State.create(student, settings, samples, seeing or features(host, settings))
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from ...core.sampling import TEACHER_SAMPLERS, seeded_noise, trailing_sigmas
 from ..config import Config
 from ..groups import OF_GUIDANCE
 from ..host import Host
-from ..loop.precision import autocast
+from ..loop.precision import as_sampled
 from .affixes import NAMES, Affixes
 from .conditioning import Conditioning
 from .files import DataError, OtherRun, log, read_tensors
@@ -186,7 +186,7 @@ class Teacher:
         denoiser = self.host.denoiser
         noise = seeded_noise(seeds.tolist(), self.host.latent_shape, denoiser.device)
         model = Guided(denoiser, cond.to(noise.device), self.uncond, self.guidance)
-        with exclusive(denoiser.backbone), autocast(self.config, denoiser):
+        with exclusive(denoiser.backbone), as_sampled(self.config, denoiser):
             return self._sample(model, noise, seeds.tolist()).float().cpu()
 
     def _sample(self, model: Guided, noise: Tensor, seeds: list[int]) -> Tensor:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...core.denoiser import Cond
+from ...core.denoiser import Cond, Guidance
 from ...core.sampling import trailing_timesteps
 from ...core.schedule import expand
 from ...core.student import Student
+from ...core.transfer import to_device
 from ..config import Config
 from ..data.samples import Samples
 from ..sizes import MOST_SIZES
@@ -24,18 +25,19 @@ def generator(seed: int, update: int, purpose: int = 0) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch on the device, with everything random about it drawn."""
+    """One batch on the device, with everything random about it drawn; what decides the course is drawn on the CPU."""
 
     x: Tensor  # (B, C, H, W) the student's input
     sigma: Tensor  # (B,) its level
     first: Tensor  # (B,) true where it is pure noise
-    paired: Tensor  # (B,) true where that noise is the pair's own, so that the regression has one answer
+    paired: Tensor  # (P,) the rows where that noise is the pair's own, so that the regression has one answer
     cond: Cond  # the student's
     teacher_cond: Cond  # the same but for a prefix and suffix that are baked in
     target: Tensor  # (B, C, H, W) the teacher's picture from the same noise
     positive: Tensor  # (B, C, H, W) what the discriminator takes for real
     positive_cond: Cond
-    positive_key: Tensor  # (B,) which picture that is: n of the n-th pair's, -1 - n of the n-th real one
+    positive_key: Tensor  # (B,), on the CPU: which picture that is: n of the n-th pair's, -1 - n of the n-th real one
+    strangers: Tensor  # (S,) the rows of which the one before has a positive of another prompt
     renoise: Tensor  # (B,) sigma at which the discriminator sees both
     noise: Tensor  # (B, C, H, W) the noise of that
     distill_sigma: Tensor  # (B,) sigma of the distillation term
@@ -51,6 +53,7 @@ class GuidanceBatch:
     sigma: Tensor  # (B,) its level
     cond: Cond  # the student's
     teacher_cond: Cond  # the same but for a prefix and suffix that are baked in
+    acts: Tensor  # (B,), on the CPU: where there is guidance
 
 
 @dataclass(frozen=True)
@@ -120,12 +123,16 @@ def draw_batch(
     clean = torch.where(expand(first, target).bool(), torch.zeros_like(target), target)
     noise = torch.where(expand(paired, target).bool(), pairs.noise(rows), torch.randn(shape, generator=draws))
     positive, positive_cond, positive_key = target, cond, rows
+    prompts = [pairs.prompts[row] for row in rows.tolist()]
     if reals is not None and config.sees_pictures:
         other, take = draw_reals(config, reals, rows, draws)
         positive = torch.where(expand(take, target).bool(), reals.samples.latents[other], target)
         positive_key = torch.where(take, -1 - other, rows)
         mixed = torch.arange(size) + size * take
         positive_cond = Cond.cat([cond, reals.samples.cond.rows(other)]).rows(mixed)
+        theirs = [reals.samples.prompts[row] for row in other.tolist()]
+        prompts = [real if taken else own for real, own, taken in zip(theirs, prompts, take.tolist(), strict=True)]
+    strangers = torch.tensor([i for i, prompt in enumerate(prompts) if prompt != prompts[i - 1]], dtype=torch.long)
     last = schedule.timesteps - 1
     normal = torch.randn(size, generator=draws)
     renoise = schedule.sigma(
@@ -133,20 +140,21 @@ def draw_batch(
     )  # LADD, section 3.2
     uniform = torch.rand(size, generator=draws)
     return Batch(
-        schedule.add_noise(clean, noise, sigma).to(device),
-        sigma.to(device),
-        first.to(device),
-        paired.to(device),
-        cond.to(device),
-        teacher_cond.to(device),
-        target.to(device),
-        positive.to(device),
-        positive_cond.to(device),
-        positive_key.to(device),
-        renoise.to(device),
-        torch.randn(shape, generator=draws).to(device),
-        schedule.sigma(last * (0.02 + 0.96 * uniform)).to(device),
-        torch.randn(shape, generator=draws).to(device),
+        to_device(schedule.add_noise(clean, noise, sigma), device),
+        to_device(sigma, device),
+        to_device(first, device),
+        to_device(paired.nonzero().flatten(), device),
+        cond.to_device(device),
+        teacher_cond.to_device(device),
+        to_device(target, device),
+        to_device(positive, device),
+        positive_cond.to_device(device),
+        positive_key,
+        to_device(strangers, device),
+        to_device(renoise, device),
+        to_device(torch.randn(shape, generator=draws), device),
+        to_device(schedule.sigma(last * (0.02 + 0.96 * uniform)), device),
+        to_device(torch.randn(shape, generator=draws), device),
         int(torch.randint(2**31, (1,), generator=draws)),
     )
 
@@ -174,7 +182,9 @@ def draw_guidance_batch(config: Config, student: Student, group: Group, draws: t
     uniform = (torch.rand((), generator=draws) + torch.arange(size) / size) % 1
     sigma = schedule.sigma((uniform * schedule.timesteps).long())
     x = schedule.add_noise(clean, torch.randn(clean.shape, generator=draws), sigma)
-    return GuidanceBatch(x.to(device), sigma.to(device), *(cond.to(device) for cond in conds))
+    own, teacher_s = (cond.to_device(device) for cond in conds)
+    acts = Guidance.of(config).acts(schedule, sigma)
+    return GuidanceBatch(to_device(x, device), to_device(sigma, device), own, teacher_s, acts)
 
 
 def _conds(samples: Samples, rows: Tensor) -> list[Cond]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from ..data.samples import Samples
 from .batch import Group, draw_group, draw_guidance_batch, generator
 from .feature_cache import FeatureCache
 from .health import Health, HealthParts, health_parts
+from .measures import OTHER_DEVICES, Measured, Measures
+from .optimizer import can_skip
 from .precision import autocast
 from .state import State
 from .steps import (
@@ -36,11 +39,11 @@ class Diverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Step:
-    """What one student update did."""
+    """What one student update did. `losses` and `health` are means over `log_every` updates, at the last of them."""
 
     update: int  # 1 for the first
-    losses: dict[str, float]
-    health: Health
+    losses: dict[str, float]  # empty in between
+    health: Health | None
     seconds: float
     spent: float  # seconds of training so far, over all runs
 
@@ -56,12 +59,13 @@ def distill_groups(state: State, groups: Sequence[Group]) -> Generator[Step, Non
     Each batch is of one group, drawn by its number of pairs. Of pictures, which are real, the discriminator sees that
     of the pair's own prompt where there is one.
     The state lies whole between two yields, so closing the generator cancels; the teacher's flags
-    are restored then. Raises Diverged when a loss or gradient is not finite, before it is applied.
+    are restored then. Raises Diverged when a loss or gradient is not finite, which is never applied.
     """
     scoring = state.fake_score.denoiser.training() if state.fake_score else nullcontext()
     student = state.student
     groups = [replace(group, uncond=group.uncond.to(student.device)) for group in groups]
     state.feature_cache = FeatureCache()  # keys tell pictures of this call apart
+    measures = Measures()
     with student.training(), scoring, state.checkpointed():
         while not state.finished:
             # Spectral norms advance with every pass of the heads: an update that is broken off must not leave its own.
@@ -69,7 +73,7 @@ def distill_groups(state: State, groups: Sequence[Group]) -> Generator[Step, Non
             norms = [buffer.clone() for buffer in spectral]
             try:
                 with exclusive(student.teacher.backbone):
-                    step = _update(state, groups)
+                    step = _update(state, groups, measures)
             except BaseException:
                 if state.whole:
                     for buffer, before in zip(spectral, norms, strict=True):
@@ -78,25 +82,27 @@ def distill_groups(state: State, groups: Sequence[Group]) -> Generator[Step, Non
             yield step
 
 
-def _update(state: State, groups: Sequence[Group]) -> Step:
+def _update(state: State, groups: Sequence[Group], measures: Measures) -> Step:
     """One update of everything that is trained. `state.whole` is False while it is being applied."""
     config, began = state.config, time.monotonic()
     phase = Phase.of(state)
     set_learning_rates(state)
+    norms = []
     if phase.discriminator:
         for extra in range(1, config.discriminator_updates):
-            _discriminator_update(state, groups, generator(config.seed, state.update, extra), phase)
+            norms.append(_discriminator_update(state, groups, generator(config.seed, state.update, extra), phase))
     draws, share = generator(config.seed, state.update), 1 / config.gradient_accumulation
     drawn = [draw_group(groups, draws) for _ in range(config.gradient_accumulation)]
     learn = _learn_guidance if config.guidance_only else _learn_steps
     parts, health = learn(state, drawn, draws, phase, share)
-    losses, measured = _apply(state, phase, parts, share, health)
+    measured = _apply(state, phase, parts, norms, share, health, measures)
     update_average(state)
     seconds = time.monotonic() - began
     state.update += 1
     state.spent += seconds
     state.whole = True
-    return Step(state.update, losses, measured, seconds, state.spent)
+    losses, healthy = (measured.losses, measured.health) if measured else ({}, None)
+    return Step(state.update, losses, healthy, seconds, state.spent)
 
 
 Learnt = tuple[list[dict[str, Tensor]], HealthParts]
@@ -131,31 +137,54 @@ def _learn_guidance(
 
 
 def _apply(
-    state: State, phase: Phase, parts: list[dict[str, Tensor]], share: float, health: HealthParts
-) -> tuple[dict[str, float], Health]:
-    """Clip the gradients, look at all numbers at once, and let the optimizers step.
+    state: State,
+    phase: Phase,
+    parts: list[dict[str, Tensor]],
+    norms: Sequence[tuple[str, Tensor]],
+    share: float,
+    health: HealthParts,
+    measures: Measures,
+) -> Measured | None:
+    """Clip the gradients and let the optimizers step, unless a number is not finite; the numbers, where they are due.
 
-    One transfer from the device an update, however many losses there are. Raises Diverged before anything is changed.
+    `norms` are of gradients that were applied before. Raises Diverged where the numbers are brought over, with nothing
+    changed since one of them was not finite.
     """
     optimizers = _optimizers(state, phase)
     for _, optimizer in optimizers.values():
         state.scaler.unscale_(optimizer)
-    norms = {name: clip_gradients(module, state.config.max_grad_norm) for name, (module, _) in optimizers.items()}
-    scalars = [value.detach() for part in parts for value in part.values()]
-    numbers = iter(torch.stack([x.float().reshape(()) for x in (*scalars, *norms.values(), *health.values)]).tolist())
-    losses: dict[str, float] = {}
-    for part in parts:
-        for name in part:
-            losses[name] = losses.get(name, 0.0) + next(numbers) * share
-    gradients = {f"{name}'s gradient": next(numbers) for name in norms}
-    _check(state.update + 1, losses)
-    _check_gradients(state, gradients)
+    for name, (module, _) in optimizers.items():
+        norms = [*norms, (f"{name}'s gradient", clip_gradients(module, state.config.max_grad_norm))]
+    numbers = measures.add([item for part in parts for item in part.items()], norms, health, share)
+    skips = all(can_skip(optimizer) for _, optimizer in optimizers.values())
+    due = (state.update + 1) % looks_every(state) == 0 or state.update + 1 >= state.config.updates
+    measured = None
+    if due or not skips:
+        measured = measures.take()
+        _check(state.update + 1, measured.losses)
+        _check_gradients(state, measured.norms)
     state.whole = False
     for _, optimizer in optimizers.values():
-        state.scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
+        step_unless(state, optimizer, numbers)
     state.scaler.update()
-    return losses, health.take(numbers)
+    return measured
+
+
+def looks_every(state: State) -> int:
+    """Updates between two looks at the numbers."""
+    return state.config.log_every or (1 if state.student.device.type == "cpu" else OTHER_DEVICES)
+
+
+def step_unless(state: State, optimizer: torch.optim.Optimizer, numbers: Tensor) -> None:
+    """Let an optimizer step; on the device it does not where one of the `numbers` (n,) is not finite.
+
+    Float16's scaler has its own way of that.
+    """
+    if not state.scaler.is_enabled() and can_skip(optimizer):
+        skipping: Any = optimizer  # torch's own scaler tells it so, too
+        skipping.found_inf = (~numbers.isfinite()).any().float()
+    state.scaler.step(optimizer)
+    optimizer.zero_grad(set_to_none=True)
 
 
 def _optimizers(state: State, phase: Phase) -> dict[str, tuple[nn.Module, torch.optim.Optimizer]]:
@@ -168,8 +197,10 @@ def _optimizers(state: State, phase: Phase) -> dict[str, tuple[nn.Module, torch.
     return found | {"student": (state.student.trained, state.optimizer)}
 
 
-def _discriminator_update(state: State, groups: Sequence[Group], draws: torch.Generator, phase: Phase) -> None:
-    """One more discriminator update, on batches of its own, as many as the student's."""
+def _discriminator_update(
+    state: State, groups: Sequence[Group], draws: torch.Generator, phase: Phase
+) -> tuple[str, Tensor]:
+    """One more discriminator update, on batches of its own, as many as the student's; its gradient's norm."""
     config, student, critic = state.config, state.student, state.critic
     assert critic
     fresh = config.fresh_noise_share if phase.adversarial else 0.0
@@ -180,11 +211,12 @@ def _discriminator_update(state: State, groups: Sequence[Group], draws: torch.Ge
             made = StudentStep(student(batch.x, batch.sigma, batch.cond).float(), {})
         discriminator_step(state, batch, made, 1 / config.gradient_accumulation)
     state.scaler.unscale_(critic.optimizer)
-    norm = clip_gradients(critic.discriminator, config.max_grad_norm).item()
-    _check_gradients(state, {"discriminator's gradient": norm})
-    state.scaler.step(critic.optimizer)
-    critic.optimizer.zero_grad(set_to_none=True)
+    name, norm = "discriminator's gradient", clip_gradients(critic.discriminator, config.max_grad_norm)
+    if not can_skip(critic.optimizer):
+        _check_gradients(state, {name: norm.item()})
+    step_unless(state, critic.optimizer, norm.reshape(1))
     state.scaler.update()
+    return name, norm
 
 
 def clip_gradients(module: nn.Module, largest: float) -> Tensor:

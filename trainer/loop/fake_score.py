@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...core import losses
 from ...core.student import Student
+from ...core.transfer import to_device
 from ..config import Config
 from .batch import Batch
 from .optimizer import adam
@@ -30,8 +31,8 @@ class FakeScore:
         schedule = self.denoiser.schedule
         draws = torch.Generator().manual_seed(batch.seed + 1)
         levels = 0.02 + 0.96 * torch.rand(len(pictures), generator=draws)
-        noise = torch.randn(pictures.shape, generator=draws).to(pictures)
-        sigma = schedule.sigma(levels * (schedule.timesteps - 1)).to(pictures.device)
+        noise = to_device(torch.randn(pictures.shape, generator=draws), pictures.device)
+        sigma = to_device(schedule.sigma(levels * (schedule.timesteps - 1)), pictures.device)
         return losses.denoising(self.denoiser, pictures.detach(), noise, sigma, batch.cond)
 
     def state_dict(self) -> dict:

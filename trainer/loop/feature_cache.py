@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...core.transfer import to_device
+
 LIMIT = 2**30  # bytes of the computer's memory, not the device's
 
 
@@ -18,14 +20,15 @@ class FeatureCache:
         self.taken = 0
         self.maps: dict[int, list[Tensor]] = {}
 
-    def of(self, keys: Tensor, make: Callable[[int], list[Tensor]]) -> list[Tensor]:
-        """K maps (B, C_k, H_k, W_k) of the pictures with the given keys (B,); `make(i)` gives the i-th one's, (1, ...).
+    def of(self, keys: Tensor, make: Callable[[int], list[Tensor]], device: torch.device) -> list[Tensor]:
+        """K maps (B, C_k, H_k, W_k), on a device, of the pictures with the given keys (B,), which lie on the CPU.
 
+        `make(i)` gives the i-th one's, (1, ...).
         Each picture is seen alone: its maps then are the same to the bit whatever the batch, and with
         them a run that was resumed with nothing kept.
         """
         rows = [self.maps.get(key) or self._keep(key, make(i)) for i, key in enumerate(keys.tolist())]
-        return [torch.cat([m.to(keys.device) for m in maps]) for maps in zip(*rows, strict=True)]
+        return [torch.cat([to_device(m, device) for m in maps]) for maps in zip(*rows, strict=True)]
 
     def _keep(self, key: int, maps: list[Tensor]) -> list[Tensor]:
         size = sum(m.numel() * m.element_size() for m in maps)

@@ -52,6 +52,16 @@ def autocast(config: Config, *denoisers: Denoiser) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def as_sampled(config: Config, denoiser: Denoiser) -> Iterator[None]:
+    """As `autocast`, for pictures as the host makes them: `auto` leaves weights of half precision as they are."""
+    if config.precision == "auto" and stored_precision(denoiser.backbone) in LOW.values():
+        yield
+        return
+    with autocast(config, denoiser):
+        yield
+
+
 def grad_scaler(config: Config, device: torch.device, backbone: nn.Module | None = None) -> amp.GradScaler:
     """What keeps float16's small gradients from becoming 0 (arXiv 1710.03740, section 3.2); else it does nothing."""
     computed = low_precision(config, device) or (stored_precision(backbone) if backbone else None)

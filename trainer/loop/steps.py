@@ -109,7 +109,7 @@ def real_inputs(state: State, batch: Batch) -> HeadInputs:
             one = slice(i, i + 1)
             return state.features(batch.positive[one], sigma[one], batch.positive_cond.rows(one))
 
-        maps = state.feature_cache.of(batch.positive_key, alone)
+        maps = state.feature_cache.of(batch.positive_key, alone, sigma.device)
     discriminator.calibrate(maps)
     text, image = batch.positive_cond.summary, image_condition(state, batch)
     return HeadInputs(discriminator.standardise(maps), sigma, text, image)
@@ -124,7 +124,7 @@ def image_condition(state: State, batch: Batch) -> Tensor | None:
     if not state.discriminator.image:
         return None
     picture, schedule = batch.target, state.student.schedule
-    sigma = schedule.sigma(torch.full((len(picture),), CLEAN)).to(picture)
+    sigma = schedule.sigma(picture.new_full((len(picture),), CLEAN))
     if state.features.conditional:
         picture = schedule.add_noise(picture, batch.noise, sigma)
     features = state.features(picture, sigma, batch.cond)[-1].mean((2, 3))
@@ -136,19 +136,15 @@ def logits(state: State, inputs: HeadInputs) -> list[Tensor]:
     return state.discriminator(inputs.maps, inputs.sigma, inputs.text, inputs.image)
 
 
-def mismatched(state: State, real: HeadInputs, batch: Batch) -> tuple[HeadInputs, Tensor]:
-    """The positives with the text of their neighbours in the batch, and (B,) where that is another text.
+def mismatched(state: State, real: HeadInputs, batch: Batch) -> HeadInputs:
+    """The positives with the texts of their neighbours in the batch, for a matching-aware discriminator.
 
-    For a matching-aware discriminator (arXiv 1605.05396, section 4.2).
+    (arXiv 1605.05396, section 4.2.)
     """
-    order = torch.arange(len(real.text)).roll(1)
-    other = real.text[order]
-    if state.features.conditional:
-        with torch.no_grad():
-            wrong = head_inputs(state, batch.positive, batch.positive_cond.rows(order), batch)
-    else:
-        wrong = replace(real, text=other)
-    return wrong, (other != real.text).any(1)
+    if not state.features.conditional:
+        return replace(real, text=real.text.roll(1, 0))
+    with torch.no_grad():
+        return head_inputs(state, batch.positive, batch.positive_cond.map(lambda v: v.roll(1, 0)), batch)
 
 
 # --- Losses ---
@@ -159,14 +155,14 @@ def student_losses(state: State, batch: Batch, uncond: Cond, phase: Phase) -> St
     config = state.config
     output = state.student(batch.x, batch.sigma, batch.cond).float()
     paired, parts = batch.paired, {}
-    if config.regression_weight > 0 and paired.any():
+    if config.regression_weight > 0 and len(paired):
         parts["regression"] = config.regression_weight * losses.regression(output[paired], batch.target[paired])
     if not phase.adversarial:
         return StudentStep(output, parts)
     if config.distillation_weight > 0:
         weight = config.distillation_weight * (phase.ramp if state.fake_score else 1.0)
         parts["distillation"] = weight * distillation_loss(state, output, batch, uncond)
-    matches = config.feature_weight > 0 and paired.any()
+    matches = config.feature_weight > 0 and len(paired) > 0
     if not (matches or config.adversarial_weight > 0):
         return StudentStep(output, parts)
     real, fake = real_inputs(state, batch), head_inputs(state, output, batch.cond, batch)
@@ -223,13 +219,9 @@ def discriminator_losses(state: State, real: HeadInputs, fake: HeadInputs, batch
     on_real, on_fake = logits(state, real), logits(state, fake)
     loss = losses.ADVERSARIAL[config.adversarial][0]
     parts = {"discriminator": loss(on_real, on_fake)}
-    if config.mismatch_weight > 0:
-        wrong, differs = mismatched(state, real, batch)
-        if differs.any():
-            on_wrong = logits(state, wrong)
-            parts["mismatch"] = config.mismatch_weight * loss(
-                [x[differs] for x in on_real], [x[differs] for x in on_wrong]
-            )
+    if config.mismatch_weight > 0 and len(rows := batch.strangers):
+        on_wrong = logits(state, mismatched(state, real, batch))
+        parts["mismatch"] = config.mismatch_weight * loss([x[rows] for x in on_real], [x[rows] for x in on_wrong])
     draws = torch.Generator(real.sigma.device).manual_seed(batch.seed)
     if penalty == "exact":
         parts["r1"] = config.r1_weight * losses.exact_r1(on_real, real.maps, draws)
@@ -283,7 +275,8 @@ def guidance_step(state: State, batch: GuidanceBatch, uncond: Cond, share: float
     student, guidance = state.student, Guidance.of(state.config)
     with autocast(state.config, student, student.teacher):
         with torch.no_grad():
-            target = guided(student.teacher, batch.x, batch.sigma, batch.teacher_cond, uncond, guidance).float()
+            given = batch.x, batch.sigma, batch.teacher_cond, uncond, guidance
+            target = guided(student.teacher, *given, batch.acts).float()
         output = student(batch.x, batch.sigma, batch.cond).float()
         weight = losses.velocity_weight(student.schedule, batch.sigma)
         step = StudentStep(output, {"guidance": losses.distillation(output, target, weight)})

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..data.files import write_whole, writing
 from ..loop.distill import Step
+from ..loop.health import Health
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def _is_whole(row: dict[str, str]) -> bool:
 
 
 class History:
-    """Losses and health of every update, in a CSV file that grows as training goes."""
+    """Losses and health of every update that looks at them, in a CSV file that grows as training goes."""
 
     def __init__(self, path: Path, update: int):
         self.path = path
@@ -52,8 +53,8 @@ class History:
         elif path.exists():
             path.unlink()
 
-    def add(self, step: Step) -> None:
-        row = {"update": step.update, "seconds": round(step.seconds, 4), **asdict(step.health), **step.losses}
+    def add(self, step: Step, measured: Health) -> None:
+        row = {"update": step.update, "seconds": round(step.seconds, 4), **asdict(measured), **step.losses}
         if not set(row) <= set(self.columns) or not self.path.exists():  # its folder may have been deleted
             old = []
             if self.path.exists():

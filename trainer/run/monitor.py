@@ -72,7 +72,8 @@ class Monitor:
             elif isinstance(event, Step):
                 self._progress("training", event.update, self.config.updates, "updates", event.seconds)
                 self._spent = event.spent
-                self._add(event.update, event.losses, asdict(event.health))
+                if event.health:
+                    self._add(event.update, event.losses, asdict(event.health))
             elif isinstance(event, Selected) and math.isfinite(event.score):  # JSON has no other numbers
                 self._scores.append((event.update, event.score))
                 if event.best:

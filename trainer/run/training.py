@@ -184,7 +184,8 @@ class Training:
             with closing(distill_groups(state, groups)) as steps:
                 for step in steps:
                     self.saved = False
-                    history.add(step)
+                    if step.health:
+                        history.add(step, step.health)
                     yield from self._after(step)
                     if self.control.stop:
                         break
@@ -227,7 +228,7 @@ class Training:
     def _after(self, step: Step) -> Iterator[Event]:
         """What follows an update."""
         config = self.state.config
-        if step.update > config.regression_updates and not config.guidance_only:
+        if step.health and step.update > config.regression_updates and not config.guidance_only:
             self.recent.append(step.health)
         yield step
         if self._evaluates():

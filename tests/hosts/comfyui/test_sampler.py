@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from turbodistill.core.precision import fast_bfloat16
 from turbodistill.demo import files
 
 pytestmark = pytest.mark.host
@@ -12,6 +13,8 @@ pytestmark = pytest.mark.host
 PROMPT = "a red fox, animal, in flat noto style"
 SEED = 7
 COUNT = 4
+# Pairs of a model in float32 are made in bfloat16 where the CPU is fast in it, ComfyUI's pictures are not.
+CLOSE = 0.06 if fast_bfloat16(torch.device("cpu")) else 0.01
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +92,7 @@ def off(found, expected):
 )
 def test_pairs_are_what_sampler_custom_makes(made, own, scale, sampler, scheduler):
     found, _ = made(sampler, scheduler)
-    assert off(found / scale, own(sampler, scheduler, 6)) < 0.01
+    assert off(found / scale, own(sampler, scheduler, 6)) < CLOSE
 
 
 def test_sigmas_alone_are_sampled_with_the_setting_s_sampler_and_a_negative_prompt_counts(made, own, scale):
