@@ -47,6 +47,6 @@ def frozen(backbone: nn.Module) -> Iterator[None]:
         with _NEW:
             held.holders -= 1
             if not held.holders:
-                del _FROZEN[backbone]
+                _FROZEN.pop(backbone, None)
                 for parameter, flag in held.flags:
                     parameter.requires_grad_(flag)

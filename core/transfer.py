@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy in the computer's memory, which is there once the device has come so far: only to be put back there."""
+    return tensor.to("cpu", non_blocking=True)
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on a device. To a CUDA device it goes by pinned memory, in the background."""
     if device.type == "cuda" and tensor.device.type == "cpu":

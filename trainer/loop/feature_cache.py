@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...core.transfer import to_device
+from ...core.transfer import to_device, to_host
 
 LIMIT = 2**30  # bytes of the computer's memory, not the device's
 
@@ -34,5 +34,5 @@ class FeatureCache:
         size = sum(m.numel() * m.element_size() for m in maps)
         if self.taken + size <= self.limit:
             self.taken += size
-            self.maps[key] = [m.cpu() for m in maps]
+            self.maps[key] = [to_host(m) for m in maps]
         return maps

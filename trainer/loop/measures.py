@@ -65,7 +65,11 @@ class Measures:
     def take(self) -> Measured:
         """The means, which are forgotten; of a loss that not every update has, over those that have it."""
         sums, self.sums = self.sums, {}
-        found = [(layout.read([x / count for x in total.tolist()]), count) for layout, (total, count) in sums.items()]
+        numbers = iter(torch.cat([total for total, _ in sums.values()]).tolist())
+        found = [
+            (layout.read([next(numbers) / count for _ in range(len(total))]), count)
+            for layout, (total, count) in sums.items()
+        ]
         if len(found) == 1:
             return found[0][0]
         losses, norms = (_means([(getattr(m, name), n) for m, n in found]) for name in ("losses", "norms"))
