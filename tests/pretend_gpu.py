@@ -44,7 +44,7 @@ MAKING = {
 # Operations of the device whose result's size is data.
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution")
 GROUPING = (os.path.join("torch", "optim"), os.path.join("torch", "nn", "utils"))
-SCALING = os.path.join("torch", "amp")  # its factor is inverted in float64
+SCALING = os.path.join("torch", "amp", "grad_scaler")
 OF_DATA = {"aten::nonzero", "aten::masked_select", "aten::_local_scalar_dense", "aten::_unique2", "aten::equal"}
 
 
@@ -86,6 +86,11 @@ def caller() -> str:
     while frame.f_code.co_filename == __file__:
         frame = frame.f_back
     return frame.f_code.co_filename
+
+
+def scales() -> bool:
+    """Whether float16's scaler is at work, which inverts its factor in float64."""
+    return any(SCALING in frame.filename for frame in traceback.extract_stack())
 
 
 def where() -> str:
@@ -204,7 +209,7 @@ class Operations(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if _plain(leaf) and on_device:
                 self.marks.put(leaf, CUDA)
-                if leaf.dtype == torch.float64 and SCALING not in caller():
+                if leaf.dtype == torch.float64 and not scales():
                     self.seen.doubles[f"{name} in {where()}"] += 1
             elif _plain(leaf) and self.marks.of(leaf) is None and any(place == CPU for _, place in places):
                 self.marks.put(leaf, CPU)
