@@ -260,6 +260,8 @@ def set_learning_rates(state: State) -> None:
 
 def _check_gradients(state: State, norms: dict[str, float]) -> None:
     """Raise Diverged for one that is no number; under float16 the optimizer skips it, until no smaller scale helps."""
+    if all(map(math.isfinite, norms.values())):  # else the device would be asked for the scale
+        return
     if not state.scaler.is_enabled() or state.scaler.get_scale() < 1:
         _check(state.update + 1, norms)
 
