@@ -97,7 +97,8 @@ def test_no_update_waits_but_where_the_losses_are_looked_at(trained, recipe):
         looks = step.update % EVERY == 0
         assert doubles == {}
         assert bool(step.losses) == looks and (step.health is not None) == looks
-        assert sum(waits.values()) == (len(waits) and looks) <= 1, waits
+        told = {place: n for place, n in waits.items() if recipe != "float16" or "tolist" in place}  # and its scale
+        assert sum(told.values()) == looks and (looks or not waits), waits
 
 
 @pytest.mark.parametrize("recipe", ["latents", "matching", "accumulation", "guidance alone"])
