@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, amp, nn
 
+from .lora import adaptable, quantised
+from .transfer import to_device, to_host
+
 # Types of weights that are numbers by themselves, by their names.
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -53,6 +56,31 @@ def output_in_float32(backbone: nn.Module) -> Iterator[None]:
             layer.__dict__.pop("forward", None)
         else:
             layer.forward = own
+
+
+@contextmanager
+def cast_once(backbone: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Within, frozen weights that autocast would cast to `dtype` anew in every pass, and keep, are in it already.
+
+    Each pass gives the same to the bit. The last layer of a UNet stays (`output_in_float32`), and so do quantised
+    weights. The weights come back as they were: a GPU's wait in the computer's memory meanwhile.
+    """
+    last = _output_layer(backbone)
+    kept: list[tuple[nn.Parameter, Tensor]] = []
+    for module in backbone.modules():
+        if module is last or not adaptable(module):
+            continue
+        for parameter in module._parameters.values():
+            if parameter is None or parameter.requires_grad or parameter.dtype == dtype:
+                continue
+            if not quantised(parameter) and parameter.element_size() > 1:
+                kept.append((parameter, to_host(parameter.data)))
+                parameter.data = parameter.data.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter, own in kept:
+            parameter.data = to_device(own, parameter.device)
 
 
 def _output_layer(backbone: nn.Module) -> nn.Module | None:

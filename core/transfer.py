@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy in the computer's memory, which is there once the device has come so far: only to be put back there."""
+    """The tensor in the computer's memory; of a device's, a copy that is there once the device has come so far.
+
+    Only `to_device` may read it before that.
+    """
     return tensor.to("cpu", non_blocking=True)
 
 

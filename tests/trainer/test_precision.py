@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import amp, nn
 from torch.nn import Conv2d
-from turbodistill.core.precision import fast_bfloat16
+from turbodistill.core.denoiser import Cond
+from turbodistill.core.precision import cast_once, fast_bfloat16
 from turbodistill.core.schedule import DiscreteSchedule
 from turbodistill.trainer.config import Config, ConfigError
 from turbodistill.trainer.loop import distill as loop
 from turbodistill.trainer.loop.distill import Diverged, distill
-from turbodistill.trainer.loop.precision import autocast, grad_scaler
+from turbodistill.trainer.loop.precision import autocast, cast_frozen, grad_scaler
 
 
 @pytest.mark.parametrize(
@@ -197,3 +198,50 @@ def test_the_last_layer_of_narrow_weights_computes_in_float32():
     with autocast(Config(precision="float32"), denoiser):
         assert denoiser.backbone.conv_out(x).dtype == torch.float32
     assert denoiser.backbone.conv_out(x.bfloat16()).dtype == torch.bfloat16
+
+
+# --- Frozen weights that are cast once ---
+
+
+def test_weights_that_are_cast_once_give_the_same_to_the_bit_and_come_back(kit):
+    denoiser = kit.unet_denoiser()
+    x, sigma = torch.randn(2, 4, kit.SIDE, kit.SIDE), torch.tensor([14.6, 1.0])
+    cond = Cond(torch.randn(2, kit.TOKENS, kit.STATES))
+    network = denoiser.backbone.requires_grad_(False)
+    before = {name: (p, p.data.data_ptr(), p.data.clone()) for name, p in network.named_parameters()}
+    config = Config(precision="bfloat16")
+    with torch.no_grad(), autocast(config, denoiser):
+        expected = denoiser(x, sigma, cond)
+    with pytest.raises(KeyError), cast_frozen(config, denoiser):
+        kinds = {name: p.dtype for name, p in network.named_parameters()}
+        with torch.no_grad(), autocast(config, denoiser):
+            assert torch.equal(denoiser(x, sigma, cond), expected)
+        raise KeyError
+    assert kinds["conv_in.weight"] == torch.bfloat16
+    # Norms compute in float32, and so does the last layer.
+    wide = [name for name, dtype in kinds.items() if dtype == torch.float32]
+    assert {"conv_out.weight", "conv_norm_out.weight"} <= set(wide)
+    assert all("norm" in name or name.startswith("conv_out") for name in wide)
+    for name, p in network.named_parameters():
+        was, place, value = before[name]
+        assert p is was and p.data_ptr() == place and torch.equal(p, value)
+
+
+def test_what_is_trained_and_what_is_packed_is_not_cast():
+    layers = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)).requires_grad_(False)
+    layers[0].requires_grad_(True)
+    layers[1].weight.data = layers[1].weight.data.to(torch.float8_e4m3fn)
+    with cast_once(layers, torch.bfloat16):
+        kinds = [layer.weight.dtype for layer in layers]
+    assert kinds == [torch.float32, torch.float8_e4m3fn, torch.bfloat16]
+    assert layers[2].weight.dtype == torch.float32
+
+
+def test_a_training_leaves_the_model_s_weights_as_they_were(kit, tmp_path):
+    host = kit.unet_host()
+    before = kit.weights(host.denoiser.backbone)
+    kinds = []
+    host.denoiser.backbone.register_forward_pre_hook(lambda m, _: kinds.append(m.conv_in.weight.dtype))
+    *_, finished = kit.go(host, kit.config(precision="bfloat16", taps="down_blocks.0,mid_block"), tmp_path / "run")
+    assert torch.bfloat16 in kinds and torch.float32 in kinds  # the pairs were made before
+    assert kit.same(kit.weights(host.denoiser.backbone), before) and finished.card.training["updates"] == 2

@@ -20,7 +20,7 @@ from .feature_cache import FeatureCache
 from .health import Health, HealthParts, health_parts
 from .measures import OTHER_DEVICES, Measured, Measures
 from .optimizer import can_skip
-from .precision import autocast
+from .precision import autocast, cast_frozen
 from .state import State
 from .steps import (
     DiscriminatorStep,
@@ -66,7 +66,7 @@ def distill_groups(state: State, groups: Sequence[Group]) -> Generator[Step, Non
     groups = [replace(group, uncond=group.uncond.to(student.device)) for group in groups]
     state.feature_cache = FeatureCache()  # keys tell pictures of this call apart
     measures = Measures()
-    with student.training(), scoring, state.checkpointed():
+    with student.training(), scoring, cast_frozen(state.config, student.teacher), state.checkpointed():
         while not state.finished:
             # Spectral norms advance with every pass of the heads: an update that is broken off must not leave its own.
             spectral = list(state.critic.discriminator.buffers()) if state.critic else []

@@ -9,7 +9,8 @@ import torch
 from torch import amp, nn
 
 from ...core.denoiser import Denoiser
-from ...core.precision import fast_bfloat16, output_in_float32
+from ...core.exclusive import exclusive
+from ...core.precision import cast_once, fast_bfloat16, output_in_float32
 from ..config import Config, ConfigError
 
 LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,6 +51,23 @@ def autocast(config: Config, *denoisers: Denoiser) -> Iterator[None]:
             if low is not None or stored_precision(backbone) in LOW.values():
                 stack.enter_context(output_in_float32(backbone))
         yield
+
+
+@contextmanager
+def cast_frozen(config: Config, denoiser: Denoiser) -> Iterator[None]:
+    """Within, the denoiser's frozen weights are in the settings' precision, so that `autocast` need not cast them."""
+    low = low_precision(config, denoiser.device)
+    if low is None:
+        yield
+        return
+    with ExitStack() as stack:
+        with exclusive(denoiser.backbone):
+            stack.enter_context(cast_once(denoiser.backbone, low))
+        try:
+            yield
+        finally:
+            with exclusive(denoiser.backbone):
+                stack.close()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from ...core.gradient_checkpointing import blocks
 from ..config import Config
 from ..data.samples import Samples
 from ..host import decoded_at_once
-from ..loop.precision import autocast
+from ..loop.precision import autocast, cast_frozen
 from ..loop.state import State
 
 GB = 1024**3
@@ -199,7 +199,8 @@ def measure_memory(state: State, pairs: Samples, resolution: tuple[int, int]) ->
             found.append(of_features.kept)
         return found
 
-    with student.training(), autocast(config, student, student.teacher):
+    with student.training(), cast_frozen(config, student.teacher), autocast(config, student, student.teacher):
+        weights = _bytes(student.teacher.backbone.parameters())
         one = passes(1)
         two = passes(2) if config.batch_size > 1 else one
     batches = [a.of_batch(b, config.batch_size) for a, b in zip(one, two, strict=True)]
@@ -208,7 +209,7 @@ def measure_memory(state: State, pairs: Samples, resolution: tuple[int, int]) ->
         *(state.fake_score.denoiser.trained.parameters() if state.fake_score else ()),
     ]
     return Memory(
-        _bytes(student.teacher.backbone.parameters()),
+        weights,
         # A parameter beside its gradient, Adam's two moments and the running average.
         5 * _bytes(trained) + 4 * _bytes(heads),
         sum(kept.total(config.gradient_checkpointing) for kept in batches),
