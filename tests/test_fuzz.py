@@ -228,7 +228,8 @@ def test_histories(fuzz, endures, tmp_path):
         json.dumps(shown, allow_nan=False)
         curves.charts(shown)
         runs._last_update(path)
-        History(path, 10).add(Step(11, {"regression": 1.0}, Health(0.5, 0.1, 1.0, 1.0, 1.0), 0.1, 0.1))
+        health = Health(0.5, 0.1, 1.0, 1.0, 1.0)
+        History(path, 10).add(Step(11, {"regression": 1.0}, health, 0.1, 0.1), health)
         assert read_rows(path, 11)[-1]["update"] == "11"
 
     endures(history, share=2)

@@ -383,4 +383,10 @@ def test_the_host_still_gives_these_numbers(host, tmp_path):
     versions = f"{found.pop('host')} on torch {found.pop('torch')}; recorded: {recorded['host']} on {recorded['torch']}"
     assert found.keys() == recorded.keys() - {"host", "torch"}
     assert found["models"].keys() == recorded["models"].keys(), versions
-    assert differences(found, recorded, 2e-6) == [], versions
+    # On another CPU the host's own tables are summed in another order.
+    moved = [
+        difference
+        for name, model in found.pop("models").items()
+        for difference in differences(model, recorded["models"][name], tolerance(host, name), f"/models/{name}")
+    ]
+    assert moved + differences(found, recorded, 2e-6) == [], versions

@@ -325,6 +325,7 @@ def test_the_help_page_opens_from_its_node(page, help_page):
             const node = LiteGraph.createNode(name)
             app.graph.add(node)
             app.canvas.selectNode(node)
+            app.canvas.ds.scale = 0.5 // the buttons stand above the node, and the page's bar above a tall one's
             app.canvas.centerOnNode(node)
         }""",
         help_page.stem,
