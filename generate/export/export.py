@@ -19,12 +19,13 @@ from ...core.precision import PRECISIONS
 from ...core.schedule import LAST_TIMESTEP
 from ...trainer.checkpoint.merged import CARD, as_full
 from ...trainer.data.files import check_space, whole_file, whole_folder
+from ...trainer.data.tensor_file import Entry, write_safetensors
 from . import folder, merge, transformers
 from .checkpoint import Checkpoint
 from .extract import Errors, extract
 from .lora_files import lora_tensors
 from .student import StudentFile
-from .tensors import Entry, ExportError, write_safetensors
+from .tensors import ExportError
 
 LORAS = ("kohya", "comfy", "peft")
 FORMATS = (*LORAS, "merged", "diffusers", "lora")

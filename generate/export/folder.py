@@ -17,10 +17,11 @@ from ...trainer.checkpoint.layout import Piece, same, text_encoder_to_diffusers,
 from ...trainer.checkpoint.merged import CARD, as_full
 from ...trainer.checkpoint.single_file import config_of, pipeline_config, scheduler_config
 from ...trainer.checkpoint.tokenizer import BEGIN, END, LENGTH, clip_vocabulary
+from ...trainer.data.tensor_file import Entry
 from . import configs
 from .checkpoint import Checkpoint
 from .merge import TEXT_ENCODERS, Merge, entry, from_pieces
-from .tensors import Entry, ExportError, Weights
+from .tensors import ExportError, Weights
 
 CHANNELS = 4  # of latents that a model takes which makes pictures from text
 FACTOR = 8  # pixels for each of a latent's, in Stable Diffusion

@@ -14,10 +14,11 @@ from ...core.student import FULL_PREFIX
 from ...trainer.checkpoint.identify import TEXTS
 from ...trainer.checkpoint.layout import Piece
 from ...trainer.checkpoint.merged import BESIDE
+from ...trainer.data.tensor_file import Entry
 from . import layout, transformers
 from .checkpoint import Checkpoint
 from .student import StudentFile
-from .tensors import Entry, ExportError, Weights, cast
+from .tensors import ExportError, Weights, cast
 
 # What of a whole checkpoint is weights: the rest (noise schedules, marks of v-prediction) stays as it is stored.
 PARTS = (WHOLE, *BESIDE)

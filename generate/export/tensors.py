@@ -1,14 +1,12 @@
-"""Tensors in safetensors files: read one by one when they are asked for, written one after the other.
+"""Tensors in safetensors files, read one by one when they are asked for.
 
-So that neither a checkpoint that is read nor the one that is written ever lies in memory as a whole.
+So that a checkpoint never lies in memory as a whole.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ from torch import Tensor
 from ...core.header import DTYPES, Header, read_header
 from ...trainer.data.files import DataError
 
-NAMES = {value: key for key, value in DTYPES.items()}
 MAPPED = 2**29  # bytes read from a file before it is opened anew: the pages of a mapped file count as memory
 
 
@@ -75,44 +72,6 @@ class Weights(Mapping[str, Tensor]):
     def starting(self, prefix: str) -> dict[str, str]:
         """The names with this prefix, by what follows it."""
         return {name.removeprefix(prefix): name for name in self.shapes if name.startswith(prefix)}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor of a file that is to be written: what it will be, and what makes it."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[], Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def write_safetensors(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> Iterator[int]:
-    """Write a safetensors file tensor by tensor; yields the bytes of each after it is written.
-
-    The library itself writes only what lies in memory as a whole. The format: eight bytes with the header's length,
-    the header as JSON (types, shapes, places), then the numbers without a gap.
-    """
-    # The largest numbers first: each then lies at a multiple of its own size, as readers expect that map the file.
-    entries = sorted(entries, key=lambda e: -e.dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | dict(metadata)}
-    end = 0
-    for entry in entries:
-        begin, end = end, end + entry.nbytes
-        header[entry.name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for entry in entries:
-            tensor = entry.make()
-            assert tuple(tensor.shape) == entry.shape and tensor.dtype == entry.dtype, entry.name
-            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            yield entry.nbytes
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -14,8 +14,8 @@ from torch import Tensor
 from turbodistill.core.naming import to_single_file
 from turbodistill.generate.export import layout
 from turbodistill.generate.export.merge import TEXT_ENCODERS
-from turbodistill.generate.export.tensors import Entry, write_safetensors
 from turbodistill.trainer.checkpoint.identify import SD2_BIAS, TEXTS
+from turbodistill.trainer.data.tensor_file import Entry, write_safetensors
 
 TOKENS = 49408
 XL = {

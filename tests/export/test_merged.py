@@ -12,8 +12,9 @@ from turbodistill.core.fit import read_base
 from turbodistill.core.student import load_student
 from turbodistill.generate.export import layout
 from turbodistill.generate.export.export import Export
-from turbodistill.generate.export.tensors import Entry, ExportError, Weights, write_safetensors
+from turbodistill.generate.export.tensors import ExportError, Weights
 from turbodistill.trainer.checkpoint.layout import text_encoder_to_diffusers
+from turbodistill.trainer.data.tensor_file import Entry, write_safetensors
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..data.files import whole_file
+from ..data.tensor_file import Entry, write_safetensors
 
 KEY = "turbodistill.state"  # of the JSON in the header
 TENSOR, PAIRS = "$tensor", "$pairs"  # what stands for a tensor by its name, and for a dict whose keys are no texts
@@ -26,10 +26,12 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     names: dict[tuple[Any, ...], str] = {}
     text = json.dumps(_packed(state, "state", tensors, names))
+    entries = [Entry(name, tuple(t.shape), t.dtype, lambda t=t: t.cpu()) for name, t in tensors.items()]
 
     def write() -> None:
         with whole_file(path) as part:
-            save_file(tensors, part, {KEY: text})
+            for _ in write_safetensors(part, entries, {KEY: text}):
+                pass
 
     try:
         write()
@@ -60,7 +62,7 @@ def _packed(value: Any, name: str, tensors: dict[str, Tensor], names: dict[tuple
         place = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride()) if value.numel() else (name,)
         if place not in names:
             names[place] = name
-            tensors[name] = value.contiguous()
+            tensors[name] = value
         return {TENSOR: names[place]}
     if isinstance(value, dict):
         pairs = [[key, _packed(each, f"{name}.{key}", tensors, names)] for key, each in value.items()]
