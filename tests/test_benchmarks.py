@@ -1,0 +1,27 @@
+"""Benchmarks that need what is not here run on tiny networks, so that they run where it is."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+pytest.importorskip("diffusers", reason="needs diffusers: pip install 'turbodistill[demo]'")
+
+
+@pytest.mark.slow
+def test_the_gpu_s_table_is_made_part_by_part_and_goes_on(tmp_path):
+    def run(part):
+        command = [sys.executable, BENCHMARKS / "gpu.py", "--dry-run", "--part", part, "--out", tmp_path / "gpu.json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return json.loads((tmp_path / "gpu.json").read_text()), done.stdout
+
+    found, told = run("sample")
+    assert found["small 64 px, one step"]["pictures/s"] > 0 and "network ms" in told
+    more, _ = run("sd15")
+    updates = [figures["s/update"] for name, figures in more.items() if "batch" in name]
+    assert len(updates) == 9 and all(value > 0 for value in updates)
+    assert run("sample")[0] == more  # nothing is measured twice
