@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from turbodistill.core.denoiser import Cond
-from turbodistill.core.schedule import DiscreteSchedule
+from turbodistill.core.denoiser import Cond, Denoiser
+from turbodistill.core.schedule import DiscreteSchedule, FlowSchedule
 from turbodistill.trainer.data.samples import Samples
-from turbodistill.trainer.pipeline.denoisers import UNetDenoiser
+from turbodistill.trainer.pipeline.denoisers import FluxDenoiser, UNetDenoiser
 
-PAIRS, TOKENS, CHANNELS, FACTOR = 8, 77, 4, 8
+PAIRS, CHANNELS, FACTOR = 8, 4, 8
 
 
 class Shape(NamedTuple):
-    """The settings of a UNet and of its autoencoder, in diffusers' words, and the width of its text."""
+    """The settings of a network and of its autoencoder, in diffusers' words, and the text that it is told."""
 
-    unet: dict[str, Any]
+    network: dict[str, Any]
     vae: dict[str, Any]
-    pooled: int = 0
+    width: int  # of the text's tokens
+    pooled: int = 0  # width of the pooled text, 0 where there is none
+    tokens: int = 77
+    channels: int = CHANNELS  # of latents
+    flux: bool = False
 
 
 VAE = {
@@ -35,7 +42,7 @@ OF_XL = {
     "use_linear_projection": True,
 }  # fmt: skip
 SHAPES = {
-    "sd15": Shape({"cross_attention_dim": 768, "attention_head_dim": 8}, VAE),
+    "sd15": Shape({"cross_attention_dim": 768, "attention_head_dim": 8}, VAE, 768),
     "sdxl": Shape(
         OF_XL
         | {
@@ -45,45 +52,78 @@ SHAPES = {
             "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20),
         },
         VAE,
+        2048,
         1280,
     ),
+    "flux": Shape(
+        {"guidance_embeds": True},
+        VAE | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False},
+        4096, 768, 512, 16, True,
+    ),
     # To see on any machine that a benchmark runs.
-    "small": Shape(SMALL_UNET | {"cross_attention_dim": 64}, SMALL_VAE),
-    "small-xl": Shape(SMALL_UNET | OF_XL | {"cross_attention_dim": 64}, SMALL_VAE, 1280),
+    "small": Shape(SMALL_UNET | {"cross_attention_dim": 64}, SMALL_VAE, 64),
+    "small-xl": Shape(SMALL_UNET | OF_XL | {"cross_attention_dim": 64}, SMALL_VAE, 64, 1280),
 }  # fmt: skip
 
 
-def denoiser(kind: str, device: torch.device, dtype: torch.dtype = torch.float32) -> UNetDenoiser:
-    """A UNet of a kind in SHAPES, made on the device."""
+@contextmanager
+def made_in(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Within, networks are made on the device in this type, with no copy of another before."""
+    own = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(own)
+
+
+def network(kind: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
+    """A network of a kind in SHAPES, made on the device."""
     import diffusers
 
     library: Any = diffusers
-    with torch.device(device):
-        unet = library.UNet2DConditionModel(sample_size=64, **SHAPES[kind].unet)
-    return UNetDenoiser(unet.to(dtype).eval().requires_grad_(False), DiscreteSchedule(), "eps")
+    shape = SHAPES[kind]
+    with made_in(device, dtype):
+        made = library.FluxTransformer2DModel if shape.flux else partial(library.UNet2DConditionModel, sample_size=64)
+        return made(**shape.network).eval().requires_grad_(False)
+
+
+def around(kind: str, made: Any) -> Denoiser:
+    """A network of a kind as a denoiser."""
+    if SHAPES[kind].flux:
+        return FluxDenoiser(made, FlowSchedule(3.0))
+    return UNetDenoiser(made, DiscreteSchedule(), "eps")
+
+
+def denoiser(kind: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Denoiser:
+    return around(kind, network(kind, device, dtype))
 
 
 def autoencoder(kind: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
     import diffusers
 
     library: Any = diffusers
-    with torch.device(device):
-        return library.AutoencoderKL(**SHAPES[kind].vae).to(dtype).eval().requires_grad_(False)
+    with made_in(device, dtype):
+        return library.AutoencoderKL(**SHAPES[kind].vae).eval().requires_grad_(False)
 
 
 def condition(kind: str, count: int, size: int) -> Cond:
     """What such a network is told of `count` random texts, for pictures of this size."""
     shape, draws = SHAPES[kind], torch.Generator().manual_seed(0)
-    context = torch.randn(count, TOKENS, shape.unet["cross_attention_dim"], generator=draws)
+    context = torch.randn(count, shape.tokens, shape.width, generator=draws)
     if not shape.pooled:
         return Cond(context)
+    pooled = torch.randn(count, shape.pooled, generator=draws)
+    if shape.flux:
+        return Cond(context, pooled)
     ids = torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32).repeat(count, 1)
-    return Cond(context, torch.randn(count, shape.pooled, generator=draws), {"time_ids": ids})
+    return Cond(context, pooled, {"time_ids": ids})
 
 
 def pairs(kind: str, size: int) -> Samples:
     """Random latents with random texts."""
     draws = torch.Generator().manual_seed(1)
-    latents = torch.randn(PAIRS, CHANNELS, size // FACTOR, size // FACTOR, generator=draws)
+    latents = torch.randn(PAIRS, SHAPES[kind].channels, size // FACTOR, size // FACTOR, generator=draws)
     prompts = [f"prompt {i}" for i in range(PAIRS)]
     return Samples(latents, condition(kind, PAIRS, size), prompts, torch.arange(PAIRS))

@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 from unittest import mock
 
@@ -44,6 +43,9 @@ MAKING = {
 # Operations of the device whose result's size is data.
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution")
 GROUPING = (os.path.join("torch", "optim"), os.path.join("torch", "nn", "utils"))
+resolved = lru_cache(os.path.realpath)
+TESTS = resolved(os.path.dirname(__file__)) + os.sep
+PACKAGE = resolved(os.path.dirname(os.path.dirname(__file__))) + os.sep
 SCALING = os.path.join("torch", "amp", "grad_scaler")
 OF_DATA = {"aten::nonzero", "aten::masked_select", "aten::_local_scalar_dense", "aten::_unique2", "aten::equal"}
 
@@ -80,26 +82,30 @@ class Seen:
         self.__init__()
 
 
+def files() -> Iterator[tuple[str, int]]:
+    """The files and lines that called, the innermost first."""
+    frame = sys._getframe(1)
+    while frame:
+        if frame.f_code.co_filename != __file__:
+            yield frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back
+
+
 def caller() -> str:
     """The file that called into torch."""
-    frame = sys._getframe(1)
-    while frame.f_code.co_filename == __file__:
-        frame = frame.f_back
-    return frame.f_code.co_filename
+    return next(files())[0]
 
 
 def scales() -> bool:
     """Whether float16's scaler is at work, which inverts its factor in float64."""
-    return any(SCALING in frame.filename for frame in traceback.extract_stack())
+    return any(SCALING in file for file, _ in files())
 
 
 def where() -> str:
     """The line of the package that called."""
-    package = Path(__file__).parents[1]
-    for frame in reversed(traceback.extract_stack()):
-        path = Path(frame.filename)
-        if package in path.parents and "tests" not in path.relative_to(package).parts:
-            return f"{path.relative_to(package)}:{frame.lineno}"
+    for file, line in ((resolved(file), line) for file, line in files()):
+        if file.startswith(PACKAGE) and not file.startswith(TESTS):
+            return f"{file[len(PACKAGE) :].replace(os.sep, '/')}:{line}"
     return "a test"
 
 

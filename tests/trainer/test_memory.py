@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map_only
 from turbodistill.core.schedule import expand
 from turbodistill.trainer.config import Config
 from turbodistill.trainer.host import decoded_at_once
-from turbodistill.trainer.loop.precision import autocast
+from turbodistill.trainer.loop.precision import autocast, cast_frozen
 from turbodistill.trainer.run import estimate as estimating
 from turbodistill.trainer.run import memory
 from turbodistill.trainer.run.estimate import Estimate, seconds_of_pairs
@@ -93,14 +93,15 @@ def kept_by_autograd(state, samples):
 
     student = state.student
     modules = (student.teacher.backbone, student.trained, state.discriminator)
-    known = {p.untyped_storage().data_ptr() for m in modules for p in m.parameters()}
     sigma = student.schedule.sigma(torch.full((size,), 500.0))
     x, cond = samples.latents[:1].repeat(size, 1, 1, 1), samples.cond.rows(torch.zeros(size, dtype=torch.long))
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
         student.training(),
+        cast_frozen(state.config, student.teacher),
         autocast(state.config, student, student.teacher),
     ):
+        known = {p.untyped_storage().data_ptr() for m in modules for p in m.parameters()}
         output = student(x * expand(sigma, x), sigma, cond)
         maps = state.features(output, sigma, cond)
         total = sum(size for place, size in storages.items() if place not in known)
@@ -110,7 +111,7 @@ def kept_by_autograd(state, samples):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("size", [1, 4, 16])
-def test_it_is_what_autograd_keeps_where_casts_of_the_weights_do_not_grow_with_the_batch(made, precision, size):
+def test_it_is_what_autograd_keeps_of_weights_that_are_cast_once(made, precision, size):
     state, samples = made(batch_size=size, precision=precision)
     found = measure_memory(state, samples, RESOLUTION).activations
     assert found == pytest.approx(kept_by_autograd(state, samples), rel=0.03)
