@@ -70,6 +70,7 @@ def pictures(kind, installation, model, tmp_path_factory):
     if model.startswith("sdxl"):
         host = dataclasses.replace(host, flags=(*client.OLD_FLAGS, *IN_HALF))
     with client.serve(host, *installation, data) as server:
+        server.set(live_previews_enable=False)  # of XL's latents a model would be fetched for them
         titles = {m["model_name"]: m["title"] for m in server.call("sdapi/v1/sd-models")}
         server.set(sd_model_checkpoint=titles["base"])
         made = {"base": server.txt2img().picture}
