@@ -10,7 +10,6 @@ a GPU takes for itself comes on top: its context, about half a GB, and what its 
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import warnings
 import weakref
@@ -160,7 +159,7 @@ def main() -> None:
             rank=rank, batch_size=count, gradient_checkpointing=checkpointing, precision="bfloat16", updates=100,
             regression_updates=0, discriminator_warmup=0, adversarial_ramp=0, log_every=100,
         )  # fmt: skip
-        most, estimate = peak(kind, size, copy.copy(config))
+        most, estimate = peak(kind, size, config)
         told = estimate.weights + estimate.trained + estimate.activations
         form = f"LoRA {rank}" if rank else "full"
         name = f"{kind} {size} px, batch {count}, {form}{', checkpointing' if checkpointing else ''}"

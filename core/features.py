@@ -179,9 +179,7 @@ class VisionFeatures:
         rows, columns = (math.ceil(side * scale / self.patch) for side in pictures.shape[-2:])
         sides = (rows * self.patch, columns * self.patch)
         pictures = F.interpolate(pictures, sides, mode="bicubic", antialias=True)
-        if self._normal[0].device != pictures.device:
-            self._normal = self._normal[0].to(pictures.device), self._normal[1].to(pictures.device)
-        mean, std = self._normal
+        mean, std = self._normal = self._normal[0].to(pictures.device), self._normal[1].to(pictures.device)
 
         def take(_tap: str, output: Any) -> Tensor:
             tokens = output[0] if isinstance(output, tuple) else output

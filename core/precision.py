@@ -67,16 +67,15 @@ def cast_once(backbone: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """
     last = _output_layer(backbone)
     kept: list[tuple[nn.Parameter, Tensor]] = []
-    for module in backbone.modules():
-        if module is last or not adaptable(module):
-            continue
-        for parameter in module._parameters.values():
-            if parameter is None or parameter.requires_grad or parameter.dtype == dtype:
-                continue
-            if not quantised(parameter) and parameter.element_size() > 1:
-                kept.append((parameter, to_host(parameter.data)))
-                parameter.data = parameter.data.to(dtype)
-    try:
+    try:  # from the first: there may be no memory for the next
+        for module in backbone.modules():
+            for parameter in module._parameters.values() if module is not last and adaptable(module) else ():
+                if parameter is None or parameter.requires_grad or parameter.dtype == dtype:
+                    continue
+                if not quantised(parameter) and parameter.element_size() > 1:
+                    cast, own = parameter.data.to(dtype), to_host(parameter.data)
+                    kept.append((parameter, own))
+                    parameter.data = cast
         yield
     finally:
         for parameter, own in kept:

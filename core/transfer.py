@@ -11,7 +11,7 @@ def to_host(tensor: Tensor) -> Tensor:
 
     Only `to_device` may read it before that.
     """
-    return tensor.to("cpu", non_blocking=True)
+    return tensor.to("cpu", non_blocking=tensor.device.type == "cuda")  # others do not keep the order
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

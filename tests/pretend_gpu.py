@@ -40,13 +40,13 @@ MAKING = {
     torch.tensor, torch.as_tensor, torch.zeros, torch.ones, torch.empty, torch.full, torch.arange, torch.linspace,
     torch.rand, torch.randn, torch.randint, torch.randperm, torch.eye, torch.from_numpy, torch.multinomial,
 }  # fmt: skip
-# Operations of the device whose result's size is data.
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution")
 GROUPING = (os.path.join("torch", "optim"), os.path.join("torch", "nn", "utils"))
 resolved = lru_cache(os.path.realpath)
 TESTS = resolved(os.path.dirname(__file__)) + os.sep
 PACKAGE = resolved(os.path.dirname(os.path.dirname(__file__))) + os.sep
 SCALING = os.path.join("torch", "amp", "grad_scaler")
+# Operations of the device whose result's size is data.
 OF_DATA = {"aten::nonzero", "aten::masked_select", "aten::_local_scalar_dense", "aten::_unique2", "aten::equal"}
 
 

@@ -1,4 +1,4 @@
-"""Training, pairs, previews and pictures on a pretended GPU: no device is mixed with another, and none waits."""
+"""Training on a pretended GPU: no device is mixed with another, and none waits."""
 
 import importlib.util
 import itertools
