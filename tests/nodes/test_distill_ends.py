@@ -185,7 +185,9 @@ def test_a_full_disk_is_told_and_the_next_run_goes_on(graph, server, places, kit
 
     before = kit.bits(graph.model)
     with monkeypatch.context() as patch:
-        patch.setattr(*(state_file, "save_file") if part == training.STATE else (student_file, "write_whole"), full)
+        patch.setattr(
+            *(state_file, "write_safetensors") if part == training.STATE else (student_file, "write_whole"), full
+        )
         with pytest.raises(OSError, match="No space left on device"):
             graph.distill(pairs, "cut")
     told = server.sent[-1][1]

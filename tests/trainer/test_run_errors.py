@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from turbodistill.core import losses
 from turbodistill.core.card import read_card
 from turbodistill.core.student import load_student
 from turbodistill.trainer.config import ConfigError
 from turbodistill.trainer.data.files import DataError, whole_file, write_whole, writing
+from turbodistill.trainer.data.tensor_file import write_safetensors
 from turbodistill.trainer.loop import start
 from turbodistill.trainer.loop.distill import Diverged, Step
 from turbodistill.trainer.run import run, state_file, training
@@ -197,17 +196,17 @@ def full_disk(name, room):
 
 
 def full_for_states(room):
-    """safetensors' save_file, which finds no room after a few."""
-    writes = []
+    """The writer of a state's tensors, which finds no room after a few states, half way through the next."""
+    written = []
 
-    def save(tensors, path, about):
-        writes.append(path)
-        if len(writes) <= room:
-            return save_file(tensors, path, about)
-        path.write_bytes(b"half")
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    def write(path, entries, about):
+        written.append(path)
+        for done, size in enumerate(write_safetensors(path, entries, about)):
+            if len(written) > room and done:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            yield size
 
-    return save
+    return write
 
 
 @pytest.mark.parametrize("name", [training.STATE, training.BEST])
@@ -216,7 +215,8 @@ def test_a_full_disk_leaves_the_earlier_state_and_the_run_goes_on(kit, host, tmp
     kit.go(host, settings, tmp_path / "whole", score=lambda s, t: 1.0)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full_disk(name, 2))
-        patch.setattr(state_file, "save_file", full_for_states(2) if name == training.STATE else save_file)
+        if name == training.STATE:
+            patch.setattr(state_file, "write_safetensors", full_for_states(2))
         with pytest.raises(OSError, match=r"cannot write .*No space left on device.*: free some space"):
             kit.go(host, settings, tmp_path / "full", score=lambda s, t: 1.0)
     # Of a state that cannot be written the one before is left, of a student that cannot, all but that.

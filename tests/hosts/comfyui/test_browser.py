@@ -213,8 +213,11 @@ def test_the_panel_follows_a_distillation_in_every_tab(page, browse, browser, co
     )
     counts = []
     for _ in range(2):
-        page.wait_for_function(
-            """least => +document.querySelector('.turbodistill-panel:has(.buttons) .bar')?.value > least""",
+        page.wait_for_function(  # the bar is full for a moment before: of pairs, which are all there
+            """least => {
+                const share = +document.querySelector('.turbodistill-panel:has(.buttons) .bar')?.value
+                return share > least && share < 1
+            }""",
             arg=counts[-1] if counts else 0.005,
         )
         counts.append(shown.locator(".bar").evaluate("bar => bar.value"))
