@@ -39,13 +39,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ..trainer.loop.distill import Diverged
     from ..trainer.pipeline.host import ModelError
     from ..trainer.run.memory import OutOfMemory, advice, is_out_of_memory
+    from ..trainer.world import Apart
+    from .processes import launched
 
+    if launched() > 1 and args.command is not run_distill:
+        parser.error("only distill runs in several processes: start this one without a launcher")
     try:
         with quiet(*(("diffusers", "transformers") if getattr(args, "model", None) else ())):
             return args.command(args)
     except BrokenPipeError:
         raise  # no mistake: whoever reads our output has gone
-    except (ConfigError, CardError, DataError, Diverged, ModelError, OutOfMemory, OSError, ImportError) as error:
+    except (ConfigError, CardError, DataError, Diverged, ModelError, OutOfMemory, Apart, OSError, ImportError) as error:
         print(f"turbodistill: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("turbodistill: interrupted", file=sys.stderr)
@@ -176,8 +180,9 @@ def run_distill(args: argparse.Namespace) -> int:
     from ..trainer.run.estimate import estimate
     from ..trainer.run.events import Interrupted
     from ..trainer.run.scores import latent_score
+    from .processes import join, leave
 
-    config = settings(args)
+    config, world = settings(args), join()
     wildcards = [args.wildcards] if args.wildcards else []
     source = args.prompts or Path(AUTO)
     auto = args.prompts is None or (source == Path(AUTO) and is_built_in(source))
@@ -188,19 +193,24 @@ def run_distill(args: argparse.Namespace) -> int:
     host = load_model(args.model, **model_options(args))
     if found is None:
         found = suggested(suggest(host.name, host.architecture, header(str(args.model))[0]))
-    if found.words:
+    if found.words and world.leads:
         print(found.words)
     score = latent_score if args.model else _judge(None).kid_score(host)
     if args.estimate:
-        print(estimate(host, config, found.lines, args.images).in_words())
+        if world.leads:
+            print(estimate(host, config, found.lines, args.images).in_words())
         return 0
-    events = run.run(host, config, args.out, found.lines, args.images, score, args.pairs_folder)
+    events = run.run(host, config, args.out, found.lines, args.images, score, args.pairs_folder, world=world)
     try:
-        finished = follow(events, config, args.out, host, args.title)
+        finished = follow(events, config, args.out, host, args.title, world)
     except Interrupted as end:
-        print(f"saved; to go on: turbodistill {shlex.join(sys.argv[1:])}")
+        leave()
+        if world.leads:
+            print(f"saved; to go on: turbodistill {shlex.join(sys.argv[1:])}")
         return end.status
-    print(f"student: {finished.path}\nhistory: {args.out / training.HISTORY}\npictures: {args.out / 'previews'}")
+    leave()
+    if world.leads:
+        print(f"student: {finished.path}\nhistory: {args.out / training.HISTORY}\npictures: {args.out / 'previews'}")
     return 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..trainer.config import Config
+from ..trainer.world import ALONE, World
 from .interrupt import interruptible
 
 if TYPE_CHECKING:
@@ -15,21 +16,32 @@ if TYPE_CHECKING:
     from ..trainer.run.events import Event
 
 
-def follow(events: Generator[Event, None, None], config: Config, folder: Path, host, title: str = "training") -> Any:
-    """Show a run's events as progress bars, write its previews; returns Finished. Raises Interrupted."""
+def follow(
+    events: Generator[Event, None, None],
+    config: Config,
+    folder: Path,
+    host,
+    title: str = "training",
+    world: World = ALONE,
+) -> Any:
+    """Show a run's events as progress bars, write its previews; returns Finished. Raises Interrupted.
+
+    Of several processes the first alone shows and writes, and a signal to one ends all.
+    """
     from ..trainer.run.events import Finished, Interrupted, Preview
 
     bars = Bars(config, title)
-    with interruptible() as stop:
+    with interruptible() as signals:
         try:
             for event in events:
                 if isinstance(event, Finished):
                     return event
-                if isinstance(event, Preview):
+                if isinstance(event, Preview) and world.leads:
                     write_preview(host, event, folder / "previews")
-                bars.show(event)
-                if stop:
-                    raise Interrupted(stop[0])
+                if world.leads:
+                    bars.show(event)
+                if stop := world.largest(signals[0] if signals else 0):
+                    raise Interrupted(stop)
         finally:
             events.close()
             bars.close()

@@ -6,7 +6,7 @@ Independent heads per tapped block as in LADD, projection conditioning as in Sty
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -58,14 +58,21 @@ class Discriminator(nn.Module):
             self.register_buffer(f"std_{k}", torch.ones(c))
         self.register_buffer("calibrated", torch.tensor(False))
         self._calibrated = False  # what the device says, which is asked only where this is False
+        self.register_load_state_dict_post_hook(lambda *_: self._ask_again())
+
+    def _ask_again(self) -> None:
+        self._calibrated = False
 
     @torch.no_grad()
-    def calibrate(self, features: Sequence[Tensor]) -> None:
-        """Take mean and spread per channel from K maps of real pictures (B, C_k, H_k, W_k), once."""
+    def calibrate(self, features: Sequence[Tensor], whole: Callable[[Tensor], Tensor] = lambda rows: rows) -> None:
+        """Take mean and spread per channel from K maps of real pictures (B, C_k, H_k, W_k), once.
+
+        Of maps whose other rows are elsewhere `whole` gives all.
+        """
         if self._calibrated or self.calibrated:
             self._calibrated = True
             return
-        for k, f in enumerate(features):
+        for k, f in enumerate(map(whole, features)):
             getattr(self, f"mean_{k}").copy_(f.mean((0, 2, 3)))
             if f[:, 0].numel() > 1:  # of one value (a tiny picture, alone in its batch) there is no spread
                 getattr(self, f"std_{k}").copy_(f.std((0, 2, 3)).clamp(min=1e-3))

@@ -72,13 +72,12 @@ ADVERSARIAL: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 # position of a head is a discriminator of its own, so it is the mean over positions n of || grad_F D_n(F) ||^2, as
 # large at every resolution, and the two estimators below agree: one is right for any perturbation, one needs no
 # gradient of a gradient.
-def exact_r1(logits: Logits, inputs: Sequence[Tensor], draws: torch.Generator) -> Tensor:
+def exact_r1(logits: Logits, inputs: Sequence[Tensor], signs: Sequence[Tensor]) -> Tensor:
     """E || grad_F D_n(F) ||^2, (), of the heads' `inputs`, K maps (B, C_k, H_k, W_k) with requires_grad.
 
-    In one backward pass for all positions: each logit is summed with a random sign, under which the products of two
-    positions' gradients vanish in expectation (Hutchinson's estimator of a trace).
+    In one backward pass for all positions: each logit is summed with a random sign, +1 or -1, under which the products
+    of two positions' gradients vanish in expectation (Hutchinson's estimator of a trace).
     """
-    signs = [torch.randint(2, x.shape, generator=draws, device=x.device) * 2 - 1 for x in logits]
     signed = torch.stack([(x * sign).sum() for x, sign in zip(logits, signs, strict=True)]).sum()
     gradients = torch.autograd.grad(signed, list(inputs), create_graph=True)
     return _mean([g.square().sum((1, 2, 3)) / x.shape[1] for g, x in zip(gradients, logits, strict=True)])

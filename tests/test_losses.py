@@ -83,8 +83,9 @@ def test_the_relativistic_student_needs_real_logits():
 # --- R1 ---
 
 
-def drawn(seed=0):
-    return torch.Generator().manual_seed(seed)
+def drawn(logits, seed=0):
+    draws = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, x.shape, generator=draws) * 2 - 1 for x in logits]
 
 
 def test_exact_r1_by_hand():
@@ -92,15 +93,17 @@ def test_exact_r1_by_hand():
     weights, maps = torch.tensor([1.0, -2.0, 0.5]), torch.randn(4, 3, 2, 2, requires_grad=True)
     logits = (weights[:, None, None] * maps.square()).sum(1).flatten(1)
     expected = (2 * weights[:, None, None] * maps.detach()).square().sum(1).mean()
-    assert torch.allclose(losses.exact_r1([logits], [maps], drawn()), expected)
+    assert torch.allclose(losses.exact_r1([logits], [maps], drawn([logits])), expected)
     both = [maps, torch.randn(4, 2, 5, 5, requires_grad=True)]
-    flat = losses.exact_r1([logits, 0 * both[1].sum(1).flatten(1)], both, drawn())
+    two = [logits, 0 * both[1].sum(1).flatten(1)]
+    flat = losses.exact_r1(two, both, drawn(two))
     assert torch.allclose(flat, expected / 2)  # each head counts the same
 
 
 def test_exact_r1_trains_the_head():
     head, maps = Conv2d(3, 1, 1), torch.randn(2, 3, 2, 2, requires_grad=True)
-    penalty = losses.exact_r1([head(maps).flatten(1)], [maps], drawn())
+    logits = [head(maps).flatten(1)]
+    penalty = losses.exact_r1(logits, [maps], drawn(logits))
     assert torch.allclose(penalty, head.weight.square().sum())
     penalty.backward()
     assert torch.allclose(head.weight.grad, 2 * head.weight)
@@ -115,7 +118,12 @@ def test_exact_r1_of_positions_that_see_each_other_s_neighbours():
     slopes = torch.autograd.functional.jacobian(lambda x: head(x, told)[0], maps)
     expected = slopes.square().sum((1, 2, 3, 4)).mean().item()
     maps.requires_grad_(True)
-    found = [losses.exact_r1([head(maps, told)], [maps], drawn(k)).item() for k in range(300)]
+    logits = [head(maps, told)]
+
+    def estimate(seed):
+        return losses.exact_r1([head(maps, told)], [maps], drawn(logits, seed)).item()
+
+    found = [estimate(k) for k in range(300)]
     assert torch.tensor(found).mean().item() == pytest.approx(expected, rel=0.05)
 
 
@@ -134,7 +142,7 @@ def test_both_penalties_are_the_same_at_every_resolution(side):
     approximate = losses.approximate_r1(logits(maps), moved).item() / s**2
     for x in maps:
         x.requires_grad_(True)
-    exact = losses.exact_r1(logits(maps), maps, drawn()).item()
+    exact = losses.exact_r1(logits(maps), maps, drawn(logits(maps))).item()
     assert exact == pytest.approx(approximate, rel=0.1)
     assert exact == pytest.approx(0.06, rel=0.2)  # the edges' share alone differs
 

@@ -214,7 +214,7 @@ def test_what_stops_a_run_is_told_in_one_line(tmp_path, capsys, pipeline_folder,
 def test_the_list_that_suits_the_model_is_told(tmp_path, capsys, pipeline_folder, monkeypatch):
     taken = []
 
-    def stop(host, config, folder, prompts, *_):
+    def stop(host, config, folder, prompts, *_, **more):
         taken.append(prompts)
         raise ConfigError("enough")
 

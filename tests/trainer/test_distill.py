@@ -137,7 +137,9 @@ def test_a_step_names_the_losses_that_made_it(kit, host, tmp_path, changes, name
 
 def test_the_discriminator_learns_first_on_the_pairs_own_noise(kit, host, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(drawing, "draw_batch", lambda *args: drawn.append(args[-1]) or draw_batch(*args))
+    monkeypatch.setattr(
+        drawing, "draw_batch", lambda *args, **more: drawn.append(args[-1]) or draw_batch(*args, **more)
+    )
     settings = {
         "regression_updates": 3,
         "discriminator_warmup": 2,
@@ -255,7 +257,7 @@ def test_pure_noise_is_the_pairs_own(kit, host, tmp_path):
 def test_a_share_of_pure_noise_is_fresh(kit, host, tmp_path):
     state, samples = start(kit, host, tmp_path, student_steps=2, batch_size=200)
     batch = draw_batch(state.config, state.student, samples, None, generator(0, 0), fresh=0.25)
-    paired = torch.zeros(200, dtype=torch.bool).index_fill(0, batch.paired, True)
+    paired = torch.zeros(200, dtype=torch.bool).index_fill(0, batch.paired.rows, True)
     assert not (paired & ~batch.first).any()
     assert 0.6 < paired.sum() / batch.first.sum() < 0.9
     noise = batch.x / expand(batch.sigma, batch.x)

@@ -85,8 +85,8 @@ def test_other_sizes_are_other_pairs(kit, host):
 def test_each_batch_is_of_one_size_and_all_come(kit, host, tmp_path, monkeypatch):
     drawn = []
 
-    def draw(*args):
-        drawn.append(draw_batch(*args))
+    def draw(*args, **more):
+        drawn.append(draw_batch(*args, **more))
         return drawn[-1]
 
     monkeypatch.setattr(drawing, "draw_batch", draw)

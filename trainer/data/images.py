@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...core.rights import RIGHTS
 from ..host import Host
+from ..world import ALONE, World
 from .affixes import NO_AFFIXES, Affixes
 from .conditioning import Conditioning
 from .files import DataError, log, read_tensors, reason, said_of, texts_of
@@ -148,7 +149,12 @@ def _autoencoder(host: Host, device: torch.device) -> list[float]:
 
 @torch.no_grad()
 def cache_images(
-    host: Host, found: Found, folder: str | Path, broken: str = "stop", affixes: Affixes = NO_AFFIXES
+    host: Host,
+    found: Found,
+    folder: str | Path,
+    broken: str = "stop",
+    affixes: Affixes = NO_AFFIXES,
+    world: World = ALONE,
 ) -> Iterator[tuple[int, Tensor]]:
     """Encode pictures once into latents and conditioning under `folder`; captions get `affixes`, as prompts do.
 
@@ -167,17 +173,19 @@ def cache_images(
     for first in range(0, len(pictures), SHARD):
         path = folder / f"images-{first:07d}.safetensors"
         part = pictures[first : first + SHARD]
-        latents, texts, wrong = _stored(path, key)
-        if len(texts) + len(wrong) < len(part) or (wrong and broken == "stop"):
-            latents, texts, wrong = _encoded(host, part, broken)
+        with world.first():  # what one has encoded the others read
+            latents, texts, wrong = _stored(path, key)
+            if len(texts) + len(wrong) < len(part) or (wrong and broken == "stop"):
+                latents, texts, wrong = _encoded(host, part, broken)
+                if texts:
+                    write_shard(path, Shard(latents, texts), key, {WRONG: json.dumps(wrong)} | affixes.in_recipe())
+                else:
+                    path.unlink(missing_ok=True)
             if texts:
-                write_shard(path, Shard(latents, texts), key, {WRONG: json.dumps(wrong)} | affixes.in_recipe())
-            else:
-                path.unlink(missing_ok=True)
+                conditioning.of([each for text in texts for each in affixes.both(text)])
         for words in wrong:
             found.leave(BROKEN, "", words)
         if texts:
-            conditioning.of([each for text in texts for each in affixes.both(text)])
             done += len(texts)
             yield first + len(part), latents
     if not done:

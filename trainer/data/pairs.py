@@ -20,6 +20,7 @@ from ..config import Config
 from ..groups import OF_GUIDANCE
 from ..host import Host
 from ..loop.precision import as_sampled
+from ..world import ALONE, World
 from .affixes import NAMES, Affixes
 from .conditioning import Conditioning
 from .files import DataError, OtherRun, log, read_tensors
@@ -97,6 +98,7 @@ def make_pairs(
     prompts: Sequence[str],
     folder: str | Path,
     warn: Callable[[str], None] = log.warning,
+    world: World = ALONE,
 ) -> Iterator[tuple[int, Tensor]]:
     """Make `config.pairs` teacher pairs in `folder`, or what is missing of them.
 
@@ -106,22 +108,22 @@ def make_pairs(
     has prefix and suffix, and its guidance moves away from the negative prompt. A broken shard is made again, and so is
     a pair that is no picture, from another noise; `warn` is told of each. Raises DataError for prompts that are none
     and for a pair that is no picture again, OtherRun for pairs of another recipe, and InUse while somebody else makes
-    pairs there. Of several sizes each has a folder within.
+    pairs there. Of several sizes each has a folder within. The processes of a `world` share each batch.
     """
     draw_prompts(prompts, 0)  # or a text would be taken for a list of letters
     done = 0
     for share in by_size(host, config, prompts, Path(folder)):
-        for made, newest in _make(share, warn):
+        for made, newest in _make(share, warn, world):
             yield done + made, newest
         done += share.config.pairs
 
 
-def _make(share: OfSize, warn: Callable[[str], None]) -> Iterator[tuple[int, Tensor]]:
+def _make(share: OfSize, warn: Callable[[str], None], world: World) -> Iterator[tuple[int, Tensor]]:
     """`make_pairs` of one size."""
     host, config, prompts, folder = share.host, share.config, share.prompts, share.folder
     texts = draw_prompts(prompts, config.pairs, config.seed)
     recipe, key = pairs_recipe(host, config, prompts), pairs_key(host, config, prompts)
-    teacher = Teacher(host, config)
+    teacher = Teacher(host, config, world=world)
     affixes = Affixes.of(config)
     encoded = [each for text in texts for each in affixes.both(text)]
     _check_space(folder, pairs_size(host.latent_shape, teacher.uncond, config.pairs, len(set(encoded))))
@@ -134,11 +136,14 @@ def _make(share: OfSize, warn: Callable[[str], None]) -> Iterator[tuple[int, Ten
             begun = _begun(path, key, recipe, warn)
             if len(begun) < count and not making:  # runs that find all made may share it
                 making = True
-                stack.enter_context(locked(folder))
+                if world.leads:
+                    stack.enter_context(locked(folder))
+                world.told(None)
                 begun = _begun(path, key, recipe, warn)
             of_shard = texts[first : first + count]
-            cond = conditioning.of([affixes.teacher(text) for text in of_shard])
-            conditioning.of([affixes.student(text) for text in of_shard])
+            with world.first():  # what one has encoded the others read
+                cond = conditioning.of([affixes.teacher(text) for text in of_shard])
+                conditioning.of([affixes.student(text) for text in of_shard])
             if len(begun) >= count:
                 yield first + count, begun.latents[:count]
                 continue
@@ -162,9 +167,10 @@ def _make(share: OfSize, warn: Callable[[str], None]) -> Iterator[tuple[int, Ten
                     if made < count:
                         yield first + made, latents
             finally:  # a cancelled shard keeps what is made
-                if made > len(begun):
+                if made > len(begun) and world.leads:
                     write_shard(path, Shard(torch.cat(parts), of_shard[:made], seeds[:made]), key, recipe)
             yield first + count, parts[-1]
+    world.told(None)  # the last file is there
 
 
 class Teacher:
@@ -173,8 +179,15 @@ class Teacher:
     Where the host has a `sampling` of its own it is that, but at other `sigmas`.
     """
 
-    def __init__(self, host: Host, config: Config, guidance: Guidance | None = None, sigmas: Tensor | None = None):
-        self.host, self.config = host, config
+    def __init__(
+        self,
+        host: Host,
+        config: Config,
+        guidance: Guidance | None = None,
+        sigmas: Tensor | None = None,
+        world: World = ALONE,
+    ):
+        self.host, self.config, self.world = host, config, world
         self.guidance = Guidance.of(config) if guidance is None else guidance
         self.own = host.sampling if sigmas is None else None
         known = self.own.sigmas if self.own else sigmas
@@ -182,7 +195,16 @@ class Teacher:
         self.uncond = host.encode_text([config.negative_prompt]).to(host.denoiser.device)
 
     def pictures(self, seeds: Tensor, cond: Cond) -> Tensor:
-        """Seeds of the noise (B,) and conditioning of B rows -> latents (B, C, H, W), on the CPU."""
+        """Seeds of the noise (B,) and conditioning of B rows -> latents (B, C, H, W), on the CPU.
+
+        Each process makes its own rows, and has all.
+        """
+        own = self.world.rows(len(seeds))
+        some = own.stop > own.start
+        made = self._pictures(seeds[own], cond.rows(own)) if some else torch.empty(0, *self.host.latent_shape)
+        return self.world.gather(made, len(seeds))
+
+    def _pictures(self, seeds: Tensor, cond: Cond) -> Tensor:
         denoiser = self.host.denoiser
         noise = seeded_noise(seeds.tolist(), self.host.latent_shape, denoiser.device)
         model = Guided(denoiser, cond.to(noise.device), self.uncond, self.guidance)

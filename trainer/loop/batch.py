@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from ...core.transfer import to_device
 from ..config import Config
 from ..data.samples import Samples
 from ..sizes import MOST_SIZES
+from ..world import ALONE, World
 
 
 def generator(seed: int, update: int, purpose: int = 0) -> torch.Generator:
@@ -24,25 +25,54 @@ def generator(seed: int, update: int, purpose: int = 0) -> torch.Generator:
 
 
 @dataclass(frozen=True)
+class Some:
+    """Some rows of a batch, of which a loss is the mean over those of every process."""
+
+    rows: Tensor  # (n,) those of this process
+    weight: float  # of the mean over them, so that the mean over processes is that over all
+    whole: int  # how many there are in all processes
+
+    @staticmethod
+    def of(chosen: Tensor, world: World, device: torch.device) -> Some:
+        """The rows of a whole batch that are chosen, by (B,) true or false on the CPU."""
+        rows, whole = chosen[world.rows(len(chosen))].nonzero().flatten(), int(chosen.sum())
+        return Some(to_device(rows, device), len(rows) * world.size / max(whole, 1), whole)
+
+    def mean(self, loss: Callable[[Tensor], Tensor], beside: Tensor) -> Tensor:
+        """A loss of the rows; 0, with a gradient to `beside`, where only other processes have some."""
+        return self.weight * loss(self.rows) if len(self.rows) else 0.0 * beside.sum()
+
+
+@dataclass(frozen=True)
 class Batch:
-    """One batch on the device, with everything random about it drawn; what decides the course is drawn on the CPU."""
+    """One process's rows (B of them) of a batch, on the device; what decides the course is drawn on the CPU.
+
+    Everything random is drawn for the whole batch, so that it does not depend on the number of processes.
+    """
 
     x: Tensor  # (B, C, H, W) the student's input
     sigma: Tensor  # (B,) its level
     first: Tensor  # (B,) true where it is pure noise
-    paired: Tensor  # (P,) the rows where that noise is the pair's own, so that the regression has one answer
+    paired: Some  # the rows where that noise is the pair's own, so that the regression has one answer
     cond: Cond  # the student's
     teacher_cond: Cond  # the same but for a prefix and suffix that are baked in
     target: Tensor  # (B, C, H, W) the teacher's picture from the same noise
     positive: Tensor  # (B, C, H, W) what the discriminator takes for real
     positive_cond: Cond
-    positive_key: Tensor  # (B,), on the CPU: which picture that is: n of the n-th pair's, -1 - n of the n-th real one
-    strangers: Tensor  # (S,) the rows of which the one before has a positive of another prompt
+    positive_key: Tensor  # (B,), on the CPU: which picture that is
+    strangers: Some  # the rows of which the one before has a positive of another prompt
+    stranger_cond: Cond | None  # that of the row before each, where the discriminator is to see mismatches
     renoise: Tensor  # (B,) sigma at which the discriminator sees both
     noise: Tensor  # (B, C, H, W) the noise of that
     distill_sigma: Tensor  # (B,) sigma of the distillation term
     distill_noise: Tensor
     seed: int  # of what is drawn on the device
+    whole: int  # rows of the whole batch
+    own: slice  # which of them these are
+
+    def drawn(self, draw: Callable[[tuple[int, ...]], Tensor], shape: Sequence[int]) -> Tensor:
+        """These rows of what `draw` gives for as many rows as the whole batch has, (B, ...) in this `shape`."""
+        return draw((self.whole, *shape[1:]))[self.own]
 
 
 @dataclass(frozen=True)
@@ -75,6 +105,53 @@ class Reals:
 
 
 @dataclass(frozen=True)
+class Positives:
+    """What the discriminator takes for real in each row of a whole batch: the pair's own picture, or a real one."""
+
+    pairs: Samples
+    rows: Tensor  # (B,) of the pairs
+    reals: Samples | None
+    other: Tensor  # (B,) rows of the real pictures
+    take: Tensor  # (B,) whether it is the real picture
+
+    @staticmethod
+    def draw(config: Config, pairs: Samples, reals: Reals | None, rows: Tensor, draws: torch.Generator) -> Positives:
+        """For rows (B,) of the pairs; without real pictures nothing is drawn."""
+        if reals is None or not config.sees_pictures:
+            return Positives(pairs, rows, None, rows, torch.zeros_like(rows, dtype=torch.bool))
+        return Positives(pairs, rows, reals.samples, *draw_reals(config, reals, rows, draws))
+
+    @property
+    def key(self) -> Tensor:
+        """Which picture each is, (B,): n is that of the n-th pair, -1 - n the n-th real one."""
+        return torch.where(self.take, -1 - self.other, self.rows)
+
+    @property
+    def strangers(self) -> Tensor:
+        """Whether the row before has a positive of another prompt, (B,)."""
+        prompts = [self.pairs.prompts[row] for row in self.rows.tolist()]
+        if self.reals is not None:
+            other = zip(self.other.tolist(), self.take.tolist(), prompts, strict=True)
+            prompts = [self.reals.prompts[row] if take else own for row, take, own in other]
+        return torch.tensor([prompt != prompts[i - 1] for i, prompt in enumerate(prompts)])
+
+    def latents(self, index: Tensor) -> Tensor:
+        """Those of the given rows (n,) of the batch, (n, C, H, W)."""
+        own = self.pairs.latents[self.rows[index]]
+        if self.reals is None:
+            return own
+        return torch.where(expand(self.take[index], own).bool(), self.reals.latents[self.other[index]], own)
+
+    def cond(self, index: Tensor) -> Cond:
+        """The conditioning of the given rows (n,) of the batch."""
+        own = self.pairs.cond.rows(self.rows[index])
+        if self.reals is None:
+            return own
+        mixed = torch.arange(len(index)) + len(index) * self.take[index]
+        return Cond.cat([own, self.reals.cond.rows(self.other[index])]).rows(mixed)
+
+
+@dataclass(frozen=True)
 class Group:
     """What is trained on of one size of pictures; `number` tells groups of one training apart."""
 
@@ -89,9 +166,11 @@ class Group:
         reals = None if pictures is None else Reals.beside(pairs, pictures)
         return Group(pairs, uncond, reals, number)
 
-    def batch(self, config: Config, student: Student, draws: torch.Generator, fresh: float = 0.0) -> Batch:
+    def batch(
+        self, config: Config, student: Student, draws: torch.Generator, fresh: float = 0.0, world: World = ALONE
+    ) -> Batch:
         """As `draw_batch`, with keys that tell the pictures of all groups apart."""
-        batch = draw_batch(config, student, self.pairs, self.reals, draws, fresh)
+        batch = draw_batch(config, student, self.pairs, self.reals, draws, fresh, world=world)
         key = batch.positive_key
         return replace(batch, positive_key=key * MOST_SIZES + torch.where(key < 0, -self.number, self.number))
 
@@ -105,57 +184,63 @@ def draw_group(groups: Sequence[Group], draws: torch.Generator) -> Group:
 
 
 def draw_batch(
-    config: Config, student: Student, pairs: Samples, reals: Reals | None, draws: torch.Generator, fresh: float = 0.0
+    config: Config,
+    student: Student,
+    pairs: Samples,
+    reals: Reals | None,
+    draws: torch.Generator,
+    fresh: float = 0.0,
+    *,
+    world: World = ALONE,
 ) -> Batch:
-    """A batch for one update, on the student's device; a share `fresh` of pure noise is no pair's."""
+    """The process's rows of a batch for one update, on the student's device.
+
+    A share `fresh` of pure noise is no pair's.
+    """
     schedule, device, size = student.schedule, student.device, config.batch_size
+    own = world.rows(size)
     rows = torch.randint(len(pairs), (size,), generator=draws)
-    target, cond = pairs.latents[rows], pairs.cond.rows(rows)
-    teacher_cond = cond if pairs.teacher_cond is None else pairs.teacher_cond.rows(rows)
-    shape = target.shape
+    target, cond = pairs.latents[rows[own]], pairs.cond.rows(rows[own])
+    teacher_cond = cond if pairs.teacher_cond is None else pairs.teacher_cond.rows(rows[own])
+    shape = (size, *target.shape[1:])
     timesteps = torch.tensor(trailing_timesteps(config.student_steps, student.start_timestep, schedule.timesteps))
     share = torch.full((config.student_steps,), (1 - config.first_step_share) / max(config.student_steps - 1, 1))
     share[0] = config.first_step_share if config.student_steps > 1 else 1.0
     level = torch.multinomial(share, size, True, generator=draws)
     first = level == 0
-    sigma = schedule.sigma(timesteps[level])
+    sigma = schedule.sigma(timesteps[level])[own]
     paired = first & (torch.rand(size, generator=draws) >= fresh)
-    clean = torch.where(expand(first, target).bool(), torch.zeros_like(target), target)
-    noise = torch.where(expand(paired, target).bool(), pairs.noise(rows), torch.randn(shape, generator=draws))
-    positive, positive_cond, positive_key = target, cond, rows
-    prompts = [pairs.prompts[row] for row in rows.tolist()]
-    if reals is not None and config.sees_pictures:
-        other, take = draw_reals(config, reals, rows, draws)
-        positive = torch.where(expand(take, target).bool(), reals.samples.latents[other], target)
-        positive_key = torch.where(take, -1 - other, rows)
-        mixed = torch.arange(size) + size * take
-        positive_cond = Cond.cat([cond, reals.samples.cond.rows(other)]).rows(mixed)
-        theirs = [reals.samples.prompts[row] for row in other.tolist()]
-        prompts = [real if taken else own for real, own, taken in zip(theirs, prompts, take.tolist(), strict=True)]
-    strangers = torch.tensor([i for i, prompt in enumerate(prompts) if prompt != prompts[i - 1]], dtype=torch.long)
+    clean = torch.where(expand(first[own], target).bool(), torch.zeros_like(target), target)
+    fresh_noise = torch.randn(shape, generator=draws)[own]
+    noise = torch.where(expand(paired[own], target).bool(), pairs.noise(rows[own]), fresh_noise)
+    positives, index = Positives.draw(config, pairs, reals, rows, draws), torch.arange(size)
+    stranger_cond = positives.cond(index.roll(1)[own]) if config.mismatch_weight > 0 else None
     last = schedule.timesteps - 1
-    normal = torch.randn(size, generator=draws)
+    normal = torch.randn(size, generator=draws)[own]
     renoise = schedule.sigma(
         torch.sigmoid(config.renoise_mean + config.renoise_std * normal) * last
     )  # LADD, section 3.2
-    uniform = torch.rand(size, generator=draws)
+    uniform = torch.rand(size, generator=draws)[own]
     return Batch(
         to_device(schedule.add_noise(clean, noise, sigma), device),
         to_device(sigma, device),
-        to_device(first, device),
-        to_device(paired.nonzero().flatten(), device),
+        to_device(first[own], device),
+        Some.of(paired, world, device),
         cond.to_device(device),
         teacher_cond.to_device(device),
         to_device(target, device),
-        to_device(positive, device),
-        positive_cond.to_device(device),
-        positive_key,
-        to_device(strangers, device),
+        to_device(positives.latents(index[own]), device),
+        positives.cond(index[own]).to_device(device),
+        positives.key[own],
+        Some.of(positives.strangers, world, device),
+        None if stranger_cond is None else stranger_cond.to_device(device),
         to_device(renoise, device),
-        to_device(torch.randn(shape, generator=draws), device),
+        to_device(torch.randn(shape, generator=draws)[own], device),
         to_device(schedule.sigma(last * (0.02 + 0.96 * uniform)), device),
-        to_device(torch.randn(shape, generator=draws), device),
+        to_device(torch.randn(shape, generator=draws)[own], device),
         int(torch.randint(2**31, (1,), generator=draws)),
+        size,
+        own,
     )
 
 
@@ -166,25 +251,28 @@ def draw_reals(config: Config, reals: Reals, rows: Tensor, draws: torch.Generato
     return other, torch.rand(len(rows), generator=draws) < share
 
 
-def draw_guidance_batch(config: Config, student: Student, group: Group, draws: torch.Generator) -> GuidanceBatch:
-    """Pictures of pairs, and real ones, with fresh noise at uniform timesteps, on the student's device."""
+def draw_guidance_batch(
+    config: Config, student: Student, group: Group, draws: torch.Generator, *, world: World = ALONE
+) -> GuidanceBatch:
+    """The process's rows of a batch: pictures of pairs, and real ones, with fresh noise at uniform timesteps."""
     schedule, device, size = student.schedule, student.device, config.batch_size
-    pairs, reals = group.pairs, group.reals
+    pairs, reals, own = group.pairs, group.reals, world.rows(size)
     rows = torch.randint(len(pairs), (size,), generator=draws)
-    clean, conds = pairs.latents[rows], _conds(pairs, rows)
+    clean, conds = pairs.latents[rows[own]], _conds(pairs, rows[own])
     if reals is not None and config.sees_pictures:
-        other, take = draw_reals(config, reals, rows, draws)
+        other, take = (drawn[own] for drawn in draw_reals(config, reals, rows, draws))
         clean = torch.where(expand(take, clean).bool(), reals.samples.latents[other], clean)
-        mixed = torch.arange(size) + size * take
+        mixed = torch.arange(len(take)) + len(take) * take
         both = zip(conds, _conds(reals.samples, other), strict=True)
         conds = [Cond.cat(each).rows(mixed) for each in both]
     # Spread evenly over the batch (arXiv 2107.00630, appendix I.1): the loss differs most by the level.
     uniform = (torch.rand((), generator=draws) + torch.arange(size) / size) % 1
-    sigma = schedule.sigma((uniform * schedule.timesteps).long())
-    x = schedule.add_noise(clean, torch.randn(clean.shape, generator=draws), sigma)
-    own, teacher_s = (cond.to_device(device) for cond in conds)
+    sigma = schedule.sigma((uniform * schedule.timesteps).long())[own]
+    noise = torch.randn((size, *clean.shape[1:]), generator=draws)[own]
+    x = schedule.add_noise(clean, noise, sigma)
+    student_s, teacher_s = (cond.to_device(device) for cond in conds)
     acts = Guidance.of(config).acts(schedule, sigma)
-    return GuidanceBatch(to_device(x, device), to_device(sigma, device), own, teacher_s, acts)
+    return GuidanceBatch(to_device(x, device), to_device(sigma, device), student_s, teacher_s, acts)
 
 
 def _conds(samples: Samples, rows: Tensor) -> list[Cond]:

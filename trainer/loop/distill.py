@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...core.denoiser import Cond
 from ...core.exclusive import exclusive
 from ..data.samples import Samples
+from ..world import average_gradients
 from .batch import Group, draw_group, draw_guidance_batch, generator
 from .feature_cache import FeatureCache
 from .health import Health, HealthParts, health_parts
@@ -65,7 +66,7 @@ def distill_groups(state: State, groups: Sequence[Group]) -> Generator[Step, Non
     student = state.student
     groups = [replace(group, uncond=group.uncond.to(student.device)) for group in groups]
     state.feature_cache = FeatureCache()  # keys tell pictures of this call apart
-    measures = Measures()
+    measures = Measures(state.world)
     with student.training(), scoring, cast_frozen(state.config, student.teacher), state.checkpointed():
         while not state.finished:
             # Spectral norms advance with every pass of the heads: an update that is broken off must not leave its own.
@@ -97,7 +98,7 @@ def _update(state: State, groups: Sequence[Group], measures: Measures) -> Step:
     parts, health = learn(state, drawn, draws, phase, share)
     measured = _apply(state, phase, parts, norms, share, health, measures)
     update_average(state)
-    seconds = time.monotonic() - began
+    seconds = state.world.told(time.monotonic() - began)  # or some would end, or lower their rates, before others
     state.update += 1
     state.spent += seconds
     state.whole = True
@@ -111,7 +112,8 @@ Learnt = tuple[list[dict[str, Tensor]], HealthParts]
 def _learn_steps(state: State, drawn: Sequence[Group], draws: torch.Generator, phase: Phase, share: float) -> Learnt:
     """Losses and gradients of everything that makes a picture in few steps, and the health of the last batch."""
     config = state.config
-    batches = [group.batch(config, state.student, draws, phase.fresh_noise_share) for group in drawn]
+    fresh, world = phase.fresh_noise_share, state.world
+    batches = [group.batch(config, state.student, draws, fresh, world) for group in drawn]
     parts: list[dict[str, Tensor]] = []
     made, critic = StudentStep(batches[0].x, {}), DiscriminatorStep({})
     for group, batch in zip(drawn, batches, strict=True):
@@ -123,17 +125,20 @@ def _learn_steps(state: State, drawn: Sequence[Group], draws: torch.Generator, p
         if phase.adversarial and state.fake_score:
             parts.append(fake_score_step(state, batch, made, share))
     relative = config.adversarial == "relativistic"
-    return parts, health_parts(critic.on_real, critic.on_fake, made.output, batches[-1].positive, relative)
+    output, real = (world.gather(x.detach(), config.batch_size) for x in (made.output, batches[-1].positive))
+    return parts, health_parts(critic.on_real, critic.on_fake, output, real, relative)
 
 
 def _learn_guidance(
     state: State, drawn: Sequence[Group], draws: torch.Generator, _phase: Phase, share: float
 ) -> Learnt:
     """Losses and gradients of guidance alone, and the health of the last batch beside the guided teacher's."""
-    batches = [draw_guidance_batch(state.config, state.student, group, draws) for group in drawn]
+    config, world = state.config, state.world
+    batches = [draw_guidance_batch(config, state.student, group, draws, world=world) for group in drawn]
     made = [guidance_step(state, batch, group.uncond, share) for group, batch in zip(drawn, batches, strict=True)]
     student, target = made[-1]
-    return [step.losses for step, _ in made], health_parts([], [], student.output, target, False)
+    output, wanted = (world.gather(x.detach(), config.batch_size) for x in (student.output, target))
+    return [step.losses for step, _ in made], health_parts([], [], output, wanted, False)
 
 
 def _apply(
@@ -151,7 +156,8 @@ def _apply(
     changed since one of them was not finite.
     """
     optimizers = _optimizers(state, phase)
-    for _, optimizer in optimizers.values():
+    for module, optimizer in optimizers.values():
+        average_gradients(state.world, module)
         state.scaler.unscale_(optimizer)
     for name, (module, _) in optimizers.items():
         norms = [*norms, (f"{name}'s gradient", clip_gradients(module, state.config.max_grad_norm))]
@@ -206,10 +212,11 @@ def _discriminator_update(
     fresh = config.fresh_noise_share if phase.adversarial else 0.0
     state.whole = False
     for _ in range(config.gradient_accumulation):
-        batch = draw_group(groups, draws).batch(config, student, draws, fresh)
+        batch = draw_group(groups, draws).batch(config, student, draws, fresh, state.world)
         with torch.no_grad(), autocast(config, student):
             made = StudentStep(student(batch.x, batch.sigma, batch.cond).float(), {})
         discriminator_step(state, batch, made, 1 / config.gradient_accumulation)
+    average_gradients(state.world, critic.discriminator)
     state.scaler.unscale_(critic.optimizer)
     name, norm = "discriminator's gradient", clip_gradients(critic.discriminator, config.max_grad_norm)
     if not can_skip(critic.optimizer):

@@ -30,8 +30,9 @@ class FakeScore:
         """Denoising of the student's `pictures` (B, C, H, W) at levels and with noise of their own."""
         schedule = self.denoiser.schedule
         draws = torch.Generator().manual_seed(batch.seed + 1)
-        levels = 0.02 + 0.96 * torch.rand(len(pictures), generator=draws)
-        noise = to_device(torch.randn(pictures.shape, generator=draws), pictures.device)
+        levels = 0.02 + 0.96 * batch.drawn(lambda shape: torch.rand(shape, generator=draws), pictures.shape[:1])
+        drawn = batch.drawn(lambda shape: torch.randn(shape, generator=draws), pictures.shape)
+        noise = to_device(drawn, pictures.device)
         sigma = to_device(schedule.sigma(levels * (schedule.timesteps - 1)), pictures.device)
         return losses.denoising(self.denoiser, pictures.detach(), noise, sigma, batch.cond)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..world import ALONE, World
 from .health import Health, HealthParts
 
 OTHER_DEVICES = 10  # updates between two looks at a device that is no CPU
@@ -43,8 +44,12 @@ class Layout:
 
 @dataclass
 class Measures:
-    """The sums of the numbers of the updates since they were last brought over, for each layout, and their count."""
+    """The sums of the numbers of the updates since they were last brought over, for each layout, and their count.
 
+    Of several processes they are the means over all.
+    """
+
+    world: World = ALONE
     sums: dict[Layout, tuple[Tensor, int]] = field(default_factory=dict)
 
     def add(
@@ -58,6 +63,7 @@ class Measures:
         (names, values), (of_norms, more) = (tuple(zip(*part, strict=True)) or ((), ()) for part in (losses, norms))
         layout = Layout(names, of_norms, health.heads, health.relative, share)
         numbers = torch.stack([x.detach().float().reshape(()) for x in (*values, *more, *health.values)])
+        numbers = self.world.average(numbers)
         total, count = self.sums.get(layout, (0.0, 0))
         self.sums[layout] = total + numbers, count + 1
         return numbers

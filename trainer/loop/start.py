@@ -12,6 +12,7 @@ from ...core.student import Student, check_copyable, load_weights
 from ..config import Config, ConfigError
 from ..data.samples import Samples
 from ..host import Host
+from ..world import ALONE, World
 from .foreign_start import Start, begin_from, fits_as_it_is, foreign_start
 from .pixel_backbone import load_vision
 from .state import State, tap_names
@@ -119,7 +120,7 @@ def features(host: Host, config: Config) -> Features | None:
         raise ConfigError(str(error)) from None
 
 
-def begin(host: Host, config: Config, sample: Samples, seen: Features | None = None) -> State:
+def begin(host: Host, config: Config, sample: Samples, seen: Features | None = None, world: World = ALONE) -> State:
     """A fresh state of a student as it begins, judged by `seen` (by the settings' own features, if None).
 
     Whoever asks for it releases it.
@@ -128,7 +129,7 @@ def begin(host: Host, config: Config, sample: Samples, seen: Features | None = N
     student = create(host, config)
     try:
         earlier = init(student, host, config) if config.init_student else {}
-        state = State.create(student, config, sample, seen)
+        state = State.create(student, config, sample, seen, world)
         if config.init_student:
             state.extra["earlier"] = earlier
         return state

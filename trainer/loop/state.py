@@ -18,6 +18,7 @@ from ...core.gradient_checkpointing import checkpointed
 from ...core.student import Student
 from ..config import Config, check_resumable
 from ..data.samples import Samples
+from ..world import ALONE, World
 from .fake_score import FakeScore
 from .feature_cache import FeatureCache
 from .optimizer import adam
@@ -66,6 +67,7 @@ class State:
     extra: dict[str, Any] = field(default_factory=dict)
     feature_cache: FeatureCache = field(default_factory=FeatureCache)  # of the positives; not saved
     whole: bool = True  # False while an update is being applied: not a state to go on from
+    world: World = ALONE  # the processes that train together
 
     @classmethod
     def create(
@@ -74,6 +76,7 @@ class State:
         config: Config,
         sample: Samples,
         features: Features | None = None,
+        world: World = ALONE,
     ) -> State:
         """A fresh state; one `sample` row tells the shapes of features (by default the teacher's) and text."""
         alone, trained = config.guidance_only, student.trained
@@ -86,6 +89,7 @@ class State:
             copy.deepcopy(trained).requires_grad_(False),
             grad_scaler(config, student.device, student.backbone),
             FakeScore(student, config) if matches else None,
+            world=world,
         )
 
     @property

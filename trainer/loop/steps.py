@@ -7,6 +7,7 @@ make one update. Everything stays on the device.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ def real_inputs(state: State, batch: Batch) -> HeadInputs:
             return state.features(batch.positive[one], sigma[one], batch.positive_cond.rows(one))
 
         maps = state.feature_cache.of(batch.positive_key, alone, sigma.device)
-    discriminator.calibrate(maps)
+    discriminator.calibrate(maps, lambda rows: state.world.gather(rows, batch.whole))
     text, image = batch.positive_cond.summary, image_condition(state, batch)
     return HeadInputs(discriminator.standardise(maps), sigma, text, image)
 
@@ -141,10 +142,11 @@ def mismatched(state: State, real: HeadInputs, batch: Batch) -> HeadInputs:
 
     (arXiv 1605.05396, section 4.2.)
     """
+    assert batch.stranger_cond
     if not state.features.conditional:
-        return replace(real, text=real.text.roll(1, 0))
+        return replace(real, text=batch.stranger_cond.summary)
     with torch.no_grad():
-        return head_inputs(state, batch.positive, batch.positive_cond.map(lambda v: v.roll(1, 0)), batch)
+        return head_inputs(state, batch.positive, batch.stranger_cond, batch)
 
 
 # --- Losses ---
@@ -155,22 +157,24 @@ def student_losses(state: State, batch: Batch, uncond: Cond, phase: Phase) -> St
     config = state.config
     output = state.student(batch.x, batch.sigma, batch.cond).float()
     paired, parts = batch.paired, {}
-    if config.regression_weight > 0 and len(paired):
-        parts["regression"] = config.regression_weight * losses.regression(output[paired], batch.target[paired])
+    if config.regression_weight > 0 and paired.whole:
+        regression = paired.mean(lambda rows: losses.regression(output[rows], batch.target[rows]), output)
+        parts["regression"] = config.regression_weight * regression
     if not phase.adversarial:
         return StudentStep(output, parts)
     if config.distillation_weight > 0:
         weight = config.distillation_weight * (phase.ramp if state.fake_score else 1.0)
         parts["distillation"] = weight * distillation_loss(state, output, batch, uncond)
-    matches = config.feature_weight > 0 and len(paired) > 0
+    matches = config.feature_weight > 0 and paired.whole > 0
     if not (matches or config.adversarial_weight > 0):
         return StudentStep(output, parts)
     real, fake = real_inputs(state, batch), head_inputs(state, output, batch.cond, batch)
     if matches:
         with torch.no_grad():
             target = real if config.positives == "teacher" else head_inputs(state, batch.target, batch.cond, batch)
-        found, wanted = ([x[paired] for x in side.maps] for side in (fake, target))
-        parts["features"] = config.feature_weight * losses.feature_matching(found, wanted)
+        both = (fake.maps, target.maps)
+        matching = paired.mean(lambda rows: losses.feature_matching(*([x[rows] for x in m] for m in both)), output)
+        parts["features"] = config.feature_weight * matching
     if config.adversarial_weight > 0:
         parts["adversarial"] = config.adversarial_weight * phase.ramp * adversarial_loss(state, real, fake)
     return StudentStep(output, parts, real, fake)
@@ -219,14 +223,18 @@ def discriminator_losses(state: State, real: HeadInputs, fake: HeadInputs, batch
     on_real, on_fake = logits(state, real), logits(state, fake)
     loss = losses.ADVERSARIAL[config.adversarial][0]
     parts = {"discriminator": loss(on_real, on_fake)}
-    if config.mismatch_weight > 0 and len(rows := batch.strangers):
-        on_wrong = logits(state, mismatched(state, real, batch))
-        parts["mismatch"] = config.mismatch_weight * loss([x[rows] for x in on_real], [x[rows] for x in on_wrong])
-    draws = torch.Generator(real.sigma.device).manual_seed(batch.seed)
+    if config.mismatch_weight > 0 and batch.strangers.whole:
+        both = (on_real, logits(state, mismatched(state, real, batch)))
+        wrong = batch.strangers.mean(lambda rows: loss(*([x[rows] for x in side] for side in both)), both[1][0])
+        parts["mismatch"] = config.mismatch_weight * wrong
+    device = real.sigma.device
+    draws = torch.Generator(device).manual_seed(batch.seed)
+    like: dict[str, Any] = {"generator": draws, "device": device}
     if penalty == "exact":
-        parts["r1"] = config.r1_weight * losses.exact_r1(on_real, real.maps, draws)
+        signs = [batch.drawn(lambda shape: torch.randint(2, shape, **like) * 2 - 1, x.shape) for x in on_real]
+        parts["r1"] = config.r1_weight * losses.exact_r1(on_real, real.maps, signs)
     elif penalty == "approximate":
-        noise = [torch.randn(x.shape, generator=draws, device=x.device) for x in real.maps]
+        noise = [batch.drawn(lambda shape: torch.randn(shape, **like), x.shape) for x in real.maps]
         moved = replace(real, maps=[x + config.r1_noise * e for x, e in zip(real.maps, noise, strict=True)])
         difference = losses.approximate_r1(on_real, logits(state, moved))
         parts["r1"] = config.r1_weight / config.r1_noise**2 * difference

@@ -178,8 +178,10 @@ def _new(tensor: Tensor, counted: dict[int, StorageWeakRef]) -> int:
 def measure_memory(state: State, pairs: Samples, resolution: tuple[int, int]) -> Memory:
     """Count on one sample and on two what a step keeps: a forward of the student, one of the features.
 
-    `resolution` are the pixels (width, height) of a picture."""
+    `resolution` are the pixels (width, height) of a picture. Of several processes it is what each takes.
+    """
     config, student = state.config, state.student
+    batch_size = config.batch_size // state.world.size
     heads = list(state.critic.discriminator.parameters()) if state.critic else []
     modules: list[nn.Module] = [student.teacher.backbone, student.trained]
     parameters = [*(p for m in modules for p in m.parameters()), *heads]
@@ -202,8 +204,8 @@ def measure_memory(state: State, pairs: Samples, resolution: tuple[int, int]) ->
     with student.training(), cast_frozen(config, student.teacher), autocast(config, student, student.teacher):
         weights = _bytes(student.teacher.backbone.parameters())
         one = passes(1)
-        two = passes(2) if config.batch_size > 1 else one
-    batches = [a.of_batch(b, config.batch_size) for a, b in zip(one, two, strict=True)]
+        two = passes(2) if batch_size > 1 else one
+    batches = [a.of_batch(b, batch_size) for a, b in zip(one, two, strict=True)]
     trained = [
         *student.trained.parameters(),
         *(state.fake_score.denoiser.trained.parameters() if state.fake_score else ()),

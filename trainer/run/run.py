@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import random
+import secrets
 from collections.abc import Generator, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from ..data.sizes import by_size, pictures_by_size, with_buckets
 from ..host import Host
 from ..loop.start import begin, check, features
 from ..prediction_check import check_prediction
+from ..world import ALONE, World
 from .events import Control, Event, PairsMade, Warned
 from .memory import PREVIEWS, OutOfMemory, advice, is_out_of_memory
 from .scores import Score, latent_score
@@ -78,20 +81,24 @@ def run(
     score: Score = latent_score,
     pairs_folder: str | Path | None = None,
     control: Control | None = None,
+    world: World = ALONE,
 ) -> Generator[Event, None, None]:
     """Distil `host`'s model into a one-step student, in `folder`; an earlier run there goes on.
 
     Makes what is missing of the teacher pairs (in `pairs_folder`, by default inside `folder`), then
     trains; yields events as it goes. Closing the generator, or an error in a host's pass, saves the
     state and stops; `control` asks for a preview, or for an early end. `images` are captioned
-    pictures for the discriminator, as `read_pictures` takes them. Ends with Finished. Raises DataError, ConfigError,
-    OutOfMemory, Diverged (after writing the last good student), or InUse (while another run has the folder).
+    pictures for the discriminator, as `read_pictures` takes them. The processes of a `world` each run this with the
+    same arguments. Ends with Finished. Raises DataError, ConfigError, OutOfMemory, Diverged (after writing the last
+    good student), InUse (while another run has the folder), or Apart (another process has ended).
     """
     out_of_memory = ""
     doing = _Doing()
     texts = prompts if isinstance(prompts, str) else list(prompts)
     try:
-        yield from _run(host, config, Path(folder), texts, images, score, pairs_folder, control or Control(), doing)
+        yield from _run(
+            host, config, Path(folder), texts, images, score, pairs_folder, control or Control(), doing, world
+        )
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -101,8 +108,26 @@ def run(
         raise OutOfMemory(out_of_memory)
 
 
+def _check_shared(world: World, folder: Path) -> None:
+    """Raise ConfigError if not every process sees the same folder: on several machines it must be a shared one."""
+    if world.size == 1:
+        return
+    name = world.told(f".together-{secrets.token_hex(8)}")
+    mark = folder / name
+    try:
+        if world.leads:
+            mark.touch()
+        world.told(None)
+        seen = world.average(torch.tensor(float(mark.exists())))
+    finally:
+        if world.leads:
+            mark.unlink(missing_ok=True)
+    if seen < 1:
+        raise ConfigError(f"{folder} is not the same folder for every process: choose one that all machines share")
+
+
 def _with_pictures(
-    parts: Sequence[Part], config: Config, found: Found, folder: Path
+    parts: Sequence[Part], config: Config, found: Found, folder: Path, world: World
 ) -> Generator[Event, None, list[Part]]:
     """Encode pictures, each at the size that fits its shape; the parts with them. Yields what is done."""
     with_them, done = [], 0
@@ -111,7 +136,7 @@ def _with_pictures(
         width, height = part.host.resolution
         place = folder if len(parts) == 1 else folder / f"{width}x{height}"
         if own.pictures:
-            for made, newest in cache_images(part.host, own, place, config.broken_pictures, Affixes.of(config)):
+            for made, newest in cache_images(part.host, own, place, config.broken_pictures, Affixes.of(config), world):
                 yield PairsMade(done + made, len(found.pictures), "pictures", newest)
             part = replace(part, reals=load_images(place, own.usable))
         done += len(own.pictures)
@@ -140,10 +165,19 @@ def _run(
     pairs_folder: str | Path | None,
     control: Control,
     doing: _Doing,
+    world: World,
 ) -> Generator[Event, None, None]:
     check_inputs(config, images)
     check_texts(prompts)
-    with locked(folder):
+    if config.batch_size % world.size:
+        raise ConfigError(
+            f"batch_size is {config.batch_size}, which {world.size} processes cannot share evenly: it counts the "
+            f"pictures of all of them; make it a multiple of {world.size}"
+        )
+    with ExitStack() as stack:
+        if world.leads:
+            stack.enter_context(locked(folder))
+        _check_shared(world, folder)
         pairs_folder = Path(pairs_folder or folder / "pairs")
         found = None if images is None else read_pictures(images, config.broken_pictures)
         config = with_buckets(config, found, host.resolution)
@@ -156,14 +190,14 @@ def _run(
                 check_pictures(found.pictures)  # before hours of pairs
             if words := found.in_words():
                 yield Warned(0, words)
-        new = not pairs_folder.exists()  # of a model that is read wrongly every pair would be noise
+        new = world.told(not pairs_folder.exists())  # of a model that is read wrongly every pair would be noise
         if new:
             with exclusive(host.denoiser.backbone):
                 words = check_prediction(host.denoiser, host.latent_shape, host.encode_text([""]))
             if words:
                 yield Warned(0, words)
         warnings: list[str] = []
-        for done, newest in make_pairs(host, config, prompts, pairs_folder, warnings.append):
+        for done, newest in make_pairs(host, config, prompts, pairs_folder, warnings.append, world):
             yield from (Warned(0, words) for words in warnings)
             warnings.clear()
             yield PairsMade(done, config.pairs, "teacher pairs", newest)
@@ -174,10 +208,10 @@ def _run(
             parts.append(Part(share.host, pairs.select(train_rows), pairs.select(held_rows)))
         if found:
             doing.what = "encoding pictures"
-            parts = yield from _with_pictures(parts, config, found, folder / IMAGES)
+            parts = yield from _with_pictures(parts, config, found, folder / IMAGES, world)
         doing.what = "training"
         with exclusive(host.denoiser.backbone):
-            state = begin(parts[0].host, config, parts[0].train, seen)
+            state = begin(parts[0].host, config, parts[0].train, seen, world)
         state.extra |= {"pairs": recipe, "images": pictures_recipe(found)}
         try:
             yield from Training(parts[0].host, state, folder, parts, score, control).events()

@@ -49,18 +49,23 @@ def student_pictures(
     """Latents (N, C, H, W), float32 on the CPU, that the averaged student makes from these pairs' noise.
 
     In one step; one of guidance alone as the teacher made the pairs, by the host's `own` sampler if that did. Its LoRA
-    is not merged: the copy of the weights that this takes may be more than the memory a training leaves free.
+    is not merged: the copy of the weights that this takes may be more than the memory a training leaves free. Each
+    process makes its share, and has all.
     """
-    student, sampler = state.student, TEACHER_SAMPLERS[state.config.pair_sampler]
+    student, sampler, world = state.student, TEACHER_SAMPLERS[state.config.pair_sampler], state.world
     parts = []
     with state.averaged(), autocast(state.config, student), torch.no_grad():
-        for chunk in rows.split(state.config.batch_size):
+        for batch in rows.split(state.config.batch_size):
+            chunk = batch[world.rows(len(batch))]
+            if not len(chunk):
+                parts.append(world.gather(torch.empty(0, *pairs.latents.shape[1:]), len(batch)))
+                continue
             cond, noise = pairs.cond.rows(chunk).to(student.device), pairs.noise(chunk).to(student.device)
             if own and student.guidance_steps and pairs.seeds is not None:
                 made = own(Guided(student, cond), noise, pairs.seeds[chunk].tolist())
             else:
                 made = student.generate(noise, cond, steps, sampler)
-            parts.append(made.float().cpu())
+            parts.append(world.gather(made.float().cpu(), len(batch)))
     return torch.cat(parts)
 
 
@@ -164,9 +169,10 @@ class Training:
     def kept(self) -> bool:
         """Whether there is a best student: one that was deleted or broken meanwhile is written anew."""
         try:
-            return bool(read_card(self.best))
+            found = bool(read_card(self.best))
         except (CardError, OSError):
-            return False
+            found = False
+        return self.state.world.told(found)
 
     def events(self) -> Iterator[Event]:
         """Train to the end, from the folder's last state if it has one; raises as `run`."""
@@ -179,15 +185,15 @@ class Training:
             Group.of(part.train, part.host.encode_text(negative), part.reals, number)
             for number, part in enumerate(self.parts)
         ]
-        history = History(self.folder / HISTORY, state.update)
+        history = History(self.folder / HISTORY, state.update) if state.world.leads else None
         try:
             with closing(distill_groups(state, groups)) as steps:
                 for step in steps:
                     self.saved = False
-                    if step.health:
+                    if step.health and history:
                         history.add(step, step.health)
                     yield from self._after(step)
-                    if self.control.stop:
+                    if state.world.told(self.control.stop):
                         break
         except Diverged as error:
             if not self.kept:
@@ -233,7 +239,7 @@ class Training:
         yield step
         if self._evaluates():
             yield self.select()
-        if self.control.preview or self._previews():
+        if self.state.world.told(self.control.preview) or self._previews():
             self.control.preview = False
             yield self.preview()
         if step.update % config.save_every == 0:
@@ -300,7 +306,7 @@ class Training:
             )
             for part in self.parts
         ]
-        value = sum(values) / len(values)
+        value = state.world.told(sum(values) / len(values))
         state.extra["measured"] = state.update
         best = value <= state.extra.get("best", float("inf")) or not self.kept
         if best:
@@ -310,9 +316,12 @@ class Training:
 
     def save(self) -> None:
         """Save the state, from which the run goes on."""
-        save_state(self.state, self.folder)
+        if self.state.world.leads:
+            save_state(self.state, self.folder)
         self.saved = True
 
     def write(self, metrics: dict[str, float]) -> None:
         """Write the student as the best one."""
-        write_student(self.host, self.state, self.best, metrics)
+        if self.state.world.leads:
+            write_student(self.host, self.state, self.best, metrics)
+        self.state.world.told(None)  # it is there
