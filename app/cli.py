@@ -120,6 +120,11 @@ def make_parser() -> argparse.ArgumentParser:
     distill.add_argument(
         "--estimate", action="store_true", help="only tell what memory it takes, and what time and disk the pairs"
     )
+    distill.add_argument(
+        "--fsdp",
+        action="store_true",
+        help="of a training in several processes: each holds a part of a full student (see docs/processes.md)",
+    )
     distill.add_argument("--title", default="training", help="what its progress bar is called (default: training)")
     distill.add_argument("--config", type=place, help="TOML file of settings; the flags below go before it")
     add_settings(distill)
@@ -182,7 +187,8 @@ def run_distill(args: argparse.Namespace) -> int:
     from ..trainer.run.scores import latent_score
     from .processes import join, leave
 
-    config, world = settings(args), join()
+    config = settings(args)
+    world = join(config, args.fsdp)
     wildcards = [args.wildcards] if args.wildcards else []
     source = args.prompts or Path(AUTO)
     auto = args.prompts is None or (source == Path(AUTO) and is_built_in(source))

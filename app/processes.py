@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..trainer.config import ConfigError
+from ..core.gradient_checkpointing import blocks
+from ..trainer.config import Config, ConfigError
 from ..trainer.run.memory import is_out_of_memory
 from ..trainer.world import ALONE, Apart, World
 
@@ -32,11 +33,17 @@ def launched() -> int:
     return int(count) if count.isdecimal() else 1
 
 
-def join() -> World:
+def join(config: Config, fsdp: bool = False) -> World:
     """The place of this process among those that a launcher has started; ALONE without one.
 
-    Raises ImportError without accelerate, ConfigError where the processes cannot be joined.
+    `fsdp`, or accelerate's own setting of it, spreads a full student over them. Raises ImportError without accelerate,
+    ConfigError where the processes cannot be joined or the settings do not go with them.
     """
+    if fsdp and (config.rank or launched() < 2):
+        raise ConfigError(
+            "--fsdp spreads a full student over several processes: give --rank 0, and start it with accelerate launch "
+            "or torchrun; a LoRA is small, and is trained in several processes without it"
+        )
     count = launched()
     if count < 2:
         return ALONE
@@ -53,14 +60,18 @@ def join() -> World:
             f"{count} processes were started, and only {state.num_processes} joined: start them with accelerate launch "
             "--multi_gpu or torchrun"
         )
-    return Processes(state.process_index, count)
+    asked = fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    shards = asked and not config.rank
+    if shards and config.precision == "float16":
+        raise ConfigError("precision is float16, of which FSDP cannot scale the losses: use bfloat16")
+    return Processes(state.process_index, count, shards)
 
 
 class Processes(World):
     """Those of a process group. What is not on a GPU goes over the network by gloo, so that no GPU is waited for."""
 
-    def __init__(self, rank: int, size: int):
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int, size: int, shards: bool = False):
+        self.rank, self.size, self.shards = rank, size, shards
         self._slow: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def gather(self, rows: Tensor, whole: int) -> Tensor:
@@ -83,6 +94,19 @@ class Processes(World):
         with _together():
             dist.broadcast_object_list(box, 0, self._slow)
         return box[0]
+
+    def shard(self, module: nn.Module) -> None:
+        """As FSDP2 does: each block's parameters are put together for its passes alone."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(next(module.parameters()).device.type, (self.size,))
+        try:
+            inner = blocks(module)
+        except ValueError:  # of none that is known: as a whole
+            inner = {}
+        for part in (*inner.values(), module):
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
     def _group(self, tensor: Tensor) -> Any:
         return self._slow if tensor.device.type == "cpu" else None

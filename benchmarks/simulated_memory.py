@@ -77,6 +77,8 @@ def without_numbers(mode: FakeTensorMode, value: Any) -> Any:
     """A tensor or condition of the same shape."""
     if isinstance(value, Tensor):
         return mode.from_tensor(value)
+    if isinstance(value, batch.Some):
+        return dataclasses.replace(value, rows=mode.from_tensor(value.rows))
     return value.map(mode.from_tensor) if isinstance(value, td.core.denoiser.Cond) else value
 
 
@@ -94,11 +96,11 @@ def simulated(mode: FakeTensorMode) -> Iterator[None]:
     """Within, batches are drawn with numbers and given without, and nothing asks a tensor for its number."""
     own = batch.draw_batch
 
-    def draw(config: Any, student: Any, *data: Any) -> batch.Batch:
+    def draw(config: Any, student: Any, *data: Any, **more: Any) -> batch.Batch:
         with unset_fake_temporarily():
             stand_in = SimpleNamespace(schedule=student.schedule, device=CPU, start_timestep=student.start_timestep)
             pairs, reals, _draws, *fresh = data
-            made = own(config, stand_in, pairs, reals, torch.Generator().manual_seed(0), *fresh)
+            made = own(config, stand_in, pairs, reals, torch.Generator().manual_seed(0), *fresh, **more)
         fields = {f.name: without_numbers(mode, getattr(made, f.name)) for f in dataclasses.fields(made)}
         return dataclasses.replace(made, **fields)
 

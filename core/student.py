@@ -20,6 +20,7 @@ from .lora import LoRA, check_match, quantised
 from .naming import is_diffusers, of_an_adapter, to_single_file, without_adapter
 from .sampling import sample_euler, sample_few_step, sigmas_of
 from .schedule import Schedule, trailing_timesteps
+from .sharded import sharded_like, whole
 
 PREDICTIONS = ("inherit", "x0")
 
@@ -190,7 +191,8 @@ def student_bytes(student: Student, card: StudentCard, dtype: torch.dtype = torc
         tensors = student.lora.export(student.backbone, _lora_style(student), dtype)
     else:
         names = _full_names(student.backbone)
-        tensors = {names[k]: v.detach().to(dtype).cpu().contiguous() for k, v in student.backbone.state_dict().items()}
+        own = student.backbone.state_dict().items()
+        tensors = {names[k]: whole(v.detach()).to(dtype).cpu().contiguous() for k, v in own}
     broken = [k for k, v in tensors.items() if not v.isfinite().all()]
     if broken:
         raise ValueError(
@@ -210,7 +212,8 @@ def load_weights(student: Student, module: nn.Module, tensors: Mapping[str, Tens
         return
     names = _full_names(student.backbone)
     _check_full(student.backbone, {k: v.shape for k, v in tensors.items()})
-    module.load_state_dict({k: tensors[v] for k, v in names.items()})
+    own = module.state_dict()
+    module.load_state_dict({k: sharded_like(tensors[v], own[k]) for k, v in names.items()})
 
 
 def _check_full(backbone: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:

@@ -14,6 +14,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..core.sharded import is_sharded
+
 T = TypeVar("T")
 BUCKET = 2**26  # numbers that are averaged together: copying them must not double a large network's gradients
 
@@ -27,6 +29,7 @@ class World:
 
     rank = 0
     size = 1
+    shards = False  # whether a full student is spread over the processes (FSDP)
 
     @property
     def leads(self) -> bool:
@@ -53,6 +56,9 @@ class World:
         """The largest that any process has."""
         return int(self.gather(torch.tensor([number]), self.size).max())
 
+    def shard(self, module: nn.Module) -> None:
+        """Spread a module's parameters over the processes, where that is asked for."""
+
     @contextmanager
     def first(self) -> Iterator[None]:
         """Within, the first process is alone; the others come after it."""
@@ -68,10 +74,13 @@ ALONE = World()
 
 @torch.no_grad()
 def average_gradients(world: World, module: nn.Module) -> None:
-    """Average a module's gradients over all processes; the same parameters have one in each."""
+    """Average a module's gradients over all processes; the same parameters have one in each.
+
+    Of sharded parameters the backward pass has done so.
+    """
     if world.size == 1:
         return
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    gradients = [p.grad for p in module.parameters() if p.grad is not None and not is_sharded(p)]
     for bucket in _buckets(gradients):
         flat = world.average(torch.cat([g.flatten() for g in bucket]))
         for gradient, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...core.denoiser import Cond
 from ...core.exclusive import exclusive
+from ...core.sharded import whole
 from ..data.samples import Samples
 from ..world import average_gradients
 from .batch import Group, draw_group, draw_guidance_batch, generator
@@ -229,7 +230,7 @@ def _discriminator_update(
 def clip_gradients(module: nn.Module, largest: float) -> Tensor:
     """Scale a module's gradients down to a norm of `largest` at most (0: as they are); their norm before, ()."""
     parameters = [p for p in module.parameters() if p.grad is not None]
-    return nn.utils.clip_grad_norm_(parameters, largest if largest > 0 else math.inf)
+    return whole(nn.utils.clip_grad_norm_(parameters, largest if largest > 0 else math.inf))
 
 
 @torch.no_grad()

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
 import torch
-from torch import amp, nn
+from torch import Tensor, amp, nn
 
 from ...core.discriminator import Discriminator
 from ...core.features import Features, TeacherFeatures
 from ...core.gradient_checkpointing import checkpointed
+from ...core.sharded import sharded_like
 from ...core.student import Student
 from ..config import Config, check_resumable
 from ..data.samples import Samples
@@ -81,12 +82,13 @@ class State:
         """A fresh state; one `sample` row tells the shapes of features (by default the teacher's) and text."""
         alone, trained = config.guidance_only, student.trained
         matches = config.distillation_weight > 0 and config.distillation == "matching" and not alone
+        average = _average(trained, world)
         return cls(
             config,
             student,
             None if alone else Critic.create(student, config, sample, features),
             adam(trained, config.lr, (0.9, 0.99)),
-            copy.deepcopy(trained).requires_grad_(False),
+            average,
             grad_scaler(config, student.device, student.backbone),
             FakeScore(student, config) if matches else None,
             world=world,
@@ -119,13 +121,21 @@ class State:
     def averaged(self) -> Iterator[None]:
         """The student acts with the running average of its weights within."""
         live = list(self.student.trained.parameters())
-        kept = [p.data for p in live]
+        sharded = self.world.shards and self.student.lora is None  # torch keeps such tensors' places
+        kept = [p.detach().clone() if sharded else p.data for p in live]
         try:
-            for parameter, slow in zip(live, self.average.parameters(), strict=True):
-                parameter.data = slow.data
+            self._become([p.data for p in self.average.parameters()], sharded)
             yield
         finally:
-            for parameter, value in zip(live, kept, strict=True):
+            self._become(kept, sharded)
+
+    @torch.no_grad()
+    def _become(self, values: Sequence[Tensor], sharded: bool) -> None:
+        """Let the student's parameters have these values."""
+        for parameter, value in zip(self.student.trained.parameters(), values, strict=True):
+            if sharded:
+                parameter.copy_(value)
+            else:
                 parameter.data = value
 
     @contextmanager
@@ -157,9 +167,13 @@ class State:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Raises ConfigError if the saved run had other settings, ValueError or RuntimeError for other shapes."""
         check_resumable(saved["config"], self.config)
-        self.student.trained.load_state_dict(saved["student"])
-        self.average.load_state_dict(saved["average"])
+        for module, weights in ((self.student.trained, saved["student"]), (self.average, saved["average"])):
+            own = module.state_dict()
+            fitting = own.keys() == weights.keys()  # else the module itself says what does not
+            module.load_state_dict({k: sharded_like(v, own[k]) for k, v in weights.items()} if fitting else weights)
         self.optimizer.load_state_dict(saved["optimizer"])
+        for parameter, moments in self.optimizer.state.items():
+            moments |= {k: sharded_like(v, parameter) for k, v in moments.items() if v.shape == parameter.shape}
         optimizers = [self.optimizer]
         if self.critic:
             self.critic.discriminator.load_state_dict(saved["discriminator"])
@@ -185,6 +199,16 @@ def check_state(saved: Any) -> None:
     good = isinstance(extra.get("best", 0.0), float) and saved["update"] >= 0 and 0 <= saved["spent"] < inf
     if not good or not all(isinstance(extra.get(name, {}), dict) for name in ("pairs", "images")):
         raise ValueError("its numbers cannot be a training's")
+
+
+def _average(trained: nn.Module, world: World) -> nn.Module:
+    """A copy of what is trained, and both sharded where that is asked for: at no time is there a second whole one."""
+    if not world.shards:
+        return copy.deepcopy(trained).requires_grad_(False)
+    average = copy.deepcopy(trained, {id(p): p for p in trained.parameters()})
+    for module in (average, trained):
+        world.shard(module)
+    return average.requires_grad_(False)
 
 
 def tap_names(config: Config) -> list[str]:

@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ...core.denoiser import Cond
 from ...core.gradient_checkpointing import blocks
+from ...core.sharded import own_part
 from ..config import Config
 from ..data.samples import Samples
 from ..host import decoded_at_once
@@ -89,7 +90,7 @@ def size_in_words(count: int) -> str:
 
 
 def _bytes(tensors: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(t.numel() * t.element_size() for t in map(own_part, tensors))
 
 
 @dataclass(frozen=True)

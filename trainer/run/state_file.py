@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from ...core.sharded import is_sharded, own_part, whole
 from ..data.files import whole_file
 from ..data.tensor_file import Entry, write_safetensors
 
@@ -21,12 +22,19 @@ KEY = "turbodistill.state"  # of the JSON in the header
 TENSOR, PAIRS = "$tensor", "$pairs"  # what stands for a tensor by its name, and for a dict whose keys are no texts
 
 
-def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Write dicts and lists of tensors and plain values, whole or not at all; raises OSError."""
+def write_state(path: Path, state: dict[str, Any], writes: bool = True) -> None:
+    """Write dicts and lists of tensors and plain values, whole or not at all; raises OSError.
+
+    A process that only has parts of its sharded tensors gives them, and `writes` nothing.
+    """
     tensors: dict[str, Tensor] = {}
     names: dict[tuple[Any, ...], str] = {}
     text = json.dumps(_packed(state, "state", tensors, names))
-    entries = [Entry(name, tuple(t.shape), t.dtype, lambda t=t: t.cpu()) for name, t in tensors.items()]
+    entries = [Entry(name, tuple(t.shape), t.dtype, lambda t=t: whole(t).cpu()) for name, t in tensors.items()]
+    if not writes:
+        for tensor in filter(is_sharded, tensors.values()):
+            whole(tensor)
+        return
 
     def write() -> None:
         with whole_file(path) as part:
@@ -59,7 +67,8 @@ def _packed(value: Any, name: str, tensors: dict[str, Tensor], names: dict[tuple
     if isinstance(value, Tensor):
         value = value.detach()
         # The format knows no shared memory: tied weights are one tensor there.
-        place = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride()) if value.numel() else (name,)
+        part = own_part(value)
+        place = (part.data_ptr(), value.dtype, tuple(value.shape), value.stride()) if part.numel() else (name,)
         if place not in names:
             names[place] = name
             tensors[name] = value

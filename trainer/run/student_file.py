@@ -77,8 +77,11 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def write_student(host: Host, state: State, path: Path, metrics: dict[str, Any]) -> StudentCard:
-    """Save the averaged student with its card."""
+    """Save the averaged student with its card; of several processes the first writes it."""
     card = make_card(host, state, metrics)
-    with state.averaged():
-        write_whole(path, student_bytes(state.student, card))
+    if state.world.leads or state.world.shards:
+        with state.averaged():
+            content = student_bytes(state.student, card)
+        if state.world.leads:
+            write_whole(path, content)
     return card

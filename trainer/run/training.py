@@ -56,22 +56,21 @@ def student_pictures(
     parts = []
     with state.averaged(), autocast(state.config, student), torch.no_grad():
         for batch in rows.split(state.config.batch_size):
-            chunk = batch[world.rows(len(batch))]
-            if not len(chunk):
-                parts.append(world.gather(torch.empty(0, *pairs.latents.shape[1:]), len(batch)))
-                continue
+            own_rows = batch[world.rows(len(batch))]
+            chunk = own_rows if len(own_rows) else batch[:1]  # a sharded student makes its passes in all at once
             cond, noise = pairs.cond.rows(chunk).to(student.device), pairs.noise(chunk).to(student.device)
             if own and student.guidance_steps and pairs.seeds is not None:
                 made = own(Guided(student, cond), noise, pairs.seeds[chunk].tolist())
             else:
                 made = student.generate(noise, cond, steps, sampler)
-            parts.append(world.gather(made.float().cpu(), len(batch)))
+            parts.append(world.gather(made[: len(own_rows)].float().cpu(), len(batch)))
     return torch.cat(parts)
 
 
 def save_state(state: State, folder: Path) -> None:
-    """Write the state into a run's folder, whole or not at all; raises OSError."""
-    write_state(folder / STATE, state.state_dict())
+    """Write the state into a run's folder, whole or not at all; raises OSError. Of several processes the first does."""
+    if state.world.leads or state.world.shards:
+        write_state(folder / STATE, state.state_dict(), state.world.leads)
 
 
 def _saved(folder: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any] | None:
@@ -199,8 +198,11 @@ class Training:
             if not self.kept:
                 self.write({})
             raise Diverged(f"{error}: {self.best}") from None
-        except BaseException:  # closed, cancelled or failed: nothing of it is lost, unless in the middle of an update
-            if not self.saved and state.whole:
+        except (
+            BaseException
+        ) as error:  # closed, cancelled or failed: nothing of it is lost but in the middle of an update
+            alone = state.world.shards and not isinstance(error, GeneratorExit)  # without the others' parts
+            if not self.saved and state.whole and not alone:
                 self.save()
             raise
         yield from self._end()
@@ -316,12 +318,10 @@ class Training:
 
     def save(self) -> None:
         """Save the state, from which the run goes on."""
-        if self.state.world.leads:
-            save_state(self.state, self.folder)
+        save_state(self.state, self.folder)
         self.saved = True
 
     def write(self, metrics: dict[str, float]) -> None:
         """Write the student as the best one."""
-        if self.state.world.leads:
-            write_student(self.host, self.state, self.best, metrics)
+        write_student(self.host, self.state, self.best, metrics)
         self.state.world.told(None)  # it is there
