@@ -7,7 +7,7 @@ x0, `x` (B, C, H, W) is noise already at `sigmas[0]`, `sigmas` (n + 1,) falls to
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy
 import torch
@@ -45,20 +45,26 @@ def row_noise(x: Tensor) -> Callable[[int], Tensor]:
     So an item of a batch is given the noise that it is given alone, and whoever begins with the same
     noise, at whatever scale and in whatever host, goes on with the same.
     """
+    seeds: list[int] = []
 
     def noise(i: int) -> Tensor:
-        signs = [numpy.packbits(row.detach().gt(0).flatten().cpu().numpy()).tobytes() for row in x]
-        seeds = [int.from_bytes(hashlib.sha256(row).digest()[:7], "big") for row in signs]
+        if not seeds:  # once: a device is waited for
+            signs = numpy.packbits(x.detach().gt(0).flatten(1).cpu().numpy(), axis=1)
+            seeds.extend(int.from_bytes(hashlib.sha256(row.tobytes()).digest()[:7], "big") for row in signs)
         return seeded_noise([seed + i for seed in seeds], x.shape[1:], x.device).to(x)
 
     return noise
 
 
-def _levels(x: Tensor, sigmas: Tensor):
-    """Pairs (sigma, next) as (B,) tensors beside their index."""
-    ones = x.new_ones(x.shape[0])
-    for i in range(len(sigmas) - 1):
-        yield i, sigmas[i].to(x) * ones, sigmas[i + 1].to(x) * ones
+def _levels(x: Tensor, sigmas: Tensor) -> Iterator[tuple[int, Tensor, Tensor, bool]]:
+    """The number of each step, its level and the next as (B,) tensors, and whether that is 0.
+
+    A device is asked for its levels once: no step waits for it.
+    """
+    ends = [level == 0 for level in sigmas.tolist()]
+    levels, ones = sigmas.to(x), x.new_ones(x.shape[0])
+    for i in range(len(ends) - 1):
+        yield i, levels[i] * ones, levels[i + 1] * ones, ends[i + 1]
 
 
 def _report(callback: Callable | None, x: Tensor, i: int, sigma: Tensor, denoised: Tensor) -> None:
@@ -74,11 +80,11 @@ def sample_few_step(model, x, sigmas, extra_args=None, callback=None, disable=No
     """
     schedule = schedule or model.schedule
     noise = noise or row_noise(x)
-    for i, sigma, following in _levels(x, sigmas):
+    for i, sigma, following, last in _levels(x, sigmas):
         denoised = model(x, sigma, **(extra_args or {}))
         _report(callback, x, i, sigma, denoised)
         x = denoised
-        if following[0] > 0:
+        if not last:
             x = schedule.add_noise(denoised, noise(i), following)
     return x
 
@@ -93,7 +99,7 @@ def sample_one_step(model, x, sigmas, extra_args=None, callback=None, disable=No
 
 def sample_euler(model, x, sigmas, extra_args=None, callback=None, disable=None):
     """Euler's method on the probability-flow ODE (arXiv 2206.00364, algorithm 2 without churn); DDIM's step."""
-    for i, sigma, following in _levels(x, sigmas):
+    for i, sigma, following, _ in _levels(x, sigmas):
         denoised = model(x, sigma, **(extra_args or {}))
         _report(callback, x, i, sigma, denoised)
         x = x + (x - denoised) / expand(sigma, x) * expand(following - sigma, x)
@@ -103,10 +109,10 @@ def sample_euler(model, x, sigmas, extra_args=None, callback=None, disable=None)
 def sample_dpmpp_2m(model, x, sigmas, extra_args=None, callback=None, disable=None):
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), for variance-preserving models."""
     previous, last_step = None, x.new_ones(1)
-    for i, sigma, following in _levels(x, sigmas):
+    for i, sigma, following, last in _levels(x, sigmas):
         denoised = model(x, sigma, **(extra_args or {}))
         _report(callback, x, i, sigma, denoised)
-        if following[0] == 0:
+        if last:
             return denoised
         step = (sigma / following).log()
         target = denoised

@@ -131,8 +131,8 @@ class Student(Denoiser):
 
         By default in one step, or with guidance alone in its own number, by `sampler`.
         """
-        sigmas = self.sigmas(steps or self.guidance_steps or 1).to(noise)
-        x = self.schedule.add_noise(torch.zeros_like(noise), noise, sigmas[:1])
+        sigmas = self.sigmas(steps or self.guidance_steps or 1)
+        x = self.schedule.add_noise(torch.zeros_like(noise), noise, sigmas[:1].to(noise))
         model = lambda x, s: self(x, s, cond)  # noqa: E731
         if self.guidance_steps:
             return sampler(model, x, sigmas)

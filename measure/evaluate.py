@@ -119,7 +119,7 @@ def teacher_arm(host: Host, steps: int, guidance: Guidance, negative: str = "", 
     def make(noise: Tensor, cond: Cond) -> Tensor:
         model = Guided(host.denoiser, cond, uncond.to(noise.device), guidance)
         x = schedule.add_noise(torch.zeros_like(noise), noise, sigmas[:1].to(noise))
-        return sample_euler(model, x, sigmas.to(noise))
+        return sample_euler(model, x, sigmas)
 
     return Arm(make, lambda: exclusive(host.denoiser.backbone), affixes.teacher)
 

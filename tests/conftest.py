@@ -70,6 +70,12 @@ def toys():
 
 
 @pytest.fixture(scope="session")
+def pretended():
+    """The module `pretend_gpu.py`: a GPU that is none."""
+    return beside("pretend_gpu")
+
+
+@pytest.fixture(scope="session")
 def others():
     """The module `others.py`: LoRA files as others write them."""
     return beside("others")

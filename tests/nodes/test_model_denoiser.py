@@ -238,3 +238,23 @@ def test_a_condition_that_is_not_the_same_all_over_is_refused(nodes, toys, model
         nodes.denoiser.conditions(model, [[states, {option: 1}]], toys.picture())
     with pytest.raises(ValueError, match="2 parts"):
         nodes.denoiser.conditions(model, [[states, {}], [states, {}]], toys.picture())
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("rank", [2, 0])
+def test_on_a_gpu_nothing_is_mixed_and_no_pass_waits(toys, comfyui, model_of, nodes, pretended, prediction, rank):
+    with pretended.pretend() as seen:
+        model = model_of(toys.conv(prediction))
+        model.load_device = pretended.CUDA
+        model.model.to("cuda")
+        student = Student(nodes.denoiser.ModelDenoiser(model), rank)
+        cond, x = toys.cond().to("cuda"), toys.picture().to("cuda")
+        sigma = student.schedule.sigma(torch.tensor([999.0, 300.0])).to("cuda")
+        for _ in range(2):  # tables go over in the first
+            seen.clear()
+            with student.training(), nodes.denoiser.differentiable(model):
+                teacher = student.teacher(x, sigma, cond)
+                student(x, sigma, cond).sub(teacher).square().mean().backward()
+        assert dict(seen.waits) == {} and dict(seen.doubles) == {}
+        assert all(p.grad is not None and p.grad.device.type == "cuda" for p in student.trained.parameters())
+        student.release()

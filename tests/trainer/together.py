@@ -23,7 +23,7 @@ kit = _kit()
 
 
 def train(folder, world, name, settings, network="conv", images=None, slow=0.0, apart=False):
-    """One of the trainings, in a folder of its name (`apart`: one for each process); its events, `slow` seconds each."""
+    """One of the trainings, in a folder of its name, or `apart` one for each process; its events, some seconds each."""
     host = kit.unet_host() if network == "unet" else kit.conv_host()
     place = folder / (f"{name} {world.rank}" if apart else name)
     events = []

@@ -273,3 +273,28 @@ def test_every_pass_is_watched(toys, compvis):
         found(*given)
     found(*given)
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("host", ["compvis", "forge"])
+@pytest.mark.parametrize("rank", [2, 0])
+def test_on_a_gpu_nothing_is_mixed_and_no_pass_waits(models, toys, pretended, host, rank):
+    with pretended.pretend() as seen:
+        if host == "compvis":
+            network = models.unet(toys).to("cuda")
+            teacher = host_denoiser.CompvisDenoiser(network, scaled_linear(), "eps", pretended.CUDA)
+        else:
+            patcher = models.Patcher(models.KModel(models.unet(toys), models.Predictor("epsilon", None, True)))
+            patcher.model.to("cuda")
+            patcher.load_device = pretended.CUDA
+            teacher = host_denoiser.ForgeDenoiser(patcher)
+        student = Student(teacher, rank)
+        cond, x = toys.cond().to("cuda"), toys.picture().to("cuda")
+        sigma = student.schedule.sigma(torch.tensor([999.0, 300.0])).to("cuda")
+        for _ in range(2):  # tables go over in the first
+            seen.clear()
+            with student.training(), host_denoiser.in_float32(teacher.backbone):
+                teacher_s = teacher(x, sigma, cond)
+                student(x, sigma, cond).sub(teacher_s).square().mean().backward()
+        assert dict(seen.waits) == {} and dict(seen.doubles) == {}
+        assert all(p.grad is not None for p in student.trained.parameters())
+        student.release()

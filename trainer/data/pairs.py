@@ -214,9 +214,8 @@ class Teacher:
     def _sample(self, model: Guided, noise: Tensor, seeds: list[int]) -> Tensor:
         if self.own:
             return self.own(model, noise, seeds)
-        sigmas = self.sigmas.to(noise.device)
-        x = model.schedule.add_noise(torch.zeros_like(noise), noise, sigmas[:1])
-        return TEACHER_SAMPLERS[self.config.pair_sampler](model, x, sigmas)
+        x = model.schedule.add_noise(torch.zeros_like(noise), noise, self.sigmas[:1].to(noise.device))
+        return TEACHER_SAMPLERS[self.config.pair_sampler](model, x, self.sigmas)
 
 
 def _no_pictures(latents: Tensor) -> list[int]:

@@ -1,0 +1,43 @@
+"""Blocks of a network compiled one by one (torch.compile): on a GPU its kernels are fused and fewer are launched.
+
+A block is compiled with the LoRA in it, once for each way in which it is used: as the teacher, as the student, with and
+without gradients. What looks on from outside, such as feature taps and gradient checkpointing, stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .gradient_checkpointing import blocks
+
+# Ways in which the blocks of one class may be used before torch gives up compiling them: each has a LoRA of its own.
+WAYS = 4096
+
+
+@contextmanager
+def compiled(backbone: nn.Module, backend: str = "inductor") -> Iterator[None]:
+    """Within, passes run each block of the backbone compiled; the very same `forward`s are put back.
+
+    Enter it before `checkpointed`, which then computes the compiled block again. The first passes take minutes. Raises
+    ValueError for an architecture without blocks that are known, RuntimeError where torch cannot compile here.
+    """
+    changed = list(blocks(backbone).values())
+    own = [module.__dict__.get("forward") for module in changed]
+    settings: Any = torch._dynamo.config
+    limits = {"recompile_limit": WAYS, "accumulated_recompile_limit": 8 * WAYS}
+    try:
+        for module in changed:
+            module.forward = torch.compile(module.forward, dynamic=False, backend=backend)
+        with settings.patch({name: value for name, value in limits.items() if hasattr(settings, name)}):
+            yield
+    finally:
+        for module, forward in zip(changed, own, strict=True):
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = forward
