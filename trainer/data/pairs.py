@@ -16,6 +16,7 @@ from torch import Tensor
 from ...core.denoiser import Cond, Guidance, Guided
 from ...core.exclusive import exclusive
 from ...core.sampling import TEACHER_SAMPLERS, seeded_noise, trailing_sigmas
+from ...core.transfer import to_device
 from ..config import Config
 from ..groups import OF_GUIDANCE
 from ..host import Host
@@ -207,14 +208,15 @@ class Teacher:
     def _pictures(self, seeds: Tensor, cond: Cond) -> Tensor:
         denoiser = self.host.denoiser
         noise = seeded_noise(seeds.tolist(), self.host.latent_shape, denoiser.device)
-        model = Guided(denoiser, cond.to(noise.device), self.uncond, self.guidance)
+        model = Guided(denoiser, cond.to_device(noise.device), self.uncond, self.guidance)
         with exclusive(denoiser.backbone), as_sampled(self.config, denoiser):
             return self._sample(model, noise, seeds.tolist()).float().cpu()
 
     def _sample(self, model: Guided, noise: Tensor, seeds: list[int]) -> Tensor:
         if self.own:
             return self.own(model, noise, seeds)
-        x = model.schedule.add_noise(torch.zeros_like(noise), noise, self.sigmas[:1].to(noise.device))
+        first = to_device(self.sigmas[:1], noise.device)
+        x = model.schedule.add_noise(torch.zeros_like(noise), noise, first)
         return TEACHER_SAMPLERS[self.config.pair_sampler](model, x, self.sigmas)
 
 
