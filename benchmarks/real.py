@@ -150,8 +150,8 @@ def read_list(path: Path | None, dry: bool, count: int) -> list[str]:
     return lines[:: max(1, len(lines) // count)][:count]
 
 
-def distilled(host: Any, config: td.Config, folder: Path) -> tuple[Path, dict[str, float]]:
-    """The student's file, and minutes; a run that is there goes on."""
+def distilled(host: Any, config: td.Config, folder: Path) -> Path:
+    """The student's file; a run that is there goes on."""
     from turbodistill.trainer.data.built_in import suggest
     from turbodistill.trainer.data.prompts import suggested
 
@@ -163,7 +163,7 @@ def distilled(host: Any, config: td.Config, folder: Path) -> tuple[Path, dict[st
             bar.update()
         if isinstance(event, Finished):
             bar.close()
-            return event.path, {"training": event.card.training["minutes"], "updates": event.card.training["updates"]}
+            return event.path
     raise AssertionError("a run ends with Finished")
 
 
@@ -182,7 +182,8 @@ def main() -> None:
     prompts = read_list(args.prompts, args.dry_run, count)
     host = td.load_model(args.model)
     config = td.Config.from_toml(args.config) if args.config else td.Config(**(QUICK if args.dry_run else {}))
-    path, minutes = distilled(host, config, args.out)
+    path = distilled(host, config, args.out)
+    most = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     student, card, _ = load_student(path, host.denoiser)
     given = host, config.pair_steps, Guidance.of(config), config.negative_prompt
     arms: dict[str, tuple[Arm, int]] = {
@@ -211,7 +212,12 @@ def main() -> None:
     where = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     about = {"turbodistill": td.__version__, "torch": torch.__version__, "device": where, "model": host.name}
     about |= {"architecture": host.architecture, "base_hash": host.base_hash, "size": host.resolution}
-    about |= {"prompts": len(prompts), "card": card.training | card.metrics, "minutes": minutes, "arms": figures}
+    about |= {
+        "prompts": len(prompts),
+        "student": card.training | card.metrics,
+        "peak GB": most / 2**30,
+        "arms": figures,
+    }
     write_whole(args.out / "real.json", json.dumps(about | {"settings": config.to_dict()}, indent=1).encode())
     print(json.dumps(about, indent=1))
     print(f"please send in {args.out / 'real.json'}, with pictures if you may show them")
