@@ -64,7 +64,8 @@ def trainings(kind: str, sizes: tuple[int, ...], dry: bool) -> Iterator[tuple[st
 
         return run
 
-    for size, batch, rank, checkpointing in product(sizes, (1, 4), (64, 0), (True, False)):
+    batches, ways = ((1,), (True,)) if dry else ((1, 4), (True, False))
+    for size, batch, rank, checkpointing in product(sizes, batches, (64, 0), ways):
         form = f"LoRA {rank}" if rank else "full"
         name = f"{kind} {size} px, batch {batch}, {form}{', checkpointing' if checkpointing else ''}"
         yield name, training(size, batch, rank, checkpointing)

@@ -88,7 +88,6 @@ def test_no_step_of_a_student_waits(kit, on_device):
 BOUNDS = {
     "regression": ({"regression_updates": 99}, 1.15),
     "adversarial": ({}, 1.8),
-    "adversarial diffusion": ({"distillation_weight": 2.5}, 2.0),
     "matching": ({"distillation": "matching", "distillation_weight": 0.5, "fake_score_rank": 2}, 3.5),
     "guidance alone": ({"guidance_only": True}, 1.35),
 }  # fmt: skip
@@ -113,7 +112,7 @@ def test_an_update_sends_no_more_than_its_passes_need(kit, pretended, tmp_path, 
             alone = seen.operations
         state.optimizer.zero_grad()
         running = distill(state, samples, host.encode_text([""]).to("cuda"))
-        for _ in range(5):
+        for _ in range(3):  # tables go over in the first
             seen.clear()
             next(running)
         assert alone < seen.operations < most * alone
