@@ -17,6 +17,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +110,8 @@ def main() -> None:
         with watched("batches drawn", before):
             train, held = split(pairs)
             train, held = pairs.select(train), pairs.select(held)
-            student = type("Student", (), {"schedule": host.denoiser.schedule, "device": "cpu", "start_timestep": 999})
+            about = {"schedule": host.denoiser.schedule, "device": torch.device("cpu"), "start_timestep": 999}
+            student: Any = SimpleNamespace(**about)
             for update in range(args.updates):
                 draw_batch(config, student, train, None, generator(0, update))
             held.latents[:]

@@ -38,3 +38,11 @@ def test_a_real_checkpoint_s_student_is_judged_by_one_command(tmp_path):
     assert 0 < student["seconds"] < teacher["seconds"] and -100 <= student["CLIP score"] <= 100
     assert found["prompts"] == 12 and found["student"]["updates"] == 4 == found["settings"]["updates"]
     assert len(list((tmp_path / "real" / "student, 1 step").glob("*.webp"))) == 12
+
+
+@pytest.mark.slow
+def test_the_memory_of_many_pairs_is_measured():
+    command = [sys.executable, BENCHMARKS / "data_memory.py", "--prompts", "70", "--pairs", "64", "--updates", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "batches drawn" in done.stdout and "GiB" in done.stdout
