@@ -183,4 +183,4 @@ def test_it_is_as_near_as_what_torchao_packs():
     ours = unpacked(*packed(own), torch.float32)
     quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
     theirs = layer[0].weight.dequantize()
-    assert (ours - own).norm() == pytest.approx((theirs - own).norm(), rel=0.05)
+    assert (ours - own).norm().item() == pytest.approx((theirs - own).norm().item(), rel=0.05)

@@ -19,9 +19,10 @@ from ..data.prompts import draw_prompts
 from ..data.samples import Samples
 from ..data.sizes import OfSize, by_size, with_buckets
 from ..host import Host
-from ..loop.precision import autocast
-from ..loop.start import begin, features
+from ..loop.distill import distill
+from ..loop.start import begin
 from .memory import Measured, Memory, measure, size_in_words
+from .placed import placed
 from .words import duration
 
 
@@ -106,34 +107,38 @@ def timed(prepared: Prepared, config: Config, memory: Memory, measured: Measured
         seconds += seconds_of_pairs(share.host, own, len(texts))
     if measured is None:
         return Estimate(memory, config.pairs, on_disk, seconds)
-    training = config.updates * seconds_of_update(prepared.largest, config)
-    if config.minutes:
-        training = min(training, 60 * config.minutes)
+    training = seconds_of_training(prepared.largest, config)
     return Estimate(memory, config.pairs, on_disk, seconds, measured.saved(config), training)
 
 
-def seconds_of_update(host: Host, config: Config) -> float:
-    """How long an update takes, by one pass of each kind without gradients.
+def seconds_of_training(host: Host, config: Config) -> float:
+    """How long a training takes, by real updates of a student that is thrown away.
 
-    A backward pass takes as long as its forward, as only a LoRA's own weights want a gradient; of a full student twice
-    as long. With checkpointing each forward comes again. The discriminator's heads are small.
+    They take the memory that the training takes. The first updates have no discriminator, and are shorter.
     """
-    x = torch.zeros(config.batch_size, *host.latent_shape, device=host.denoiser.device)
-    cond = host.encode_text([""]).to(x.device).repeat(config.batch_size)
-    sigma = host.denoiser.schedule.sigma(torch.tensor([500.0])).to(x.device).expand(config.batch_size)
-    seen = None if config.guidance_only else features(host, config)
-    again = 1 if config.gradient_checkpointing else 0
-    with autocast(config, host.denoiser):
-        one = _measured(lambda: host.denoiser(x, sigma, cond))
-        sight = _measured(lambda: seen(x, sigma, cond)) if seen and config.adversarial_weight else 0.0
-    student = one * ((2 if config.rank else 3) + again)
-    if config.guidance_only:
-        student += 2 * one  # the guided teacher
-    if config.distillation_weight:
-        student += 2 * one * config.teacher_steps
-    if config.distillation_weight and config.distillation == "matching":
-        student += one * (3 + again)
-    return config.gradient_accumulation * (student + sight * (3 + again))  # real pictures are seen without gradients
+    alone = min(max(config.regression_updates - config.discriminator_warmup, 0), config.updates)
+    if config.guidance_only or not (config.adversarial_weight or config.distillation_weight or config.feature_weight):
+        alone = 0
+    rest = config.updates - alone
+    seconds = rest * _seconds_of_update(host, config, False) if rest else 0.0
+    seconds += alone * _seconds_of_update(host, config, True) if alone else 0.0
+    return min(seconds, 60 * config.minutes) if config.minutes else seconds
+
+
+def _seconds_of_update(host: Host, config: Config, alone: bool) -> float:
+    """The second of two updates, of regression `alone` or of all losses."""
+    regression = {"regression_updates": 9 if alone else 0, "discriminator_warmup": 0}
+    short = config.replace(updates=2, minutes=0.0, log_every=1, gradient_accumulation=1, **regression)
+    draws = torch.Generator().manual_seed(0)
+    cond = host.encode_text([""]).to("cpu")
+    latents = torch.randn(2, *host.latent_shape, generator=draws)
+    pairs = Samples(latents, cond.repeat(2), ["", "a"], torch.arange(2))
+    with placed(host, config):
+        state = begin(host, short, pairs)
+        try:
+            return config.gradient_accumulation * [step.seconds for step in distill(state, pairs, cond)][-1]
+        finally:
+            state.release()
 
 
 def seconds_of_pairs(host: Host, config: Config, texts: int) -> float:

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ...core.eight_bits import in_eight_bits
 from ...core.exclusive import exclusive
 from ...core.header import no_file
-from ..config import INT8, Config, ConfigError
+from ..config import Config, ConfigError
 from ..data.affixes import Affixes
 from ..data.choices import check_texts
 from ..data.found import BROKEN, Found
@@ -34,6 +33,7 @@ from ..prediction_check import check_prediction
 from ..world import ALONE, World
 from .events import Control, Event, PairsMade, Warned
 from .memory import PREVIEWS, OutOfMemory, advice, is_out_of_memory
+from .placed import placed
 from .scores import Score, latent_score
 from .training import Part, Training, check_saved, pictures_recipe
 
@@ -211,7 +211,7 @@ def _run(
             doing.what = "encoding pictures"
             parts = yield from _with_pictures(parts, config, found, folder / IMAGES, world)
         doing.what = "training"
-        with _placed(host, config):
+        with placed(host, config):
             with exclusive(host.denoiser.backbone):
                 state = begin(parts[0].host, config, parts[0].train, seen, world)
             state.extra |= {"pairs": recipe, "images": pictures_recipe(found)}
@@ -219,21 +219,3 @@ def _run(
                 yield from Training(parts[0].host, state, folder, parts, score, control).events()
             finally:
                 state.release()
-
-
-@contextmanager
-def _placed(host: Host, config: Config) -> Iterator[None]:
-    """Within, the device holds what the settings leave there, as they leave it; everything is put back at the end."""
-    backbone = host.denoiser.backbone
-    with ExitStack() as stack:
-        if config.offload:
-            stack.enter_context(host.aside(decodes=bool(config.pixel_backbone)))
-        if config.base_precision == INT8:
-            packing = in_eight_bits(backbone)
-            with exclusive(backbone):
-                stack.enter_context(packing)
-        try:
-            yield
-        finally:
-            with exclusive(backbone):
-                stack.close()
