@@ -26,8 +26,8 @@ import turbodistill as td
 from live import Live
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from turbodistill.core import eight_bits
 from turbodistill.core import student as student_of
-from turbodistill.core.eight_bits import in_eight_bits
 from turbodistill.core.student import Student
 from turbodistill.trainer.data.samples import Samples
 from turbodistill.trainer.loop import batch, distill
@@ -88,7 +88,9 @@ def simulated(mode: FakeTensorMode) -> Iterator[None]:
         for target, name, value in (
             (batch, "draw_batch", draw),
             (distill, "generator", lambda *_: None),
-            (student_of, "check_copyable", lambda _: None),  # it takes tensors of any class for quantised ones
+            # They take tensors of any class for quantised ones.
+            (student_of, "check_copyable", lambda _: None),
+            (eight_bits, "quantised", lambda weight: not weight.is_floating_point()),
             (nn.Module, "to", lambda module, *_, **__: module),
             (nn.Module, "float", in_float32),
         ):
@@ -123,7 +125,7 @@ def trained(kind: str, size: int, config: td.Config) -> Iterator[tuple[State, Sa
 
 def peak(kind: str, size: int, config: td.Config) -> tuple[int, Measured]:
     """Bytes at the most in two updates, and what was measured before them."""
-    packs = in_eight_bits if config.base_precision == "int8" else nullcontext
+    packs = eight_bits.in_eight_bits if config.base_precision == "int8" else nullcontext
     with trained(kind, size, config) as (state, sample, updates):
         measured = measure(state, sample, (size, size), tuple(round(2 * n) for n in BESIDE.get(kind, (0, 0))))
         network = state.student.teacher.backbone

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
-from .lora import autocasts
+from .lora import autocasts, quantised
 from .precision import output_layer
 from .transfer import to_device, to_host
 
@@ -35,8 +35,7 @@ def packable(backbone: nn.Module) -> dict[str, nn.Module]:
         for name, module in backbone.named_modules()
         if module is not last
         and (type(module) is nn.Linear or (type(module) is nn.Conv2d and module.padding_mode == "zeros"))
-        and type(module.weight) is nn.Parameter
-        and module.weight.is_floating_point()
+        and not quantised(module.weight)
         and module.weight.element_size() > 1
         and module.weight.numel() >= LEAST
     }

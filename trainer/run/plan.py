@@ -45,10 +45,16 @@ class Plan:
     changes: dict[str, int] = field(default_factory=dict)  # settings that were changed, and the bytes each saves
     given: tuple[str, ...] = ()  # settings that would save some, but were set by hand
     slower: float = 1.0  # time of an update over that without changes
+    loaded: int = 0  # bytes of the whole model as it is loaded, which makes the pairs
+
+    @property
+    def trains(self) -> bool:
+        """Whether the training itself fits."""
+        return self.memory.total <= usable(self.card)
 
     @property
     def fits(self) -> bool:
-        return self.memory.total <= usable(self.card)
+        return self.trains and self.loaded <= usable(self.card)
 
     def in_words(self) -> str:
         """Where every gigabyte goes, what was changed and why; where it cannot be, that."""
@@ -58,10 +64,15 @@ class Plan:
             f"{size_in_words(self.card)} less {size_in_words(CONTEXT)} for CUDA's context, {size_in_words(DISPLAY)} "
             f"for a display and {LOST:.0%} that the allocator cannot use leave {size_in_words(room)}:",
             *(f"  {size_in_words(n):>16}  {what}" for n, what in rows),
-            f"  {size_in_words(total):>16}  together, " + ("which fits" if self.fits else "which does not fit"),
+            f"  {size_in_words(total):>16}  together, " + ("which fits" if self.trains else "which does not fit"),
         ]
         lines += [f"{self._change(name)}: {WHY[name]}; it saves {size_in_words(n)}" for name, n in self.changes.items()]
-        if not self.fits:
+        if self.loaded > room:
+            lines.append(
+                f"The model is loaded whole to make the teacher pairs, and takes {size_in_words(self.loaded)} then with "
+                "its text encoders: that does not fit. Use a card with more memory, or a smaller model"
+            )
+        if not self.trains:
             lines.append(f"No settings make it fit: {size_in_words(total - room)} are missing. {self._remedies()}")
         if self.given:
             lines.append(f"set by hand, and kept: {', '.join(self.given)}")
@@ -111,7 +122,8 @@ def plan(
         saved[name] = measured.memory(without, processes).total - memory.total
     offered = {name for _, each in _choices(measured, config, (), processes, eight_bit_moments) for name in each}
     kept = tuple(name for name in WHY if name in offered and _is_given(name, given))
-    return Plan(config.replace(**changed), memory, card, saved, kept, slower)
+    loaded = measured.weights + measured.encoders + measured.autoencoder
+    return Plan(config.replace(**changed), memory, card, saved, kept, slower, loaded)
 
 
 def check_full(backbone: nn.Module, config: Config, card: int, eight_bit_moments: bool) -> None:
