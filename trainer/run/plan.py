@@ -69,8 +69,8 @@ class Plan:
         lines += [f"{self._change(name)}: {WHY[name]}; it saves {size_in_words(n)}" for name, n in self.changes.items()]
         if self.loaded > room:
             lines.append(
-                f"The model is loaded whole to make the teacher pairs, and takes {size_in_words(self.loaded)} then with "
-                "its text encoders: that does not fit. Use a card with more memory, or a smaller model"
+                f"The model is loaded whole to make the teacher pairs, and takes {size_in_words(self.loaded)} then "
+                "with its text encoders: that does not fit. Use a card with more memory, or a smaller model"
             )
         if not self.trains:
             lines.append(f"No settings make it fit: {size_in_words(total - room)} are missing. {self._remedies()}")
