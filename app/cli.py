@@ -14,7 +14,7 @@ from typing import Any
 
 from ..core.version import VERSION
 from ..demo import files
-from ..trainer.config import Config, ConfigError
+from ..trainer.config import Config, ConfigError, read_toml
 from ..trainer.setting import nearest
 from . import export, info, push, sample, ui
 from .arguments import add_model, between, folder, model_options, new_file, place, setting
@@ -121,6 +121,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--estimate", action="store_true", help="only tell what memory it takes, and what time and disk the pairs"
     )
     distill.add_argument(
+        "--vram",
+        type=between(2, 1000, float),
+        help="GB of a card: choose settings with which the training fits into it, say where each GB goes and how long "
+        "it takes, and train so; what you set yourself stays (see docs/memory.md)",
+    )
+    distill.add_argument(
         "--fsdp",
         action="store_true",
         help="of a training in several processes: each holds a part of a full student (see docs/processes.md)",
@@ -175,6 +181,12 @@ def settings(args: argparse.Namespace) -> Config:
     return base.replace(**{k: v for k, v in given.items() if v is not None})
 
 
+def given(args: argparse.Namespace) -> set[str]:
+    """The names of the settings that the flags or the TOML file give."""
+    flags = {f.name for f in dataclasses.fields(Config) if getattr(args, f.name) is not None}
+    return flags | set(read_toml(args.config) if args.config else ())
+
+
 def run_distill(args: argparse.Namespace) -> int:
     """Distil a model into a one-step student; 0 when it is written; 130 after Ctrl-C, 143 SIGTERM, 129 SIGHUP."""
     from ..core.card import header
@@ -184,10 +196,16 @@ def run_distill(args: argparse.Namespace) -> int:
     from ..trainer.run import run, training
     from ..trainer.run.estimate import estimate
     from ..trainer.run.events import Interrupted
+    from ..trainer.run.memory import free_memory
     from ..trainer.run.scores import latent_score
-    from .processes import join, leave
+    from .planned import planned
+    from .processes import join, launched, leave
 
     config = settings(args)
+    if args.vram and launched() > 1:
+        raise ConfigError(
+            "--vram plans for one process: run it with --estimate first, and give its settings to them all"
+        )
     world = join(config, args.fsdp)
     wildcards = [args.wildcards] if args.wildcards else []
     source = args.prompts or Path(AUTO)
@@ -202,9 +220,14 @@ def run_distill(args: argparse.Namespace) -> int:
     if found.words and world.leads:
         print(found.words)
     score = latent_score if args.model else _judge(None).kid_score(host)
+    if args.vram:
+        chosen = planned(host, config, found.lines, args.images, args.vram, given(args))
+        if args.estimate or not chosen.fits:
+            return 0 if chosen.fits else 1
+        config = chosen.config
     if args.estimate:
         if world.leads:
-            print(estimate(host, config, found.lines, args.images).in_words())
+            print(estimate(host, config, found.lines, args.images).in_words(free_memory(host.denoiser.device)))
         return 0
     events = run.run(host, config, args.out, found.lines, args.images, score, args.pairs_folder, world=world)
     try:

@@ -2,6 +2,8 @@
 
     python benchmarks/simulated_memory.py                                     # a table
     python benchmarks/simulated_memory.py --model sdxl --size 1024 --rank 0 --checkpointing
+    python benchmarks/simulated_memory.py --plans                             # what a card's memory is planned to be
+    python benchmarks/simulated_memory.py --model sdxl --size 1024 --vram 12
 
 The real update runs twice on tensors without numbers, and every storage that it makes counts as long as it lives. What
 a GPU takes for itself comes on top: its context, about half a GB, and what its allocator cannot use.
@@ -12,9 +14,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import warnings
-import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -22,55 +23,34 @@ from unittest import mock
 import shapes
 import torch
 import turbodistill as td
+from live import Live
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from turbodistill.core import eight_bits
 from turbodistill.core import student as student_of
 from turbodistill.core.student import Student
+from turbodistill.trainer.data.samples import Samples
 from turbodistill.trainer.loop import batch, distill
 from turbodistill.trainer.loop.state import State
-from turbodistill.trainer.run.memory import Memory, measure_memory
+from turbodistill.trainer.run.memory import Measured, Memory, measure
+from turbodistill.trainer.run.plan import plan
 
 GB = 1024**3
 CPU = torch.device("cpu")
 # Kind, pixels of a side, batch, rank (0: in full), checkpointing.
+RANKS = {"sd15": 64, "sdxl": 64, "flux": 16}
 TABLE = [
-    ("sd15", 512, 1, 64, False), ("sd15", 512, 4, 64, False), ("sd15", 512, 4, 64, True), ("sd15", 512, 1, 0, True),
-    ("sd15", 1024, 1, 64, True), ("sdxl", 512, 1, 64, True), ("sdxl", 1024, 1, 64, False), ("sdxl", 1024, 1, 64, True),
-    ("sdxl", 1024, 4, 64, True), ("sdxl", 1024, 1, 0, True), ("flux", 512, 1, 16, True), ("flux", 1024, 1, 16, True),
-    ("flux", 1024, 1, 16, False),
+    *((kind, size, 1, rank, again) for kind, most in RANKS.items() for size in (512, 1024) for rank in (most, 0)
+      for again in (False, True)),
+    ("sd15", 512, 4, 64, False), ("sd15", 512, 4, 64, True), ("sdxl", 1024, 4, 64, False), ("sdxl", 1024, 4, 64, True),
 ]  # fmt: skip
-
-
-class Live(TorchDispatchMode):
-    """The bytes of the storages that live, and the most there were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self._known: dict[int, weakref.ref] = {}
-
-    def add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-
-        def gone(_: Any) -> None:
-            self.now -= size
-            self._known.pop(key, None)
-
-        self._known[key] = weakref.ref(storage, gone)
-        self.now += size
-        self.most = max(self.most, self.now)
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = operation(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.add(leaf)
-        return result
+# Kind, pixels of a side, GB of the card.
+PLANS = [
+    ("sd15", 512, 6), ("sd15", 512, 8), ("sdxl", 1024, 8), ("sdxl", 1024, 12), ("sdxl", 1024, 16), ("sdxl", 1024, 24),
+    ("flux", 1024, 16), ("flux", 1024, 24), ("flux", 1024, 48),
+]  # fmt: skip
+# Numbers of the weights of text encoders and autoencoder, in half precision: CLIP-L; that and bigG; that and T5-XXL.
+BESIDE = {"sd15": (123e6, 84e6), "sdxl": (818e6, 84e6), "flux": (4885e6, 84e6)}
 
 
 def without_numbers(mode: FakeTensorMode, value: Any) -> Any:
@@ -108,7 +88,9 @@ def simulated(mode: FakeTensorMode) -> Iterator[None]:
         for target, name, value in (
             (batch, "draw_batch", draw),
             (distill, "generator", lambda *_: None),
-            (student_of, "check_copyable", lambda _: None),  # it takes tensors of any class for quantised ones
+            # They take tensors of any class for quantised ones.
+            (student_of, "check_copyable", lambda _: None),
+            (eight_bits, "quantised", lambda weight: not weight.is_floating_point()),
             (nn.Module, "to", lambda module, *_, **__: module),
             (nn.Module, "float", in_float32),
         ):
@@ -116,8 +98,9 @@ def simulated(mode: FakeTensorMode) -> Iterator[None]:
         yield
 
 
-def peak(kind: str, size: int, config: td.Config) -> tuple[int, Memory]:
-    """Bytes at the most in two updates, and what was estimated."""
+@contextmanager
+def trained(kind: str, size: int, config: td.Config) -> Iterator[tuple[State, Samples, Iterator[Any]]]:
+    """A state without numbers, a sample, and the updates of its training."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     pairs, uncond = shapes.pairs(kind, size), shapes.condition(kind, 1, size)
     with mode:
@@ -130,19 +113,73 @@ def peak(kind: str, size: int, config: td.Config) -> tuple[int, Memory]:
         with mock.patch.object(torch, "randint", lambda *_: 0):  # the seed of its beginning
             student = Student(denoiser, config.rank)
         state = State.create(student, config, sample)
-        state.discriminator._calibrated = True
-        live = Live()
-        for module in (network, student.trained, state.average, state.discriminator):
-            for tensor in (*module.parameters(), *module.buffers()):
-                live.add(tensor)
+        if state.critic:
+            state.discriminator._calibrated = True
         updates = distill.distill_groups(state, [batch.Group(pairs, uncond)])
-        with live:
-            for _ in range(2):
-                next(updates)
-        updates.close()
-        found = measure_memory(state, sample, (size, size))
-        state.release()
-    return live.most, found
+        try:
+            yield state, sample, updates
+        finally:
+            updates.close()
+            state.release()
+
+
+def peak(kind: str, size: int, config: td.Config) -> tuple[int, Measured]:
+    """Bytes at the most in two updates, and what was measured before them."""
+    packs = eight_bits.in_eight_bits if config.base_precision == "int8" else nullcontext
+    with trained(kind, size, config) as (state, sample, updates):
+        measured = measure(state, sample, (size, size), tuple(round(2 * n) for n in BESIDE.get(kind, (0, 0))))
+        network = state.student.teacher.backbone
+        with packs(network):
+            modules = (network, state.student.trained, state.average, state.discriminator)
+            live = Live(t for module in modules for t in (*module.parameters(), *module.buffers()))
+            with live:
+                for _ in range(2):
+                    next(updates)
+            updates.close()
+    return live.most, measured
+
+
+def settings(rank: int, batch_size: int, **changes: Any) -> td.Config:
+    """Every part of the default losses, from the first update on."""
+    return td.Config(
+        rank=rank, batch_size=batch_size, precision="bfloat16", updates=100, regression_updates=0,
+        discriminator_warmup=0, adversarial_ramp=0, log_every=100, **changes,
+    )  # fmt: skip
+
+
+def update_of(memory: Memory) -> int:
+    """What is estimated of an update, with nothing beside it and no preview."""
+    return memory.weights + memory.trained + memory.activations
+
+
+def compare(kind: str, size: int, count: int, rank: int, checkpointing: bool) -> None:
+    """A row of the table."""
+    config = settings(rank, count, gradient_checkpointing=checkpointing)
+    most, measured = peak(kind, size, config)
+    memory = measured.memory(config)
+    told = update_of(memory)
+    form = f"LoRA {rank}" if rank else "full"
+    name = f"{kind} {size} px, batch {count}, {form}{', checkpointing' if checkpointing else ''}"
+    rest = f"{memory.decoding / GB:.2f} GB"
+    print(f"{name:<48}{most / GB:>7.2f} GB{told / GB:>7.2f} GB{told / most - 1:>+7.1%}    {rest}", flush=True)
+
+
+def show_plan(kind: str, size: int, card: float, rank: int, batch_size: int) -> None:
+    """The plan for a card, and the simulated peak of what it chose."""
+    config = settings(rank, batch_size)
+    with trained(kind, size, config) as (state, sample, _):
+        measured = measure(state, sample, (size, size), tuple(round(2 * n) for n in BESIDE.get(kind, (0, 0))))
+    found = plan(measured, config, int(card * GB), {"rank"}, eight_bit_moments=True)
+    print(f"{kind} {size} px, {f'LoRA {rank}' if rank else 'full'}, batch {batch_size}, a card of {card:g} GB")
+    print(found.in_words(), flush=True)
+    if found.config.optimizer == "adamw":
+        again = min(found.config.gradient_accumulation, 2)  # further batches are as the second
+        most, _ = peak(kind, size, found.config.replace(gradient_accumulation=again))
+        told = update_of(found.memory)
+        print(
+            f"  an update: simulated {most / GB:.2f} GB, planned {told / GB:.2f} GB, {told / most - 1:+.1%}", flush=True
+        )
+    print(flush=True)
 
 
 def main() -> None:
@@ -152,21 +189,20 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--rank", type=int, default=64, help="of the LoRA; 0 trains in full")
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--vram", type=float, help="GB of a card to plan for, in place of a row")
+    parser.add_argument("--plans", action="store_true", help="plans for several cards, in place of the table")
     args = parser.parse_args()
-    one = (args.model, args.size, args.batch_size, args.rank, args.checkpointing)
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-    print(f"{'':<48}{'simulated':>10}{'estimated':>10}{'off':>7}    a preview besides")
-    for kind, size, count, rank, checkpointing in [one] if args.model else TABLE:
-        config = td.Config(
-            rank=rank, batch_size=count, gradient_checkpointing=checkpointing, precision="bfloat16", updates=100,
-            regression_updates=0, discriminator_warmup=0, adversarial_ramp=0, log_every=100,
-        )  # fmt: skip
-        most, estimate = peak(kind, size, config)
-        told = estimate.weights + estimate.trained + estimate.activations
-        form = f"LoRA {rank}" if rank else "full"
-        name = f"{kind} {size} px, batch {count}, {form}{', checkpointing' if checkpointing else ''}"
-        rest = f"{estimate.decoding / GB:.2f} GB"
-        print(f"{name:<48}{most / GB:>7.2f} GB{told / GB:>7.2f} GB{told / most - 1:>+7.0%}    {rest}", flush=True)
+    if args.plans:
+        for kind, size, card in PLANS:
+            show_plan(kind, size, card, RANKS[kind], 16)
+    elif args.vram:
+        show_plan(args.model, args.size, args.vram, args.rank, args.batch_size)
+    else:
+        one = (args.model, args.size, args.batch_size, args.rank, args.checkpointing)
+        print(f"{'':<48}{'simulated':>10}{'estimated':>10}{'off':>7}    a preview besides")
+        for row in [one] if args.model else TABLE:
+            compare(*row)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def output_in_float32(backbone: nn.Module) -> Iterator[None]:
 
     x0 = x - sigma eps multiplies an error of eps by 14.6 at the first step, and bfloat16 rounds to 1 in 256.
     """
-    layer = _output_layer(backbone)
+    layer = output_layer(backbone)
     if layer is None:
         yield
         return
@@ -65,7 +65,7 @@ def cast_once(backbone: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     Each pass gives the same to the bit. The last layer of a UNet stays (`output_in_float32`), and so do quantised
     weights. The weights come back as they were: a GPU's wait in the computer's memory meanwhile.
     """
-    last = _output_layer(backbone)
+    last = output_layer(backbone)
     kept: list[tuple[nn.Parameter, Tensor]] = []
     try:  # from the first: there may be no memory for the next
         for module in backbone.modules():
@@ -82,7 +82,7 @@ def cast_once(backbone: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             parameter.data = to_device(own, parameter.device)
 
 
-def _output_layer(backbone: nn.Module) -> nn.Module | None:
+def output_layer(backbone: nn.Module) -> nn.Module | None:
     """A UNet's last layer in diffusers' layout and in the hosts'; None in a network of another kind."""
     layer: Any = getattr(backbone, "conv_out", None) or getattr(backbone, "out", None)
     if isinstance(layer, nn.Sequential) and len(layer):

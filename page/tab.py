@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 
 from ..trainer.config import ConfigError
-from ..trainer.groups import OF_DISTILL, OF_PAIRS, OF_PIXELS
+from ..trainer.groups import OF_DISTILL, OF_PAIRS, PLAIN_ONLY
 from . import curves, fields, job, runs, view
 from .backend import Backend
 from .events import asking, listen, stamp
@@ -25,7 +25,7 @@ TEXT, FILE, CAPTIONS = "the text below", "a text file, or pictures", "the captio
 BUILT_IN = "built in: "
 EXAMPLE = "a {red|black|white} {fox|cat|owl} in a {forest|city|garden}, {photo|oil painting}"
 MAIN = (*OF_PAIRS, *OF_DISTILL)
-MORE = tuple(name for name in FIELDS if name not in (*MAIN, *OF_PIXELS))  # in their groups
+MORE = tuple(name for name in FIELDS if name not in (*MAIN, *PLAIN_ONLY))  # in their groups
 SETTINGS = (*MAIN, *MORE)
 OF_RUN = ("name", "source", "text", "file", "images", "width", "height")  # what else the form asks for
 MISTAKES = (ValueError, OSError, job.Busy, job.NothingRuns, job.NoTraining)

@@ -27,8 +27,25 @@ MOST_SEED = 2**63 - 1  # of a picture's noise
 LEAST_LR = 1e-9  # with less, or nothing, a training only takes time
 MOST_LETTERS = 4000  # of a prompt
 FEWEST_OF_SIZE = 4  # pairs
+AS_LOADED, INT8 = BASE_PRECISIONS = ("as loaded", "int8")
+ADAMW, ADAMW8BIT = OPTIMIZERS = ("adamw", "adamw8bit")
 # What a student that is sampled as its teacher has no use for.
 OF_FEW_STEPS = ("prediction", "start_timestep", "student_steps", "first_step_share", "fresh_noise_share")
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """What a TOML file of settings names, unchecked; raises ConfigError for a file that is none."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        check_file("settings file", Path(path))
+        return tomllib.loads(read_text(Path(path)))
+    except DataError as error:
+        raise ConfigError(str(error)) from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"settings file {path} is no TOML: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -404,6 +421,26 @@ class Config:
         low=0,
         high=MOST_UPDATES,
     )
+    # Memory, of the group of the training
+    base_precision: str = option(
+        "as loaded",
+        "Precision of the frozen model under a LoRA: int8 packs its weights into eight bits while the student trains, "
+        "half the memory of float16. The model comes back to the bit.",
+        "training",
+        BASE_PRECISIONS,
+    )
+    offload: bool = option(
+        False,
+        "Keep text encoders and the autoencoder off the device while the student trains; they come back for previews.",
+        "training",
+    )
+    optimizer: str = option(
+        "adamw",
+        "Optimizer: adamw8bit keeps its two moments in eight bits, a quarter of the memory; it needs torchao. Worth it "
+        "for a full copy.",
+        "training",
+        OPTIMIZERS,
+    )
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -432,6 +469,10 @@ class Config:
         guides = self.guidance > 1 or (self.distillation_weight > 0 and self.distillation_guidance > 1)
         if self.negative_prompt and not guides:
             raise ConfigError("negative_prompt is given and guidance is 1, which leaves it out: raise guidance")
+        if self.base_precision == INT8 and not self.rank:
+            raise ConfigError(
+                "base_precision is 'int8' and rank 0, which trains the model itself: give a rank, or leave it"
+            )
         weights = ("adversarial_weight", "distillation_weight", "regression_weight", "feature_weight")
         if self.guidance_only:
             self._check_guidance_only()
@@ -468,18 +509,7 @@ class Config:
     @classmethod
     def from_toml(cls, path: str | Path) -> Config:
         """A flat TOML file of settings; those it leaves out keep their defaults."""
-        if sys.version_info >= (3, 11):
-            import tomllib
-        else:
-            import tomli as tomllib
-        try:
-            check_file("settings file", Path(path))
-            values = tomllib.loads(read_text(Path(path)))
-        except DataError as error:
-            raise ConfigError(str(error)) from None
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"settings file {path} is no TOML: {error}") from None
-        return cls.from_dict(values)
+        return cls.from_dict(read_toml(path))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -497,6 +527,7 @@ Config.__init__ = told_names(Config.__init__)
 # What may change between a run and its resumption: it decides how long, how often and with how much memory.
 RESUMABLE = {"updates", "minutes", "preview_every", "save_every", "evaluate_every", "log_every"}
 RESUMABLE |= {"batch_size", "gradient_accumulation", "precision", "gradient_checkpointing"}
+RESUMABLE |= {"base_precision", "offload"}
 RESUMABLE |= {"init_student", "broken_pictures"}  # only the start needs them
 
 

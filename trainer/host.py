@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor
@@ -50,6 +51,21 @@ class Host(Protocol):
     clip_skip: int  # as `core.clip_skip` counts; 0 where there is none, or it is not known
     latent_shape: tuple[int, int, int]  # (C, H, W) at the resolution worked at
     resolution: tuple[int, int]  # (width, height) in pixels
+
+    @property
+    def beside(self) -> tuple[int, int]:
+        """Bytes of the text encoders' weights, and of the autoencoder's, that lie beside the denoiser's in a training.
+
+        None where the host takes them away by itself.
+        """
+        ...
+
+    def aside(self, decodes: bool = False) -> AbstractContextManager[None]:
+        """Within, those wait in the computer's memory when they do not work; at the end they are back.
+
+        The autoencoder stays if it `decodes` in every update. Where the host takes them away by itself it does nothing.
+        """
+        ...
 
     def sized(self, width: int, height: int, /) -> Host:
         """The same model at another size of pictures in pixels; raises ValueError for one that it cannot make."""

@@ -18,7 +18,7 @@ from ..core.architecture import architecture_of_file
 from ..core.card import header
 from ..page import job
 from ..trainer.data.built_in import AUTO, LISTS, Suggestion, suggest
-from ..trainer.groups import OF_PIXELS
+from ..trainer.groups import PLAIN_ONLY
 from ..trainer.host import Host
 from . import host, host_kind, host_page, host_training
 
@@ -36,7 +36,7 @@ class HostBackend:
     limits: dict[str, Any] = {  # noqa: RUF012 - a constant
         "rank": {"low": 1, "help": "LoRA rank. Higher learns more detail and takes more memory."},
         "lr": {"help": "Learning rate of the student. 1e-5 to 5e-4."},
-        **dict.fromkeys(OF_PIXELS),
+        **dict.fromkeys(PLAIN_ONLY),
     }
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class WebUIHost:
     """
 
     text_hash: str
+    beside = (0, 0)  # bytes: what is not trained is away meanwhile
     decoder = None  # the autoencoder is off the GPU while the model trains
 
     def __init__(
@@ -87,6 +88,10 @@ class WebUIHost:
             raise ValueError(f"{width} x {height} pixels: give multiples of {FACTOR}, which the VAE works in")
         self.resolution = (width, height)
         self.latent_shape = (channels, height // FACTOR, width // FACTOR)
+
+    def aside(self, decodes: bool = False) -> AbstractContextManager[None]:
+        """Nothing: the host takes text encoder and VAE off the GPU by itself."""
+        return nullcontext()
 
     def sized(self, width: int, height: int) -> WebUIHost:
         """The same model at another size of pictures; raises ValueError for one that it cannot make."""

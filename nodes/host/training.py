@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import comfy.model_management
@@ -113,6 +113,7 @@ class ComfyUIHost:
     no training sees it, a VAE of another kind, or sizes that it cannot make.
     """
 
+    beside = (0, 0)  # bytes: what is not trained is away meanwhile
     decoder = None  # the VAE is off the GPU while the model trains
 
     def __init__(self, model, clip, vae, name: str, width: int, height: int, trained=None):
@@ -143,6 +144,10 @@ class ComfyUIHost:
             raise ValueError(f"{width} x {height} pixels: give multiples of {factor}, which the VAE works in")
         self.resolution = (width, height)
         self.latent_shape = (channels, height // factor, width // factor)
+
+    def aside(self, decodes: bool = False) -> AbstractContextManager[None]:
+        """Nothing: the host takes text encoder and VAE off the GPU by itself."""
+        return nullcontext()
 
     def sized(self, width: int, height: int) -> ComfyUIHost:
         """The same model at another size of pictures; raises ValueError for one that the VAE does not work in."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import turbodistill
 from turbodistill.trainer.config import RESUMABLE, Config
-from turbodistill.trainer.groups import OF_DISTILL, OF_GUIDANCE, OF_IMAGES, OF_PAIRS, OF_PIXELS, OF_PROMPTS, OF_SIZES
+from turbodistill.trainer.groups import OF_DISTILL, OF_GUIDANCE, OF_IMAGES, OF_PAIRS, OF_PROMPTS, OF_SIZES, PLAIN_ONLY
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 PAGES = Path(turbodistill.__file__).parent / "web" / "docs"
@@ -49,7 +49,7 @@ def test_it_says_defaults_help_and_choices_as_the_trainer_does(listed):
     for name, field in FIELDS.items():
         if name in asked:
             expected = f"*{name}* is in *{asked[name]}*."
-        elif name in OF_PIXELS:
+        elif name in PLAIN_ONLY:
             expected = f"*{name}* is in the command line alone."
         else:
             choices = field.metadata["choices"]

@@ -5,9 +5,9 @@ import json
 
 import pytest
 from turbodistill.trainer.config import Config, ConfigError
-from turbodistill.trainer.groups import OF_PIXELS
+from turbodistill.trainer.groups import PLAIN_ONLY
 
-FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name not in OF_PIXELS}
+FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name not in PLAIN_ONLY}
 # Begun with otherwise in ComfyUI, where a large model on one card is the rule.
 OTHER = {"TurboDistillDistill": {"batch_size": 4, "gradient_checkpointing": True}}
 KINDS = {bool: "BOOLEAN", int: "INT", float: "FLOAT", str: "STRING"}

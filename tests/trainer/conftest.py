@@ -6,6 +6,7 @@ import copy
 import csv
 import importlib.util
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,12 +49,15 @@ class ToyHost:
     """Text states from a hash of the prompt; pictures are a linear map of the latents, four times as large."""
 
     name, architecture, text_hash = "toy", "toy-v1", ""
-    clip_skip, sampling = 0, None
+    clip_skip, sampling, beside = 0, None, (0, 0)
     latent_shape, resolution = (4, SIDE, SIDE), (4 * SIDE, 4 * SIDE)
 
     def __init__(self, denoiser: Denoiser):
         self.denoiser = denoiser
         self.base_hash = fingerprint(denoiser.backbone)
+
+    def aside(self, decodes: bool = False):
+        return nullcontext()
 
     def sized(self, width: int, height: int) -> ToyHost:
         other = copy.copy(self)

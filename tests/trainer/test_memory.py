@@ -1,22 +1,37 @@
 """What a training will take is measured on one sample, and said in words; a running out says what to change."""
 
-import weakref
+import importlib.util
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
-from turbodistill.core.schedule import expand
+from turbodistill.core.schedule import DiscreteSchedule, expand
 from turbodistill.trainer.config import Config
 from turbodistill.trainer.host import decoded_at_once
+from turbodistill.trainer.loop.distill import distill
 from turbodistill.trainer.loop.precision import autocast, cast_frozen
 from turbodistill.trainer.run import estimate as estimating
 from turbodistill.trainer.run import memory
 from turbodistill.trainer.run.estimate import Estimate, seconds_of_pairs
-from turbodistill.trainer.run.memory import GB, REMEDIES, Memory, measure_memory
+from turbodistill.trainer.run.kept import SavedTensors
+from turbodistill.trainer.run.memory import GB, REMEDIES, Memory, measure, measure_memory
 
 RESOLUTION = (32, 32)
+
+
+def _live():
+    """The class `Live` of the benchmarks, which are no package."""
+    path = Path(__file__).parents[2] / "benchmarks" / "live.py"
+    spec = importlib.util.spec_from_file_location("turbodistill_benchmarks_live", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Live
+
+
+Live = _live()
 
 
 @pytest.fixture
@@ -72,14 +87,14 @@ def test_the_student_is_counted_with_all_that_its_optimizer_keeps(made, unet):
     assert found.weights == of_weights
     lora = sum(p.numel() * 4 for p in state.student.trained.parameters())
     heads = sum(p.numel() * 4 for p in state.discriminator.parameters())
-    assert found.trained == 5 * lora + 4 * heads
+    assert found.trained == 4 * lora + 3 * heads  # gradients are of an update
     assert found.total == found.weights + found.trained + max(found.activations, found.decoding)
     state.release()
     scored, _ = made(rank=4, distillation="matching", distillation_weight=1.0, fake_score_rank=4)
-    assert measure_memory(scored, samples, RESOLUTION).trained == 10 * lora + 4 * heads
+    assert measure_memory(scored, samples, RESOLUTION).trained == 8 * lora + 3 * heads
     scored.release()
     full, _ = made(rank=0)
-    assert measure_memory(full, samples, RESOLUTION).trained == 5 * of_weights + 4 * heads
+    assert measure_memory(full, samples, RESOLUTION).trained == 4 * of_weights + 3 * heads
 
 
 def kept_by_autograd(state, samples):
@@ -113,35 +128,54 @@ def kept_by_autograd(state, samples):
 @pytest.mark.parametrize("size", [1, 4, 16])
 def test_it_is_what_autograd_keeps_of_weights_that_are_cast_once(made, precision, size):
     state, samples = made(batch_size=size, precision=precision)
-    found = measure_memory(state, samples, RESOLUTION).activations
+    measured = measure(state, samples, RESOLUTION)
+    found = sum(line.of(size).throughout(False) for line in (measured.passes, measured.features))
     assert found == pytest.approx(kept_by_autograd(state, samples), rel=0.03)
 
 
-class Peak(TorchDispatchMode):
-    """The most bytes that were alive at once of what operations made within, as an allocator would see it."""
+class Wide(nn.Module):
+    """A row of blocks that keep much more than they are given, as those of transformers do."""
 
     def __init__(self):
         super().__init__()
-        self.now = self.most = 0
-        self.alive = set()
+        self.conv_in, self.conv_out = nn.Conv2d(4, 32, 1), nn.Conv2d(32, 4, 1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(32, 192, 1), nn.SiLU(), nn.Conv2d(192, 32, 1)) for _ in range(6)
+        )
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        tree_map_only(torch.Tensor, self.seen, made)
-        return made
+    def forward(self, x, _time, context):
+        h = self.conv_in(x) + context.mean()
+        for block in self.blocks:
+            h = h + block(h)
+        return self.conv_out(h)
 
-    def seen(self, tensor):
-        storage = tensor.untyped_storage()
-        place, size = storage._cdata, storage.nbytes()
-        if place not in self.alive:
-            self.alive.add(place)
-            self.now += size
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self.gone, place, size)
 
-    def gone(self, place, size):
-        self.alive.discard(place)
-        self.now -= size
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("rank", [4, 0])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"batch_size": 2, "gradient_accumulation": 2}, {"distillation": "matching", "distillation_weight": 1.0}],
+)
+def test_it_is_the_peak_of_real_updates(kit, toys, tmp_path, rank, checkpointing, changes):
+    """Of the very updates that a training makes, on a CPU."""
+    host = kit.ToyHost(toys.Toy(Wide(), DiscreteSchedule(), "eps")).sized(256, 256)
+    settings = {
+        "rank": rank,
+        "gradient_checkpointing": checkpointing,
+        "taps": "blocks.1,blocks.4",
+        "fake_score_rank": 4,
+    }
+    config = kit.config(**settings, **changes)
+    samples = kit.pairs(host, kit.config(), tmp_path)
+    state = kit.state(host, config, samples)
+    memory = measure_memory(state, samples, RESOLUTION)
+    modules = [host.denoiser.backbone, state.student.trained, state.average, state.discriminator]
+    modules += [state.fake_score.denoiser.trained] if state.fake_score else []
+    with Live(t for module in modules for t in (*module.parameters(), *module.buffers())) as live:
+        assert len(list(distill(state, samples, host.encode_text([""])))) == 2
+    state.release()
+    told = memory.weights + memory.trained + memory.activations
+    assert told == pytest.approx(live.most, rel=0.1)
 
 
 def test_a_preview_is_counted_where_it_takes_more_than_a_step():
@@ -165,7 +199,7 @@ def test_a_decoder_takes_what_is_told():
     with FakeTensorMode(), torch.no_grad():
         vae = AutoencoderKL(**kinds, block_out_channels=(128, 256, 512, 512), layers_per_block=2).eval()
         latents = torch.randn(1, 4, 128, 128)
-        with Peak() as peak:
+        with Live() as peak:
             vae.decode(latents)
     assert pytest.approx(peak.most, rel=0.1) == memory.DECODING * 1024**2
 
@@ -200,7 +234,7 @@ def test_an_error_in_the_pass_leaves_no_hook(kit, made, unet):
 
 def test_a_pass_that_was_only_counted_has_no_backward(unet):
     x = torch.randn(1, 4, 8, 8)
-    with memory._SavedTensors(unet.denoiser.backbone, []):
+    with SavedTensors(unet.denoiser.backbone, []):
         output = unet.denoiser(x, torch.tensor([1.0]), unet.encode_text(["a"]))
     with pytest.raises(RuntimeError, match="only counted"):
         output.sum().backward()
@@ -258,6 +292,25 @@ def test_the_time_of_the_pairs_is_known_beforehand(kit, host, monkeypatch, chang
     handle = host.denoiser.backbone.register_forward_pre_hook(passes)
     assert seconds_of_pairs(host, config, 10 if config.bake_affixes else 5) == pytest.approx(expected)
     handle.remove()
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation": 2}, {"rank": 0}, {"offload": True}])
+def test_the_time_of_the_training_is_known_beforehand(kit, host, tmp_path, changes):
+    """Of a network whose passes take long, beside the training itself."""
+    before = kit.weights(host.denoiser.backbone)
+    settings = {"updates": 8, "regression_updates": 6, "discriminator_warmup": 2, **changes}
+    config = kit.config(**settings)
+    samples = kit.pairs(host, config, tmp_path)
+    handle = host.denoiser.backbone.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    told = estimating.seconds_of_training(host, config)
+    state = kit.state(host, config, samples)
+    steps = list(distill(state, samples, host.encode_text([""])))
+    state.release()
+    handle.remove()
+    assert told == pytest.approx(sum(step.seconds for step in steps), rel=0.3)
+    assert steps[-1].seconds > 1.5 * steps[1].seconds  # without a discriminator it is shorter
+    assert kit.same(kit.weights(host.denoiser.backbone), before)
+    assert estimating.seconds_of_training(host, config.replace(minutes=1e-3)) == pytest.approx(0.06)
 
 
 def test_in_words_where_it_is_enough_and_where_not():

@@ -216,7 +216,7 @@ def test_memory_is_estimated(client, quick):
     assert told["pairs"]["count"] > 0 and told["pairs"]["on_disk"] > 0 and told["pairs"]["seconds"] > 0
     memory = told["memory"]
     at_once = max(memory["activations"], memory["decoding"])
-    assert memory["total"] == memory["weights"] + memory["trained"] + at_once > 0
+    assert memory["total"] == memory["weights"] + memory["beside"] + memory["trained"] + at_once > 0
     wrong = client.post(f"{ROOT}/estimate", json=quick | {"width": 48})
     assert wrong.status_code == 400 and "the toy makes 32 x 32" in wrong.json()["error"]
 

@@ -11,12 +11,12 @@ from fastapi.testclient import TestClient
 from turbodistill.page import fields, job, runs, tab
 from turbodistill.page.events import asking
 from turbodistill.trainer.config import Config, ConfigError
-from turbodistill.trainer.groups import OF_PIXELS
+from turbodistill.trainer.groups import PLAIN_ONLY
 
 gradio = pytest.importorskip("gradio", reason="needs gradio: pip install 'turbodistill[ui]'")
 pytestmark = pytest.mark.gradio
 
-FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name not in OF_PIXELS}
+FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name not in PLAIN_ONLY}
 NOTHING = gradio.update()
 
 

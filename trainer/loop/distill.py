@@ -21,7 +21,7 @@ from .batch import Group, draw_group, draw_guidance_batch, generator
 from .feature_cache import FeatureCache
 from .health import Health, HealthParts, health_parts
 from .measures import OTHER_DEVICES, Measured, Measures
-from .optimizer import can_skip
+from .optimizer import can_skip, set_lr
 from .precision import autocast, cast_frozen
 from .state import State
 from .steps import (
@@ -262,8 +262,7 @@ def set_learning_rates(state: State) -> None:
     if state.fake_score:
         rates.append((state.fake_score.optimizer, config.lr_fake_score))
     for optimizer, lr in rates:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * scale
+        set_lr(optimizer, lr * scale)
 
 
 def _check_gradients(state: State, norms: dict[str, float]) -> None:

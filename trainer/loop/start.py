@@ -5,15 +5,17 @@ from __future__ import annotations
 import torch
 
 from ...core.card import StudentCard, read_card, read_student
+from ...core.eight_bits import can_pack
 from ...core.features import Features, TeacherFeatures, VisionFeatures
 from ...core.gradient_checkpointing import blocks
 from ...core.lora import matching_layers
 from ...core.student import Student, check_copyable, load_weights
-from ..config import Config, ConfigError
+from ..config import INT8, Config, ConfigError
 from ..data.samples import Samples
 from ..host import Host
 from ..world import ALONE, World
 from .foreign_start import Start, begin_from, fits_as_it_is, foreign_start
+from .optimizer import check_optimizer
 from .pixel_backbone import load_vision
 from .state import State, tap_names
 
@@ -27,6 +29,12 @@ def check(host: Host, config: Config) -> None:
             matching_layers(host.denoiser.backbone, config.targets)
         else:
             check_copyable(host.denoiser.backbone)
+        if config.base_precision == INT8 and not can_pack(host.denoiser.backbone):
+            raise ValueError(
+                "base_precision is 'int8', and none of the model's weights can be packed: they are small, or the "
+                "program that has loaded the model packs it itself. Leave base_precision as loaded"
+            )
+        check_optimizer(config.optimizer)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if not config.init_student:

@@ -22,7 +22,7 @@ from ..data.samples import Samples
 from ..world import ALONE, World
 from .fake_score import FakeScore
 from .feature_cache import FeatureCache
-from .optimizer import adam
+from .optimizer import adam, load_state, saved_state
 from .precision import grad_scaler
 
 
@@ -87,7 +87,7 @@ class State:
             config,
             student,
             None if alone else Critic.create(student, config, sample, features),
-            adam(trained, config.lr, (0.9, 0.99)),
+            adam(trained, config.lr, (0.9, 0.99), config.optimizer),
             average,
             grad_scaler(config, student.device, student.backbone),
             FakeScore(student, config) if matches else None,
@@ -155,7 +155,7 @@ class State:
             "student": self.student.trained.state_dict(),
             "average": self.average.state_dict(),
             "discriminator": self.critic and self.critic.discriminator.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": saved_state(self.optimizer),
             "discriminator_optimizer": self.critic and self.critic.optimizer.state_dict(),
             "update": self.update,
             "spent": self.spent,
@@ -171,7 +171,7 @@ class State:
             own = module.state_dict()
             fitting = own.keys() == weights.keys()  # else the module itself says what does not
             module.load_state_dict({k: sharded_like(v, own[k]) for k, v in weights.items()} if fitting else weights)
-        self.optimizer.load_state_dict(saved["optimizer"])
+        load_state(self.optimizer, saved["optimizer"])
         for parameter, moments in self.optimizer.state.items():
             moments |= {k: sharded_like(v, parameter) for k, v in moments.items() if v.shape == parameter.shape}
         optimizers = [self.optimizer]

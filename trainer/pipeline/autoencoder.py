@@ -23,6 +23,11 @@ class Autoencoder:
         self.vae, self._copy = vae, None
 
     @property
+    def networks(self) -> list[Any]:
+        """The autoencoder, and its copy where there is one."""
+        return [self.vae] if self._copy is None else [self.vae, self._copy]
+
+    @property
     def _network(self) -> Any:
         if self.vae.dtype != torch.float16 or not getattr(self.vae.config, "force_upcast", False):
             return self.vae

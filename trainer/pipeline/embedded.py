@@ -79,6 +79,7 @@ def load_single_file(path: Path, device: str) -> PipelineHost:
         size,
         channels=vae.config.latent_channels,
         factor=2 ** (len(vae.config.block_out_channels) - 1),
+        encoders=[encoder],
     )
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...core.card import StudentCard, fingerprint
 from ...core.denoiser import Cond
 from ...core.schedule import Schedule
 from ..checkpoint.errors import ModelError
+from .aside import Aside
 from .autoencoder import Autoencoder
 from .denoisers import NetworkDenoiser
 
@@ -26,6 +28,7 @@ class PipelineHost:
     sides of a picture must be multiples of. `schedule(size)` gives the noise levels where they depend on the size.
     `pipe` is the pipeline that all of it comes from, if there is one, and `student` the card of one that is merged into
     the network. `text_hash` says that texts are read in another way than the model's own, such as by its `clip_skip`.
+    `encoders` are the text encoders' networks.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class PipelineHost:
         student: StudentCard | None = None,
         clip_skip: int = 0,
         text_hash: str = "",
+        encoders: Sequence[nn.Module] = (),
     ):
         self.denoiser, self.vae, self.pipe = denoiser, vae, pipe
         self.name, self.architecture, self.student = name, architecture, student
@@ -52,6 +56,7 @@ class PipelineHost:
         self._channels, self._factor, self._multiple = channels, factor, multiple
         self.base_hash, self.text_hash, self.clip_skip = fingerprint(denoiser.backbone), text_hash, clip_skip
         self.sampling = None
+        self._encoders, self._decoders = Aside(lambda: encoders), Aside(lambda: self._autoencoder.networks)
         self._resize(size)
 
     def _resize(self, size: tuple[int, ...]) -> None:
@@ -73,12 +78,23 @@ class PipelineHost:
         other._resize(size)
         return other
 
+    @property
+    def beside(self) -> tuple[int, int]:
+        return self._encoders.size, self._decoders.size
+
+    @contextmanager
+    def aside(self, decodes: bool = False) -> Iterator[None]:
+        with self._encoders.away(), nullcontext() if decodes else self._decoders.away():
+            yield
+
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Cond:
-        return self._encode(prompts, self.resolution)
+        with self._encoders.at_work():
+            return self._encode(prompts, self.resolution)
 
     def decoder(self, latents: Tensor) -> Tensor:
-        return self._autoencoder.decode(latents, self.resolution)
+        with self._decoders.at_work():
+            return self._autoencoder.decode(latents, self.resolution)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -86,4 +102,5 @@ class PipelineHost:
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        return self._autoencoder.encode(images)
+        with self._decoders.at_work():
+            return self._autoencoder.encode(images)

@@ -119,6 +119,7 @@ def host_of(
         student=student,
         clip_skip=skip,
         text_hash=f"clip skip {skip}" if skipped else "",
+        encoders=encoders,
     )
 
 

@@ -17,26 +17,60 @@ from ..data.pairs import Teacher, pairs_size
 from ..data.pictures import read_pictures
 from ..data.prompts import draw_prompts
 from ..data.samples import Samples
-from ..data.sizes import by_size, with_buckets
+from ..data.sizes import OfSize, by_size, with_buckets
 from ..host import Host
+from ..loop.distill import distill
 from ..loop.start import begin
-from .memory import Memory, measure_memory, size_in_words
+from .memory import Measured, Memory, measure, size_in_words
+from .placed import placed
 from .words import duration
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Memory of a training; bytes on disk and seconds of making its `pairs` teacher pairs."""
+    """Memory of a training; bytes on disk and seconds of its `pairs` teacher pairs, and of the training itself."""
 
     memory: Memory
     pairs: int
     on_disk: int
     seconds: float
+    state: int = 0  # bytes on disk of the saved state and the student; 0 where it was not measured
+    training: float = 0.0  # seconds
 
     def in_words(self, free: int | None = None) -> str:
         """As `Memory.in_words`, with the pairs."""
         making = f"about {duration(self.seconds)} to make and {size_in_words(self.on_disk)} on disk"
-        return f"{self.pairs} teacher pairs take {making}; {self.memory.in_words(free)}"
+        return f"{self.pairs} teacher pairs take {making}; {self.memory.in_words(free)}{self._of_training()}"
+
+    def without_memory(self) -> str:
+        """Time and disk alone."""
+        making = f"about {duration(self.seconds)} to make and {size_in_words(self.on_disk)} on disk"
+        return f"{self.pairs} teacher pairs take {making}{self._of_training()}"
+
+    def _of_training(self) -> str:
+        if not self.training:
+            return ""
+        return f"; the training takes about {duration(self.training)}, and {size_in_words(self.state)} on disk"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What an estimate is of: settings with every size known, and what of the pairs is of each size."""
+
+    config: Config
+    shares: Sequence[OfSize]
+
+    @staticmethod
+    def of(host: Host, config: Config, prompts: Sequence[str], images: str | Path | None = None) -> Prepared:
+        """Raises as `estimate`."""
+        found = None if images is None else read_pictures(images, config.broken_pictures)
+        config = with_buckets(config, found, host.resolution)
+        return Prepared(config, by_size(host, config, prompts, Path()))
+
+    @property
+    def largest(self) -> Host:
+        """The host of the largest size."""
+        return max((share.host for share in self.shares), key=lambda host: math.prod(host.resolution))
 
 
 def estimate(host: Host, config: Config, prompts: Sequence[str], images: str | Path | None = None) -> Estimate:
@@ -45,25 +79,66 @@ def estimate(host: Host, config: Config, prompts: Sequence[str], images: str | P
     `images`, as `run` takes them, count where the sizes are theirs. Raises ConfigError for settings that do not fit
     this model, DataError as `draw_prompts` and `read_pictures`.
     """
-    found = None if images is None else read_pictures(images, config.broken_pictures)
-    config = with_buckets(config, found, host.resolution)
-    affixes = Affixes.of(config)
-    shares = by_size(host, config, prompts, Path())
-    largest = max((share.host for share in shares), key=lambda host: math.prod(host.resolution))
-    cond = largest.encode_text([""])
-    sample = Samples(torch.zeros(1, *largest.latent_shape), cond, [""])
-    state = begin(largest, config, sample)
+    prepared = Prepared.of(host, config, prompts, images)
+    return timed(prepared, prepared.config, needs(prepared).memory(prepared.config))
+
+
+def needs(prepared: Prepared) -> Measured:
+    """Measure what a training at the largest size takes; raises ConfigError for settings that do not fit the model."""
+    host = prepared.largest
+    sample = Samples(torch.zeros(1, *host.latent_shape), host.encode_text([""]), [""])
+    state = begin(host, prepared.config, sample)
     try:
-        memory = measure_memory(state, sample, largest.resolution)
+        return measure(state, sample, host.resolution, host.beside)
     finally:
         state.release()
+
+
+def timed(prepared: Prepared, config: Config, memory: Memory, measured: Measured | None = None) -> Estimate:
+    """The estimate of a training that takes this `memory`; of the training itself, too, where it was `measured`."""
+    cond = prepared.largest.encode_text([""])
+    affixes = Affixes.of(config)
     on_disk, seconds = 0, 0.0
-    for share in shares:
-        drawn = draw_prompts(share.prompts, share.config.pairs, config.seed)
+    for share in prepared.shares:
+        own = share.config.replace(batch_size=config.batch_size)
+        drawn = draw_prompts(share.prompts, own.pairs, config.seed)
         texts = {each for text in drawn for each in affixes.both(text)}
-        on_disk += pairs_size(share.host.latent_shape, cond, share.config.pairs, len(texts))
-        seconds += seconds_of_pairs(share.host, share.config, len(texts))
-    return Estimate(memory, config.pairs, on_disk, seconds)
+        on_disk += pairs_size(share.host.latent_shape, cond, own.pairs, len(texts))
+        seconds += seconds_of_pairs(share.host, own, len(texts))
+    if measured is None:
+        return Estimate(memory, config.pairs, on_disk, seconds)
+    training = seconds_of_training(prepared.largest, config)
+    return Estimate(memory, config.pairs, on_disk, seconds, measured.saved(config), training)
+
+
+def seconds_of_training(host: Host, config: Config) -> float:
+    """How long a training takes, by real updates of a student that is thrown away.
+
+    They take the memory that the training takes. The first updates have no discriminator, and are shorter.
+    """
+    alone = min(max(config.regression_updates - config.discriminator_warmup, 0), config.updates)
+    if config.guidance_only or not (config.adversarial_weight or config.distillation_weight or config.feature_weight):
+        alone = 0
+    rest = config.updates - alone
+    seconds = rest * _seconds_of_update(host, config, False) if rest else 0.0
+    seconds += alone * _seconds_of_update(host, config, True) if alone else 0.0
+    return min(seconds, 60 * config.minutes) if config.minutes else seconds
+
+
+def _seconds_of_update(host: Host, config: Config, alone: bool) -> float:
+    """The second of two updates, of regression `alone` or of all losses."""
+    regression = {"regression_updates": 9 if alone else 0, "discriminator_warmup": 0}
+    short = config.replace(updates=2, minutes=0.0, log_every=1, gradient_accumulation=1, **regression)
+    draws = torch.Generator().manual_seed(0)
+    cond = host.encode_text([""]).to("cpu")
+    latents = torch.randn(2, *host.latent_shape, generator=draws)
+    pairs = Samples(latents, cond.repeat(2), ["", "a"], torch.arange(2))
+    with placed(host, config):
+        state = begin(host, short, pairs)
+        try:
+            return config.gradient_accumulation * [step.seconds for step in distill(state, pairs, cond)][-1]
+        finally:
+            state.release()
 
 
 def seconds_of_pairs(host: Host, config: Config, texts: int) -> float:

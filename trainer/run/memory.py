@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import Tensor
 
-from ...core.denoiser import Cond
-from ...core.gradient_checkpointing import blocks
+from ...core.denoiser import Cond, Denoiser
+from ...core.eight_bits import bytes_saved
 from ...core.sharded import own_part
-from ..config import Config
+from ..config import ADAMW8BIT, INT8, Config
 from ..data.samples import Samples
 from ..host import decoded_at_once
-from ..loop.precision import autocast, cast_frozen
+from ..loop.precision import autocast, cast_frozen, low_precision
 from ..loop.state import State
+from .kept import Kept, SavedTensors
 
 GB = 1024**3
 PREVIEWS = 8  # pictures
 # Bytes a pixel that the decoder of Stable Diffusion's autoencoders takes, in float32: a few maps of 256 channels.
 DECODING = 3200
+# Adam's two moments in eight bits, with a scale for each 256 numbers, over the size of the parameter in float32.
+EIGHT_BITS = 2 * (1 + 4 / 256) / 4
+# What is alive of the feature maps of pictures, real and the student's, over the size of the latter's.
+MAPS = 2
 # What to change when memory does not suffice, in the order in which it costs least.
 REMEDIES = (
     "set gradient_checkpointing to true",
@@ -61,25 +65,38 @@ class Memory:
     """Bytes that a training takes."""
 
     weights: int  # the model, once
-    trained: int  # LoRA or copy, with gradients, Adam's moments and the average
-    activations: int  # kept for backward, of the whole batch
+    trained: int  # LoRA or copy, with Adam's moments and the average, and the discriminator
+    activations: int  # the most that one update has besides: kept for backward, of the whole batch, and gradients
     decoding: int = 0  # of a preview, between two updates
+    beside: int = 0  # text encoders and autoencoder, where they stay on the device
 
     @property
     def total(self) -> int:
-        return self.weights + self.trained + max(self.activations, self.decoding)
+        return self.weights + self.beside + self.trained + max(self.activations, self.decoding)
+
+    @property
+    def parts(self) -> list[tuple[int, str]]:
+        """What the total is the sum of, each with its name."""
+        beside = [(self.beside, "text encoders and autoencoder")] if self.beside else []
+        largest = max((self.activations, "activations"), (self.decoding, "a preview"))
+        return [(self.weights, "weights"), *beside, (self.trained, "student"), largest]
 
     def in_words(self, free: int | None = None) -> str:
         """One sentence; `free` bytes on the device, the weights' included, make it a comparison."""
-        largest = max((self.activations, "activations"), (self.decoding, "a preview"))
-        parts = ((self.weights, "weights"), (self.trained, "student"), largest)
-        listed = ", ".join(f"{size_in_words(n)} {what}" for n, what in parts)
+        listed = ", ".join(f"{size_in_words(n)} {what}" for n, what in self.parts)
         words = f"training takes about {size_in_words(self.total)}: {listed}"
         if free is None:
             return words
         if free >= self.total:
             return f"{words}; {size_in_words(free)} are there"
         return f"{words}; only {size_in_words(free)} are there. It may run out of memory: {', or '.join(REMEDIES)}"
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes of a CUDA device that nobody else has, what this program has reserved included; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
 def size_in_words(count: int) -> str:
@@ -94,127 +111,138 @@ def _bytes(tensors: Any) -> int:
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """Bytes that autograd keeps of a pass."""
+class Line:
+    """What a pass keeps, by what it keeps of one sample and of two."""
 
-    inside: dict[str, int]  # by block; "" is outside of all
-    inputs: int  # of the blocks
+    one: Kept
+    two: Kept
 
-    def of_batch(self, of_two: _Kept, size: int) -> _Kept:
-        """What a batch keeps, by what one sample and two keep.
+    def of(self, batch_size: int) -> Kept:
+        return self.one.of_batch(self.two, batch_size)
 
-        Not all grows with the batch: under autocast each pass has its own casts of frozen weights, which stay.
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a model and its student: enough to tell the memory of any batch and any of the settings."""
+
+    weights: int  # bytes of the frozen model, as the passes have it
+    packing: int  # what base_precision int8 saves of them
+    encoders: int  # bytes of the text encoders
+    autoencoder: int
+    student: int  # bytes of what the student's optimizer trains
+    score: int  # of the fake score
+    heads: int  # of the discriminator
+    casts: int  # of the trained weights in the precision of the passes
+    passes: Line  # the student's
+    features: Line | None  # the discriminator's, of the student's picture
+    maps: int  # bytes of one sample's feature maps
+    scoring: Line | None  # the fake score's
+    decoding: int  # a preview's
+
+    def memory(self, config: Config, processes: int = 1) -> Memory:
+        """What a training with these settings takes, each of so many processes."""
+        packed = config.base_precision == INT8
+        moments = EIGHT_BITS if config.optimizer == ADAMW8BIT else 2.0
+        stays = (self.encoders + self.autoencoder) if not config.offload else 0
+        stays = self.autoencoder if config.offload and config.pixel_backbone else stays
+        return Memory(
+            self.weights - (self.packing if packed else 0),
+            # A parameter beside Adam's two moments and the running average.
+            round((2 + moments) * self.student) + 4 * self.score + 3 * self.heads,
+            self._update(config, config.batch_size // processes),
+            self.decoding + (self.autoencoder if config.offload and not config.pixel_backbone else 0),
+            stays,
+        )
+
+    def saved(self, config: Config) -> int:
+        """Bytes on disk of a saved state, and of the student's file in half precision."""
+        moments = EIGHT_BITS if config.optimizer == ADAMW8BIT else 2.0
+        return round((2.5 + moments) * self.student) + 4 * self.score + 3 * self.heads
+
+    def _update(self, config: Config, batch_size: int) -> int:
+        """The most that an update has besides, at any of the moments at which that can be.
+
+        Gradients come as activations go: the student's are all there when its first block is done.
         """
-
-        def line(one: int, two: int) -> int:
-            return one + (size - 1) * (two - one)
-
-        inside = {name: line(count, of_two.inside.get(name, count)) for name, count in self.inside.items()}
-        return _Kept(inside, line(self.inputs, of_two.inputs))
-
-    def total(self, checkpointing: bool) -> int:
-        if not checkpointing or len(self.inside) < 2:
-            return sum(self.inside.values())
-        return self.inside.get("", 0) + self.inputs + max(n for name, n in self.inside.items() if name)
-
-
-class _SavedTensors:
-    """Counts what autograd would keep of a pass, by block, and keeps nothing of it."""
-
-    def __init__(self, backbone: nn.Module, parameters: Iterable[Tensor]):
-        self.backbone = backbone
-        self._inside: dict[str, int] = defaultdict(int)
-        self._inputs = 0
-        # A weak reference holds no memory, but no other storage takes its address either: each is counted once.
-        self._counted = {ref.cdata: ref for ref in (StorageWeakRef(p.untyped_storage()) for p in parameters)}
-        self._given: dict[int, StorageWeakRef] = {}
-        self._now = ""
-
-    @property
-    def kept(self) -> _Kept:
-        return _Kept(dict(self._inside), self._inputs)
-
-    def __enter__(self) -> _SavedTensors:
-        try:
-            found = blocks(self.backbone)
-        except ValueError:
-            found = {}
-        self._handles = [m.register_forward_pre_hook(self._enter(n), with_kwargs=True) for n, m in found.items()]
-        self._handles += [m.register_forward_hook(self._leave, always_call=True) for m in found.values()]
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._count, self._gone)
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._hooks.__exit__(*_)
-        for handle in self._handles:
-            handle.remove()
-
-    def _enter(self, name: str):
-        def hook(_module, args, kwargs):
-            self._now = name
-            self._inputs += sum(_new(a, self._given) for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
-
-        return hook
-
-    def _leave(self, *_told) -> None:
-        self._now = ""
-
-    def _count(self, tensor: Tensor) -> tuple:
-        self._inside[self._now] += _new(tensor, self._counted)
-        return ()
-
-    @staticmethod
-    def _gone(_packed):
-        raise RuntimeError("a pass that was only counted has no backward")
+        again = config.gradient_checkpointing
+        student = self.passes.of(batch_size)
+        features = self.features.of(batch_size) if self.features else Kept({}, 0)
+        maps = MAPS * self.maps * batch_size
+        before = self.student + maps if config.gradient_accumulation > 1 else 0  # of the batch before
+        through = student.throughout(again) + features.throughout(again)
+        moments = [
+            before + through + maps + (self.casts if again else 0),  # the passes are done
+            before + through + maps + features.backward(again),
+            max(before + student.throughout(again), self.student) + maps + student.backward(again),
+            self.student + self.score + self.heads,  # the optimizers step
+        ]
+        if self.scoring:
+            score = self.scoring.of(batch_size)
+            moments.append(self.student + self.score + score.throughout(again) + score.backward(again))
+        return max(moments)
 
 
-def _new(tensor: Tensor, counted: dict[int, StorageWeakRef]) -> int:
-    """Bytes of a tensor's storage; 0 if it is counted already."""
-    storage = tensor.untyped_storage()
-    ref = StorageWeakRef(storage)
-    return 0 if counted.setdefault(ref.cdata, ref) is not ref else storage.nbytes()
+def measure_memory(
+    state: State, pairs: Samples, resolution: tuple[int, int], beside: tuple[int, int] = (0, 0)
+) -> Memory:
+    """What a training of this state takes, counted as `measure`; of several processes it is what each takes."""
+    return measure(state, pairs, resolution, beside).memory(state.config, state.world.size)
 
 
-def measure_memory(state: State, pairs: Samples, resolution: tuple[int, int]) -> Memory:
-    """Count on one sample and on two what a step keeps: a forward of the student, one of the features.
+def measure(state: State, pairs: Samples, resolution: tuple[int, int], beside: tuple[int, int] = (0, 0)) -> Measured:
+    """Count on one sample and on two what the passes of an update keep: the student's, and the features' of it.
 
-    `resolution` are the pixels (width, height) of a picture. Of several processes it is what each takes.
+    It takes the memory of a pass for two pictures, or for one where that is the batch: what autograd would keep is let
+    go. `resolution` are the pixels (width, height) of a picture, `beside` the host's.
     """
     config, student = state.config, state.student
-    batch_size = config.batch_size // state.world.size
+    score = state.fake_score.denoiser if state.fake_score else None
     heads = list(state.critic.discriminator.parameters()) if state.critic else []
-    modules: list[nn.Module] = [student.teacher.backbone, student.trained]
-    parameters = [*(p for m in modules for p in m.parameters()), *heads]
+    trained = [student.trained, *([score.trained] if score else ())]
+    parameters = [*(p for m in (student.teacher.backbone, *trained) for p in m.parameters()), *heads]
     sigma = student.schedule.sigma(torch.tensor([500.0])).to(student.device)
     sample: Cond = pairs.cond.rows(slice(1)).to(student.device)
     latents = pairs.latents[:1].to(student.device)
+    sees = state.critic and (config.adversarial_weight > 0 or config.feature_weight > 0)
+    sizes = []
 
-    def passes(count: int) -> list[_Kept]:
-        """What the passes of so many samples keep."""
-        x, cond = latents.repeat(count, 1, 1, 1), sample.repeat(count)
-        with _SavedTensors(student.backbone, parameters) as of_student:
-            student(x, sigma.expand(count), cond)
-        found = [of_student.kept]
-        if state.critic and (config.adversarial_weight > 0 or config.feature_weight > 0):
-            with _SavedTensors(student.teacher.backbone, parameters) as of_features:
-                state.critic.features(x.clone().requires_grad_(True), sigma.expand(count), cond)
-            found.append(of_features.kept)
-        return found
+    def kept(denoiser: Denoiser, run: Callable[[Tensor, Tensor, Cond], Any]) -> Line:
+        """What a pass keeps of one sample, and of two."""
+        found = []
+        for count in (1, 2) if config.batch_size > state.world.size else (1,):
+            with SavedTensors(denoiser.backbone, parameters) as saved:
+                run(latents.repeat(count, 1, 1, 1), sigma.expand(count), sample.repeat(count))
+            found.append(saved.kept)
+        return Line(found[0], found[-1])
 
-    with student.training(), cast_frozen(config, student.teacher), autocast(config, student, student.teacher):
+    def see(x: Tensor, sigma: Tensor, cond: Cond) -> None:
+        assert state.critic
+        sizes.append(_bytes(state.critic.features(x.requires_grad_(True), sigma, cond)))
+
+    with (
+        student.training(),
+        score.training() if score else nullcontext(),
+        cast_frozen(config, student.teacher),
+        autocast(config, student, student.teacher),
+    ):
+        low = low_precision(config, student.device)
         weights = _bytes(student.teacher.backbone.parameters())
-        one = passes(1)
-        two = passes(2) if batch_size > 1 else one
-    batches = [a.of_batch(b, batch_size) for a, b in zip(one, two, strict=True)]
-    trained = [
-        *student.trained.parameters(),
-        *(state.fake_score.denoiser.trained.parameters() if state.fake_score else ()),
-    ]
-    return Memory(
+        packing = bytes_saved(student.teacher.backbone, low)
+        passes = kept(student, student)
+        features = kept(student.teacher, see) if sees else None
+        scoring = kept(score, score) if score else None
+    own = list(student.trained.parameters())
+    return Measured(
         weights,
-        # A parameter beside its gradient, Adam's two moments and the running average.
-        5 * _bytes(trained) + 4 * _bytes(heads),
-        sum(kept.total(config.gradient_checkpointing) for kept in batches),
+        packing,
+        *beside,
+        student=_bytes(own),
+        score=_bytes(score.trained.parameters()) if score else 0,
+        heads=_bytes(heads),
+        casts=sum(own_part(p).numel() * low.itemsize for p in own if p.dtype != low) if low else 0,
+        passes=passes,
+        features=features,
+        maps=sizes[0] if sizes else 0,
+        scoring=scoring,
         decoding=DECODING * math.prod(resolution) * min(PREVIEWS, decoded_at_once(resolution)),
     )

@@ -33,6 +33,7 @@ from ..prediction_check import check_prediction
 from ..world import ALONE, World
 from .events import Control, Event, PairsMade, Warned
 from .memory import PREVIEWS, OutOfMemory, advice, is_out_of_memory
+from .placed import placed
 from .scores import Score, latent_score
 from .training import Part, Training, check_saved, pictures_recipe
 
@@ -210,10 +211,11 @@ def _run(
             doing.what = "encoding pictures"
             parts = yield from _with_pictures(parts, config, found, folder / IMAGES, world)
         doing.what = "training"
-        with exclusive(host.denoiser.backbone):
-            state = begin(parts[0].host, config, parts[0].train, seen, world)
-        state.extra |= {"pairs": recipe, "images": pictures_recipe(found)}
-        try:
-            yield from Training(parts[0].host, state, folder, parts, score, control).events()
-        finally:
-            state.release()
+        with placed(host, config):
+            with exclusive(host.denoiser.backbone):
+                state = begin(parts[0].host, config, parts[0].train, seen, world)
+            state.extra |= {"pairs": recipe, "images": pictures_recipe(found)}
+            try:
+                yield from Training(parts[0].host, state, folder, parts, score, control).events()
+            finally:
+                state.release()

@@ -212,7 +212,7 @@ class Training:
         state, config = self.state, self.state.config
         with exclusive(self.host.denoiser.backbone):
             largest = max(self.parts, key=lambda part: math.prod(part.host.resolution))
-            memory = measure_memory(state, largest.train, largest.host.resolution)
+            memory = measure_memory(state, largest.train, largest.host.resolution, largest.host.beside)
         yield Begun(state.update, memory)
         if not state.finished and (words := self._choose_anew()):
             yield Warned(0, words)
