@@ -6,7 +6,7 @@ without gradients. What looks on from outside, such as feature taps and gradient
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,19 @@ WAYS = 4096
 
 
 @contextmanager
-def compiled(backbone: nn.Module, backend: str = "inductor") -> Iterator[None]:
+def _told() -> Iterator[None]:
+    """Within, what torch's compiler raises says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        words = " ".join(str(error).split())
+        raise RuntimeError(f"torch cannot compile the model here ({words:.200}): set compile to false") from error
+
+
+@contextmanager
+def compiled(backbone: nn.Module, backend: str | Callable[..., Any] = "inductor") -> Iterator[None]:
     """Within, passes run each block of the backbone compiled; the very same `forward`s are put back.
 
     Enter it before `checkpointed`, which then computes the compiled block again. The first passes take minutes. Raises
@@ -33,7 +45,7 @@ def compiled(backbone: nn.Module, backend: str = "inductor") -> Iterator[None]:
     try:
         for module in changed:
             module.forward = torch.compile(module.forward, dynamic=False, backend=backend)
-        with settings.patch({name: value for name, value in limits.items() if hasattr(settings, name)}):
+        with _told(), settings.patch({name: value for name, value in limits.items() if hasattr(settings, name)}):
             yield
     finally:
         for module, forward in zip(changed, own, strict=True):

@@ -25,7 +25,9 @@ def blocks(backbone: nn.Module) -> dict[str, nn.Module]:
     found = {n: m for n, m in backbone.named_modules() if BLOCKS.search(n) and next(m.children(), None) is not None}
     inner = {n: m for n, m in found.items() if not any(other.startswith(n + ".") for other in found)}
     if not inner:
-        raise ValueError(f"no known blocks in {type(backbone).__name__}: set gradient_checkpointing to false")
+        raise ValueError(
+            f"no known blocks in {type(backbone).__name__}: set gradient_checkpointing and compile to false"
+        )
     return inner
 
 

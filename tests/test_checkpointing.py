@@ -189,7 +189,9 @@ def test_blocks_are_the_innermost(names, found):
 
 
 def test_an_unknown_architecture_is_refused(toys):
-    with pytest.raises(ValueError, match="no known blocks in ConvBackbone: set gradient_checkpointing to false"):
+    with pytest.raises(
+        ValueError, match="no known blocks in ConvBackbone: set gradient_checkpointing and compile to false"
+    ):
         blocks(toys.conv().backbone)
 
 

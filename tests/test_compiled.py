@@ -61,3 +61,15 @@ def test_an_error_within_puts_everything_back(student):
     with pytest.raises(KeyError), compiled(student.backbone, "eager"):
         raise KeyError
     assert all("forward" not in module.__dict__ for module in blocks(student.backbone).values())
+
+
+def test_where_it_cannot_be_compiled_that_is_told(toys, student):
+    def failing(*_):
+        raise OSError("no compiler was found")
+
+    x, cond, sigma = toys.picture(), toys.cond(), student.schedule.sigma(torch.tensor([999.0, 300.0]))
+    told = r"cannot compile the model here \(.*no compiler .*set compile to false"
+    with pytest.raises(RuntimeError, match=told), compiled(student.backbone, failing):
+        student(x, sigma, cond)
+    assert all("forward" not in module.__dict__ for module in blocks(student.backbone).values())
+    assert student(x, sigma, cond).isfinite().all()

@@ -441,6 +441,11 @@ class Config:
         "training",
         OPTIMIZERS,
     )
+    compile: bool = option(
+        False,
+        "Compile the model's blocks (torch.compile): quicker updates on a GPU, after some minutes at the start.",
+        "training",
+    )
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -527,7 +532,7 @@ Config.__init__ = told_names(Config.__init__)
 # What may change between a run and its resumption: it decides how long, how often and with how much memory.
 RESUMABLE = {"updates", "minutes", "preview_every", "save_every", "evaluate_every", "log_every"}
 RESUMABLE |= {"batch_size", "gradient_accumulation", "precision", "gradient_checkpointing"}
-RESUMABLE |= {"base_precision", "offload"}
+RESUMABLE |= {"base_precision", "offload", "compile"}
 RESUMABLE |= {"init_student", "broken_pictures"}  # only the start needs them
 
 

@@ -252,6 +252,8 @@ def test_other_settings_of_a_run_that_is_there_are_refused_and_nothing_is_lost(g
 def test_a_network_without_known_blocks_says_so(graph, toys, loaded, places):
     graph.model = loaded(make=toys.conv)
     pairs = graph.pairs()
-    with pytest.raises(ValueError, match="no known blocks in ConvBackbone: set gradient_checkpointing to false"):
+    with pytest.raises(
+        ValueError, match="no known blocks in ConvBackbone: set gradient_checkpointing and compile to false"
+    ):
         graph.distill(pairs, advanced={"taps": "conv_in,down"})
     assert graph.distill(pairs, advanced={"taps": "conv_in,down"}, gradient_checkpointing=False)[0].patches

@@ -43,7 +43,9 @@ def test_losses_are_the_same(kit, unet, samples, changes):
 
 
 def test_a_network_without_known_blocks_is_told(kit, host, tmp_path):
-    with pytest.raises(ValueError, match="no known blocks in PlainBackbone: set gradient_checkpointing to false"):
+    with pytest.raises(
+        ValueError, match="no known blocks in PlainBackbone: set gradient_checkpointing and compile to false"
+    ):
         kit.go(host, kit.config(gradient_checkpointing=True), tmp_path)
     # What was said helps: the pairs stay, and the run goes on.
     kit.go(host, kit.config(), tmp_path)

@@ -128,7 +128,7 @@ def test_a_bad_settings_file_is_told(tmp_path, content, told):
 def test_how_long_how_often_and_with_how_much_memory_may_change_when_a_run_goes_on(name):
     config = Config()
     others = {"precision": "float32", "gradient_checkpointing": True, "init_student": "a.safetensors"}
-    others |= {"broken_pictures": "skip", "base_precision": "int8", "offload": True}
+    others |= {"broken_pictures": "skip", "base_precision": "int8", "offload": True, "compile": True}
     other = others.get(name) or getattr(config, name) + 1
     check_resumable(config.to_dict(), config.replace(**{name: other}))
     assert name in FIELDS

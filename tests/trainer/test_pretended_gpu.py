@@ -70,7 +70,7 @@ def trained(kit, tmp_path):
 
 
 RECIPES = {
-    "latents": {"network": "unet"},
+    "latents": {},
     "full copy": {"rank": 0, "lr": 1e-5},
     "pixels": {"pixels": True},
     "matching": {"distillation": "matching", "distillation_weight": 0.5, "fake_score_rank": 2},
@@ -82,7 +82,7 @@ RECIPES = {
     },
     "several steps": {"student_steps": 3, "fresh_noise_share": 0.3},
     "accumulation": {"gradient_accumulation": 2, "discriminator_updates": 2},
-    "checkpointing": {"gradient_checkpointing": True},
+    "checkpointing": {"gradient_checkpointing": True, "network": "unet"},
     "guidance alone": {"guidance_only": True, "guidance_start": 0.1, "guidance_end": 0.8},
     "float32": {"precision": "float32"},
     "float16": {"precision": "float16"},

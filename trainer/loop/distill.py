@@ -68,7 +68,8 @@ def distill_groups(state: State, groups: Sequence[Group]) -> Generator[Step, Non
     groups = [replace(group, uncond=group.uncond.to(student.device)) for group in groups]
     state.feature_cache = FeatureCache()  # keys tell pictures of this call apart
     measures = Measures(state.world)
-    with student.training(), scoring, cast_frozen(state.config, student.teacher), state.checkpointed():
+    precise = cast_frozen(state.config, student.teacher)
+    with student.training(), scoring, precise, state.compiled(), state.checkpointed():
         while not state.finished:
             # Spectral norms advance with every pass of the heads: an update that is broken off must not leave its own.
             spectral = list(state.critic.discriminator.buffers()) if state.critic else []

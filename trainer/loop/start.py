@@ -23,7 +23,7 @@ from .state import State, tap_names
 def check(host: Host, config: Config) -> None:
     """Raise ConfigError for targets, blocks or an `init_student` that do not fit this model; nothing is made for it."""
     try:
-        if config.gradient_checkpointing:
+        if config.gradient_checkpointing or config.compile:
             blocks(host.denoiser.backbone)
         if config.rank:
             matching_layers(host.denoiser.backbone, config.targets)

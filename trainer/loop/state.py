@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, amp, nn
 
+from ...core.compiled import compiled
 from ...core.discriminator import Discriminator
 from ...core.features import Features, TeacherFeatures
 from ...core.gradient_checkpointing import checkpointed
@@ -137,6 +138,16 @@ class State:
                 parameter.copy_(value)
             else:
                 parameter.data = value
+
+    @contextmanager
+    def compiled(self) -> Iterator[None]:
+        """Within, the blocks are compiled, if the settings ask for it."""
+        backbones = {id(b): b for b in (self.student.teacher.backbone, self.student.backbone)}
+        with ExitStack() as stack:
+            if self.config.compile:
+                for backbone in backbones.values():
+                    stack.enter_context(compiled(backbone))
+            yield
 
     @contextmanager
     def checkpointed(self) -> Iterator[None]:
