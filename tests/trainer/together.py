@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from turbodistill.app import processes
+from turbodistill.app.interrupt import interruptible
 from turbodistill.trainer.config import Config
 from turbodistill.trainer.run import run
 
@@ -35,11 +36,12 @@ def train(folder, world, name, settings, network="conv", images=None, slow=0.0, 
 
 def main(folder):
     jobs = json.loads((folder / "jobs.json").read_text())
-    world = processes.join(Config(**jobs[0]["settings"]), "--fsdp" in sys.argv)
-    (folder / f"process-{world.rank}").write_text(str(os.getpid()))
-    for job in jobs:
-        train(folder, world, **job)
-    processes.leave()
+    with interruptible():  # as the command has it: a launcher ends the others by a signal, and they say why they end
+        world = processes.join(Config(**jobs[0]["settings"]), "--fsdp" in sys.argv)
+        (folder / f"process-{world.rank}").write_text(str(os.getpid()))
+        for job in jobs:
+            train(folder, world, **job)
+        processes.leave()
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ class Measured:
         return Memory(
             self.weights - (self.packing if packed else 0),
             # A parameter beside Adam's two moments and the running average.
-            round((2 + moments) * self.student) + 4 * self.score + 3 * self.heads,
+            round((2 + moments) * self.student) + 4 * self.score + (3 if _judges(config) else 1) * self.heads,
             self._update(config, config.batch_size // processes),
             self.decoding + (self.autoencoder if config.offload and not config.pixel_backbone else 0),
             stays,
@@ -174,12 +174,17 @@ class Measured:
             before + through + maps + (self.casts if again else 0),  # the passes are done
             before + through + maps + features.backward(again),
             max(before + student.throughout(again), self.student) + maps + student.backward(again),
-            self.student + self.score + self.heads,  # the optimizers step
+            self.student + self.score + (self.heads if _judges(config) else 0),  # the optimizers step
         ]
         if self.scoring:
             score = self.scoring.of(batch_size)
             moments.append(self.student + self.score + score.throughout(again) + score.backward(again))
         return max(moments)
+
+
+def _judges(config: Config) -> bool:
+    """Whether the discriminator is trained."""
+    return config.adversarial_weight > 0 and not config.guidance_only
 
 
 def measure_memory(
