@@ -178,6 +178,8 @@ def main() -> None:
     args = parser.parse_args()
     if bool(args.model) == args.dry_run:
         parser.error("give a model, or --dry-run")
+    if not 8 <= args.count <= 100_000:
+        parser.error(f"--count is {args.count}: give a whole number from 8 to 100000")
     count = 12 if args.dry_run else args.count
     prompts = read_list(args.prompts, args.dry_run, count)
     host = td.load_model(args.model)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from .gradient_checkpointing import blocks
+from .gradient_checkpointing import blocks_run_by
 
 # Ways in which the blocks of one class may be used before torch gives up compiling them: each has a LoRA of its own.
 WAYS = 4096
@@ -38,18 +39,9 @@ def compiled(backbone: nn.Module, backend: str | Callable[..., Any] = "inductor"
     Enter it before `checkpointed`, which then computes the compiled block again. The first passes take minutes. Raises
     ValueError for an architecture without blocks that are known, RuntimeError where torch cannot compile here.
     """
-    changed = list(blocks(backbone).values())
-    own = [module.__dict__.get("forward") for module in changed]
     settings: Any = torch._dynamo.config
     limits = {"recompile_limit": WAYS, "accumulated_recompile_limit": 8 * WAYS}
-    try:
-        for module in changed:
-            module.forward = torch.compile(module.forward, dynamic=False, backend=backend)
-        with _told(), settings.patch({name: value for name, value in limits.items() if hasattr(settings, name)}):
-            yield
-    finally:
-        for module, forward in zip(changed, own, strict=True):
-            if forward is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = forward
+    known = {name: value for name, value in limits.items() if hasattr(settings, name)}
+    compiling = partial(torch.compile, dynamic=False, backend=backend)
+    with blocks_run_by(backbone, compiling), _told(), settings.patch(known):
+        yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -37,11 +37,21 @@ def checkpointed(backbone: nn.Module, loras: Sequence[LoRA] = ()) -> Iterator[No
 
     `loras` are those whose hooks sit in the backbone: a block is computed again as they were switched then.
     """
+    with blocks_run_by(backbone, lambda forward: _again(forward, loras)):
+        yield
+
+
+@contextmanager
+def blocks_run_by(backbone: nn.Module, way: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Within, each block runs what `way` makes of its `forward`; the very same `forward`s are put back.
+
+    Raises ValueError as `blocks`.
+    """
     changed = list(blocks(backbone).values())
     own = [module.__dict__.get("forward") for module in changed]
     try:
         for module in changed:
-            module.forward = _again(module.forward, loras)
+            module.forward = way(module.forward)
         yield
     finally:
         for module, forward in zip(changed, own, strict=True):

@@ -52,6 +52,10 @@ class World:
         """What the first process has for this value, in every one."""
         return value
 
+    def wait_for_first(self) -> None:
+        """Go on when the first process has come here, too."""
+        self.told(None)
+
     def largest(self, number: int) -> int:
         """The largest that any process has."""
         return int(self.gather(torch.tensor([number]), self.size).max())
@@ -63,10 +67,10 @@ class World:
     def first(self) -> Iterator[None]:
         """Within, the first process is alone; the others come after it."""
         if not self.leads:
-            self.told(None)
+            self.wait_for_first()
         yield
         if self.leads:
-            self.told(None)
+            self.wait_for_first()
 
 
 ALONE = World()

@@ -139,7 +139,7 @@ def _make(share: OfSize, warn: Callable[[str], None], world: World) -> Iterator[
                 making = True
                 if world.leads:
                     stack.enter_context(locked(folder))
-                world.told(None)
+                world.wait_for_first()
                 begun = _begun(path, key, recipe, warn)
             of_shard = texts[first : first + count]
             with world.first():  # what one has encoded the others read
@@ -171,7 +171,7 @@ def _make(share: OfSize, warn: Callable[[str], None], world: World) -> Iterator[
                 if made > len(begun) and world.leads:
                     write_shard(path, Shard(torch.cat(parts), of_shard[:made], seeds[:made]), key, recipe)
             yield first + count, parts[-1]
-    world.told(None)  # the last file is there
+    world.wait_for_first()  # the last file is there
 
 
 class Teacher:

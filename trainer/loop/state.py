@@ -139,13 +139,17 @@ class State:
             else:
                 parameter.data = value
 
+    def _backbones(self) -> list[nn.Module]:
+        """The teacher's and the student's, which with a LoRA are one."""
+        teacher, student = self.student.teacher.backbone, self.student.backbone
+        return [teacher] if teacher is student else [teacher, student]
+
     @contextmanager
     def compiled(self) -> Iterator[None]:
         """Within, the blocks are compiled, if the settings ask for it."""
-        backbones = {id(b): b for b in (self.student.teacher.backbone, self.student.backbone)}
         with ExitStack() as stack:
             if self.config.compile:
-                for backbone in backbones.values():
+                for backbone in self._backbones():
                     stack.enter_context(compiled(backbone))
             yield
 
@@ -153,10 +157,9 @@ class State:
     def checkpointed(self) -> Iterator[None]:
         """Within, no pass keeps more activations than the settings allow."""
         loras = [s.lora for s in (self.student, self.fake_score and self.fake_score.denoiser) if s and s.lora]
-        backbones = {id(b): b for b in (self.student.teacher.backbone, self.student.backbone)}
         with ExitStack() as stack:
             if self.config.gradient_checkpointing:
-                for backbone in backbones.values():
+                for backbone in self._backbones():
                     stack.enter_context(checkpointed(backbone, loras))
             yield
 

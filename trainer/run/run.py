@@ -118,7 +118,7 @@ def _check_shared(world: World, folder: Path) -> None:
     try:
         if world.leads:
             mark.touch()
-        world.told(None)
+        world.wait_for_first()
         seen = world.average(torch.tensor(float(mark.exists())))
     finally:
         if world.leads:

@@ -324,4 +324,4 @@ class Training:
     def write(self, metrics: dict[str, float]) -> None:
         """Write the student as the best one."""
         write_student(self.host, self.state, self.best, metrics)
-        self.state.world.told(None)  # it is there
+        self.state.world.wait_for_first()  # it is there
