@@ -13,7 +13,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,12 +144,12 @@ class ComfyUI:
             raise NodeError("prompt", str(told["error"]))
         return told["prompt_id"]
 
-    def wait(self, prompt: str) -> Run:
+    def wait(self, prompt: str, seconds: float = RUN) -> Run:
         """A queued prompt's end, as `run` gives it."""
-        ends = time.monotonic() + RUN
+        ends = time.monotonic() + seconds
         while not (history := json.loads(self.get(f"history/{prompt}"))):
             if time.monotonic() > ends:
-                raise TimeoutError(f"the prompt runs longer than {RUN} s")
+                raise TimeoutError(f"the prompt runs longer than {seconds} s")
             time.sleep(0.02)
         done = history[prompt]
         said = dict(done["status"]["messages"])
@@ -211,7 +211,7 @@ def installation(newest: bool = False) -> tuple[Path, str]:
 
 
 @contextmanager
-def serve(comfyui: Path, python: str, base: Path) -> Iterator[ComfyUI]:
+def serve(comfyui: Path, python: str, base: Path, flags: Sequence[str] = ()) -> Iterator[ComfyUI]:
     """A server of its own over the folder `base`, ended with the context; raises RuntimeError if it does not start."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -221,7 +221,7 @@ def serve(comfyui: Path, python: str, base: Path) -> Iterator[ComfyUI]:
     offline = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     with log.open("w") as lines:
         process = subprocess.Popen(
-            [python, "main.py", *FLAGS, *map(str, told)],
+            [python, "main.py", *FLAGS, *flags, *map(str, told)],
             cwd=comfyui,
             env=os.environ | offline,
             stdout=lines,

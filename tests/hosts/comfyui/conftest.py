@@ -72,13 +72,13 @@ def comfyui(installation, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def serve(installation):
-    """A folder -> a context with a server of a test's own over it, with this clone."""
+    """A folder, and further flags -> a context with a server of a test's own over it, with this clone."""
 
-    def start(base):
+    def start(base, *flags):
         if not (base / "custom_nodes").exists():
             (base / "custom_nodes").mkdir(parents=True)
             (base / "custom_nodes" / "turbodistill").symlink_to(CLONE, target_is_directory=True)
-        return module("client").serve(*installation, base)
+        return module("client").serve(*installation, base, flags)
 
     return start
 
