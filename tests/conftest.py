@@ -41,7 +41,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.hookimpl(trylast=True)  # when it is known what is skipped
 def pytest_collection_modifyitems(items):
-    """What takes long begins first: the host with most to do, other hosts, other gradios, then files with slow tests."""
+    """What takes long begins first: hosts, the busiest before others; other gradios; then files with slow tests."""
     if not os.environ.get("FULL_SIZE"):
         asked = pytest.mark.skip(
             reason="in full size, which takes gigabytes and minutes: set FULL_SIZE=1, run it alone"

@@ -1,9 +1,11 @@
 """Which tests of the hosts run: a share of them in each host, or with HOSTS=all every test in every host."""
 
 import os
+from pathlib import Path
 
 import pytest
 
+HERE = Path(__file__).parent
 BESIDE = "beside the share of the hosts' tests that runs unasked: set HOSTS=all"
 
 
@@ -17,5 +19,5 @@ def pytest_collection_modifyitems(items):
     if os.environ.get("HOSTS") == "all":
         return
     for item in items:
-        if "host" in item.keywords and not in_share(item):
+        if HERE in item.path.parents and item.get_closest_marker("host") and not in_share(item):
             item.add_marker(pytest.mark.skip(reason=BESIDE))
