@@ -117,6 +117,7 @@ def open_template(page, browse, template):
     return workflow
 
 
+@pytest.mark.newest
 def test_the_template_browser_shows_ours_with_their_pictures(page, browse):
     browse()
     page.wait_for_function(
@@ -203,6 +204,7 @@ def look_at_panel(page):
     page.wait_for_timeout(300)
 
 
+@pytest.mark.newest
 def test_the_panel_follows_a_distillation_in_every_tab(page, browse, browser, comfyui):
     """Curves and previews move, the buttons work, a reload and a second tab show the same."""
     (template,) = [t for t in TEMPLATES if t.stem.endswith("Distil the demo model")]

@@ -102,6 +102,7 @@ def counts(page, webui):
     )
 
 
+@pytest.mark.share
 def test_all_is_drawn_once(page, webui):
     assert counts(page, webui) == (1, 1, 2, 1)  # an accordion in txt2img and in img2img
     page.unfold()
