@@ -96,6 +96,7 @@ def wait_for(comfyui, node, update):
     raise TimeoutError(f"no update {update}")
 
 
+@pytest.mark.share
 def test_it_ends_with_a_student_that_the_host_loads_whole(comfyui, graph, distilling, new_graph, teacher):
     before = teacher(1)
     nodes = distilling("whole")
@@ -155,6 +156,7 @@ def test_a_flux_is_distilled(comfyui, graph, checkpoints):
     assert all(v.isfinite().all() and v.any() for v in learnt.values())
 
 
+@pytest.mark.newest
 def test_the_page_asks_for_a_preview_and_for_the_end(comfyui, graph, distilling):
     nodes = distilling("early", updates=400, advanced={"preview_every": 0, "evaluate_every": 0})
     queued = comfyui.queue(graph)
@@ -211,6 +213,7 @@ def test_many_cancels_at_random_moments_leave_the_model_as_it_was(comfyui, disti
     assert snapshot(comfyui, nodes["distill"])["done"] == done + 2
 
 
+@pytest.mark.newest
 def test_out_of_memory_says_what_to_change_and_the_queue_goes_on(comfyui, distilling, new_graph, teacher, node_error):
     before = teacher(5)
     comfyui.run(with_pairs(new_graph(), distilling))  # the pairs are there: the fault meets the training
@@ -236,6 +239,7 @@ def with_pairs(graph, distilling):
     return graph
 
 
+@pytest.mark.newest
 def test_a_killed_server_goes_on_to_the_same_bits(comfyui, serve, graph, distilling, tmp_path):
     nodes = distilling("killed")
     with serve(tmp_path) as server:
@@ -333,6 +337,7 @@ def test_a_base_that_is_a_student_already(comfyui, graph, distilling, node_error
         comfyui.run(graph)
 
 
+@pytest.mark.newest
 def test_a_lora_on_the_model_is_part_of_the_teacher(comfyui, graph, distilling, new_graph, teacher):
     """The pairs are the adapted model's, and the student fits it and not the bare one."""
     plain = new_graph()

@@ -6,7 +6,7 @@ from turbodistill.app.demo import SHIPPED
 from turbodistill.core.student import load_student
 from turbodistill.trainer.pipeline.load import load_model
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.newest]
 TURBO = "SD-Turbo, SDXL-Turbo"
 
 
@@ -68,6 +68,7 @@ def test_a_reading_is_core_s(comfyui, graph, synthetic, gap, family, reading, di
     assert (gap(plain, expected) > 0.1) is differs
 
 
+@pytest.mark.share
 def test_four_steps_of_lightning_are_core_s_euler(comfyui, graph, synthetic, gap):
     base, positive, latent = synthetic("sdxl")
     model = detected(graph, base, "SDXL-Lightning")
@@ -78,6 +79,7 @@ def test_four_steps_of_lightning_are_core_s_euler(comfyui, graph, synthetic, gap
     assert gap(found, expected) < 1e-5
 
 
+@pytest.mark.share
 def test_a_flow_model_in_one_step_is_core_s_euler(comfyui, graph, synthetic, gap):
     model, positive, latent = synthetic("sd3")
     theirs = graph.add(
@@ -109,6 +111,7 @@ def embedded():
     return host, student
 
 
+@pytest.mark.share
 @pytest.mark.parametrize("steps", [1, 4])
 def test_the_student_is_that_of_the_command_line(comfyui, graph, demo, embedded, noise, gap, steps):
     host, student = embedded

@@ -5,7 +5,7 @@ import torch
 from turbodistill.core.schedule import trailing_timesteps
 from turbodistill.core.student import load_student
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.newest]
 
 
 def loaded(graph, model, choice, strength=1.0):
@@ -40,6 +40,7 @@ def choice(comfyui, checkpoints, trained, saved):
         student.release()
 
 
+@pytest.mark.share
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sdxl_v"])
 def test_a_student_gives_the_numbers_of_python(
