@@ -30,6 +30,10 @@ from .settings import widgets
 
 SETTINGS = io.Custom("TURBODISTILL_SETTINGS")
 STUDENT = io.Custom("TURBODISTILL_STUDENT")
+# ComfyUI's own types, which its nodes for LoRA training give and take.
+LORA_MODEL = io.Custom("LORA_MODEL")
+LOSS_MAP = io.Custom("LOSS_MAP")
+CURVES = ("regression", "guidance", "distillation", "features", "adversarial")  # the first there is tells most
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,18 @@ class Distill(io.ComfyNode):
                 io.Image.Output(
                     "PREVIEWS", display_name="PREVIEWS", tooltip="The student's pictures of the held-out prompts."
                 ),
+                LORA_MODEL.Output(
+                    "LORA_MODEL",
+                    display_name="LORA_MODEL",
+                    tooltip="The student's LoRA, for ComfyUI's own Load LoRA Model and Save LoRA Weights. They keep no "
+                    "card: how it is sampled is in Save Student's file alone.",
+                ),
+                LOSS_MAP.Output(
+                    "LOSS_MAP",
+                    display_name="LOSS_MAP",
+                    tooltip="The regression loss (distance from the teacher's pictures), smoothed, for ComfyUI's own "
+                    "Plot Loss Graph; of guidance alone, guidance's. The panel shows them all.",
+                ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             is_output_node=True,
@@ -143,7 +159,9 @@ class Distill(io.ComfyNode):
             pictures = loaded.decode(preview.student.to(device)).movedim(1, -1).cpu()
         tensors, card = read_student(finished.path)
         student, _ = patcher.with_student(model, tensors, card, 1.0, finished.path.name)
-        return io.NodeOutput(student, Trained(finished.path, card, student), card.in_words(), pictures)
+        trained = Trained(finished.path, card, student)
+        lora = tensors if card.kind == "lora" else page.blocked("the student is a full one: there is no LoRA")
+        return io.NodeOutput(student, trained, card.in_words(), pictures, lora, loss_map(monitor.snapshot()))
 
     @staticmethod
     def _train(loaded, config, folder, pairs, images, panel) -> tuple[Preview, Finished]:
@@ -160,6 +178,15 @@ class Distill(io.ComfyNode):
                 if isinstance(event, Finished) and preview:
                     return preview, event
         raise RuntimeError("the run ended without a student")
+
+
+def loss_map(run: dict[str, Any]) -> Any:
+    """The curve of a run's snapshot that tells most, as ComfyUI's LOSS_MAP."""
+    losses = run["history"]["losses"]
+    found = [value for value in losses.get(next((n for n in CURVES if n in losses), ""), ()) if value is not None]
+    if len(set(found)) < 2:  # Plot Loss Graph divides by what lies between them
+        return page.blocked("the run has no two losses to draw a curve through")
+    return {"loss": found}
 
 
 class SaveStudent(io.ComfyNode):

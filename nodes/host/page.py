@@ -14,6 +14,7 @@ import comfy.utils
 import folder_paths
 import numpy as np
 from aiohttp import web
+from comfy_execution.graph_utils import ExecutionBlocker
 from PIL import Image
 from server import PromptServer
 from torch import Tensor
@@ -84,6 +85,11 @@ class Progress:
         if phase != self._phase:
             self._phase, self._bar = phase, comfy.utils.ProgressBar(total)
         self._bar.update_absolute(done, total)
+
+
+def blocked(words: str) -> ExecutionBlocker:
+    """An output that is not there: nodes that take it do not run, and the page says why."""
+    return ExecutionBlocker(words)
 
 
 def empty_cache() -> None:
