@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**31))
 HERE = Path(__file__).parent
 
 
-HOSTS = re.compile(r"tests/hosts/(\w+)/.*?(\[(?:a1111|forge)|$)")
+HOST = re.compile(r"tests/hosts/(\w+)/.*?\[([^]-]+)")  # the first of a test's parameters is its host
 APART = "tests/webui_extension/test_gradios.py"  # each of its tests is many, in a process of its own
 
 
@@ -32,14 +33,15 @@ def pytest_xdist_make_scheduler(config, log):
         def _split_scope(self, nodeid):
             if nodeid.startswith(APART):
                 return nodeid
-            found = HOSTS.match(nodeid)
+            found = HOST.match(nodeid)
             return " ".join(found.groups()) if found else nodeid.partition("::")[0]
 
     return ByHost(config, log)
 
 
+@pytest.hookimpl(trylast=True)  # when it is known what is skipped
 def pytest_collection_modifyitems(items):
-    """What takes long begins first: hosts' tests, other gradios', then files with slow tests; full size when asked."""
+    """What takes long begins first: hosts, the busiest before others; other gradios; then files with slow tests."""
     if not os.environ.get("FULL_SIZE"):
         asked = pytest.mark.skip(
             reason="in full size, which takes gigabytes and minutes: set FULL_SIZE=1, run it alone"
@@ -48,9 +50,12 @@ def pytest_collection_modifyitems(items):
             if item.get_closest_marker("full_size"):
                 item.add_marker(asked)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
+    hosts = {item.nodeid: found.groups() for item in items if (found := HOST.match(item.nodeid))}
+    work = Counter(hosts.get(item.nodeid) for item in items if not item.get_closest_marker("skip"))
 
     def later(item):
-        return HERE / "hosts" not in item.path.parents, not item.nodeid.startswith(APART), item.path not in slow
+        host = hosts.get(item.nodeid)
+        return host is None, host and (-work[host], host), not item.nodeid.startswith(APART), item.path not in slow
 
     items.sort(key=later)
 

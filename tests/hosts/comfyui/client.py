@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -196,18 +197,54 @@ class ComfyUI:
         return self.run(whole).outputs[shown.name]["text"][0]
 
 
-def installation(newest: bool = False) -> tuple[Path, str]:
-    """ComfyUI's folder and its Python, or those of a newer one beside it.
+@dataclass(frozen=True)
+class Installation:
+    """A ComfyUI: its folder and Python; and whether it is the newest of those that are here."""
 
-    Raises FileNotFoundError, which says where it was looked for.
+    folder: Path
+    python: str
+    newest: bool = True
+
+    @property
+    def version(self) -> str:
+        """As it says, "0.33.0"; its folder's name where it says none."""
+        file = self.folder / "comfyui_version.py"
+        told = re.search(r'__version__ = "([^"]+)"', file.read_text()) if file.is_file() else None
+        return told[1] if told else self.folder.name
+
+
+def installations() -> list[Installation]:
+    """The ComfyUIs that are here, the oldest first: COMFYUI_PATHS, or else COMFYUI_PATH and COMFYUI_NEW_PATH.
+
+    Raises FileNotFoundError, which says where one was looked for, if there is none, or not where it is said to be.
     """
-    variable, name = ("COMFYUI_NEW_PATH", "ComfyUI-new") if newest else ("COMFYUI_PATH", "ComfyUI")
-    folder = Path(os.environ.get(variable, Path.home() / "comfy" / name))
-    if not (folder / "main.py").is_file():
-        raise FileNotFoundError(f"needs a ComfyUI: there is none in {folder}; say in {variable} where it is")
+    if paths := os.environ.get("COMFYUI_PATHS"):
+        folders = missing = [Path(path).expanduser() for path in paths.split(os.pathsep)]
+    else:
+        home = Path.home() / "comfy"
+        usual = {"COMFYUI_PATH": home / "ComfyUI", "COMFYUI_NEW_PATH": home / "ComfyUI-new"}
+        folders = [Path(os.environ.get(variable, folder)).expanduser() for variable, folder in usual.items()]
+        missing = [folder for variable, folder in zip(usual, folders, strict=True) if variable in os.environ]
+    here = list(dict.fromkeys(folder.resolve() for folder in folders if (folder / "main.py").is_file()))
+    missing = [folder for folder in missing if not (folder / "main.py").is_file()] or ([] if here else folders)
+    if missing:
+        raise FileNotFoundError(
+            f"needs a ComfyUI: there is none in {missing[0]}; say in COMFYUI_PATHS where it is, several with "
+            f"{os.pathsep!r} between them, the oldest first"
+        )
+    return [Installation(folder, _python(folder, folder == here[0]), folder == here[-1]) for folder in here]
+
+
+def installation() -> tuple[Path, str]:
+    """Folder and Python of the oldest; raises as `installations`."""
+    folder, python = installations()[0]
+    return folder, python
+
+
+def _python(folder: Path, first: bool) -> str:
     places = (folder / ".venv", folder / "venv", folder.parent / "venv")
     found = next((p / "bin" / "python" for p in places if (p / "bin" / "python").exists()), sys.executable)
-    return folder, str(found if newest else os.environ.get("COMFYUI_PYTHON", found))
+    return str(os.environ.get("COMFYUI_PYTHON", found) if first else found)
 
 
 @contextmanager
@@ -221,7 +258,7 @@ def serve(comfyui: Path, python: str, base: Path) -> Iterator[ComfyUI]:
     offline = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     with log.open("w") as lines:
         process = subprocess.Popen(
-            [python, "main.py", *FLAGS, *map(str, told)],
+            [python, "main.py", *FLAGS, *os.environ.get("COMFYUI_FLAGS", "").split(), *map(str, told)],
             cwd=comfyui,
             env=os.environ | offline,
             stdout=lines,

@@ -1,4 +1,4 @@
-"""A ComfyUI of the tests' own: a server with this clone in its custom_nodes, and files for it to load."""
+"""ComfyUIs of the tests' own: a server with this clone in its custom_nodes, and files for it to load."""
 
 import importlib.util
 import json
@@ -29,30 +29,23 @@ def module(name):
 
 
 def pytest_generate_tests(metafunc):
-    """A test with the mark `newest` runs in a newer ComfyUI as well, if another one is there."""
+    """Each test is for each ComfyUI that is here; which run unasked, the marks `share` and `newest` say."""
     if "installation" not in metafunc.fixturenames:
         return
-    kinds = ["ComfyUI"]
-    if metafunc.definition.get_closest_marker("newest") and another():
-        kinds.append("newest")
-    metafunc.parametrize("installation", kinds, indirect=True, scope="session")
-
-
-def another():
-    """Whether there are two ComfyUIs."""
     try:
-        return len({module("client").installation(newest)[0].resolve() for newest in (False, True)}) == 2
-    except FileNotFoundError:
-        return False
+        here = module("client").installations()
+    except FileNotFoundError as error:
+        here = [error]
+    names = [getattr(each, "version", "ComfyUI") for each in here]
+    metafunc.parametrize("installation", here, ids=names, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")
 def installation(request):
     """ComfyUI's folder and its Python."""
-    try:
-        return module("client").installation(request.param == "newest")
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
+    if isinstance(request.param, FileNotFoundError):
+        pytest.skip(str(request.param))
+    return request.param.folder, request.param.python
 
 
 @pytest.fixture(scope="session")

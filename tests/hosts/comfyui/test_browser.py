@@ -59,7 +59,9 @@ def browser(chromium, comfyui):
 def visit(page, comfyui):
     """Open ComfyUI's page and wait until it is ready."""
     page.set_default_timeout(PATIENCE)
-    page.request.post(f"{comfyui.url}/api/settings", data={"Comfy.TutorialCompleted": True})  # else it covers the page
+    # Else the tutorial covers the page, and newer ones show templates as the server's folder lists them.
+    settings = {"Comfy.TutorialCompleted": True, "Comfy.Templates.SortBy": "alphabetical"}
+    page.request.post(f"{comfyui.url}/api/settings", data=settings)
     page.goto(comfyui.url)
     page.wait_for_function("() => window.app?.graph && LiteGraph.registered_node_types.TurboDistillSample")
 
@@ -93,12 +95,13 @@ def browse(page):
 
     def opened():
         page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-        page.locator("aside").get_by_text("TurboDistill", exact=True).click()
+        ours = re.compile(r"^\s*turbodistill\s*$", re.IGNORECASE)  # newer pages show the folder's name as it is
+        page.get_by_role("dialog").locator("aside, nav").get_by_text(ours).click()
 
     yield opened
-    while page.locator(".p-dialog").count():
+    while page.get_by_role("dialog").count():
         page.keyboard.press("Escape")
-        page.wait_for_timeout(500)
+        page.wait_for_timeout(100)
 
 
 def card(page, template):
@@ -157,13 +160,18 @@ def shorten(page, **distilling):
     )
 
 
+def press_run(page):
+    """The mark is on the button's group in older pages, on the button itself in newer ones."""
+    page.locator("button[data-testid=queue-button], [data-testid=queue-button] button").first.click()
+
+
 def run(page):
     """Press Run, wait for the pictures; how far their reds are apart, of 255."""
     shows = "app.graph.nodes.find(n => ['PreviewImage', 'SaveImage', 'TurboDistillCompare'].includes(n.type))"
     assert not page.evaluate(f"() => {shows}.imgs?.length")
-    page.get_by_test_id("queue-button").get_by_role("button").first.click()
+    press_run(page)
     page.wait_for_function(f"() => {shows}.imgs?.every(picture => picture.naturalWidth)")
-    assert page.locator(".p-dialog").count() == 0
+    assert page.get_by_role("dialog").count() == 0
     return page.evaluate(
         f"""() => {shows}.imgs.map(picture => {{
             const canvas = new OffscreenCanvas(picture.naturalWidth, picture.naturalHeight)
@@ -207,7 +215,7 @@ def test_the_panel_follows_a_distillation_in_every_tab(page, browse, browser, co
     shorten(page, updates=400)
     shown = page.locator(".turbodistill-panel:has(.buttons)")
     assert shown.get_attribute("data-state") in ("before", "done")  # done, where the template has been run
-    page.get_by_test_id("queue-button").get_by_role("button").first.click()
+    press_run(page)
     page.wait_for_function(
         "() => document.querySelector('.turbodistill-panel:has(.buttons)').dataset.state === 'working'"
     )

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-pytestmark = [pytest.mark.host, pytest.mark.newest]
+pytestmark = [pytest.mark.host, pytest.mark.share]
 NODES = {
     "TurboDistillLoadStudent",
     "TurboDistillDetectOneStep",

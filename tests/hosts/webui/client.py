@@ -29,19 +29,20 @@ IN_FULL = ("--no-half", "--precision", "full")
 DEFAULTS = {
     "prompt": "a fox", "seed": 1, "width": 64, "height": 64, "steps": 1, "cfg_scale": 1, "sampler_name": "ADD 1-step",
 }  # fmt: skip
-# Forge's API has no defaults for these of its hires fix.
+# The API of Forge and Neo has no defaults for these of its hires fix.
 FORGE_HIRES = {"hr_additional_modules": ["Use same choices"], "hr_cfg": 1, "hr_upscaler": "Latent"}
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One of the two hosts: how its folder and Python are found, and what it is started with."""
+    """One of the hosts: how its folder and Python are found, and what it is started with."""
 
     name: str
-    variable: str  # of the environment: its folder; its Python is in NAME_PYTHON
+    variable: str  # of the environment: NAME_PATH is its folder, NAME_PYTHON its Python, NAME_FLAGS more flags
     folder: str  # in the user's home
     flags: tuple[str, ...]
-    kin: bool = False  # of Forge: only the tests that are marked `kin` run in it
+    backend: bool = False  # its networks are Forge's own, of the package `backend`
+    kin: bool = False  # of Forge
 
 
 KINDS = {
@@ -53,6 +54,7 @@ KINDS = {
             "FORGE",
             "stable-diffusion-webui-forge",
             (*OLD_FLAGS, *IN_FULL, "--always-cpu", "--all-in-fp32", "--attention-pytorch"),
+            backend=True,
         ),
         Kind(
             "reforge",
@@ -61,21 +63,27 @@ KINDS = {
             (*OLD_FLAGS, "--always-cpu", "--all-in-fp32"),
             kin=True,
         ),
-        Kind("neo", "FORGE_NEO", "sd-webui-forge-neo", ("--cpu", "--force-fp32"), kin=True),
+        Kind("neo", "NEO", "sd-webui-forge-neo", ("--cpu", "--force-fp32"), backend=True, kin=True),
     )
 }
 
 
 def installation(kind: Kind) -> tuple[Path, Path]:
     """The host's folder and Python; raises FileNotFoundError, saying where it was looked for."""
-    folder = Path(os.environ.get(f"{kind.variable}_PATH", Path.home() / kind.folder)).expanduser()
+    folder = Path(_told(kind, "PATH", Path.home() / kind.folder)).expanduser()
     if not (folder / "launch.py").is_file():
         raise FileNotFoundError(f"no WebUI in {folder}: set {kind.variable}_PATH to its folder")
     own = next((p for name in ("venv", ".venv") if (p := folder / name / "bin" / "python").exists()), folder / "venv")
-    python = Path(os.environ.get(f"{kind.variable}_PYTHON", own)).expanduser()
+    python = Path(_told(kind, "PYTHON", own)).expanduser()
     if not python.is_file():
         raise FileNotFoundError(f"{python} is missing: set {kind.variable}_PYTHON to the WebUI's Python")
     return folder, python
+
+
+def _told(kind: Kind, what: str, otherwise: Path | str) -> Path | str:
+    """What the environment says; Neo's was FORGE_NEO_PATH."""
+    older = os.environ.get(f"FORGE_{kind.variable}_{what}", otherwise)
+    return os.environ.get(f"{kind.variable}_{what}", older)
 
 
 class Refused(Exception):
@@ -142,12 +150,12 @@ class WebUI:
         """What the host makes when the infotext is pasted into an empty page."""
         # The page knows "Use same sampler", the API does not; Forge's stumbles over lists.
         given = {"infotext": infotext, "hr_sampler_name": None, "hr_scheduler": None, "styles": []}
-        if self.kind.name == "forge":
+        if self.kind.backend:
             given["hr_additional_modules"] = FORGE_HIRES["hr_additional_modules"]
         return self._made("txt2img", given)
 
     def _make(self, where: str, given: dict[str, Any]) -> Made:
-        hires = FORGE_HIRES if self.kind.name == "forge" and given.get("enable_hr") else {}
+        hires = FORGE_HIRES if self.kind.backend and given.get("enable_hr") else {}
         return self._made(where, DEFAULTS | hires | given)
 
     def _made(self, where: str, told: dict[str, Any]) -> Made:
@@ -191,7 +199,7 @@ def serve(kind: Kind, folder: Path, python: Path, data: Path) -> Iterator[WebUI]
     log = data / "server.log"
     # Forge serves its own style and scripts only from where the data are, unless told.
     place = ["--port", str(port), "--data-dir", str(data), "--gradio-allowed-path", str(folder)]
-    command = [str(python), "-u", "launch.py", *FLAGS, *kind.flags, *place]
+    command = [str(python), "-u", "launch.py", *FLAGS, *kind.flags, *str(_told(kind, "FLAGS", "")).split(), *place]
     quiet = {
         "HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False",
         "OMP_NUM_THREADS": "1", "SD_WEBUI_RESTARTING": "1",  # opens no browser

@@ -1,4 +1,4 @@
-"""An AUTOMATIC1111, a Forge and its kin of the tests' own, with this clone in their extensions."""
+"""An AUTOMATIC1111, a Forge, a reForge and a Forge Neo of the tests' own, with this clone in their extensions."""
 
 import importlib.util
 import shutil
@@ -23,19 +23,6 @@ def module(name):
 
 
 KINDS = module("client").KINDS
-
-
-def pytest_collection_modifyitems(config, items):
-    """In the kin of Forge only the tests run that are marked so."""
-
-    def chosen(item):
-        name = getattr(item, "callspec", None) and item.callspec.params.get("kind")
-        return name not in KINDS or not KINDS[name].kin or item.get_closest_marker("kin")
-
-    dropped = [item for item in items if not chosen(item)]
-    if dropped:
-        config.hook.pytest_deselected(items=dropped)
-        items[:] = [item for item in items if chosen(item)]
 
 
 @pytest.fixture(scope="session", params=list(KINDS))

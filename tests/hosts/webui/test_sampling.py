@@ -18,12 +18,12 @@ def chosen(name):
     return {"alwayson_scripts": {"TurboDistill": {"args": [name]}}}
 
 
-@pytest.mark.kin
+@pytest.mark.share
 def test_each_sampler_is_in_the_list_once(webui):
     assert [webui.samplers().count(name) for name in (ONE, FEW)] == [1, 1]
 
 
-@pytest.mark.kin
+@pytest.mark.share
 def test_one_step_is_euler_s_at_the_right_sigma(webui, gap):
     euler = webui.txt2img(sampler_name="Euler", scheduler="Uniform")  # of its schedulers one that begins at the top
     assert gap(webui.txt2img().picture, euler.picture) <= ROUNDED
@@ -220,7 +220,7 @@ def test_a_student_of_another_architecture_is_refused(webui, refused, put):
     assert webui.txt2img().picture.shape == (64, 64, 3)
 
 
-@pytest.mark.kin
+@pytest.mark.share
 def test_a_student_in_the_prompt_is_sampled_as_its_card_says(webui, gap, student):
     plain, made = webui.txt2img(), webui.txt2img(prompt=f"a fox <lora:{student}:1>")
     assert "ADD model: student of a base, ADD timesteps: 799" in made.infotext
@@ -266,7 +266,7 @@ def test_zero_terminal_snr(webui, drawing, gap, setting):
 
 
 def test_interrupt_ends_the_passes(webui, gap):
-    size = {"a1111": 256, "forge": 128}[webui.kind.name]
+    size = 256 if webui.kind.name == "a1111" else 128
     told = {"sampler_name": FEW, "steps": 8, "width": size, "height": size}
     made = []
     worker = threading.Thread(target=lambda: made.append(webui.txt2img(**told)))

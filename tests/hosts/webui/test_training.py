@@ -132,7 +132,7 @@ def test_a_size_that_cannot_be_is_refused_before_anything_starts(webui, trainer)
     assert "bad" not in [run["name"] for run in webui.call("turbodistill/v1/runs")["runs"]]
 
 
-@pytest.mark.kin
+@pytest.mark.share
 def test_another_site_s_page_can_start_nothing(webui, trainer):
     for headers, status in (
         ({"Origin": "http://evil.example"}, 403),
@@ -144,14 +144,14 @@ def test_another_site_s_page_can_start_nothing(webui, trainer):
     assert "evil" not in [run["name"] for run in webui.call("turbodistill/v1/runs")["runs"]]
 
 
-@pytest.mark.kin
+@pytest.mark.share
 def test_it_ends_with_curves_and_previews(first):
     assert first["done"] == 4 and first["history"]["update"] == [1, 2, 3, 4]
     assert first["best"] and first["previews"] and not first["warnings"]
     assert "<lora:first:1>" in first["result"]
 
 
-@pytest.mark.kin
+@pytest.mark.share
 def test_the_student_is_in_the_lora_folder_and_knows_its_base(webui, trainer, first):
     tensors, card = read_student(webui.data / "models" / "Lora" / "first.safetensors")
     # The same as of the file's tensors: a student moves between hosts without a warning.
@@ -161,7 +161,7 @@ def test_the_student_is_in_the_lora_folder_and_knows_its_base(webui, trainer, fi
     assert all(tensors[name].any() for name in tensors if name.endswith("lora_up.weight"))  # each layer has learnt
 
 
-@pytest.mark.kin
+@pytest.mark.share
 def test_its_picture_is_the_preview_s_with_all_layers_matched(webui, trainer, first, distance):
     shown = first["previews"][-1]
     tensors, _ = read_student(webui.data / "models" / "Lora" / "first.safetensors")
@@ -176,7 +176,7 @@ def test_its_picture_is_the_preview_s_with_all_layers_matched(webui, trainer, fi
         assert distance(made.picture, pixels(teacher)) > 2
 
 
-@pytest.mark.kin
+@pytest.mark.share
 def test_a_lora_that_was_applied_before_is_neither_trained_on_nor_lost(webui, trainer, first):
     prompt = "a fox <lora:first:1>"
     before = webui.txt2img(**PLAIN | {"prompt": prompt}).picture
@@ -191,7 +191,7 @@ def test_a_lora_that_was_applied_before_is_neither_trained_on_nor_lost(webui, tr
     assert np.array_equal(webui.txt2img(**PLAIN).picture, plain)
 
 
-@pytest.mark.kin
+@pytest.mark.share
 def test_generation_waits_the_page_lives_and_cancel_ends_it_within_a_step(webui, trainer, first):
     with trainer.unchanged():
         trainer.start("long", LONG | {"gradient_accumulation": 4})
@@ -313,7 +313,7 @@ def test_a_checkpoint_switched_meanwhile_is_told(webui, trainer, first, other):
     assert np.array_equal(webui.txt2img(**PLAIN).picture, own)  # the host lives, and its model works
 
 
-@pytest.mark.kin
+@pytest.mark.share
 def test_without_a_checkpoint_it_says_so(bare):
     _, answer, samplers = bare
     assert re.match(r"400.*no checkpoint", answer, re.DOTALL)

@@ -1,6 +1,7 @@
 """An extension of the tests' own: looks at the loaded model, and does to it what other extensions could do."""
 
 import hashlib
+import importlib
 from pathlib import Path
 
 import networks  # the Lora extension's
@@ -65,18 +66,23 @@ def switch(title: str) -> dict:
 
 def spare_what_is_nought() -> None:
     """Forge's autoencoder has full size, but its residual parts add nothing (checkpoint.py): most of its time."""
-    try:
-        from backend.nn.vae import ResnetBlock
-    except ImportError:  # AUTOMATIC1111's is small
-        return
-    whole = ResnetBlock.forward
+    for name in ("backend.nn.vae", "ldm_patched.ldm.modules.diffusionmodules.model"):  # of Forge and Neo; of reForge
+        try:
+            block = importlib.import_module(name).ResnetBlock
+        except ImportError:  # AUTOMATIC1111's is small
+            continue
+        spare(block)
+
+
+def spare(block: type) -> None:
+    whole = block.forward
 
     def forward(self, x, temb):
         if temb is not None or self.conv2.weight.any() or self.conv2.bias.any():
             return whole(self, x, temb)
         return x if self.in_channels == self.out_channels else self.nin_shortcut(x)
 
-    ResnetBlock.forward = forward
+    block.forward = forward
 
 
 def open_routes(_page, app) -> None:
