@@ -123,7 +123,7 @@ class Distill(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, name: str, **_):
+    def fingerprint_inputs(cls, name: str = "", **_):  # a name that another node gives is not known yet
         return stopped_early(name)
 
     @classmethod
@@ -189,6 +189,9 @@ def loss_map(run: dict[str, Any]) -> Any:
     return {"loss": found}
 
 
+_saved: dict[tuple[str, str], tuple[Path | None, int]] = {}  # by name and save_as: the file, how often one had gone
+
+
 class SaveStudent(io.ComfyNode):
     """Puts a student into ComfyUI's model folders."""
 
@@ -219,6 +222,15 @@ class SaveStudent(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, name: str = "", save_as: str = "", **_):
+        """Changes when the file that was saved has gone, so that Run saves it again."""
+        path, gone = _saved.get((name, save_as), (None, 0))
+        if path and not path.exists():
+            gone += 1
+            _saved[name, save_as] = None, gone
+        return gone
+
+    @classmethod
     def execute(cls, student: Trained, name: str, save_as: str, clip=None, vae=None) -> io.NodeOutput:
         if save_as == cls.LORA:
             folder = "loras" if student.card.kind == "lora" else "diffusion_models"
@@ -229,6 +241,7 @@ class SaveStudent(io.ComfyNode):
             path, listed = page.save_path(folder, name)
             save.save_merged(path, student.model, clip, vae, student.card)
         page.refresh(folder)
+        _saved[name, save_as] = path, _saved.get((name, save_as), (None, 0))[1]
         card = read_card(path)
         return io.NodeOutput(f"{folder}/{listed}", ui=ui.PreviewText(f"saved {path}\n{card.in_words()}"))
 
