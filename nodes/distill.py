@@ -30,6 +30,10 @@ from .settings import widgets
 
 SETTINGS = io.Custom("TURBODISTILL_SETTINGS")
 STUDENT = io.Custom("TURBODISTILL_STUDENT")
+# ComfyUI's own types, which its nodes for LoRA training give and take.
+LORA_MODEL = io.Custom("LORA_MODEL")
+LOSS_MAP = io.Custom("LOSS_MAP")
+CURVES = ("regression", "guidance", "distillation", "features", "adversarial")  # the first there is tells most
 
 
 @dataclass(frozen=True)
@@ -101,13 +105,25 @@ class Distill(io.ComfyNode):
                 io.Image.Output(
                     "PREVIEWS", display_name="PREVIEWS", tooltip="The student's pictures of the held-out prompts."
                 ),
+                LORA_MODEL.Output(
+                    "LORA_MODEL",
+                    display_name="LORA_MODEL",
+                    tooltip="The student's LoRA, for ComfyUI's own Load LoRA Model and Save LoRA Weights. They keep no "
+                    "card: how it is sampled is in Save Student's file alone.",
+                ),
+                LOSS_MAP.Output(
+                    "LOSS_MAP",
+                    display_name="LOSS_MAP",
+                    tooltip="The regression loss (distance from the teacher's pictures), smoothed, for ComfyUI's own "
+                    "Plot Loss Graph; of guidance alone, guidance's. The panel shows them all.",
+                ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
 
     @classmethod
-    def fingerprint_inputs(cls, name: str, **_):
+    def fingerprint_inputs(cls, name: str = "", **_):  # a name that another node gives is not known yet
         return stopped_early(name)
 
     @classmethod
@@ -143,7 +159,9 @@ class Distill(io.ComfyNode):
             pictures = loaded.decode(preview.student.to(device)).movedim(1, -1).cpu()
         tensors, card = read_student(finished.path)
         student, _ = patcher.with_student(model, tensors, card, 1.0, finished.path.name)
-        return io.NodeOutput(student, Trained(finished.path, card, student), card.in_words(), pictures)
+        trained = Trained(finished.path, card, student)
+        lora = tensors if card.kind == "lora" else page.blocked("the student is a full one: there is no LoRA")
+        return io.NodeOutput(student, trained, card.in_words(), pictures, lora, loss_map(monitor.snapshot()))
 
     @staticmethod
     def _train(loaded, config, folder, pairs, images, panel) -> tuple[Preview, Finished]:
@@ -160,6 +178,18 @@ class Distill(io.ComfyNode):
                 if isinstance(event, Finished) and preview:
                     return preview, event
         raise RuntimeError("the run ended without a student")
+
+
+def loss_map(run: dict[str, Any]) -> Any:
+    """The curve of a run's snapshot that tells most, as ComfyUI's LOSS_MAP."""
+    losses = run["history"]["losses"]
+    found = [value for value in losses.get(next((n for n in CURVES if n in losses), ""), ()) if value is not None]
+    if len(set(found)) < 2:  # Plot Loss Graph divides by what lies between them
+        return page.blocked("the run has no two losses to draw a curve through")
+    return {"loss": found}
+
+
+_saved: dict[tuple[str, str], tuple[Path | None, int]] = {}  # by name and save_as: the file, how often one had gone
 
 
 class SaveStudent(io.ComfyNode):
@@ -192,6 +222,15 @@ class SaveStudent(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, name: str = "", save_as: str = "", **_):
+        """Changes when the file that was saved has gone, so that Run saves it again."""
+        path, gone = _saved.get((name, save_as), (None, 0))
+        if path and not path.exists():
+            gone += 1
+            _saved[name, save_as] = None, gone
+        return gone
+
+    @classmethod
     def execute(cls, student: Trained, name: str, save_as: str, clip=None, vae=None) -> io.NodeOutput:
         if save_as == cls.LORA:
             folder = "loras" if student.card.kind == "lora" else "diffusion_models"
@@ -202,6 +241,7 @@ class SaveStudent(io.ComfyNode):
             path, listed = page.save_path(folder, name)
             save.save_merged(path, student.model, clip, vae, student.card)
         page.refresh(folder)
+        _saved[name, save_as] = path, _saved.get((name, save_as), (None, 0))[1]
         card = read_card(path)
         return io.NodeOutput(f"{folder}/{listed}", ui=ui.PreviewText(f"saved {path}\n{card.in_words()}"))
 

@@ -9,9 +9,12 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..trainer.config import Config
+from ..trainer.groups import OF_GUIDANCE, OF_SIZES
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 MOST = 2**31 - 1
+# What a first training needs not, among what nodes ask for: the page folds it away until it is asked for.
+FOLDED = ("gradient_checkpointing", "prompt_prefix", "prompt_suffix", "bake_affixes", *OF_GUIDANCE, *OF_SIZES)
 
 
 def widgets(names: Iterable[str], optional: bool = False, **defaults: Any) -> list:
@@ -27,6 +30,8 @@ def widget(name: str, default: Any = None, optional: bool = False):
     about = FIELDS[name].metadata
     default = FIELDS[name].default if default is None else default
     options = {"default": default, "tooltip": about["help"], "optional": optional}
+    if name in FOLDED:
+        options["extra_dict"] = {"advanced": True}  # `advanced=True` of newer ComfyUIs, which older ones refuse
     if about["choices"]:
         return io.Combo.Input(name, options=list(about["choices"]), **options)
     if isinstance(default, bool):

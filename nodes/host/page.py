@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import chain, count
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import comfy.cli_args
@@ -14,6 +16,7 @@ import comfy.utils
 import folder_paths
 import numpy as np
 from aiohttp import web
+from comfy_execution.graph_utils import ExecutionBlocker
 from PIL import Image
 from server import PromptServer
 from torch import Tensor
@@ -86,6 +89,11 @@ class Progress:
         self._bar.update_absolute(done, total)
 
 
+def blocked(words: str) -> ExecutionBlocker:
+    """An output that is not there: nodes that take it do not run, and the page says why."""
+    return ExecutionBlocker(words)
+
+
 def empty_cache() -> None:
     """Give memory that nothing uses back to the device."""
     comfy.model_management.soft_empty_cache(True)
@@ -120,12 +128,30 @@ def wildcard_folders() -> list[Path]:
     return [*(Path(place) / WILDCARDS for place in own if place), *map(Path, listed)]
 
 
+def _writable_folder(folder: str) -> Path:
+    """The first of the places for a kind of model, by ComfyUI's order, in which files can be made.
+
+    One of extra_model_paths.yaml may lie on a disk that is shared to be read. Those that are there come first.
+    """
+    places = [Path(place) for place in folder_paths.get_folder_paths(folder)]
+    for place in sorted(places, key=lambda place: not place.is_dir()):
+        with suppress(OSError):
+            place.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=place):  # flags do not tell of a disk that can only be read
+                return place.resolve()
+    raise PermissionError(
+        f"no file can be made in {', '.join(map(str, places))}: allow it, or name another folder for {folder} in "
+        "extra_model_paths.yaml"
+    )
+
+
 def save_path(folder: str, name: str) -> tuple[Path, str]:
     """Where a new file `name`.safetensors goes in one of ComfyUI's model folders, and what its lists call it.
 
-    With a number if there is such a file. Raises ValueError for a name that leads out of the folder.
+    With a number if there is such a file. Raises ValueError for a name that leads out of the folder, PermissionError
+    where none of the folders can be written to.
     """
-    base = Path(folder_paths.get_folder_paths(folder)[0]).resolve()
+    base = _writable_folder(folder)
     parts = name.strip().removesuffix(".safetensors").split("/")
     try:
         wanted = base.joinpath(*map(check_name, parts)).with_name(f"{parts[-1]}.safetensors")

@@ -22,7 +22,8 @@ def test_a_graph_from_prompts_to_a_student(nodes, graph, comfyui, server, places
     before, made = kit.bits(graph.model), kit.x0(graph.model, comfyui)
     lines = nodes.data.Prompts.run(source=nodes.data.Prompts.TEXT, text="\n".join(kit.words), file="")[0]
     often = {"preview_every": 2, "evaluate_every": 2, "taps": ""}
-    model, student, words, previews = graph.distill(graph.pairs(prompts=lines), advanced=often, updates=4).args
+    outputs = graph.distill(graph.pairs(prompts=lines), advanced=often, updates=4).args
+    model, student, words, previews, lora, losses = outputs
 
     assert kit.same(kit.bits(graph.model), before) and kit.hooks(graph.model) == 0
     assert graph.model.patches == {} and torch.equal(kit.x0(graph.model, comfyui), made)
@@ -46,14 +47,17 @@ def test_a_graph_from_prompts_to_a_student(nodes, graph, comfyui, server, places
     # A picture of every prompt that was held out, at the size of the pairs.
     assert previews.shape == (4, 16, 16, 3) and previews.dtype == torch.float32 and not previews.requires_grad
     assert previews.isfinite().all()
+    # What ComfyUI's own nodes go on with: the file's tensors, and a curve.
+    assert kit.same(lora, kit.tensors(places))
     told = server.sent[-1][1]
+    assert losses == {"loss": told["history"]["losses"]["regression"]} and len(losses["loss"]) == 4
     assert (told["state"], told["done"], told["node"], told["name"]) == ("done", 4, "3", "my-turbo")
     assert [p["update"] for p in told["previews"]] == [0, 2, 4, 4] and told["warnings"] == []
 
 
 def test_the_previews_are_what_the_student_makes(nodes, graph, comfyui, places):
     pairs = graph.pairs()
-    model, *_, previews = graph.distill(pairs).args
+    model, _, _, previews, *_ = graph.distill(pairs).args
     samples = load_pairs(pairs.folder)
     _, held = run.split(samples)
     sigmas = nodes.patcher.sigmas_for(model, (999,))
@@ -68,12 +72,13 @@ def test_the_previews_are_what_the_student_makes(nodes, graph, comfyui, places):
 def test_guidance_alone_is_distilled_by_one_setting(nodes, graph, toys, loaded, places, server, prediction):
     graph.model = loaded(prediction, toys.row)
     ticked = {"guidance_only": True, "preview_every": 0}
-    model, student, words, _ = graph.distill(graph.pairs(pair_steps=9), advanced=ticked, updates=3).args
+    model, student, words, *_, losses = graph.distill(graph.pairs(pair_steps=9), advanced=ticked, updates=3).args
     assert student.card.guidance_only and len(student.card.timesteps) == 9
     assert words.startswith("Guidance-only student of toy.safetensors")
     sampling = nodes.patcher.sampling_of(model)
     assert sampling.ordinary and sampling.steps == 9 and model.patches
-    assert server.sent[-1][1]["warnings"] == [] and set(server.sent[-1][1]["history"]["losses"]) == {"guidance"}
+    told = server.sent[-1][1]
+    assert told["warnings"] == [] and told["history"]["losses"] == {"guidance": losses["loss"]}
 
 
 def test_what_guidance_alone_cannot_have_is_told_on_the_node(nodes):
@@ -92,10 +97,15 @@ def test_other_predictions_are_distilled_too(graph, toys, loaded, prediction, pl
 
 def test_a_full_copy_is_made_where_the_rank_is_zero(nodes, graph, kit):
     before = kit.bits(graph.model)
-    model, student, *_ = graph.distill(graph.pairs(), rank=0).args
-    assert student.card.kind == "full"
+    model, student, _, _, lora, losses = graph.distill(graph.pairs(), rank=0).args
+    assert student.card.kind == "full" and lora.message == "the student is a full one: there is no LoRA"
+    assert len(losses["loss"]) == 3
     assert set(model.patches) == {nodes.patcher.PREFIX + name for name in nodes.patcher.base_weights(graph.model)}
     assert kit.same(kit.bits(graph.model), before)
+
+
+def test_a_curve_through_fewer_than_two_losses_is_none(graph):
+    assert "no two losses" in graph.distill(graph.pairs(), updates=1)[5].message
 
 
 def test_a_model_that_no_file_gave_is_called_by_its_own_title(graph):

@@ -115,6 +115,41 @@ def test_a_folder_s_list_is_made_anew(comfyui, graph, student):
     assert listed == {}
 
 
+def unwritable(tmp_path):
+    """A place where a folder cannot be: root may write to any that is one."""
+    (tmp_path / "file").touch()
+    return tmp_path / "file" / "loras"
+
+
+def test_a_folder_that_cannot_be_written_to_is_passed_over(comfyui, graph, student, places, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    other.mkdir()
+    monkeypatch.setattr(comfyui.server, "MORE", {"loras": [unwritable(tmp_path), tmp_path / "not there", other]})
+    assert graph.save(student).ui.value.startswith(f"saved {other / 'my-turbo.safetensors'}\n")
+    assert not (tmp_path / "not there").exists()  # a disk that is not connected, maybe
+    monkeypatch.setattr(comfyui.server, "MORE", {})
+    assert graph.save(student).ui.value.startswith(f"saved {places.loras / 'my-turbo.safetensors'}\n")
+
+
+def test_no_folder_that_can_be_written_to(comfyui, graph, student, tmp_path, monkeypatch):
+    monkeypatch.setattr(comfyui.server, "FOLDERS", {"loras": unwritable(tmp_path)})
+    with pytest.raises(PermissionError, match=r"no file can be made in .*file/loras: allow it, or name another folder"):
+        graph.save(student)
+
+
+def test_a_file_that_has_gone_is_saved_again(nodes, graph, student, places):
+    """ComfyUI runs a node again when its fingerprint is another."""
+    seen = []
+    for _ in range(2):
+        for _ in range(2):  # before it runs, and once more when it need not
+            seen.append(nodes.distill.SaveStudent.fingerprint_inputs(name="again", save_as="the student (LoRA)"))
+            path = places.loras / "again.safetensors"
+            if not path.exists():
+                graph.save(student, "again")
+        path.unlink()
+    assert seen[0] == seen[1] != seen[2] == seen[3]
+
+
 def test_a_student_whose_run_was_deleted_is_told(graph, student, places):
     """ComfyUI keeps Distill's result: the file may have gone long since."""
     student.path.unlink()

@@ -72,6 +72,16 @@ def test_the_page_draws_no_other_seed_after_a_run(widgets):
     assert {i.control_after_generate for _, i in widgets if i.io_type == "INT"} == {False}
 
 
+def test_what_a_first_training_needs_not_is_folded_away(nodes):
+    """Where the page knows `advanced`; what is folded may stay as it is."""
+    asking = (nodes.data.TeacherPairs, nodes.distill.Distill)
+    inputs = [i for node in asking for i in node.define_schema().inputs]
+    folded = [i.id for i in inputs if getattr(i, "extra_dict", None)]
+    assert sorted(folded) == sorted(nodes.settings.FOLDED)
+    assert all(i.extra_dict == {"advanced": True} for i in inputs if i.id in folded)
+    assert not {"width", "height", "pairs", "guidance", "name", "rank", "updates", "batch_size"} & set(folded)
+
+
 def test_advanced_settings_are_what_was_chosen(nodes):
     node = nodes.distill.AdvancedSettings
     given = {i.id: i.default for i in node.define_schema().inputs} | {"lr": 1e-3, "adversarial": "relativistic"}

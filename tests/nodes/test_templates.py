@@ -157,6 +157,23 @@ def test_a_note_says_what_to_do(workflow):
     assert text.startswith("## ") and "**" in text and len(text) < 1000
 
 
+def test_the_form_of_app_mode_is_made_of_widgets_and_pictures(workflow):
+    """What the page leaves out without a word if there is no such node or widget."""
+    form = workflow["extra"].get("linearData", {"inputs": [], "outputs": []})
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    for number, name in form["inputs"]:
+        node = nodes[number]
+        panel = name == "panel" and node["type"] == "TurboDistillDistill"
+        assert panel or name in [i["widget"]["name"] for i in node["inputs"] if "widget" in i and i["link"] is None]
+    assert {nodes[number]["type"] for number in form["outputs"]} <= {"PreviewImage", "SaveImage"}
+    assert bool(form["inputs"]) == bool(form["outputs"])
+
+
+def test_templates_with_a_form():
+    forms = [file for file in FILES if "linearData" in json.loads(file.read_text(encoding="utf-8"))["extra"]]
+    assert [file.stem[:2] for file in forms] == ["01", "06", "08"]
+
+
 def box(node):
     """Left, top, right and bottom; a node's title stands above its place, and is all that is shown of a folded one."""
     (left, top), (width, height) = node["pos"], node["size"]

@@ -86,6 +86,8 @@ def modules() -> dict[str, dict[str, object]]:
             "ui": SimpleNamespace(**found(api, "PreviewImage", "PreviewText")),
         }
         | found(api, "ComfyExtension"),
+        "comfy_execution": {},
+        "comfy_execution.graph_utils": found(api, "ExecutionBlocker"),
         "folder_paths": found(server, "filename_list_cache", "folder_names_and_paths")
         | found(server, "get_filename_list", "get_folder_paths", "get_full_path")
         | {f"get_{place}_directory": server.get_directory(place) for place in ("input", "output", "temp")},

@@ -23,7 +23,7 @@ class Socket:
 
 
 def kind(io_type, *widget):
-    inputs = ("display_name", "optional", "tooltip", "lazy", *widget)
+    inputs = ("display_name", "optional", "tooltip", "lazy", "extra_dict", *widget)
     return SimpleNamespace(
         Input=type("Input", (Socket,), {"io_type": io_type, "settings": inputs}),
         Output=type(
@@ -87,6 +87,13 @@ class NodeOutput:
 
     def __getitem__(self, index):
         return self.args[index]
+
+
+class ExecutionBlocker:
+    """In place of an output: nodes that take it do not run."""
+
+    def __init__(self, message):
+        self.message = message
 
 
 class ComfyExtension:

@@ -109,6 +109,7 @@ class ProgressBar:
 # --- folder_paths ---
 
 FOLDERS: dict[str, Path] = {}  # of models
+MORE: dict[str, list[Path]] = {}  # of extra_model_paths.yaml, with is_default: before them
 PLACES: dict[str, Path] = {}  # input, output, temp
 folder_names_and_paths: dict[str, tuple[list[str], set[str]]] = {}  # those of extra_model_paths.yaml
 filename_list_cache: dict[str, list[str]] = {}  # the nodes drop what they have made stale; nothing is kept here
@@ -119,7 +120,7 @@ def get_directory(place):
 
 
 def get_folder_paths(folder_name):
-    return [str(FOLDERS[folder_name])]
+    return [str(place) for place in (*MORE.get(folder_name, ()), FOLDERS[folder_name])]
 
 
 def get_filename_list(folder_name):
