@@ -100,7 +100,9 @@ def look_at_checkpointing(denoiser, x, sigma, cond):
         "changed": changed,
         "left": sum("forward" in m.__dict__ for m in denoiser.backbone.modules()),
         "gradients": len(again) == len(plain),
-        "gap": max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(again, plain, strict=True)),
+        "gap": max(
+            float((a - b).abs().max() / b.abs().max().clamp(min=1e-12)) for a, b in zip(again, plain, strict=True)
+        ),
     }
 
 
