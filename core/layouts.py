@@ -58,25 +58,23 @@ class Layout:
         return tokens[:, begin : begin + count]
 
 
-TWO, LAST = Place(), Place()  # a picture by itself or before the text; behind the text, in one sequence
-FLUX = Layout({"double_blocks": TWO, "single_blocks": LAST})
+FLUX = Layout({"double_blocks": Place(), "single_blocks": Place()})
 LAYOUTS = {
     "Flux": FLUX,
     "Chroma": FLUX,
     "OpenAISignatureMMDITWrapper": Layout({"joint_blocks": Place(-1)}),  # Stable Diffusion 3 and 3.5
-    # Z-Image, which fills up text and picture, and Lumina 2, which does not
-    "NextDiT": Layout(
+    "NextDiT": Layout(  # Lumina 2, and Z-Image, which fills up text and picture
         {"layers": Place(multiple="pad_tokens_multiple")},
         count="num_tokens",
         idle=("siglip_", "clip_text_", "time_text_"),
     ),
     "QwenImageTransformer2DModel": Layout({"transformer_blocks": Place(-1)}, frame=True),
     "HiDreamImageTransformer2DModel": Layout(
-        {"double_stream_blocks": TWO, "single_stream_blocks": Place(first=True)},
+        {"double_stream_blocks": Place(), "single_stream_blocks": Place(first=True)},
         texts=("encoder_hidden_states_llama3",),
     ),
-    # Its text adapter runs once for a text, before a training.
-    "Anima": Layout({"blocks": TWO}, patch="patch_spatial", frame=True, idle=("llm_adapter.",)),
+    # Its text adapter has run before a training begins.
+    "Anima": Layout({"blocks": Place()}, patch="patch_spatial", frame=True, idle=("llm_adapter.",)),
 }
 
 

@@ -48,7 +48,6 @@ FAMILIES = {
                 "target": "torch.nn.Linear",
                 "params": {"in_features": 24, "out_features": 128},
             },
-            "num_patches": 256,
             "pos_embed_max_size": 16,
             "qk_norm": "rms",
             "x_block_self_attn_layers": [0, 1],
