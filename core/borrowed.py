@@ -6,12 +6,14 @@ import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .denoiser import Cond, Denoiser
+from .denoiser import Cond, Denoiser, by_length
+from .layouts import layout_of
 
 Own = TypeVar("Own", bound="AppliedDenoiser")
 
@@ -21,19 +23,33 @@ class AppliedDenoiser(Denoiser):
 
     `base` is the host's model, of which `diffusion_model` is the network and the attribute `compute_dtype` the type
     in which it computes. `options` go along with every pass. `device` is where the network computes: with little
-    memory, weights of it may lie elsewhere.
+    memory, weights of it may lie elsewhere. `layout` is what is known of the network beside that.
     """
 
     compute_dtype: str
 
     def __init__(self, base, options: dict[str, Any], device: torch.device):
         self.base, self.backbone, self.options, self._device = base, base.diffusion_model, options, device
+        self.layout = layout_of(self.backbone)
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        extra = cond.extra if cond.pooled is None else cond.extra | {"y": cond.pooled}
+        return by_length(self._applied, x, sigma, cond)[0]
+
+    def _applied(self, x: Tensor, sigma: Tensor, cond: Cond) -> list[Tensor]:
+        extra: dict[str, Any] = cond.extra if cond.pooled is None else cond.extra | {"y": cond.pooled}
+        if self.layout and self.layout.count:
+            extra = extra | {self.layout.count: cond.context.shape[1]}
         # As a host's own sampling tells patches of a conditional pass. A forward writes into it.
         options = self.options | {"sigmas": sigma, "cond_or_uncond": [0]}
-        return self.base.apply_model(x, sigma, c_crossattn=cond.context, transformer_options=options, **extra)
+        apply = partial(self.base.apply_model, c_crossattn=cond.context, transformer_options=options, **extra)
+        if self.layout and self.layout.frame:
+            return [apply(x.unsqueeze(2), sigma).squeeze(2)]
+        return [apply(x, sigma)]
+
+    def picture_part(self, tap: str, output: Any, x: Tensor, cond: Cond) -> Tensor:
+        if self.layout is None:
+            return super().picture_part(tap, output, x, cond)
+        return self.layout.picture(self.backbone, tap, output, x)
 
     @property
     def device(self) -> torch.device:

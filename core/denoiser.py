@@ -5,11 +5,12 @@ from __future__ import annotations
 import abc
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .schedule import FlowSchedule, Schedule
@@ -22,11 +23,14 @@ class Cond:
 
     `context` (B, T, D) are the text-token states; `pooled` (B, P) the pooled text where the
     architecture has one; `extra` holds further tensors (B, ...) by the backbone's own names.
+    `lengths` (B,), by the name of a tensor (B, ..., T, D), say how many of its T tokens are each row's own, where the
+    others are zeros behind them: text that is one sequence with the picture is given to a network without them.
     """
 
     context: Tensor
     pooled: Tensor | None = None
     extra: dict[str, Tensor] = field(default_factory=dict)
+    lengths: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.context)
@@ -34,7 +38,8 @@ class Cond:
     def map(self, function) -> Cond:
         """Apply `function` to every tensor."""
         pooled = None if self.pooled is None else function(self.pooled)
-        return Cond(function(self.context), pooled, {k: function(v) for k, v in self.extra.items()})
+        extra, lengths = ({k: function(v) for k, v in values.items()} for values in (self.extra, self.lengths))
+        return Cond(function(self.context), pooled, extra, lengths)
 
     def rows(self, index) -> Cond:
         """The given rows, as a batch."""
@@ -55,17 +60,45 @@ class Cond:
         """The token states repeated to `tokens`, a multiple of their number."""
         return replace(self, context=self.context.repeat(1, tokens // self.context.shape[1], 1))
 
+    def text(self, name: str) -> Tensor:
+        """A tensor of text tokens (B, ..., T, D): the context, or one of `extra`."""
+        return self.context if name == "context" else self.extra[name]
+
+    def with_texts(self, change: Callable[[str, Tensor], Tensor], names: Iterable[str]) -> Cond:
+        """With what `change(name, tensor)` makes of these tensors of text tokens."""
+        found = {name: change(name, self.text(name)) for name in names}
+        context = found.pop("context", self.context)
+        return replace(self, context=context, extra=self.extra | found)
+
+    def measured(self, names: Iterable[str]) -> Cond:
+        """With the lengths of these tensors, of which all tokens are their rows' own."""
+        lengths = {n: torch.full((len(self),), self.text(n).shape[-2], device=self.context.device) for n in names}
+        return replace(self, lengths=lengths | self.lengths)
+
+    def filled(self, tokens: Mapping[str, int]) -> Cond:
+        """These tensors filled up with zeros to so many tokens."""
+        return self.with_texts(lambda n, v: F.pad(v, (0, 0, 0, tokens[n] - v.shape[-2])), tokens)
+
+    def cut(self, tokens: Mapping[str, int]) -> Cond:
+        """The first tokens of these tensors alone, as many as given: all of them are the rows' own."""
+        return replace(self.with_texts(lambda n, v: v[..., : tokens[n], :], tokens), lengths={})
+
     @staticmethod
     def cat(parts: Sequence[Cond]) -> Cond:
         """Batches one behind another; all must have the same fields.
 
-        Texts of different lengths are repeated to the same: it changes no cross-attention, and hosts do so too.
+        Texts of different lengths are repeated to the same: it changes no cross-attention, and hosts do so too. Where
+        lengths are known they are filled up instead.
         """
+        if names := {name: None for p in parts for name in p.lengths}:
+            most = {name: max(p.text(name).shape[-2] for p in parts) for name in names}
+            parts = [p.measured(names).filled(most) for p in parts]
         tokens = math.lcm(*(p.context.shape[1] for p in parts))
         parts = [p if p.context.shape[1] == tokens else p.lengthened(tokens) for p in parts]
         pooled = [p.pooled for p in parts if p.pooled is not None]
         extra = {k: torch.cat([p.extra[k] for p in parts]) for k in parts[0].extra}
-        return Cond(torch.cat([p.context for p in parts]), torch.cat(pooled) if pooled else None, extra)
+        lengths = {k: torch.cat([p.lengths[k] for p in parts]) for k in names}
+        return Cond(torch.cat([p.context for p in parts]), torch.cat(pooled) if pooled else None, extra, lengths)
 
     @property
     def summary(self) -> Tensor:
@@ -112,6 +145,30 @@ class Denoiser(abc.ABC):
     @property
     def device(self) -> torch.device:
         return next(self.backbone.parameters()).device
+
+
+def by_length(
+    run: Callable[[Tensor, Tensor, Cond], list[Tensor]], x: Tensor, sigma: Tensor, cond: Cond
+) -> list[Tensor]:
+    """What `run(x, sigma, cond)`, tensors (B, ...), gives for the rows of each length of text by themselves, in order.
+
+    Text is cut to its own tokens. Where all of a batch is of one length, or none is known, it is run as a whole.
+    """
+    if not cond.lengths:
+        return run(x, sigma, cond)
+    names = list(cond.lengths)
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, tokens in enumerate(torch.stack([cond.lengths[n] for n in names], 1).tolist()):
+        groups.setdefault(tuple(tokens), []).append(row)
+    cuts = [dict(zip(names, tokens, strict=True)) for tokens in groups]
+    if len(groups) == 1:
+        return run(x, sigma, cond.cut(cuts[0]))
+    found = []
+    for cut, rows in zip(cuts, groups.values(), strict=True):
+        index = to_device(torch.tensor(rows), x.device)
+        found.append(run(x[index], sigma[index], cond.rows(index).cut(cut)))
+    back = to_device(torch.tensor([row for rows in groups.values() for row in rows]).argsort(), x.device)
+    return [torch.cat(each)[back] for each in zip(*found, strict=True)]
 
 
 # Blocks of text and picture: where the picture stands in what they put out (first, where none is named),

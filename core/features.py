@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .denoiser import Cond, Denoiser
+from .denoiser import Cond, Denoiser, by_length
+from .layouts import layout_of
 from .naming import suggestion
 
 # Residual blocks of a UNet's encoder and middle, in diffusers' layout and in the hosts'.
@@ -36,7 +37,7 @@ def default_taps(backbone: nn.Module) -> list[str]:
     At most five; a UNet's are the same in every layout. Raises ValueError for an architecture that is
     not known; name the taps in the settings then.
     """
-    names = _unet_taps(backbone) or [n for n, _ in backbone.named_modules() if TRANSFORMER_TAPS.match(n)]
+    names = _unet_taps(backbone) or _transformer_taps(backbone)
     if not names:
         raise ValueError(
             f"no known blocks in {type(backbone).__name__}: name the modules to tap with the setting 'taps'"
@@ -44,6 +45,15 @@ def default_taps(backbone: nn.Module) -> list[str]:
     if len(names) <= COUNT:
         return names
     return [names[round((i + 1) * len(names) / COUNT) - 1] for i in range(COUNT)]
+
+
+def _transformer_taps(backbone: nn.Module) -> list[str]:
+    """A transformer's blocks: of several kinds those of the first, unless they are a quarter of all or less."""
+    if (layout := layout_of(backbone)) is None:
+        return [n for n, _ in backbone.named_modules() if TRANSFORMER_TAPS.match(n)]
+    kinds: list[Any] = [getattr(backbone, kind) for kind in layout.blocks]
+    names = [f"{kind}.{i}" for kind, found in zip(layout.blocks, kinds, strict=True) for i in range(len(found))]
+    return names[: len(kinds[0])] if 4 * len(kinds[0]) > len(names) else names
 
 
 def _unet_taps(backbone: nn.Module) -> list[str]:
@@ -123,7 +133,9 @@ class TeacherFeatures:
 
         Raises ValueError if a tap never fires.
         """
+        return by_length(self._maps, x, sigma, cond)  # here, since a pass ends at its last tap
 
+    def _maps(self, x: Tensor, sigma: Tensor, cond: Cond) -> list[Tensor]:
         def take(tap: str, output: Any) -> Tensor:
             return self.teacher.picture_part(tap, output, x, cond).clone()  # the next block may add to it in place
 

@@ -15,8 +15,8 @@ from .lora import LoRA
 
 # Residual and transformer blocks of the hosts' and diffusers' layouts, UNets and DiTs.
 BLOCKS = re.compile(
-    r"(?:^|\.)(?:(?:single_)?transformer_blocks|(?:joint|double|single)_blocks|blocks|layers|resnets|"
-    r"(?:input|output)_blocks\.\d+|middle_block)\.\d+$"
+    r"(?:^|\.)(?:(?:single_)?transformer_blocks|(?:joint|double|single)(?:_stream)?_blocks|blocks|layers|resnets|"
+    r"\w+_refiner|(?:input|output)_blocks\.\d+|middle_block)\.\d+$"
 )
 
 

@@ -17,12 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layouts import layout_of
 from .naming import is_diffusers, of_an_adapter, suggestion, to_diffusers, to_single_file, without_adapter
 
 # What is adapted, as patterns on module names; hosts' and diffusers' layouts, UNets and DiTs.
 TARGETS = {
-    "attention": r"attn\d?\.(to_[qkv]|to_out\.0|qkv|proj)$|attentions?\.(.*\.)?(to_[qkv]|to_out\.0|qkv|out)$",
-    "transformer": r"transformer_blocks|attn|attention|mlp|feed_forward|proj_(in|out)$|(single|double|joint)_?blocks",
+    "attention": r"attn\d?\.(to_[qkv](_t)?|to_out(\.0|_t)?|qkv|proj|([qkv]|output)_proj|w[qkvo])$|"
+    r"attentions?\.(.*\.)?(to_[qkv]|to_out\.0|qkv|out)$",
+    "transformer": r"transformer_blocks|attn|attention|mlp|feed_forward|proj_(in|out)$|"
+    r"(single|double|joint)_?(stream_)?blocks",
     "all": r"",
 }
 # The prefix of layers in a LoRA file of each style. `kohya` and `comfy` have a UNet's single-file names; `diffusers` is
@@ -35,13 +38,11 @@ PEFT_PARTS = ("lora_A.weight", "lora_B.weight")  # without alpha: it is multipli
 
 
 def adaptable(module: nn.Module) -> bool:
-    """Linear and 2-D convolution layers of any host's class, told by their weight."""
+    """Linear and 2-D convolution layers of any host's class, told by their weight and by room for a bias."""
     weight: Any = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or next(module.children(), None) is not None:
+    if not isinstance(weight, Tensor) or not hasattr(module, "bias") or next(module.children(), None) is not None:
         return False
-    return (weight.ndim == 2 and not isinstance(module, nn.Embedding)) or (
-        weight.ndim == 4 and getattr(module, "groups", 1) == 1
-    )
+    return weight.ndim == 2 or (weight.ndim == 4 and getattr(module, "groups", 1) == 1)
 
 
 def quantised(weight: Tensor) -> bool:
@@ -54,7 +55,9 @@ def matching_layers(backbone: nn.Module, targets: str) -> dict[str, nn.Module]:
 
     Of a layer that carries a LoRA of peft's, which is the teacher's, it is the layer itself, by its own name.
     """
+    idle = layout.idle if (layout := layout_of(backbone)) else ()
     layers = {without_adapter(n): m for n, m in backbone.named_modules() if adaptable(m) and not of_an_adapter(n)}
+    layers = {n: m for n, m in layers.items() if not n.startswith(idle)}
     remedy = f"use {', '.join(TARGETS)}, or a regular expression that fits names of layers"
     try:
         pattern = re.compile(TARGETS.get(targets, targets))

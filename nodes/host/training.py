@@ -176,34 +176,35 @@ class ComfyUIHost:
     def encode_text(self, prompts: Sequence[str]) -> Cond:
         """Prompts -> a batch of conditions, on the CPU.
 
-        Texts of different lengths are repeated to the same. Where that would change pictures, a longer
-        text than the empty prompt's is refused with ValueError.
+        Texts of different lengths are repeated to the same. Where that would change pictures, they are filled up, and
+        go through the network without that.
         """
-        empty = torch.zeros(1, *self.latent_shape)
         with self._others():
-            conditioning = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(""))
-            joint = attends_jointly(self.model, conditioning, empty)
-            found = [conditions(self.model, conditioning, empty).map(torch.Tensor.cpu)]
-            for prompt in prompts:  # none is kept on the device longer than it takes
-                conditioning = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
-                found.append(conditions(self.model, conditioning, empty).map(torch.Tensor.cpu))
-        most = found.pop(0).context.shape[1]
-        for prompt, cond in zip(prompts, found, strict=True):
-            if joint and cond.context.shape[1] != most:
-                raise ValueError(
-                    f"prompt {prompt[:80]!r} has {cond.context.shape[1]} text tokens; distilled, this model takes "
-                    f"{most} at most: shorten it"
-                )
-        return Cond.cat([cond.map(torch.clone) for cond in found])
+            texts = [self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt)) for prompt in ("", *prompts)]
+        # The MODEL is back: some prepare the text in their network.
+        empty, found = torch.zeros(1, *self.latent_shape, device=self.denoiser.device), []
+        joint = attends_jointly(self.model, texts[0], empty)
+        while texts:  # none is kept on the device longer than it takes
+            found.append(conditions(self.model, texts.pop(0), empty).map(torch.Tensor.cpu))
+        names = ("context", *(self.denoiser.layout.texts if self.denoiser.layout else ()))
+        usual = found.pop(0)
+        if joint and any(cond.text(name).shape != usual.text(name).shape for cond in found for name in names):
+            found = [cond.measured(names) for cond in found]
+        return Cond.cat(found)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, H, W) as the network takes them -> pictures (B, 3, height, width) in [0, 1]."""
+        latents = self.denoiser.latent_out(latents.float())
         with self._others():
-            pictures = self.vae.decode(self.denoiser.latent_out(latents.float()))
+            pictures = self.vae.decode(latents.unsqueeze(2))[:, 0] if self.denoiser.frame else self.vae.decode(latents)
         return pictures.clone().movedim(-1, 1)[:, :3].float()
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, height, width) in [0, 1] -> latents (B, C, H, W) as the network takes them."""
+        pictures = images.movedim(1, -1)
         with self._others():
-            latents = self.vae.encode(images.movedim(1, -1))
+            if self.denoiser.frame:  # of several it would make a video
+                latents = torch.cat([self.vae.encode(picture[None]) for picture in pictures]).squeeze(2)
+            else:
+                latents = self.vae.encode(pictures)
         return self.denoiser.latent_in(latents.clone().float())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from turbodistill.core.denoiser import Cond
 from turbodistill.core.student import Student
 from turbodistill.trainer.config import Config
 from turbodistill.trainer.run import run
@@ -64,16 +65,20 @@ def test_prompts_of_different_lengths_make_one_batch(loaded, host_of):
     assert torch.equal(cond.context[0, :3], cond.context[0, 3:]) and not cond.context.is_inference()
 
 
-def test_a_longer_prompt_is_refused_where_its_tokens_stand_beside_the_picture_s(comfyui, loaded, host_of):
+def test_text_is_as_long_as_it_is_where_its_tokens_stand_beside_the_picture_s(comfyui, loaded, host_of):
     """As in Flux and SD3: repeated there, text tokens would count double."""
     model = loaded()
     model.model.extra_conds = lambda cross_attn, **_: {"c_crossattn": comfyui.models.CONDRegular(cross_attn)}
     host = host_of(model)
-    assert host.encode_text(["fox", ""]).context.shape == (2, 3, 6)
-    with pytest.raises(
-        ValueError, match=r"prompt 'a very long prompt' has 6 text tokens; .* takes 3 at most: shorten it"
-    ):
-        host.encode_text(["fox", "a very long prompt"])
+    short = host.encode_text(["fox", ""])
+    assert short.context.shape == (2, 3, 6) and not short.lengths
+    cond = host.encode_text(["fox", "a very long prompt"])
+    assert cond.lengths["context"].tolist() == [3, 6] and not cond.context[0, 3:].any()
+    both, x, sigma = Cond.cat([cond, short]).rows([1, 0, 3]), torch.randn(3, 4, 8, 8), torch.tensor([5.0, 1.0, 2.0])
+    texts = [host.encode_text([text]) for text in ("a very long prompt", "fox", "")]
+    with torch.no_grad():
+        alone = [host.denoiser(x[k : k + 1], sigma[k : k + 1], text) for k, text in enumerate(texts)]
+        assert torch.allclose(host.denoiser(x, sigma, both), torch.cat(alone), atol=1e-5)
 
 
 def test_pictures_go_in_and_out(loaded, host_of):

@@ -65,6 +65,26 @@ def test_conditioning_too_large_for_half_precision_keeps_its_own(tmp_path):
     assert torch.equal(stored.rows(slice(1)).context, Encoder(1e6).encode_text(["b"]).context)
 
 
+class Ragged:
+    """A text encoder whose texts are filled up to the longest of those it is given."""
+
+    def encode_text(self, prompts):
+        parts = [
+            Cond(torch.full((1, len(p), 2), float(len(p))), extra={"deep": torch.ones(1, 3, 2, 4)}) for p in prompts
+        ]
+        return Cond.cat([part.measured(["context"]) for part in parts])
+
+
+def test_texts_of_different_lengths_keep_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(conditioning, "SHARD", 2)
+    prompts = ["abc", "a", "abcde"]
+    Conditioning(Ragged(), prompts, tmp_path, "key").of(prompts)
+    found = read_conditioning(tmp_path, "key", prompts).rows(torch.tensor([2, 0]))
+    assert found.lengths["context"].tolist() == [5, 3] and found.context[:, :, 0].tolist() == [[5] * 5, [3, 3, 3, 0, 0]]
+    assert found.extra["deep"].dtype == torch.float32 and found.extra["deep"].shape == (2, 3, 2, 4)
+    assert read_conditioning(tmp_path, "key", ["a"]).parts[0].extra["deep"].dtype == torch.float16
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
 def test_broken_conditioning_is_told_and_made_again(kit, host, tmp_path, caplog, damage):
     whole = kit.pairs(host, kit.config(), tmp_path).cond.rows(slice(12))

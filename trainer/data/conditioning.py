@@ -89,7 +89,8 @@ def read_conditioning(folder: Path, key: str, prompts: Sequence[str]) -> StoredC
 def half(cond: Cond) -> Cond:
     """Token states and pooled text in half precision, unless one of their numbers is too large for it."""
     pooled = None if cond.pooled is None else _half(cond.pooled)
-    return replace(cond, context=_half(cond.context), pooled=pooled)
+    extra = {n: _half(v) if v.ndim > 2 and v.is_floating_point() else v for n, v in cond.extra.items()}
+    return replace(cond, context=_half(cond.context), pooled=pooled, extra=extra)
 
 
 def _half(tensor: Tensor) -> Tensor:
@@ -99,15 +100,20 @@ def _half(tensor: Tensor) -> Tensor:
 
 def _to_tensors(cond: Cond) -> dict[str, Tensor]:
     pooled = {} if cond.pooled is None else {"pooled": cond.pooled}
-    return {"context": cond.context} | pooled | {f"extra.{name}": value for name, value in cond.extra.items()}
+    more = {"extra": cond.extra, "lengths": cond.lengths}
+    named = {f"{kind}.{name}": value for kind, values in more.items() for name, value in values.items()}
+    return {"context": cond.context} | pooled | named
 
 
 def _read(path: Path, key: str) -> tuple[Cond, list[str]]:
     tensors, about = read_tensors(path, key)
-    extra = {name.removeprefix("extra."): value for name, value in tensors.items() if name.startswith("extra.")}
+    named = [(*name.partition(".")[::2], value) for name, value in tensors.items()]
+    extra, lengths = ({name: value for kind, name, value in named if kind == of} for of in ("extra", "lengths"))
     with said_of(path):
         context, pooled, prompts = tensors["context"], tensors.get("pooled"), texts_of(about["prompts"])
         check_rows(3, len(prompts), context)
         if pooled is not None:
             check_rows(2, len(prompts), pooled)
-        return Cond(context, pooled, extra), prompts
+        for tokens in lengths.values():
+            check_rows(1, len(prompts), tokens)
+        return Cond(context, pooled, extra, lengths), prompts

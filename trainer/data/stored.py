@@ -45,10 +45,9 @@ class StoredCond:
         return len(self.index)
 
     def rows(self, rows: Tensor | slice) -> Cond:
-        """The given rows as float32; texts of different lengths are repeated to the same, as `Cond.cat` does."""
+        """The given rows as float32; texts of different lengths become the same as `Cond.cat` makes them."""
         found = [self.parts[part].rows([row]) for part, row in _located(self.parts, self.index[rows])]
-        pooled = [None if cond.pooled is None else cond.pooled.float() for cond in found]
-        return Cond.cat([replace(c, context=c.context.float(), pooled=p) for c, p in zip(found, pooled, strict=True)])
+        return Cond.cat([cond.map(lambda v: v.float() if v.is_floating_point() else v) for cond in found])
 
     def select(self, rows: Tensor) -> StoredCond:
         """The given rows; nothing is read."""

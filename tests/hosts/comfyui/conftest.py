@@ -54,7 +54,7 @@ def comfyui(installation, tmp_path_factory):
     base = tmp_path_factory.mktemp("comfyui")
     (base / "custom_nodes").mkdir()
     (base / "custom_nodes" / "turbodistill").symlink_to(CLONE, target_is_directory=True)
-    for name in ("random_conditioning.py", "faults.py", "narrow.py"):
+    for name in ("random_conditioning.py", "faults.py", "narrow.py", "families.py"):
         (base / "custom_nodes" / name).symlink_to(HERE / name)
     for folder in ("input", "output", "user", "models/checkpoints", "models/loras"):
         (base / folder).mkdir(parents=True)
@@ -97,6 +97,14 @@ def graph():
 def new_graph():
     """Makes further graphs."""
     return module("client").Graph
+
+
+@pytest.fixture(scope="session")
+def all_settings():
+    """The settings that other nodes have, and changes -> what the page sends for Advanced Settings: every other one."""
+    from turbodistill.trainer.config import Config
+
+    return lambda others, changes: {k: v for k, v in Config().to_dict().items() if k not in others} | changes
 
 
 @pytest.fixture(scope="session")
