@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .denoiser import Cond, Denoiser
+from .denoiser import Cond, Denoiser, Rows
 
 Own = TypeVar("Own", bound="AppliedDenoiser")
 
@@ -30,9 +30,21 @@ class AppliedDenoiser(Denoiser):
         self.base, self.backbone, self.options, self._device = base, base.diffusion_model, options, device
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        return self._pass(x, sigma, cond, [0])
+
+    def both(self, positive: Rows, negative: Rows) -> tuple[Tensor, Tensor]:
+        """As a host's own sampling: its patches are told which half of the rows is which, or of two passes."""
+        if self.options and len(positive[0]) != len(negative[0]):
+            return self._pass(*positive, [0]), self._pass(*negative, [1])
+        (x, sigma, cond), (x_again, sigma_again, against) = positive, negative
+        inputs = torch.cat([x, x_again]), torch.cat([sigma, sigma_again]), Cond.cat([cond, against])
+        made = self._pass(*inputs, [0, 1])
+        return made[: len(x)], made[len(x) :]
+
+    def _pass(self, x: Tensor, sigma: Tensor, cond: Cond, told: list[int]) -> Tensor:
+        """x0, with patches told as by a host: 0 is a condition's part of the rows, 1 what guidance moves away from."""
         extra = cond.extra if cond.pooled is None else cond.extra | {"y": cond.pooled}
-        # As a host's own sampling tells patches of a conditional pass. A forward writes into it.
-        options = self.options | {"sigmas": sigma, "cond_or_uncond": [0]}
+        options = self.options | {"sigmas": sigma, "cond_or_uncond": told}  # a forward writes into it
         return self.base.apply_model(x, sigma, c_crossattn=cond.context, transformer_options=options, **extra)
 
     @property
@@ -63,10 +75,19 @@ def leave_inference_mode(network: nn.Module) -> None:
     for module in network.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_inference():
-                module._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                module._parameters[name] = nn.Parameter(ordinary(parameter), parameter.requires_grad)
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_inference():
                 module._buffers[name] = buffer.clone()
+
+
+def ordinary(tensor: Tensor) -> Tensor:
+    """A copy that is not in inference mode, of a host's own class too, which may give itself away as its clone."""
+    copied = tensor.detach().clone()
+    if copied.is_inference():
+        copied = Tensor.clone(tensor)
+        copied.__dict__.update(tensor.__dict__)  # what that class knows of its packed numbers
+    return copied
 
 
 @contextmanager
