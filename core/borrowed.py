@@ -86,7 +86,7 @@ def ordinary(tensor: Tensor) -> Tensor:
     copied = tensor.detach().clone()
     if copied.is_inference():
         copied = Tensor.clone(tensor)
-        copied.__dict__.update(tensor.__dict__)  # what that class knows of its packed numbers
+        vars(copied).update(vars(tensor))  # what that class knows of its packed numbers
     return copied
 
 

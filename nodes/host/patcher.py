@@ -99,7 +99,7 @@ def model_hash(patcher, prefix: str = PREFIX) -> str:
 
 
 def _patch(name: str, patch: Sequence[Any]) -> Iterator[bytes]:
-    """What a patch of a weight does, as bytes: a LoRA's or LyCORIS's, or another model's weight with its own patches."""
+    """What a patch of a weight does, as bytes: a LoRA's, a LyCORIS's, or another model's with its own patches."""
     strength, change, base, *_ = patch
     yield f"{name} {strength} {base}".encode()
     for tensor in _tensors(getattr(change, "weights", change[:1] if isinstance(change, list) else change)):

@@ -42,17 +42,17 @@ def check_guidance(model, guidance: Guidance) -> None:
     """Raise ValueError if a node wants the negative prompt in every pass, as NAG does, and the teacher's lack it."""
     whole = guidance.scale != 1 and (guidance.start, guidance.end) == (0, 1)
     if model.model_options.get("disable_cfg1_optimization") and not whole:
-        patches = model.model_options.get("transformer_options", {}).get("patches", {})
+        names = _nodes(model.model_options.get("transformer_options", {}).get("patches", {}).values())
         raise ValueError(
-            f"the MODEL comes through {', '.join(_nodes(patches.values()))}, which compares with the negative prompt in "
-            f"every pass of the teacher, and with guidance {guidance.scale:g} from {guidance.start:g} to "
-            f"{guidance.end:g} some have none: set guidance above 1, guidance_start to 0 and guidance_end to 1, or "
-            "connect the MODEL from before that node"
+            f"the MODEL comes through {', '.join(names)}, which compares with the negative prompt in every pass of the "
+            f"teacher, and with guidance {guidance.scale:g} from {guidance.start:g} to {guidance.end:g} some have "
+            "none: set guidance above 1, guidance_start to 0 and guidance_end to 1, or connect the MODEL from before "
+            "that node"
         )
 
 
 def _nodes(values: Iterable[Any]) -> list[str]:
-    """The nodes that patches come from, each a patch or a list: mostly functions within a method of the node's class."""
+    """The nodes that patches, or lists of them, come from: most are functions within a method of the node's class."""
     patches = [part for value in values for part in (value if isinstance(value, list) else [value])]
     named = [patch if hasattr(patch, "__qualname__") else type(patch) for patch in patches]
     return sorted({each.__qualname__.split(".")[0] for each in named})
