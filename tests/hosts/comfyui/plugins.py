@@ -44,7 +44,7 @@ sd15, controlnet, flux = arguments
 OneStepSample.hidden = SimpleNamespace(prompt={}, unique_id="1")
 PROMPTS = ["a red fox", "a blue owl"]
 CONFIG = Config(
-    **{"pairs": 2, "pair_steps": 1, "pair_sampler": "euler", "guidance": 3.0, "batch_size": 2, "rank": 2, "updates": 2},
+    **{"pairs": 4, "pair_steps": 1, "pair_sampler": "euler", "guidance": 3.0, "batch_size": 2, "rank": 2, "updates": 2},
     **{"regression_updates": 1, "adversarial_ramp": 1, "gradient_checkpointing": False, "targets": "attention"},
 )
 CFG = 3.0

@@ -125,7 +125,8 @@ def compiled(base):
         return counted
 
     model = base.model.clone()
-    options = {"guard_filter_fn": import_module("comfy_extras.nodes_torch_compile").skip_torch_compile_dict}
+    guards = getattr(import_module("comfy_extras.nodes_torch_compile"), "skip_torch_compile_dict", None)
+    options = {"guard_filter_fn": guards} if guards else None  # as that node gives it
     import_module("comfy_api.torch_helpers").set_torch_compile_wrapper(model, backend=backend, options=options)
     return model
 
