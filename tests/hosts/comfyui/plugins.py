@@ -33,6 +33,7 @@ from turbodistill.core.denoiser import Guidance, guided
 from turbodistill.core.student import Student
 from turbodistill.nodes.host import embedded, patcher
 from turbodistill.nodes.host.denoiser import ModelDenoiser, conditions
+from turbodistill.nodes.host.save import save_merged
 from turbodistill.nodes.host.training import ComfyUIHost, trainable
 from turbodistill.nodes.sample import OneStepSample
 from turbodistill.trainer.config import Config
@@ -275,6 +276,8 @@ def look_at_quantised(base, make):
     with tempfile.TemporaryDirectory() as place:
         model = make(flux, place)
         told = {"sample": attempt(student_on, base, model), "distil": attempt(train_on, base, model)}
+        path, card = Path(place, "whole.safetensors"), base.student[1]
+        told["whole"] = attempt(save_merged, path, model, None, None, card)
         del model
         comfy.model_management.unload_all_models()
     return told

@@ -213,6 +213,6 @@ def test_quantised_weights_stay_what_they_are(told, newest):
 def test_gguf_acts(told):
     if PACK - told["quantised"].keys():
         pytest.skip("needs ComfyUI-GGUF in GGUF_PATH or custom_nodes, and the package gguf")
-    assert all(
-        (of_a_student(told["quantised"][k]), of_training(told["quantised"][k])) == ("acts", "acts") for k in PACK
-    )
+    for row in (told["quantised"][kind] for kind in PACK):
+        assert (of_a_student(row), of_training(row)) == ("acts", "acts")
+        assert "save the student as a LoRA" in row["whole"]["refused"]
