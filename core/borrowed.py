@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .denoiser import Cond, Denoiser, by_length
+from .denoiser import Cond, Denoiser, Rows, by_length
 from .layouts import layout_of
 
 Own = TypeVar("Own", bound="AppliedDenoiser")
@@ -33,14 +33,27 @@ class AppliedDenoiser(Denoiser):
         self.layout = layout_of(self.backbone)
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        return by_length(self._applied, x, sigma, cond)[0]
+        return self._pass(x, sigma, cond, [0])
 
-    def _applied(self, x: Tensor, sigma: Tensor, cond: Cond) -> list[Tensor]:
+    def both(self, positive: Rows, negative: Rows) -> tuple[Tensor, Tensor]:
+        """As a host's own sampling: its patches are told which half of the rows is which, or of two passes."""
+        (x, sigma, cond), (x_again, sigma_again, against) = positive, negative
+        # Rows of texts of several lengths do not come in halves.
+        if self.options and (len(x) != len(x_again) or cond.lengths or against.lengths):
+            return self._pass(*positive, [0]), self._pass(*negative, [1])
+        inputs = torch.cat([x, x_again]), torch.cat([sigma, sigma_again]), Cond.cat([cond, against])
+        made = self._pass(*inputs, [0, 1])
+        return made[: len(x)], made[len(x) :]
+
+    def _pass(self, x: Tensor, sigma: Tensor, cond: Cond, told: list[int]) -> Tensor:
+        """x0, with patches told as by a host: 0 is a condition's part of the rows, 1 what guidance moves away from."""
+        return by_length(partial(self._applied, told), x, sigma, cond)[0]
+
+    def _applied(self, told: list[int], x: Tensor, sigma: Tensor, cond: Cond) -> list[Tensor]:
         extra: dict[str, Any] = cond.extra if cond.pooled is None else cond.extra | {"y": cond.pooled}
         if self.layout and self.layout.count:
             extra = extra | {self.layout.count: cond.context.shape[1]}
-        # As a host's own sampling tells patches of a conditional pass. A forward writes into it.
-        options = self.options | {"sigmas": sigma, "cond_or_uncond": [0]}
+        options = self.options | {"sigmas": sigma, "cond_or_uncond": told}  # a forward writes into it
         apply = partial(self.base.apply_model, c_crossattn=cond.context, transformer_options=options, **extra)
         if self.layout and self.layout.frame:
             return [apply(x.unsqueeze(2), sigma).squeeze(2)]
@@ -79,10 +92,19 @@ def leave_inference_mode(network: nn.Module) -> None:
     for module in network.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_inference():
-                module._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                module._parameters[name] = nn.Parameter(ordinary(parameter), parameter.requires_grad)
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_inference():
                 module._buffers[name] = buffer.clone()
+
+
+def ordinary(tensor: Tensor) -> Tensor:
+    """A copy that is not in inference mode, of a host's own class too, which may give itself away as its clone."""
+    copied = tensor.detach().clone()
+    if copied.is_inference():
+        copied = Tensor.clone(tensor)
+        vars(copied).update(vars(tensor))  # what that class knows of its packed numbers
+    return copied
 
 
 @contextmanager

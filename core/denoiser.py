@@ -109,6 +109,9 @@ class Cond:
         return (self.context.float() * used).sum(1) / used.sum(1).clamp(min=1)
 
 
+Rows = tuple[Tensor, Tensor, Cond]  # noisy x (B, C, H, W), sigma (B,), and cond of B rows
+
+
 class Denoiser(abc.ABC):
     """Predicts x0 (B, C, H, W) from a noisy x at sigma (B,), in k-diffusion's space (see `schedule`).
 
@@ -124,6 +127,12 @@ class Denoiser(abc.ABC):
     @abc.abstractmethod
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         """Noisy x (B, C, H, W) at sigma (B,), with cond of B rows -> x0 (B, C, H, W)."""
+
+    def both(self, positive: Rows, negative: Rows) -> tuple[Tensor, Tensor]:
+        """x0 of two batches, the condition's and that of what guidance moves away from, in one pass."""
+        (x, sigma, cond), (x_again, sigma_again, against) = positive, negative
+        made = self(torch.cat([x, x_again]), torch.cat([sigma, sigma_again]), Cond.cat([cond, against]))
+        return made[: len(x)], made[len(x) :]
 
     def output(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         """The backbone's own output (B, C, H, W): eps, v or flow, as `prediction` says."""
@@ -233,8 +242,7 @@ def guided(
     rows: Any = slice(None) if whole else to_device(acts.nonzero().flatten(), x.device)
     x_again, sigma_again = x[rows], sigma[rows]
     against = uncond.repeat(len(x_again)) if len(uncond) == 1 else uncond.rows(rows)
-    inputs = torch.cat([x, x_again]), torch.cat([sigma, sigma_again]), Cond.cat([cond, against])
-    both, negative = denoiser(*inputs).split([len(x), len(x_again)])
+    both, negative = denoiser.both((x, sigma, cond), (x_again, sigma_again, against))
     positive = both[rows]
     result = negative + guidance.scale * (positive - negative)
     if guidance.rescale:

@@ -152,7 +152,8 @@ def check_copyable(backbone: nn.Module) -> None:
             "rank 0 trains a full copy, but the model carries a LoRA: fuse it into the weights and unload it "
             "(pipe.fuse_lora(), pipe.unload_lora_weights()), or give a rank of 1 or more"
         )
-    packed = [name for name, weight in backbone.named_parameters() if quantised(weight)]
+    weights = dict(backbone.named_parameters())
+    packed = [name for name, weight in weights.items() if quantised(weight) or name.endswith(".scale_weight")]
     if packed:
         raise ValueError(
             f"rank 0 trains a full copy, but {len(packed)} of the model's weights are quantised ({packed[0]}): give a "

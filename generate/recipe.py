@@ -74,6 +74,8 @@ class FewStepModel:
         output = self.denoiser.output(x, sigma, cond).to(x.dtype)
         return to_x0(self.recipe.prediction, self.schedule, x, output, sigma, self.schedule.timestep(sigma))
 
+    both = Denoiser.both
+
     def sigmas(self, steps: int, strength: float = 1.0) -> Tensor:
         """Sigmas (steps + 1,) with the final 0; with a strength below 1 they begin nearer to the picture."""
         return sigmas_of(self.schedule, self.recipe.timesteps(steps, strength))

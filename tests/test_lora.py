@@ -262,6 +262,14 @@ def test_quantised_weights_are_not_copied(packed):
         Student(packed, rank=0)
 
 
+def test_weights_with_a_scale_beside_them_are_not_copied(toys):
+    """As ComfyUI 0.3.64 holds scaled float8: the numbers alone are not what the layer computes with."""
+    teacher = toys.conv()
+    teacher.backbone.text.scale_weight = torch.nn.Parameter(torch.tensor(0.5))
+    with pytest.raises(ValueError, match=r"weights are quantised \(text\.scale_weight\)"):
+        Student(teacher, rank=0)
+
+
 def test_check_match_passes_equal_names_alone():
     check_match("thing", ["a", "b"], ["b", "a"])
     with pytest.raises(ValueError, match="thing: 1 of 2 names match"):

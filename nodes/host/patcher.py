@@ -92,11 +92,20 @@ def model_hash(patcher, prefix: str = PREFIX) -> str:
         return found
     digest = hashlib.sha256((found + patches).encode())
     for name in {names[i * len(names) // 16]: None for i in range(16 if names else 0)}:
-        for strength, change, base, *_ in patcher.patches[name]:
-            digest.update(f"{name} {strength} {base}".encode())
-            for tensor in _tensors(getattr(change, "weights", change)):
-                digest.update(tensor.detach().flatten()[:64].half().cpu().numpy().tobytes())
+        for patch in patcher.patches[name]:
+            for part in _patch(name, patch):
+                digest.update(part)
     return digest.hexdigest()[:16]
+
+
+def _patch(name: str, patch: Sequence[Any]) -> Iterator[bytes]:
+    """What a patch of a weight does, as bytes: a LoRA's, a LyCORIS's, or another model's with its own patches."""
+    strength, change, base, *_ = patch
+    yield f"{name} {strength} {base}".encode()
+    for tensor in _tensors(getattr(change, "weights", change[:1] if isinstance(change, list) else change)):
+        yield tensor.detach().flatten()[:64].half().cpu().numpy().tobytes()
+    for further in change[1:] if isinstance(change, list) else ():
+        yield from _patch(name, further)
 
 
 def clip_hash(clip) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dis
 import enum
 import functools
 import hashlib
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ...core.denoiser import Guidance
 
 COMPILED = ("torch.compile", "torch_compile_kwargs")  # quicker, not different: trained without
 NETWORK = ("transformer_options", "denoise_mask_function", "disable_cfg1_optimization", *COMPILED)
@@ -28,20 +31,31 @@ def check_patches(model) -> None:
     outside = [value for name, value in options.items() if name not in NETWORK and value]
     wrappers = [*model.wrappers.values(), *inside.get("wrappers", {}).values()]
     keys = {key or "a wrapper" for keyed in wrappers for key, found in keyed.items() if found and key not in COMPILED}
-    if not (outside or keys) and options.get("disable_cfg1_optimization"):  # to have a negative prompt in every pass
-        outside += inside.get("patches", {}).values()
-    patches = [part for value in outside for part in (value if isinstance(value, list) else [value])]
-    if names := sorted({*map(_node, patches), *keys, *model.injections}):
+    if names := sorted({*_nodes(outside), *keys, *model.injections}):
         raise ValueError(
             f"the MODEL comes through {', '.join(names)}, which acts on the sampling of a picture and not in the "
             "network, so that a student could not learn it: connect the MODEL from before that node"
         )
 
 
-def _node(patch: Any) -> str:
-    """The node that a patch comes from: mostly a function within a method of the node's class."""
-    named = patch if hasattr(patch, "__qualname__") else type(patch)
-    return named.__qualname__.split(".")[0]
+def check_guidance(model, guidance: Guidance) -> None:
+    """Raise ValueError if a node wants the negative prompt in every pass, as NAG does, and the teacher's lack it."""
+    whole = guidance.scale != 1 and (guidance.start, guidance.end) == (0, 1)
+    if model.model_options.get("disable_cfg1_optimization") and not whole:
+        names = _nodes(model.model_options.get("transformer_options", {}).get("patches", {}).values())
+        raise ValueError(
+            f"the MODEL comes through {', '.join(names)}, which compares with the negative prompt in every pass of the "
+            f"teacher, and with guidance {guidance.scale:g} from {guidance.start:g} to {guidance.end:g} some have "
+            "none: set guidance above 1, guidance_start to 0 and guidance_end to 1, or connect the MODEL from before "
+            "that node"
+        )
+
+
+def _nodes(values: Iterable[Any]) -> list[str]:
+    """The nodes that patches, or lists of them, come from: most are functions within a method of the node's class."""
+    patches = [part for value in values for part in (value if isinstance(value, list) else [value])]
+    named = [patch if hasattr(patch, "__qualname__") else type(patch) for patch in patches]
+    return sorted({each.__qualname__.split(".")[0] for each in named})
 
 
 def patches_hash(model) -> str:
@@ -61,15 +75,23 @@ def patches_hash(model) -> str:
 
 
 def values_hash(value: Any, known: dict[int, Any] | None = None) -> str:
-    """16 hex digits of a value by what it holds, the same in another session; of objects in `known` nothing counts."""
-    digest = hashlib.sha256()
-    for part in _described(value, {} if known is None else known):
+    """16 hex digits of a value by what it holds, the same in another session; of objects in `known` nothing counts.
+
+    Nor does what functions keep from one call to the next: ToMe's patches hold what the last pass merged.
+    """
+    digest, state = hashlib.sha256(), set[int]()
+    for _ in _described(value, dict(known or {}), state):
+        pass  # to find that state, wherever it is read
+    for part in _described(value, dict(known or {}), state):
         digest.update(part)
     return digest.hexdigest()[:16]
 
 
-def _described(value: Any, seen: dict[int, Any]) -> Iterator[bytes]:
-    """A value's parts as bytes; objects in `seen`, by their addresses, are left out, and become so."""
+def _described(value: Any, seen: dict[int, Any], state: set[int]) -> Iterator[bytes]:
+    """A value's parts as bytes; objects in `seen`, by their addresses, are left out, and become so.
+
+    `state` has the addresses of the variables (cells) that functions give new values, and gets those that are found.
+    """
     if isinstance(value, VALUES):
         yield f"{type(value).__name__} {value!r};".encode()
     elif isinstance(value, type):
@@ -81,12 +103,12 @@ def _described(value: Any, seen: dict[int, Any]) -> Iterator[bytes]:
             flat = value.detach().flatten()
             yield f"{value.dtype} {tuple(value.shape)}".encode()
             yield flat[:: len(flat) // MOST + 1].to("cpu", torch.float64).numpy().tobytes()
-        for part in _parts(value):
-            yield from _described(part, seen)
+        for part in _parts(value, state):
+            yield from _described(part, seen, state)
 
 
-def _parts(value: Any) -> Sequence[Any]:
-    """What decides how a function or another object acts."""
+def _parts(value: Any, state: set[int]) -> Sequence[Any]:
+    """What decides how a function or another object acts, without the variables in `state`, which gets its own."""
     if isinstance(value, Mapping):
         return [part for item in value.items() for part in item]
     if isinstance(value, (list, tuple)):
@@ -97,7 +119,9 @@ def _parts(value: Any) -> Sequence[Any]:
         constants = [c for c in value.co_consts if isinstance(c, (*VALUES, types.CodeType))]
         return [value.co_code, value.co_names, constants]
     if isinstance(value, types.FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        cells = dict(zip(value.__code__.co_freevars, value.__closure__ or (), strict=True))
+        state.update(id(cells[name]) for name in _rebound(value.__code__))
+        cells = [cell.cell_contents for cell in cells.values() if id(cell) not in state]
         return [value.__qualname__, value.__code__, value.__defaults__, value.__kwdefaults__, cells]
     if isinstance(value, types.MethodType):
         return [value.__func__, value.__self__]
@@ -106,6 +130,13 @@ def _parts(value: Any) -> Sequence[Any]:
     if isinstance(value, (Tensor, types.ModuleType, types.BuiltinFunctionType)):
         return [getattr(value, "__name__", None)]
     return [type(value), getattr(value, "__dict__", None)]
+
+
+def _rebound(code: types.CodeType) -> set[str]:
+    """The outer variables to which a function, or one within it, gives new values."""
+    found = {step.argval for step in dis.get_instructions(code) if step.opname == "STORE_DEREF"}
+    found = found.union(*(_rebound(inner) for inner in code.co_consts if isinstance(inner, types.CodeType)))
+    return found.intersection(code.co_freevars)
 
 
 def kept_for_backward(options: dict[str, Any]) -> dict[str, Any]:

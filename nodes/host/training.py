@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ...core.borrowed import leave_inference_mode, watched
-from ...core.denoiser import Cond
+from ...core.denoiser import Cond, Guidance
 from ...trainer.config import Config
 from .denoiser import ModelDenoiser, attends_jointly, conditions, differentiable
 from .patcher import KEY, architecture, clip_hash, clip_skip, load, model_hash
-from .patches import check_patches
+from .patches import check_guidance, check_patches
 from .sampler import SamplerSampling
 
 
@@ -158,8 +158,9 @@ class ComfyUIHost:
     def sampled_by(self, sampler, sigmas: Tensor | None, config: Config) -> ComfyUIHost:
         """The same model whose teacher samples with this SAMPLER and these SIGMAS, of which either may be None.
 
-        Raises ValueError as SamplerSampling.
+        Raises ValueError as SamplerSampling, and as `check_guidance`.
         """
+        check_guidance(self.model, Guidance.of(config))
         other = copy.copy(self)
         if sampler is not None or sigmas is not None:
             given = (sampler, sigmas, config.pair_sampler, config.pair_steps)

@@ -1,8 +1,11 @@
 """What other nodes put on a MODEL: part of the teacher and of its pairs' key, or refused in words."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from turbodistill.core.denoiser import Cond
+from turbodistill.core.denoiser import Cond, Guidance, guided
+from turbodistill.trainer.config import Config
 
 COND = Cond(torch.ones(2, 3, 6))
 
@@ -99,22 +102,83 @@ def test_patches_may_write_in_place(nodes, model):
     assert torch.equal(h, whole) and torch.allclose(x.grad, expected.grad, atol=1e-6)
 
 
-def test_the_network_is_told_what_patches_look_at(nodes, model, monkeypatch):
-    told = []
+def kept_between_calls():
+    """As ToMe's two patches: one merges, the other undoes what it did."""
+    undo = None
+
+    def merge(q, k, v, options):
+        nonlocal undo
+        undo = lambda out: out * len(q)  # noqa: E731
+        return q, k, v
+
+    return merge, lambda out, options: undo(out)
+
+
+def test_what_a_patch_keeps_of_its_last_call_is_not_in_the_key(nodes, model):
+    merge, undo = kept_between_calls()
+    both = patched(patched(model, "attn1_output_patch", undo), "attn1_patch", merge)
+    before = nodes.patcher.model_hash(both)
+    undo(merge(torch.ones(2), None, None, {})[0], {})
+    assert nodes.patcher.model_hash(both) == before != nodes.patcher.model_hash(model)
+
+
+def test_a_merged_model_s_own_patches_are_in_the_key(nodes, model):
+    """As ModelMergeSimple puts them on: another model's weight, and what that model has patched onto it."""
+    key, weight = next((k, v) for k, v in model.model.state_dict().items() if v.ndim > 1)
+
+    def merged(strength):
+        theirs = [(strength, SimpleNamespace(weights=(torch.ones(4), None, 2.0)), 1.0, None, None)] * (strength > 0)
+        other = model.clone()
+        other.patches[key] = [(0.5, [(weight, None), *theirs], 0.5, None, None)]
+        return nodes.patcher.model_hash(other)
+
+    assert merged(0.5) == merged(0.5) and len({merged(0), merged(0.5), merged(1.0)}) == 3
+
+
+@pytest.fixture
+def told(model, monkeypatch):
+    """The `transformer_options` of every pass of the network."""
+    found = []
     apply_model = type(model.model).apply_model
     monkeypatch.setattr(
         type(model.model),
         "apply_model",
         lambda self, *args, transformer_options, **more: [
-            told.append(transformer_options),
+            found.append(transformer_options),
             apply_model(self, *args, **more),
         ][1],
     )
+    return found
+
+
+def test_the_network_is_told_what_patches_look_at(nodes, model, told):
     sigma = torch.tensor([14.0, 7.0])
     with torch.no_grad():
         nodes.denoiser.ModelDenoiser(model)(torch.randn(2, 4, 8, 8), sigma, COND)
     assert told[0]["cond_or_uncond"] == [0] and torch.equal(told[0]["sigmas"], sigma)
     assert "sigmas" not in model.model_options["transformer_options"]
+
+
+def test_patches_are_told_which_rows_are_the_negative_s(nodes, model, told):
+    """As by ComfyUI's own sampling: in halves of a pass, or in two passes where some rows have no guidance."""
+    sigma, x, uncond = torch.tensor([14.0, 7.0]), torch.randn(2, 4, 8, 8), Cond(torch.zeros(1, 3, 6))
+    denoiser = nodes.denoiser.ModelDenoiser(patched(model, "output_block_patch", lambda h, hsp, options: (h, hsp)))
+    with torch.no_grad():
+        both = guided(denoiser, x, sigma, COND, uncond, Guidance(3.0))
+        some = guided(denoiser, x, sigma, COND, uncond, Guidance(3.0), torch.tensor([True, False]))
+        assert [found["cond_or_uncond"] for found in told] == [[0, 1], [0], [1]]
+        assert torch.allclose(both[0], some[0], atol=1e-5)
+        assert torch.allclose(some[1], denoiser(x, sigma, COND)[1], atol=1e-5)
+
+
+def test_nodes_that_compare_with_the_negative_act_where_there_is_one(nodes, model, clip_of, comfyui):
+    other = model.clone()
+    with_negatives(other)
+    host = nodes.training.ComfyUIHost(other, clip_of(), comfyui.Pictures(), "toy", 16, 16)
+    host.sampled_by(None, None, Config(guidance=3.0))
+    for settings in ({"guidance": 1.0}, {"guidance": 3.0, "guidance_end": 0.5}):
+        with pytest.raises(ValueError, match="comes through RescaleCFG, which compares with the negative prompt"):
+            host.sampled_by(None, None, Config(**settings))
 
 
 def with_option(name, value):
@@ -142,10 +206,9 @@ def with_negatives(model):
         (with_option("sampler_post_cfg_function", [RescaleCFG.patch()]), "RescaleCFG"),
         (with_option("context_handler", RescaleCFG()), "RescaleCFG"),
         (with_wrapper, "easycache"),
-        (with_negatives, "RescaleCFG"),
         (lambda model: model.injections.update(bypass_lora=[1]), "bypass_lora"),
     ],
-    ids=["cfg", "post_cfg", "context", "wrapper", "negatives", "injection"],
+    ids=["cfg", "post_cfg", "context", "wrapper", "injection"],
 )
 def test_what_acts_outside_of_the_network_is_refused(nodes, model, clip_of, comfyui, change, named):
     other = model.clone()

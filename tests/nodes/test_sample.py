@@ -1,7 +1,9 @@
 """Sampling through ComfyUI: noise, mask, prompts and cfg, and the nodes on top."""
 
 import dataclasses
+import sys
 from dataclasses import replace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -227,9 +229,9 @@ def test_the_progress_bar_is_as_the_host_wants_it(nodes, toys, silent, monkeypat
 def sampled(nodes):
     """One-Step Sample's latents (B, ...)."""
 
-    def run(model, positive, latent, seed=7, steps=1, denoise=1.0):
+    def run(model, positive, latent, seed=7, steps=1, denoise=1.0, **more):
         inputs = {"positive": positive, "latent_image": latent, "seed": seed, "steps": steps, "denoise": denoise}
-        return nodes.sample.OneStepSample.run(model=model, **inputs)[0]["samples"]
+        return nodes.sample.OneStepSample.run(model=model, **inputs, **more)[0]["samples"]
 
     return run
 
@@ -441,3 +443,56 @@ def test_a_student_of_another_clip_skip_is_remarked_on(nodes, toys, model_of, st
         nodes.sample.OneStepSample.run(prompt=graph, unique_id="4", model=student, **inputs)
         found = [r.message for r in caplog.records if "clip skip" in r.message]
         assert len(found) == len(said) and all(words in message for words, message in zip(said, found, strict=True))
+
+
+# --- the negative prompt ---
+
+
+class NAGuidance:
+    """As ComfyUI's node: `told` is what its patch is told of the rows, None where the network never calls it."""
+
+    told = None
+
+    @staticmethod
+    def define_schema():
+        inputs = [SimpleNamespace(id="model"), SimpleNamespace(id="nag_scale", default=5.0)]
+        return SimpleNamespace(inputs=inputs)
+
+    @classmethod
+    def execute(cls, model, nag_scale):
+        assert nag_scale == 5.0
+        patched = model.clone()
+        patched.model_options["disable_cfg1_optimization"] = True
+
+        def set_model_attn1_output_patch(patch):
+            if cls.told is not None:
+                patch(torch.ones(1), {"cond_or_uncond": cls.told})
+
+        patched.set_model_attn1_output_patch = set_model_attn1_output_patch
+        return SimpleNamespace(args=(patched,))
+
+
+def test_a_negative_needs_a_comfyui_that_has_nag(toys, silent, sampled):
+    with pytest.raises(ValueError, match=r"too old for: update ComfyUI to 0\.15 or later, or disconnect negative"):
+        sampled(silent, prompt(toys), empty(), negative=prompt(toys))
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [([1, 0], ""), ([0], "did not fit into one pass"), (None, "has no place for Normalized Attention Guidance")],
+)
+def test_a_negative_that_does_nothing_is_refused(toys, silent, sampled, monkeypatch, told, words):
+    module = SimpleNamespace(NAGuidance=type("Told", (NAGuidance,), {"told": told}))
+    monkeypatch.setitem(sys.modules, "comfy_extras", ModuleType("comfy_extras"))
+    monkeypatch.setitem(sys.modules, "comfy_extras.nodes_nag", module)
+    if words:
+        with pytest.raises(ValueError, match=words):
+            sampled(silent, prompt(toys), empty(), negative=prompt(toys))
+    else:
+        sampled(silent, prompt(toys), empty(), negative=prompt(toys))
+        assert "disable_cfg1_optimization" not in silent.model_options
+
+
+def test_a_model_that_comes_through_a_node_for_negatives_keeps_it(toys, silent, sampled):
+    silent.model_options["disable_cfg1_optimization"] = True
+    sampled(silent, prompt(toys), empty(), negative=prompt(toys))

@@ -177,3 +177,12 @@ def test_a_full_disk_leaves_nothing_half(nodes, graph, student, places, monkeypa
             graph.save(student, save_as=getattr(nodes.distill.SaveStudent, way))
     assert [p for p in places.loras.parent.rglob("*") if p.is_file()] == []
     assert graph.save(student)[0] == "loras/my-turbo.safetensors"
+
+
+def test_packed_weights_are_not_written_as_a_checkpoint(nodes, graph, student, monkeypatch):
+    """Those of GGUF files, which ComfyUI lists without their numbers."""
+    network = type(student.model.model)
+    state_dict = network.state_dict
+    monkeypatch.setattr(network, "state_dict", lambda self: {k: v.to("meta") for k, v in state_dict(self).items()})
+    with pytest.raises(ValueError, match="save the student as a LoRA, or load the model from a file that is not"):
+        graph.save(student, save_as=nodes.distill.SaveStudent.MERGED, clip=graph.clip, vae=graph.vae)

@@ -254,6 +254,29 @@ def test_what_was_made_in_inference_mode_is_thawed_with_its_bits_and_flags(model
     assert [p.requires_grad for p in network.parameters()] == flags
 
 
+class Whole(torch.Tensor):
+    """A weight as ComfyUI-GGUF holds one: packed numbers with a shape of their own, and its own clone."""
+
+    def clone(self):
+        return self
+
+    def detach(self):
+        return self
+
+
+def test_packed_weights_that_are_their_own_clone_are_thawed_too():
+    with torch.inference_mode():
+        weight = torch.arange(6, dtype=torch.uint8).as_subclass(Whole)
+        weight.logical = (3, 4)
+        network = nn.Module()
+        network.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    assert network.weight.is_inference()
+    borrowed.leave_inference_mode(network)
+    assert not network.weight.is_inference() and network.weight is not weight
+    assert type(network.weight) is Whole and network.weight.logical == (3, 4)
+    assert network.weight.tolist() == list(range(6)) and next(network.parameters()) is network.weight
+
+
 def test_flags_and_types_are_put_back_where_a_weight_was_replaced(models, toys):
     network = models.unet(toys)
     network.conv_out.weight.requires_grad_(False)

@@ -230,9 +230,10 @@ def write(models: Path) -> dict[str, Checkpoint]:
 
 
 def write_bare(name: str, folder: Path) -> Path:
-    """One of the checkpoints by itself, Stable Diffusion 1 or Flux; its file."""
+    """One of the checkpoints by itself, Stable Diffusion 1 or Flux, or the ControlNet; its file."""
     weights = flux_weights(True) if name == "flux" else single_file(unet_denoiser(SD15, 1, "eps").backbone)
-    save_file({FULL_PREFIX + k: v for k, v in weights.items()}, folder / f"{name}.safetensors")
+    named = {FULL_PREFIX + k: v for k, v in weights.items()}
+    save_file(controlnet_weights(weights) if name == "controlnet" else named, folder / f"{name}.safetensors")
     return folder / f"{name}.safetensors"
 
 

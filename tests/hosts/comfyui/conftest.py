@@ -118,17 +118,17 @@ def other_vae(comfyui):
 
 @pytest.fixture(scope="session")
 def script(installation, tmp_path_factory):
-    """A script beside this file and a checkpoint's short name -> what ComfyUI's own Python, without a server, tells."""
+    """A script beside this file and checkpoints' short names -> what ComfyUI's own Python, without a server, tells."""
     folder, python = installation
     place = tmp_path_factory.mktemp("script")
 
-    def run(name, checkpoint):
-        file = module("checkpoints").write_bare(checkpoint, place)
+    def run(name, *checkpoints):
+        files = [module("checkpoints").write_bare(checkpoint, place) for checkpoint in checkpoints]
         ran = subprocess.run(
-            [python, *map(str, (HERE / f"{name}.py", folder, CLONE, file))], capture_output=True, text=True
+            [python, *map(str, (HERE / f"{name}.py", folder, CLONE, *files))], capture_output=True, text=True
         )
         assert ran.returncode == 0, ran.stderr[-3000:]
-        return json.loads(ran.stdout)
+        return json.loads(ran.stdout.splitlines()[-1])
 
     return run
 

@@ -1,6 +1,8 @@
 """Nodes of ComfyUI's own between the loader and ours: part of the teacher, harmless, or refused by name."""
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 pytestmark = pytest.mark.host
 
@@ -50,6 +52,20 @@ def test_each_teacher_has_pairs_of_its_own(comfyui, demo, graph, new_graph):
         comfyui.run(other)
         made.append(len(folders(comfyui) - before))
     assert made == [1, 1, 1, 0]
+
+
+def test_a_lycoris_on_the_teacher_is_told_on_the_card(comfyui, graph, demo):
+    """And its pairs are its own."""
+    layer = "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_out_0"
+    torch.manual_seed(0)
+    tensors = {f"{layer}.lokr_w1": torch.randn(4, 4), f"{layer}.lokr_w2": torch.randn(40, 40) / 10}
+    save_file(tensors | {f"{layer}.alpha": torch.tensor(1.0)}, comfyui.base / "models" / "loras" / "lokr.safetensors")
+    adapted = graph.add("LoraLoaderModelOnly", model=demo.base, lora_name="lokr.safetensors", strength_model=1.0)
+    before = folders(comfyui)
+    parts, pairs = teacher_pairs(graph, adapted, demo, seed=7)
+    trained = graph.add("TurboDistillDistill", **parts, pairs=pairs, name="over-lokr", **SHORT)
+    assert "One-step student of lokr.safetensors" in comfyui.text(graph, trained[2])
+    assert len(folders(comfyui) - before) == 1
 
 
 @pytest.mark.parametrize("node", GUIDANCE)
