@@ -28,7 +28,8 @@ LEAST_LR = 1e-9  # with less, or nothing, a training only takes time
 MOST_LETTERS = 4000  # of a prompt
 FEWEST_OF_SIZE = 4  # pairs
 AS_LOADED, INT8 = BASE_PRECISIONS = ("as loaded", "int8")
-ADAMW, ADAMW8BIT = OPTIMIZERS = ("adamw", "adamw8bit")
+ADAMW, ADAMW8BIT, PRODIGY = OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
+LEAST_FACTOR = 0.1  # of what prodigy finds: with a learning rate of other optimizers it would learn next to nothing
 # What a student that is sampled as its teacher has no use for.
 OF_FEW_STEPS = ("prediction", "start_timestep", "student_steps", "first_step_share", "fresh_noise_share")
 
@@ -225,7 +226,7 @@ class Config:
     )
     lr: float = option(
         2e-4,
-        "Learning rate of the student. 1e-5 to 5e-4; a full copy needs about 1e-5.",
+        "Learning rate of the student. 1e-5 to 5e-4; a full copy needs about 1e-5, the optimizer prodigy 1.",
         "training",
         low=LEAST_LR,
         high=1,
@@ -436,8 +437,9 @@ class Config:
     )
     optimizer: str = option(
         "adamw",
-        "Optimizer: adamw8bit keeps its two moments in eight bits, a quarter of the memory; it needs torchao. Worth it "
-        "for a full copy.",
+        "Optimizer of the student: adamw8bit keeps Adam's moments in eight bits, for a full copy, and needs torchao; "
+        "prodigy finds the learning rate itself, with lr at 1, takes twice the memory of adamw and needs "
+        "pytorch-optimizer.",
         "training",
         OPTIMIZERS,
     )
@@ -477,6 +479,11 @@ class Config:
         if self.base_precision == INT8 and not self.rank:
             raise ConfigError(
                 "base_precision is 'int8' and rank 0, which trains the model itself: give a rank, or leave it"
+            )
+        if self.optimizer == PRODIGY and self.lr < LEAST_FACTOR:
+            raise ConfigError(
+                f"lr is {self.lr:g} and optimizer 'prodigy', which finds the learning rate itself and takes lr as a "
+                f"factor of it: set lr to 1 ({LEAST_FACTOR} to 1)"
             )
         weights = ("adversarial_weight", "distillation_weight", "regression_weight", "feature_weight")
         if self.guidance_only:

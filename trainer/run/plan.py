@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ..config import ADAMW8BIT, INT8, Config, ConfigError
-from .memory import EIGHT_BITS, GB, Measured, Memory, size_in_words
+from ..config import ADAMW, ADAMW8BIT, INT8, Config, ConfigError
+from .memory import EIGHT_BITS, GB, STATE_SIZES, Measured, Memory, size_in_words
 
 # What is not a training's of a card's memory. CUDA's own: its context, the code of its kernels, and the workspaces of
 # cuBLAS and cuDNN. A desktop's, on the same card. And of the rest what torch's allocator cannot use: it rounds sizes
@@ -132,7 +132,7 @@ def check_full(backbone: nn.Module, config: Config, card: int, eight_bit_moments
     The model in half precision, and of the copy in float32 weights, gradients, average and moments.
     """
     count = sum(p.numel() for p in backbone.parameters())
-    moments = EIGHT_BITS if eight_bit_moments or config.optimizer == ADAMW8BIT else 2.0
+    moments = EIGHT_BITS if eight_bit_moments and config.optimizer == ADAMW else STATE_SIZES[config.optimizer]
     least = round(count * (2 + 4 * (3 + moments)))
     if least > usable(card):
         raise ConfigError(
@@ -160,7 +160,7 @@ def _choices(
             kinds["batch_size"].append((HALVED ** math.log2(parts), batch))
     if not config.gradient_checkpointing and measured.passes.one.has_blocks:
         kinds["gradient_checkpointing"].append((CHECKPOINTED, {"gradient_checkpointing": True}))
-    if eight_bit_moments and config.optimizer != ADAMW8BIT:
+    if eight_bit_moments and config.optimizer == ADAMW:
         kinds["optimizer"].append((EIGHT_BIT_MOMENTS, {"optimizer": ADAMW8BIT}))
     if config.rank and config.base_precision != INT8 and measured.packing > 0:
         kinds["base_precision"].append((EIGHT_BIT_WEIGHTS, {"base_precision": INT8}))
