@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..core.lora import TARGETS
 from ..core.losses import ADVERSARIAL, WEIGHTS
 from ..core.sampling import TEACHER_SAMPLERS
 from ..core.student import PREDICTIONS
@@ -66,8 +67,10 @@ class Config:
     )
     targets: str = option(
         "all",
-        "Layers that get a LoRA: attention, transformer, all, or a regular expression. Choose fewer to save memory.",
+        "Layers that get a LoRA, separated by commas: attention, transformer, all, blocks such as output_blocks.1, or "
+        "regular expressions; 'not middle_block' leaves a block out. Choose fewer to save memory.",
         "student",
+        offers=tuple(TARGETS),
     )
     prediction: str = option(
         "inherit",
