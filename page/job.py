@@ -75,8 +75,6 @@ class Job:
         if not self.checkpoint:
             raise ConfigError("no checkpoint is loaded: choose one first")
         self.folder = backend.runs_folder() / check_name(request.name)
-        if request.kind == "distill":
-            runs.check_settings(self.folder, self.config)
         self.size = (request.width or backend.sizes[0], request.height or backend.sizes[1])
         check_size(*self.size)
         folders = backend.readable_folders()
@@ -91,6 +89,8 @@ class Job:
                 check_pictures(found.pictures)
             captions = found.captions
             self.config = with_buckets(self.config, found, self.size)
+        if request.kind == "distill":
+            runs.check_settings(self.folder, self.config)
         self.prompts, words = request.find_prompts(backend, captions)
         self.begun = time.time()
         self.result = ""  # what came of it, in words

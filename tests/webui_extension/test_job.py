@@ -105,6 +105,32 @@ def test_captions_are_the_prompts_where_none_are_given(toy, backend, tmp_path):
     assert finish(begun)["state"] == "done"
 
 
+def test_resolution_buckets_are_those_of_the_pictures_and_the_run_goes_on(toy, backend, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for k, size in enumerate([(60, 40), (90, 60), (50, 50), (60, 90)]):
+        Image.effect_noise(size, 60).convert("RGB").save(folder / f"{k}.png")
+        (folder / f"{k}.txt").write_text(f"thing {k}")
+    asked = {"images": str(folder), "settings": {"sizes": "buckets", "pairs": 12}}
+    assert go(toy, backend, **asked, kind="pairs")["state"] == "done"
+    made = sorted(p.name for p in (backend.folder / "outputs" / "pairs").glob("*/*"))
+    assert made == ["24x40", "32x32", "40x24"]
+    told = go(toy, backend, **asked)
+    assert (told["state"], told["error"]) == ("done", "")
+    assert read_card(backend.students_folder() / "my-turbo.safetensors").sizes == "24x40, 32x32, 40x24"
+    further = {**asked, "settings": asked["settings"] | {"updates": 6}}
+    assert go(toy, backend, **further)["done"] == 6  # the same form goes on
+
+
+def test_a_student_is_gone_on_from(toy, backend):
+    go(toy, backend)
+    first = backend.students_folder() / "my-turbo.safetensors"
+    told = go(toy, backend, name="second", settings={"init_student": str(first)})
+    assert told["state"] == "done"
+    training = read_card(backend.students_folder() / "second.safetensors").training
+    assert training["init_student"] == first.name and training["updates"] in (6, 8)  # those of both
+
+
 def test_pictures_that_cannot_be_used_stop_it_or_are_told_beside_the_run(toy, backend, tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
