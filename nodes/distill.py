@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 
 from ..core.card import StudentCard, read_card, read_student
 from ..core.families import suspect
-from ..trainer.checks import check_inside, check_name
+from ..trainer.checks import check_name, find_student
 from ..trainer.config import Config
 from ..trainer.data.files import DataError, write_whole
 from ..trainer.data.pairs import pairs_key
@@ -119,7 +119,8 @@ class Distill(io.ComfyNode):
             positives = "both" if config.positives == "teacher" else config.positives
             config = config.replace(positives=positives, broken_pictures=images.broken_pictures)
         if config.init_student:
-            check_inside(config.init_student, page.readable_folders())
+            found = find_student(config.init_student, page.student_folders(), page.readable_folders())
+            config = config.replace(init_student=found)
         folder = run_folder(name)
         with trainable(model) as trained:
             base = base_name(cls, model)

@@ -20,7 +20,7 @@ from torch import nn
 
 from ..core.families import recognise, suspect
 from ..core.gradient_checkpointing import blocks
-from ..trainer.checks import check_inside, check_name
+from ..trainer.checks import check_inside, check_name, find_student
 from ..trainer.config import ConfigError
 from ..trainer.data.built_in import AUTO
 from ..trainer.data.files import write_whole
@@ -79,7 +79,8 @@ class Job:
         check_size(*self.size)
         folders = backend.readable_folders()
         if self.config.init_student:
-            check_inside(self.config.init_student, folders)
+            start = find_student(self.config.init_student, [backend.students_folder()], folders)
+            self.config = self.config.replace(init_student=start)
         if request.kind == "distill":
             run.check_inputs(self.config, request.images or None)
         captions: list[str] = []

@@ -116,7 +116,8 @@ class Config:
     init_student: str = option(
         "",
         "Student file to begin from, of this model or of another of its architecture; or a Turbo, LCM, Lightning, "
-        "Hyper-SD or DMD2 LoRA of the same architecture. Ranks may differ. Empty starts from the teacher.",
+        "Hyper-SD or DMD2 LoRA of the same architecture. Ranks may differ. In ComfyUI and WebUIs its name among the "
+        "LoRAs will do. Empty starts from the teacher.",
         "student",
     )
     # Data

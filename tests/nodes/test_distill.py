@@ -133,6 +133,17 @@ def test_without_advanced_settings_the_trainer_s_own_count(graph, places, kit):
     assert (config["lr"], config["regression_updates"], config["head_channels"]) == (2e-4, 200, 64)
 
 
+@pytest.mark.parametrize("name", ["my-turbo", "my-turbo.safetensors", ""])
+def test_a_student_is_gone_on_from_by_its_name_among_the_loras_or_by_its_path(graph, nodes, places, kit, name):
+    pairs = graph.pairs()
+    student = graph.distill(pairs)[1]
+    graph.save(student)
+    start = name or str(student.path)
+    second = graph.distill(pairs, "second", {"init_student": start})[1]
+    assert second.card.training["init_student"] == (name and "my-turbo.safetensors" or student.path.name)
+    assert second.card.training["updates"] == student.card.training["updates"] + 3
+
+
 # --- pictures of one's own ---
 
 

@@ -122,13 +122,18 @@ def test_resolution_buckets_are_those_of_the_pictures_and_the_run_goes_on(toy, b
     assert go(toy, backend, **further)["done"] == 6  # the same form goes on
 
 
-def test_a_student_is_gone_on_from(toy, backend):
+@pytest.mark.parametrize("name", ["my-turbo", "my-turbo.safetensors", ""])
+def test_a_student_is_gone_on_from_by_its_name_or_path(toy, backend, tmp_path, name):
     go(toy, backend)
     first = backend.students_folder() / "my-turbo.safetensors"
-    told = go(toy, backend, name="second", settings={"init_student": str(first)})
+    backend.readable = [tmp_path / "elsewhere"] if name else None  # its name is no path
+    told = go(toy, backend, name="second", settings={"init_student": name or str(first)})
     assert told["state"] == "done"
     training = read_card(backend.students_folder() / "second.safetensors").training
     assert training["init_student"] == first.name and training["updates"] in (6, 8)  # those of both
+    backend.readable = [tmp_path / "elsewhere"]
+    with pytest.raises(DataError, match="outside the folders"):
+        job.start(backend, ask(toy, name="third", settings={"init_student": "../outputs/runs/my-turbo/student"}))
 
 
 def test_pictures_that_cannot_be_used_stop_it_or_are_told_beside_the_run(toy, backend, tmp_path):
