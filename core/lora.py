@@ -54,8 +54,8 @@ def quantised(weight: Tensor) -> bool:
 def matching_layers(backbone: nn.Module, targets: str) -> dict[str, nn.Module]:
     """The layers by name that `targets` pick; raises ValueError for a part of them that picks none, or if none is left.
 
-    They are keys of TARGETS, or patterns, separated by commas; those behind a "not" are left out. A pattern that fits no
-    name is tried on a UNet's names of the other layout. Of a layer that carries a LoRA of peft's, which is the
+    They are keys of TARGETS, or patterns, separated by commas; those behind a "not" are left out. A pattern that fits
+    no name is tried on a UNet's names of the other layout. Of a layer that carries a LoRA of peft's, which is the
     teacher's, it is the layer itself, by its own name.
     """
     layers = {without_adapter(n): m for n, m in backbone.named_modules() if adaptable(m) and not of_an_adapter(n)}
@@ -85,7 +85,9 @@ def _matching(target: str, layers: Sequence[str], backbone: nn.Module) -> list[s
         return found
     names = [*layers, *others.values()]
     known = {".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 2)}
-    raise ValueError(f"LoRA targets {target!r} match no layer: {remedy}{suggestion(target, [*TARGETS, *sorted(known)])}")
+    raise ValueError(
+        f"LoRA targets {target!r} match no layer: {remedy}{suggestion(target, [*TARGETS, *sorted(known)])}"
+    )
 
 
 def _other_names(backbone: nn.Module) -> dict[str, str]:
@@ -140,9 +142,9 @@ class Branch(nn.Module):
 class LoRA(nn.Module):
     """Branches on the chosen layers of a backbone; `enabled` switches all of them.
 
-    `targets` are keys of TARGETS or regular expressions on module names, as `matching_layers` takes them. The branches lie on `device`,
-    where the backbone computes: with little memory its weights lie elsewhere. Call `remove` to take the hooks
-    out of the backbone again.
+    `targets` are keys of TARGETS or regular expressions on module names, as `matching_layers` takes them. The branches
+    lie on `device`, where the backbone computes: with little memory its weights lie elsewhere. Call `remove` to take
+    the hooks out of the backbone again.
     """
 
     def __init__(

@@ -15,10 +15,11 @@ from ..trainer.checks import check_name, find_student
 from ..trainer.config import Config
 from ..trainer.data.files import DataError, write_whole
 from ..trainer.data.pairs import pairs_key
-from ..trainer.groups import ADVANCED, OF_DISTILL
+from ..trainer.groups import ADVANCED, OF_DISTILL, OF_VRAM
 from ..trainer.run import run
 from ..trainer.run.events import Finished, Preview
 from ..trainer.run.monitor import Monitor
+from ..trainer.run.plan import set_by_hand
 from .data import IMAGES, PAIRS, Images, Pairs, base_name
 from .graph import file_names
 from .host import page, patcher, save
@@ -30,6 +31,7 @@ from .settings import widgets
 
 SETTINGS = io.Custom("TURBODISTILL_SETTINGS")
 STUDENT = io.Custom("TURBODISTILL_STUDENT")
+BEGINS = {"batch_size": 4, "gradient_checkpointing": True}  # where the widgets do, for a large model on one card
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,10 @@ class Distill(io.ComfyNode):
                     default="my-turbo",
                     tooltip="The run's folder in output/turbodistill/runs; a run of this name goes on.",
                 ),
-                *widgets(OF_DISTILL, batch_size=4, gradient_checkpointing=True),
+                *widgets(OF_DISTILL, **BEGINS),
                 IMAGES.Input("images", optional=True, tooltip="Pictures of yours, from Image Folder."),
                 SETTINGS.Input("settings", optional=True, tooltip="From Advanced Settings."),
+                *widgets(OF_VRAM, optional=True),
             ],
             outputs=[
                 io.Model.Output("MODEL", tooltip="With the student on it: for One-Step Sample."),
@@ -151,7 +154,10 @@ class Distill(io.ComfyNode):
         """Run to the end; the last preview, and what was made."""
         control = panel.monitor.control
         place = None if images is None else images.place
-        events = run.run(loaded, config, folder, pairs.prompts, place, pairs_folder=pairs.folder, control=control)
+        given = set_by_hand(config, BEGINS)
+        events = run.run(
+            loaded, config, folder, pairs.prompts, place, pairs_folder=pairs.folder, control=control, given=given
+        )
         preview: Preview | None = None
         with closing(events):
             for event in events:

@@ -35,6 +35,7 @@ from ..trainer.run.estimate import Estimate, estimate
 from ..trainer.run.events import Event, Finished, Interrupted, PairsMade
 from ..trainer.run.memory import is_out_of_memory
 from ..trainer.run.monitor import Monitor
+from ..trainer.run.plan import set_by_hand
 from ..trainer.run.session import PLAIN, Session
 from ..trainer.run.words import duration
 from ..trainer.sizes import check_size
@@ -71,6 +72,10 @@ class Job:
         if refusal := backend.refusal():
             raise ConfigError(refusal)
         limits.check(self.config, backend.limits, backend.name)
+        if self.config.vram and "gradient_checkpointing" not in request.settings:  # a program names what it wants
+            begun = backend.settings.get("gradient_checkpointing", False)
+            self.config = self.config.replace(gradient_checkpointing=begun)
+        self.given = set_by_hand(self.config, backend.settings)
         self.checkpoint = backend.checkpoint()
         if not self.checkpoint:
             raise ConfigError("no checkpoint is loaded: choose one first")
@@ -202,7 +207,7 @@ class Job:
         return self.backend.runs_folder().parent / "pairs" / key
 
     def _estimate(self, host: Host) -> Callable[[], None]:
-        self.estimate = estimate(host, self.config, self.prompts)
+        self.estimate = estimate(host, self.config, self.prompts, given=self.given)
         self.result = self.estimate.in_words(self.monitor.free)
         return lambda: self.monitor.end("done")
 
@@ -230,7 +235,14 @@ class Job:
         place, control = self._pairs_folder(key), self.monitor.control
         finished = None
         events: Any = run.run(
-            host, config, folder, self.prompts, asked.images or None, pairs_folder=place, control=control
+            host,
+            config,
+            folder,
+            self.prompts,
+            asked.images or None,
+            pairs_folder=place,
+            control=control,
+            given=self.given,
         )
         with closing(events):
             for event in events:

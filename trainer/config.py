@@ -452,6 +452,14 @@ class Config:
         "Compile the model's blocks (torch.compile): quicker updates on a GPU, after some minutes at the start.",
         "training",
     )
+    vram: float = option(
+        0.0,
+        "GB of a card, such as 8, 12, 16 or 24: checkpointing, smaller batches and 8-bit moments are chosen so that the "
+        "training fits its memory; what you set yourself stays. 0 chooses nothing.",
+        "training",
+        low=0,
+        high=1000,
+    )
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -480,6 +488,15 @@ class Config:
         guides = self.guidance > 1 or (self.distillation_weight > 0 and self.distillation_guidance > 1)
         if self.negative_prompt and not guides:
             raise ConfigError("negative_prompt is given and guidance is 1, which leaves it out: raise guidance")
+        self._check_training()
+        weights = ("adversarial_weight", "distillation_weight", "regression_weight", "feature_weight")
+        if self.guidance_only:
+            self._check_guidance_only()
+        elif not any(getattr(self, name) for name in weights):
+            raise ConfigError("every loss has weight 0: give at least one of " + ", ".join(weights))
+
+    def _check_training(self) -> None:
+        """Raise ConfigError for a base or an optimizer that does not go with other settings."""
         if self.base_precision == INT8 and not self.rank:
             raise ConfigError(
                 "base_precision is 'int8' and rank 0, which trains the model itself: give a rank, or leave it"
@@ -489,11 +506,6 @@ class Config:
                 f"lr is {self.lr:g} and optimizer 'prodigy', which finds the learning rate itself and takes lr as a "
                 f"factor of it: set lr to 1 ({LEAST_FACTOR} to 1)"
             )
-        weights = ("adversarial_weight", "distillation_weight", "regression_weight", "feature_weight")
-        if self.guidance_only:
-            self._check_guidance_only()
-        elif not any(getattr(self, name) for name in weights):
-            raise ConfigError("every loss has weight 0: give at least one of " + ", ".join(weights))
 
     def _check_guidance_only(self) -> None:
         """Raise ConfigError for settings that a student of guidance alone cannot have."""
@@ -543,7 +555,7 @@ Config.__init__ = told_names(Config.__init__)
 # What may change between a run and its resumption: it decides how long, how often and with how much memory.
 RESUMABLE = {"updates", "minutes", "preview_every", "save_every", "evaluate_every", "log_every"}
 RESUMABLE |= {"batch_size", "gradient_accumulation", "precision", "gradient_checkpointing"}
-RESUMABLE |= {"base_precision", "offload", "compile"}
+RESUMABLE |= {"base_precision", "offload", "compile", "vram"}
 RESUMABLE |= {"init_student", "broken_pictures"}  # only the start needs them
 
 

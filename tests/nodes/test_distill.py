@@ -140,7 +140,7 @@ def test_a_student_is_gone_on_from_by_its_name_among_the_loras_or_by_its_path(gr
     graph.save(student)
     start = name or str(student.path)
     second = graph.distill(pairs, "second", {"init_student": start})[1]
-    assert second.card.training["init_student"] == (name and "my-turbo.safetensors" or student.path.name)
+    assert second.card.training["init_student"] == ((name and "my-turbo.safetensors") or student.path.name)
     assert second.card.training["updates"] == student.card.training["updates"] + 3
 
 

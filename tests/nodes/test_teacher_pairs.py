@@ -142,7 +142,7 @@ def test_buckets_are_the_sizes_that_the_pictures_fit_and_all_are_taught(graph, i
 
 
 def test_buckets_need_pictures_and_pairs_enough(graph, images):
-    with pytest.raises(DataError, match="sizes is 'buckets', .*: connect an Image Folder to images"):
+    with pytest.raises(DataError, match=r"sizes is 'buckets', .*: connect an Image Folder to images"):
         graph.pairs(sizes="buckets")
     with pytest.raises(ConfigError, match="pairs is 8: 3 sizes need at least 12"):
         graph.pairs(sizes="buckets", images=images, width=32, height=32, pairs=8)

@@ -71,7 +71,7 @@ def _eight_bits(parameters: list[nn.Parameter], lr: float, betas: tuple[float, f
 
 
 def _prodigy(parameters: list[nn.Parameter], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
-    """Prodigy (arXiv 2306.06101, algorithm 4); its estimate, which `lr` multiplies, lies in the groups, saved with them.
+    """Prodigy (arXiv 2306.06101, algorithm 4); its estimate, which `lr` multiplies, is saved with its groups.
 
     With Adam's bias correction, as its authors advise for diffusion models; their safeguard is for a warm-up of `lr`,
     which there is none of here, and with a small `lr` the estimate would never rise.

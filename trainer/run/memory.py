@@ -25,8 +25,8 @@ GB = 1024**3
 PREVIEWS = 8  # pictures
 # Bytes a pixel that the decoder of Stable Diffusion's autoencoders takes, in float32: a few maps of 256 channels.
 DECODING = 3200
-# What an optimizer keeps over the size of the parameters in float32: Adam its two moments, of eight bits with a scale for
-# each 256 numbers; Prodigy the weights as they began, too, and a sum of gradients.
+# What an optimizer keeps over the size of the parameters in float32: Adam its two moments, of eight bits with a scale
+# for each 256 numbers; Prodigy the weights as they began, too, and a sum of gradients.
 EIGHT_BITS = 2 * (1 + 4 / 256) / 4
 STATE_SIZES = {ADAMW: 2.0, ADAMW8BIT: EIGHT_BITS, PRODIGY: 4.0}
 # What is alive of the feature maps of pictures, real and the student's, over the size of the latter's.
