@@ -454,8 +454,8 @@ class Config:
     )
     vram: float = option(
         0.0,
-        "GB of a card, such as 8, 12, 16 or 24: checkpointing, smaller batches and 8-bit moments are chosen so that the "
-        "training fits its memory; what you set yourself stays. 0 chooses nothing.",
+        "GB of a card, such as 8, 12, 16 or 24: checkpointing, smaller batches and 8-bit moments are chosen so that "
+        "the training fits its memory; what you set yourself stays. 0 chooses nothing.",
         "training",
         low=0,
         high=1000,

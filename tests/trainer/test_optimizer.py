@@ -1,4 +1,4 @@
-"""The optimizers: Adam of eight bits learns nearly the same, Prodigy finds its rate; saved whole, refused if missing."""
+"""The optimizers: Adam of eight bits learns nearly the same, Prodigy finds its rate; each is saved whole, or refused."""
 
 import importlib.util
 

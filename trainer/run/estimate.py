@@ -121,7 +121,8 @@ def planned(
     """Settings with which the training fits a card of `config.vram` GB, and what they were found by.
 
     Those that are `given` stay (None: those that are not at their defaults); of the others, those that cost speed or
-    precision are chosen whatever they are. Raises ConfigError for a full copy that no settings make fit, DataError as `estimate`.
+    precision are chosen whatever they are. Raises ConfigError for a full copy that no settings make fit, DataError as
+    `estimate`.
     """
     given = set_by_hand(config, {}) if given is None else given
     free = [name for name in WHY if name not in given and name != "batch_size"]
