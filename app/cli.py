@@ -213,7 +213,7 @@ def run_distill(args: argparse.Namespace) -> int:
         print(found.words)
     score = latent_score if args.model else _judge(None).kid_score(host)
     if config.vram:
-        chosen = print_plan(host, config, found.lines, args.images, given(args))
+        chosen = print_plan(host, config, found.lines, args.images, given(args), args.out)
         if args.estimate or not chosen.fits:
             return 0 if chosen.fits else 1
         config = chosen.config.replace(vram=0.0)

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 import turbodistill
 from turbodistill.trainer.config import RESUMABLE, Config
-from turbodistill.trainer.groups import OF_DISTILL, OF_GUIDANCE, OF_IMAGES, OF_PAIRS, OF_PROMPTS, OF_SIZES, OF_VRAM, PLAIN_ONLY
+from turbodistill.trainer.groups import (
+    OF_DISTILL,
+    OF_GUIDANCE,
+    OF_IMAGES,
+    OF_PAIRS,
+    OF_PROMPTS,
+    OF_SIZES,
+    OF_VRAM,
+    PLAIN_ONLY,
+)
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 PAGES = Path(turbodistill.__file__).parent / "web" / "docs"

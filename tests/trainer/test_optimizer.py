@@ -1,4 +1,4 @@
-"""The optimizers: Adam of eight bits learns nearly the same, Prodigy finds its rate; each is saved whole, or refused."""
+"""The optimizers: Adam of eight bits learns nearly the same, Prodigy finds its rate; all are saved, or refused."""
 
 import importlib.util
 

@@ -117,22 +117,23 @@ def planned(
     prompts: Sequence[str],
     images: str | Path | None = None,
     given: Collection[str] | None = None,
+    settled: Collection[str] = (),
 ) -> tuple[Plan, Prepared, Measured]:
     """Settings with which the training fits a card of `config.vram` GB, and what they were found by.
 
-    Those that are `given` stay (None: those that are not at their defaults); of the others, those that cost speed or
-    precision are chosen whatever they are. Raises ConfigError for a full copy that no settings make fit, DataError as
-    `estimate`.
+    Those that are `given` stay (None: those that are not at their defaults), and those that are `settled` already; of
+    the others, those that cost speed or precision are chosen whatever they are. Raises ConfigError for a full copy that
+    no settings make fit, DataError as `estimate`.
     """
     given = set_by_hand(config, {}) if given is None else given
-    free = [name for name in WHY if name not in given and name != "batch_size"]
+    free = [name for name in WHY if name not in (*given, *settled, "batch_size")]
     config = config.replace(**{name: FIELDS[name].default for name in free})
     card, eight_bits = int(config.vram * GB), has_eight_bits()
     if config.rank == 0:
-        check_full(host.denoiser.backbone, config, card, eight_bits and "optimizer" not in given)
+        check_full(host.denoiser.backbone, config, card, eight_bits and "optimizer" in free)
     prepared = Prepared.of(host, config, prompts, images)
     measured = needs(prepared)
-    absent = () if host.own else OF_OWN
+    absent = (*settled, *(() if host.own else OF_OWN))
     found = plan(measured, prepared.config, card, given, eight_bit_moments=eight_bits, absent=absent)
     return found, prepared, measured
 

@@ -35,8 +35,9 @@ from .estimate import planned
 from .events import Control, Event, PairsMade, Planned, Warned
 from .memory import PREVIEWS, OutOfMemory, advice, is_out_of_memory
 from .placed import placed
+from .plan import set_by_hand
 from .scores import Score, latent_score
-from .training import Part, Training, check_saved, pictures_recipe
+from .training import Part, Training, check_saved, going_on, pictures_recipe
 
 HELD_OUT = 96  # pairs, at most, that are kept from training to choose the best student by
 ALONE_PLANNED = "vram plans for one process: run it there with --estimate first, and give its settings to them all"
@@ -154,13 +155,15 @@ def _with_pictures(
 
 
 def _fitted(
-    host: Host, config: Config, prompts: Sequence[str], given: Collection[str] | None, world: World
+    host: Host, config: Config, prompts: Sequence[str], given: Collection[str] | None, world: World, folder: Path
 ) -> tuple[Config, str]:
     """The settings chosen for a card of `vram` GB, and what to say of them; raises ConfigError where none fit."""
     if world.size > 1:
         raise ConfigError(ALONE_PLANNED)
+    given = set_by_hand(config, {}) if given is None else given
+    config, settled = going_on(config, folder, given)
     with exclusive(host.denoiser.backbone):
-        found, *_ = planned(host, config, prompts, given=given)
+        found, *_ = planned(host, config, prompts, given=given, settled=settled)
     words = found.in_a_sentence(config)
     if not found.fits:
         raise ConfigError(words)
@@ -204,7 +207,7 @@ def _run(
         seen = features(host, config)  # a setting that does not fit this model is reported before hours of pairs
         check(host, config)
         if config.vram:
-            config, words = _fitted(host, config, prompts, given, world)
+            config, words = _fitted(host, config, prompts, given, world, folder)
             yield Planned(words)
         recipe = pairs_recipe(host, config, prompts)
         check_saved(folder, config, recipe, found)
