@@ -121,12 +121,6 @@ def make_parser() -> argparse.ArgumentParser:
         "--estimate", action="store_true", help="only tell what memory it takes, and what time and disk the pairs"
     )
     distill.add_argument(
-        "--vram",
-        type=between(2, 1000, float),
-        help="GB of a card: choose settings with which the training fits into it, say where each GB goes and how long "
-        "it takes, and train so; what you set yourself stays (see docs/memory.md)",
-    )
-    distill.add_argument(
         "--fsdp",
         action="store_true",
         help="of a training in several processes: each holds a part of a full student (see docs/processes.md)",
@@ -198,14 +192,12 @@ def run_distill(args: argparse.Namespace) -> int:
     from ..trainer.run.events import Interrupted
     from ..trainer.run.memory import free_memory
     from ..trainer.run.scores import latent_score
-    from .planned import planned
+    from .planned import print_plan
     from .processes import join, launched, leave
 
     config = settings(args)
-    if args.vram and launched() > 1:
-        raise ConfigError(
-            "--vram plans for one process: run it with --estimate first, and give its settings to them all"
-        )
+    if config.vram and launched() > 1:
+        raise ConfigError(run.ALONE_PLANNED)
     world = join(config, args.fsdp)
     wildcards = [args.wildcards] if args.wildcards else []
     source = args.prompts or Path(AUTO)
@@ -220,11 +212,11 @@ def run_distill(args: argparse.Namespace) -> int:
     if found.words and world.leads:
         print(found.words)
     score = latent_score if args.model else _judge(None).kid_score(host)
-    if args.vram:
-        chosen = planned(host, config, found.lines, args.images, args.vram, given(args))
+    if config.vram:
+        chosen = print_plan(host, config, found.lines, args.images, given(args), args.out)
         if args.estimate or not chosen.fits:
             return 0 if chosen.fits else 1
-        config = chosen.config
+        config = chosen.config.replace(vram=0.0)
     if args.estimate:
         if world.leads:
             print(estimate(host, config, found.lines, args.images).in_words(free_memory(host.denoiser.device)))

@@ -7,25 +7,20 @@ from pathlib import Path
 
 from ..trainer.config import Config
 from ..trainer.host import Host
-from ..trainer.loop.optimizer import has_eight_bits
-from ..trainer.run.estimate import Prepared, needs, timed
-from ..trainer.run.memory import GB
-from ..trainer.run.plan import Plan, check_full, plan
+from ..trainer.run.estimate import planned, timed
+from ..trainer.run.plan import Plan
+from ..trainer.run.training import going_on
 
 
-def planned(
-    host: Host, config: Config, prompts: Sequence[str], images: Path | None, vram: float, given: Collection[str]
+def print_plan(
+    host: Host, config: Config, prompts: Sequence[str], images: Path | None, given: Collection[str], folder: Path
 ) -> Plan:
-    """Settings for a card of `vram` GB, printed with what they take of memory, time and disk.
+    """Settings for a card of `config.vram` GB, printed with what they take of memory, time and disk; as `planned`.
 
-    Raises ConfigError for a full copy that no settings make fit, DataError as `estimate`.
+    A training in `folder` goes on with its optimizer.
     """
-    card, eight_bits = int(vram * GB), has_eight_bits()
-    if config.rank == 0:
-        check_full(host.denoiser.backbone, config, card, eight_bits and "optimizer" not in given)
-    prepared = Prepared.of(host, config, prompts, images)
-    measured = needs(prepared)
-    found = plan(measured, prepared.config, card, given, eight_bit_moments=eight_bits)
+    config, settled = going_on(config, folder, given)
+    found, prepared, measured = planned(host, config, prompts, images, given, settled)
     print(found.in_words())
     if found.fits:
         print(timed(prepared, found.config, found.memory, measured).without_memory())

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..core.gradient_checkpointing import blocks
-from ..trainer.config import Config, ConfigError
+from ..trainer.config import PRODIGY, Config, ConfigError
 from ..trainer.run.memory import is_out_of_memory
 from ..trainer.world import ALONE, Apart, World
 
@@ -64,6 +64,8 @@ def join(config: Config, fsdp: bool = False) -> World:
     shards = asked and not config.rank
     if shards and config.precision == "float16":
         raise ConfigError("precision is float16, of which FSDP cannot scale the losses: use bfloat16")
+    if shards and config.optimizer == PRODIGY:
+        raise ConfigError("optimizer is 'prodigy', which estimates from whole weights what FSDP spreads: use adamw")
     return Processes(state.process_index, count, shards)
 
 

@@ -58,7 +58,7 @@ class Bars:
         """Move the bar, or print what the event says in words."""
         from ..trainer.loop.distill import Step
         from ..trainer.run import words
-        from ..trainer.run.events import PairsMade, Selected, Warned
+        from ..trainer.run.events import PairsMade, Planned, Selected, Warned
 
         if isinstance(event, PairsMade):
             self._renew(event.what, event.total, "")
@@ -67,6 +67,8 @@ class Bars:
             self._step(event)
         elif isinstance(event, Selected):
             _say(f"update {event.update}: score {event.score:.2f}{', the best so far' if event.best else ''}")
+        elif isinstance(event, Planned):
+            _say(event.text)
         elif isinstance(event, Warned):
             _say(words.warning(event.update, event.text))
 

@@ -28,6 +28,8 @@ TARGETS = {
     r"(single|double|joint)_?(stream_)?blocks",
     "all": r"",
 }
+SEPARATOR = re.compile(r",(?![^{]*})")  # {1,2} is a pattern's
+NOT = "not "
 # The prefix of layers in a LoRA file of each style. `kohya` and `comfy` have a UNet's single-file names; `diffusers` is
 # kohya's with a UNet's diffusers names, as kohya itself writes Stable Diffusion 1 and 2; `peft` is for a transformer of
 # diffusers, and diffusers and ComfyUI load it; `peft-unet` is what diffusers itself saves of a UNet.
@@ -51,22 +53,54 @@ def quantised(weight: Tensor) -> bool:
 
 
 def matching_layers(backbone: nn.Module, targets: str) -> dict[str, nn.Module]:
-    """The layers by name that `targets`, a key of TARGETS or a pattern, picks; raises ValueError if there are none.
+    """The layers by name that `targets` pick; raises ValueError for a part of them that picks none, or if none is left.
 
-    Of a layer that carries a LoRA of peft's, which is the teacher's, it is the layer itself, by its own name.
+    They are keys of TARGETS, or patterns, separated by commas; those behind a "not" are left out. A pattern that fits
+    no name is tried on a UNet's names of the other layout. Of a layer that carries a LoRA of peft's, which is the
+    teacher's, it is the layer itself, by its own name.
     """
     idle = layout.idle if (layout := layout_of(backbone)) else ()
     layers = {without_adapter(n): m for n, m in backbone.named_modules() if adaptable(m) and not of_an_adapter(n)}
     layers = {n: m for n, m in layers.items() if not n.startswith(idle)}
-    remedy = f"use {', '.join(TARGETS)}, or a regular expression that fits names of layers"
+    parts = [part.strip() for part in SEPARATOR.split(targets) if part.strip()]
+    left_out = [part.removeprefix(NOT).strip() for part in parts if part.startswith(NOT)]
+    picked = [part for part in parts if not part.startswith(NOT)] or ["all"]
+    names = {name for part in picked for name in _matching(part, list(layers), backbone)}
+    names -= {name for part in left_out for name in _matching(part, list(layers), backbone)}
+    if not names:
+        raise ValueError(f"LoRA targets {targets!r} leave no layer: leave out fewer")
+    return {n: m for n, m in layers.items() if n in names}
+
+
+def _matching(target: str, layers: Sequence[str], backbone: nn.Module) -> list[str]:
+    """The names that one target picks; raises ValueError if there are none."""
+    remedy = f"use {', '.join(TARGETS)}, the name of a block, or a regular expression that fits names of layers"
+    # A block's number ends there: 1 is not 10.
+    own = TARGETS.get(target, target + r"(?!\d)" if target[-1:].isdigit() else target)
     try:
-        pattern = re.compile(TARGETS.get(targets, targets))
+        pattern = re.compile(own)
     except re.error as error:
-        raise ValueError(f"LoRA targets {targets!r} are no regular expression ({error}): {remedy}") from None
-    found = {n: m for n, m in layers.items() if pattern.search(n)}
-    if not found:
-        raise ValueError(f"LoRA targets {targets!r} match no layer: {remedy}{suggestion(targets, [*TARGETS, *layers])}")
-    return found
+        raise ValueError(f"LoRA targets {target!r} are no regular expression ({error}): {remedy}") from None
+    if found := [name for name in layers if pattern.search(name)]:
+        return found
+    others = _other_names(backbone)
+    if found := [name for name in layers if pattern.search(others.get(name, ""))]:
+        return found
+    names = [*layers, *others.values()]
+    known = {".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 2)}
+    raise ValueError(
+        f"LoRA targets {target!r} match no layer: {remedy}{suggestion(target, [*TARGETS, *sorted(known)])}"
+    )
+
+
+def _other_names(backbone: nn.Module) -> dict[str, str]:
+    """A UNet's modules by their names -> those of the other layout, diffusers' or the single files'."""
+    parameters = [without_adapter(n) for n, _ in backbone.named_parameters() if not of_an_adapter(n)]
+    try:
+        table = to_single_file(parameters) if is_diffusers(parameters) else to_diffusers(parameters)
+    except ValueError:  # no UNet of Stable Diffusion
+        return {}
+    return {name.rpartition(".")[0]: other.rpartition(".")[0] for name, other in table.items()}
 
 
 def autocasts(device: torch.device) -> bool:
@@ -111,9 +145,9 @@ class Branch(nn.Module):
 class LoRA(nn.Module):
     """Branches on the chosen layers of a backbone; `enabled` switches all of them.
 
-    `targets` is a key of TARGETS or a regular expression on module names. The branches lie on `device`,
-    where the backbone computes: with little memory its weights lie elsewhere. Call `remove` to take the hooks
-    out of the backbone again.
+    `targets` are keys of TARGETS or regular expressions on module names, as `matching_layers` takes them. The branches
+    lie on `device`, where the backbone computes: with little memory its weights lie elsewhere. Call `remove` to take
+    the hooks out of the backbone again.
     """
 
     def __init__(

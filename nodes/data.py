@@ -21,10 +21,12 @@ from ..trainer.data.pairs import digest, make_pairs, pairs_key
 from ..trainer.data.picture_prompts import is_pictures
 from ..trainer.data.pictures import read_pictures
 from ..trainer.data.prompts import FoundPrompts, draw_prompts, find_prompts, prompt_lines, suggested
+from ..trainer.data.sizes import with_buckets
 from ..trainer.data.walk import stamp
 from ..trainer.groups import OF_GUIDANCE, OF_IMAGES, OF_PAIRS, OF_PROMPTS, OF_SIZES
 from ..trainer.run.events import PairsMade
 from ..trainer.run.monitor import Monitor
+from ..trainer.sizes import BUCKETS
 from .graph import file_names
 from .host import page, patcher
 from .host.training import ComfyUIHost, cancellable
@@ -226,6 +228,14 @@ def _suggestion(cls, model) -> Suggestion:
     return suggest(base_name(cls, model), patcher.architecture(model), patcher.metadata(names))
 
 
+def _buckets(images: Images | None, resolution: tuple[int, int]) -> str:
+    """The sizes that the pictures fit, of the area of `resolution`; raises DataError where there are none."""
+    if images is None:
+        raise DataError("sizes is 'buckets', those that pictures of yours fit: connect an Image Folder to images")
+    found = read_pictures(images.place, images.broken_pictures)
+    return with_buckets(Config(sizes=BUCKETS), found, resolution).sizes
+
+
 class TeacherPairs(io.ComfyNode):
     """Makes the teacher's pictures that a student learns from."""
 
@@ -258,6 +268,11 @@ class TeacherPairs(io.ComfyNode):
                     optional=True,
                     tooltip="Yours, from BasicScheduler or another one, at denoise 1: in place of pair_steps.",
                 ),
+                IMAGES.Input(
+                    "images",
+                    optional=True,
+                    tooltip="Pictures of yours, from Image Folder, for sizes 'buckets': those that they fit.",
+                ),
             ],
             outputs=[PAIRS.Output("PAIRS", display_name="PAIRS", tooltip="For Distill.")],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id, io.Hidden.extra_pnginfo],
@@ -267,8 +282,21 @@ class TeacherPairs(io.ComfyNode):
     @classmethod
     @within_bounds
     def execute(
-        cls, model, clip, vae, prompts: Sequence[str], width, height, at_once, sampler=None, sigmas=None, **settings
+        cls,
+        model,
+        clip,
+        vae,
+        prompts: Sequence[str],
+        width,
+        height,
+        at_once,
+        sampler=None,
+        sigmas=None,
+        images: Images | None = None,
+        **settings,
     ) -> io.NodeOutput:
+        if settings.get("sizes", "").strip() == BUCKETS:
+            settings["sizes"] = _buckets(images, (width, height))
         config = Config(**settings, batch_size=at_once)
         loaded = ComfyUIHost(model, clip, vae, base_name(cls, model), width, height)
         loaded = loaded.sampled_by(sampler, sigmas, config)

@@ -11,14 +11,15 @@ from comfy_api.latest import io, ui
 
 from ..core.card import StudentCard, read_card, read_student
 from ..core.families import suspect
-from ..trainer.checks import check_inside, check_name
+from ..trainer.checks import check_name, find_student
 from ..trainer.config import Config
 from ..trainer.data.files import DataError, write_whole
 from ..trainer.data.pairs import pairs_key
-from ..trainer.groups import ADVANCED, OF_DISTILL
+from ..trainer.groups import ADVANCED, OF_DISTILL, OF_VRAM
 from ..trainer.run import run
 from ..trainer.run.events import Finished, Preview
 from ..trainer.run.monitor import Monitor
+from ..trainer.run.plan import set_by_hand
 from .data import IMAGES, PAIRS, Images, Pairs, base_name
 from .graph import file_names
 from .host import page, patcher, save
@@ -34,6 +35,7 @@ STUDENT = io.Custom("TURBODISTILL_STUDENT")
 LORA_MODEL = io.Custom("LORA_MODEL")
 LOSS_MAP = io.Custom("LOSS_MAP")
 CURVES = ("regression", "guidance", "distillation", "features", "adversarial")  # the first there is tells most
+BEGINS = {"batch_size": 4, "gradient_checkpointing": True}  # where the widgets do, for a large model on one card
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,10 @@ class Distill(io.ComfyNode):
                     default="my-turbo",
                     tooltip="The run's folder in output/turbodistill/runs; a run of this name goes on.",
                 ),
-                *widgets(OF_DISTILL, batch_size=4, gradient_checkpointing=True),
+                *widgets(OF_DISTILL, **BEGINS),
                 IMAGES.Input("images", optional=True, tooltip="Pictures of yours, from Image Folder."),
                 SETTINGS.Input("settings", optional=True, tooltip="From Advanced Settings."),
+                *widgets(OF_VRAM, optional=True),
             ],
             outputs=[
                 io.Model.Output("MODEL", tooltip="With the student on it: for One-Step Sample."),
@@ -135,7 +138,8 @@ class Distill(io.ComfyNode):
             positives = "both" if config.positives == "teacher" else config.positives
             config = config.replace(positives=positives, broken_pictures=images.broken_pictures)
         if config.init_student:
-            check_inside(config.init_student, page.readable_folders())
+            found = find_student(config.init_student, page.student_folders(), page.readable_folders())
+            config = config.replace(init_student=found)
         folder = run_folder(name)
         with trainable(model) as trained:
             base = base_name(cls, model)
@@ -168,7 +172,10 @@ class Distill(io.ComfyNode):
         """Run to the end; the last preview, and what was made."""
         control = panel.monitor.control
         place = None if images is None else images.place
-        events = run.run(loaded, config, folder, pairs.prompts, place, pairs_folder=pairs.folder, control=control)
+        given = set_by_hand(config, BEGINS)
+        events = run.run(
+            loaded, config, folder, pairs.prompts, place, pairs_folder=pairs.folder, control=control, given=given
+        )
         preview: Preview | None = None
         with closing(events):
             for event in events:

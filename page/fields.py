@@ -27,6 +27,8 @@ def component(name: str, value: Any = None, limits: Limits | None = None) -> Any
     }
     if about["choices"]:
         return gr.Dropdown(choices=list(about["choices"]), **options)
+    if "offers" in about:
+        return gr.Dropdown(choices=about["offers"], allow_custom_value=True, **options)
     if kind is bool:
         return gr.Checkbox(**options)
     if kind is str:

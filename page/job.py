@@ -20,7 +20,7 @@ from torch import nn
 
 from ..core.families import recognise, suspect
 from ..core.gradient_checkpointing import blocks
-from ..trainer.checks import check_inside, check_name
+from ..trainer.checks import check_inside, check_name, find_student
 from ..trainer.config import ConfigError
 from ..trainer.data.built_in import AUTO
 from ..trainer.data.files import write_whole
@@ -35,6 +35,7 @@ from ..trainer.run.estimate import Estimate, estimate
 from ..trainer.run.events import Event, Finished, Interrupted, PairsMade
 from ..trainer.run.memory import is_out_of_memory
 from ..trainer.run.monitor import Monitor
+from ..trainer.run.plan import set_by_hand
 from ..trainer.run.session import PLAIN, Session
 from ..trainer.run.words import duration
 from ..trainer.sizes import check_size
@@ -71,17 +72,20 @@ class Job:
         if refusal := backend.refusal():
             raise ConfigError(refusal)
         limits.check(self.config, backend.limits, backend.name)
+        if self.config.vram and "gradient_checkpointing" not in request.settings:  # a program names what it wants
+            begun = backend.settings.get("gradient_checkpointing", False)
+            self.config = self.config.replace(gradient_checkpointing=begun)
+        self.given = set_by_hand(self.config, backend.settings)
         self.checkpoint = backend.checkpoint()
         if not self.checkpoint:
             raise ConfigError("no checkpoint is loaded: choose one first")
         self.folder = backend.runs_folder() / check_name(request.name)
-        if request.kind == "distill":
-            runs.check_settings(self.folder, self.config)
         self.size = (request.width or backend.sizes[0], request.height or backend.sizes[1])
         check_size(*self.size)
         folders = backend.readable_folders()
         if self.config.init_student:
-            check_inside(self.config.init_student, folders)
+            start = find_student(self.config.init_student, [backend.students_folder()], folders)
+            self.config = self.config.replace(init_student=start)
         if request.kind == "distill":
             run.check_inputs(self.config, request.images or None)
         captions: list[str] = []
@@ -91,6 +95,8 @@ class Job:
                 check_pictures(found.pictures)
             captions = found.captions
             self.config = with_buckets(self.config, found, self.size)
+        if request.kind == "distill":
+            runs.check_settings(self.folder, self.config)
         self.prompts, words = request.find_prompts(backend, captions)
         self.begun = time.time()
         self.result = ""  # what came of it, in words
@@ -201,7 +207,7 @@ class Job:
         return self.backend.runs_folder().parent / "pairs" / key
 
     def _estimate(self, host: Host) -> Callable[[], None]:
-        self.estimate = estimate(host, self.config, self.prompts)
+        self.estimate = estimate(host, self.config, self.prompts, given=self.given)
         self.result = self.estimate.in_words(self.monitor.free)
         return lambda: self.monitor.end("done")
 
@@ -229,7 +235,14 @@ class Job:
         place, control = self._pairs_folder(key), self.monitor.control
         finished = None
         events: Any = run.run(
-            host, config, folder, self.prompts, asked.images or None, pairs_folder=place, control=control
+            host,
+            config,
+            folder,
+            self.prompts,
+            asked.images or None,
+            pairs_folder=place,
+            control=control,
+            given=self.given,
         )
         with closing(events):
             for event in events:

@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 
 from ..trainer.config import ConfigError
-from ..trainer.groups import OF_DISTILL, OF_PAIRS, PLAIN_ONLY
+from ..trainer.groups import OF_DISTILL, OF_PAIRS, OF_VRAM, PLAIN_ONLY
 from . import curves, fields, job, runs, view
 from .backend import Backend
 from .events import asking, listen, stamp
@@ -24,7 +24,7 @@ from .take_over import READ, take_over
 TEXT, FILE, CAPTIONS = "the text below", "a text file, or pictures", "the captions of my pictures"
 BUILT_IN = "built in: "
 EXAMPLE = "a {red|black|white} {fox|cat|owl} in a {forest|city|garden}, {photo|oil painting}"
-MAIN = (*OF_PAIRS, *OF_DISTILL)
+MAIN = (*OF_PAIRS, *OF_DISTILL, *OF_VRAM)
 MORE = tuple(name for name in FIELDS if name not in (*MAIN, *PLAIN_ONLY))  # in their groups
 SETTINGS = (*MAIN, *MORE)
 OF_RUN = ("name", "source", "text", "file", "images", "width", "height")  # what else the form asks for

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 from turbodistill.core.lora import FORMATS, TARGETS, LoRA, check_match
+from turbodistill.core.naming import to_single_file
 from turbodistill.core.student import Student
 
 PREDICTIONS = ["eps", "v", "flow"]
@@ -136,6 +137,68 @@ def test_targets_choose_the_layers(toys):
     attention = LoRA(unet, 2, targets="attention").names
     assert all(n.endswith(("to_q", "to_k", "to_v", "to_out.0")) for n in attention)
     assert LoRA(unet, 2, targets=r"conv_in$").names == ["conv_in"]
+
+
+def in_single_file_names(unet):
+    """A container of the UNet's layers under the names that hosts have them by."""
+    root = torch.nn.Module()
+    for name, other in to_single_file([n for n, _ in unet.named_parameters()]).items():
+        if not name.endswith("weight"):
+            continue
+        *path, last = other.rpartition(".")[0].split(".")
+        here = root
+        for part in path:
+            if part not in here._modules:
+                here.add_module(part, torch.nn.Module())
+            here = here._modules[part]
+        here.add_module(last, unet.get_submodule(name.rpartition(".")[0]))
+    return root
+
+
+def test_targets_are_lists_that_leave_blocks_out(toys):
+    unet = in_single_file_names(toys.small_unet())
+    every = set(LoRA(unet, 2).names)
+    attention, middle = (set(LoRA(unet, 2, targets=key).names) for key in ("attention", "middle_block"))
+    assert middle and all(n.startswith("middle_block.") for n in middle)
+    assert set(LoRA(unet, 2, targets="attention, middle_block").names) == attention | middle
+    assert set(LoRA(unet, 2, targets="attention, not middle_block,").names) == attention - middle != attention
+    assert set(LoRA(unet, 2, targets="not middle_block, not attention").names) == every - middle - attention
+    assert LoRA(unet, 2, targets="").names == LoRA(unet, 2, targets="all").names
+
+
+def test_a_block_s_number_ends_where_it_ends(toys):
+    layers = {f"input_blocks.{k}": torch.nn.Linear(2, 2) for k in (1, 2, 10, 11)}
+    network = torch.nn.Module()
+    network.input_blocks = torch.nn.ModuleDict({name.rpartition(".")[2]: m for name, m in layers.items()})
+    assert LoRA(network, 1, targets="input_blocks.1").names == ["input_blocks.1"]
+    assert LoRA(network, 1, targets=r"blocks\.\d{2,3}").names == ["input_blocks.10", "input_blocks.11"]
+    assert LoRA(network, 1, targets="input_blocks.1, not input_blocks.2").names == ["input_blocks.1"]
+
+
+def test_a_unet_s_blocks_go_by_the_names_of_either_layout(toys):
+    unet = toys.small_unet()
+    hosted = in_single_file_names(unet)
+    for theirs, ours in (("output_blocks.1", "up_blocks.0.resnets.1"), ("middle_block.1", "mid_block.attentions")):
+        one, other = LoRA(unet, 2, targets=theirs), LoRA(hosted, 2, targets=theirs)
+        assert one.names and all(n.startswith(ours) for n in one.names)
+        assert sorted(one.file_names(unet)) == sorted(other.file_names(hosted))
+        assert other.names == LoRA(hosted, 2, targets=ours).names
+
+
+@pytest.mark.parametrize(
+    ("targets", "told"),
+    [
+        ("attention, nothing", "'nothing' match no layer"),
+        ("not nothing", "'nothing' match no layer"),
+        ("attention, not all", "leave no layer"),
+        ("output_blok.1", "'output_blok.1' match no layer: .*; the nearest is 'output_blocks.1'"),
+        ("atention", "the nearest is 'attention'"),
+        ("a, (b", "are no regular expression"),
+    ],
+)
+def test_targets_that_pick_nothing_are_named(toys, targets, told):
+    with pytest.raises(ValueError, match=told):
+        LoRA(in_single_file_names(toys.small_unet()), 2, targets=targets)
 
 
 def test_impossible_loras_are_refused(toys):

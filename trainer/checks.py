@@ -49,6 +49,20 @@ def check_inside(path: str | Path, folders: Sequence[Path] | None) -> Path:
     )
 
 
+def find_student(text: str, listed: Sequence[Path], folders: Sequence[Path] | None) -> str:
+    """The file that an `init_student` names: as lists show it, in a folder whose files are `listed`, or by its path.
+
+    Raises DataError for a path that lies below none of the `folders`.
+    """
+    for folder in map(os.path.abspath, () if os.path.isabs(text) else listed):
+        for name in (text, f"{text}.safetensors"):
+            path = os.path.abspath(os.path.join(folder, name))
+            if is_inside(Path(path), [Path(folder)]) and os.path.isfile(path):
+                return path
+    check_inside(text, folders)
+    return text
+
+
 def check_prompt_place(path: str | Path, folders: Sequence[Path] | None) -> Path:
     """The path of a file of prompts, or of pictures; where others reach the server, by its ending too.
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..core.lora import TARGETS
 from ..core.losses import ADVERSARIAL, WEIGHTS
 from ..core.sampling import TEACHER_SAMPLERS
 from ..core.student import PREDICTIONS
@@ -28,7 +29,8 @@ LEAST_LR = 1e-9  # with less, or nothing, a training only takes time
 MOST_LETTERS = 4000  # of a prompt
 FEWEST_OF_SIZE = 4  # pairs
 AS_LOADED, INT8 = BASE_PRECISIONS = ("as loaded", "int8")
-ADAMW, ADAMW8BIT = OPTIMIZERS = ("adamw", "adamw8bit")
+ADAMW, ADAMW8BIT, PRODIGY = OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
+LEAST_FACTOR = 0.1  # of what prodigy finds: with a learning rate of other optimizers it would learn next to nothing
 # What a student that is sampled as its teacher has no use for.
 OF_FEW_STEPS = ("prediction", "start_timestep", "student_steps", "first_step_share", "fresh_noise_share")
 
@@ -65,8 +67,10 @@ class Config:
     )
     targets: str = option(
         "all",
-        "Layers that get a LoRA: attention, transformer, all, or a regular expression. Choose fewer to save memory.",
+        "Layers that get a LoRA, separated by commas: attention, transformer, all, blocks such as output_blocks.1, or "
+        "regular expressions; 'not middle_block' leaves a block out. Choose fewer to save memory.",
         "student",
+        offers=tuple(TARGETS),
     )
     prediction: str = option(
         "inherit",
@@ -112,7 +116,8 @@ class Config:
     init_student: str = option(
         "",
         "Student file to begin from, of this model or of another of its architecture; or a Turbo, LCM, Lightning, "
-        "Hyper-SD or DMD2 LoRA of the same architecture. Ranks may differ. Empty starts from the teacher.",
+        "Hyper-SD or DMD2 LoRA of the same architecture. Ranks may differ. In ComfyUI and WebUIs its name among the "
+        "LoRAs will do. Empty starts from the teacher.",
         "student",
     )
     # Data
@@ -225,7 +230,7 @@ class Config:
     )
     lr: float = option(
         2e-4,
-        "Learning rate of the student. 1e-5 to 5e-4; a full copy needs about 1e-5.",
+        "Learning rate of the student. 1e-5 to 5e-4; a full copy needs about 1e-5, the optimizer prodigy 1.",
         "training",
         low=LEAST_LR,
         high=1,
@@ -436,8 +441,9 @@ class Config:
     )
     optimizer: str = option(
         "adamw",
-        "Optimizer: adamw8bit keeps its two moments in eight bits, a quarter of the memory; it needs torchao. Worth it "
-        "for a full copy.",
+        "Optimizer of the student: adamw8bit keeps Adam's moments in eight bits, for a full copy, and needs torchao; "
+        "prodigy finds the learning rate itself, with lr at 1, takes twice the memory of adamw and needs "
+        "pytorch-optimizer.",
         "training",
         OPTIMIZERS,
     )
@@ -445,6 +451,14 @@ class Config:
         False,
         "Compile the model's blocks (torch.compile): quicker updates on a GPU, after some minutes at the start.",
         "training",
+    )
+    vram: float = option(
+        0.0,
+        "GB of a card, such as 8, 12, 16 or 24: checkpointing, smaller batches and 8-bit moments are chosen so that "
+        "the training fits its memory; what you set yourself stays. 0 chooses nothing.",
+        "training",
+        low=0,
+        high=1000,
     )
 
     def __post_init__(self) -> None:
@@ -474,15 +488,24 @@ class Config:
         guides = self.guidance > 1 or (self.distillation_weight > 0 and self.distillation_guidance > 1)
         if self.negative_prompt and not guides:
             raise ConfigError("negative_prompt is given and guidance is 1, which leaves it out: raise guidance")
-        if self.base_precision == INT8 and not self.rank:
-            raise ConfigError(
-                "base_precision is 'int8' and rank 0, which trains the model itself: give a rank, or leave it"
-            )
+        self._check_training()
         weights = ("adversarial_weight", "distillation_weight", "regression_weight", "feature_weight")
         if self.guidance_only:
             self._check_guidance_only()
         elif not any(getattr(self, name) for name in weights):
             raise ConfigError("every loss has weight 0: give at least one of " + ", ".join(weights))
+
+    def _check_training(self) -> None:
+        """Raise ConfigError for a base or an optimizer that does not go with other settings."""
+        if self.base_precision == INT8 and not self.rank:
+            raise ConfigError(
+                "base_precision is 'int8' and rank 0, which trains the model itself: give a rank, or leave it"
+            )
+        if self.optimizer == PRODIGY and self.lr < LEAST_FACTOR:
+            raise ConfigError(
+                f"lr is {self.lr:g} and optimizer 'prodigy', which finds the learning rate itself and takes lr as a "
+                f"factor of it: set lr to 1 ({LEAST_FACTOR} to 1)"
+            )
 
     def _check_guidance_only(self) -> None:
         """Raise ConfigError for settings that a student of guidance alone cannot have."""
@@ -532,7 +555,7 @@ Config.__init__ = told_names(Config.__init__)
 # What may change between a run and its resumption: it decides how long, how often and with how much memory.
 RESUMABLE = {"updates", "minutes", "preview_every", "save_every", "evaluate_every", "log_every"}
 RESUMABLE |= {"batch_size", "gradient_accumulation", "precision", "gradient_checkpointing"}
-RESUMABLE |= {"base_precision", "offload", "compile"}
+RESUMABLE |= {"base_precision", "offload", "compile", "vram"}
 RESUMABLE |= {"init_student", "broken_pictures"}  # only the start needs them
 
 

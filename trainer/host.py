@@ -44,6 +44,7 @@ class Host(Protocol):
         """How the teacher makes pictures here, where it is not by the settings."""
         ...
 
+    own: bool  # whether the model is this program's own, to place and pack it; else the host does that by itself
     name: str
     architecture: str  # a ModelSpec architecture: stable-diffusion-v1, ...
     base_hash: str

@@ -27,9 +27,18 @@ def shown(value: object) -> str:
     return written[value] if value is None or isinstance(value, bool) else f"{value!r:.100}"
 
 
-def option(default: Any, help: str, group: str, choices=None, low: float | None = None, high: float | None = None):
-    """A field of Config with what its front ends show."""
+def option(
+    default: Any,
+    help: str,
+    group: str,
+    choices=None,
+    low: float | None = None,
+    high: float | None = None,
+    offers: Sequence[str] = (),
+):
+    """A field of Config with what its front ends show; a text of any kind may be one of what it `offers`."""
     about = {"help": help, "group": group, "choices": choices and tuple(choices), "low": low, "high": high}
+    about |= {"offers": list(offers)} if offers else {}
     return field(default=default, metadata=about)
 
 

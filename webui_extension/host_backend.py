@@ -35,7 +35,7 @@ class HostBackend:
     # A full copy is the network alone, which no WebUI loads; and the autoencoder has no gradients here.
     limits: dict[str, Any] = {  # noqa: RUF012 - a constant
         "rank": {"low": 1, "help": "LoRA rank. Higher learns more detail and takes more memory."},
-        "lr": {"help": "Learning rate of the student. 1e-5 to 5e-4."},
+        "lr": {"help": "Learning rate of the student. 1e-5 to 5e-4; the optimizer prodigy needs 1."},
         **dict.fromkeys(PLAIN_ONLY),
     }
 

@@ -58,6 +58,7 @@ class WebUIHost:
     """
 
     text_hash: str
+    own = False
     beside = (0, 0)  # bytes: what is not trained is away meanwhile
     decoder = None  # the autoencoder is off the GPU while the model trains
 

@@ -121,6 +121,11 @@ def input_path(text: str) -> Path:
     return check_inside(Path(folder_paths.get_input_directory()) / path_of(text), readable_folders())
 
 
+def student_folders() -> list[Path]:
+    """Where ComfyUI lists LoRAs, and students that are full copies."""
+    return [Path(place) for kind in ("loras", "diffusion_models") for place in folder_paths.get_folder_paths(kind)]
+
+
 def wildcard_folders() -> list[Path]:
     """Where wildcard files lie: in the input folder, in ComfyUI's own, and where extra_model_paths.yaml says so."""
     listed, _ = folder_paths.folder_names_and_paths.get(WILDCARDS, ([], set()))

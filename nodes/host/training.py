@@ -113,6 +113,7 @@ class ComfyUIHost:
     no training sees it, a VAE of another kind, or sizes that it cannot make.
     """
 
+    own = False
     beside = (0, 0)  # bytes: what is not trained is away meanwhile
     decoder = None  # the VAE is off the GPU while the model trains
 

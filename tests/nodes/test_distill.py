@@ -143,6 +143,36 @@ def test_without_advanced_settings_the_trainer_s_own_count(graph, places, kit):
     assert (config["lr"], config["regression_updates"], config["head_channels"]) == (2e-4, 200, 64)
 
 
+@pytest.mark.parametrize("name", ["my-turbo", "my-turbo.safetensors", ""])
+def test_a_student_is_gone_on_from_by_its_name_among_the_loras_or_by_its_path(graph, nodes, places, kit, name):
+    pairs = graph.pairs()
+    student = graph.distill(pairs)[1]
+    graph.save(student)
+    start = name or str(student.path)
+    second = graph.distill(pairs, "second", {"init_student": start})[1]
+    assert second.card.training["init_student"] == ((name and "my-turbo.safetensors") or student.path.name)
+    assert second.card.training["updates"] == student.card.training["updates"] + 3
+
+
+def test_a_card_s_memory_chooses_checkpointing_and_parts_of_the_batch(graph, server, places, kit):
+    graph.distill(graph.pairs(), vram=24.0)
+    config = kit.state(places)["config"]
+    assert (config["gradient_checkpointing"], config["batch_size"], config["vram"]) == (False, 4, 24.0)
+    told = server.sent[-1][1]["memory"]
+    assert told.startswith("for a card of 24.0 GB: gradient_checkpointing false; training takes about ")
+
+
+def test_what_is_set_on_the_node_stays_and_too_small_a_card_is_told(graph, server, places, kit):
+    pairs = graph.pairs()
+    graph.distill(pairs, vram=24.0, batch_size=3, gradient_checkpointing=False)
+    assert server.sent[-1][1]["memory"].startswith(
+        "for a card of 24.0 GB: as it is set; set by hand, and kept: batch_size, gradient_checkpointing; training"
+    )
+    with pytest.raises(ConfigError, match=r"for a card of 0.9 GB: .*No settings make it fit: .* are missing"):
+        graph.distill(pairs, "other", vram=0.9)
+    assert server.sent[-1][1]["state"] == "failed" and not kit.folder(places, "other").joinpath(training.STATE).exists()
+
+
 # --- pictures of one's own ---
 
 

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 import turbodistill
 from turbodistill.trainer.config import RESUMABLE, Config
-from turbodistill.trainer.groups import OF_DISTILL, OF_GUIDANCE, OF_IMAGES, OF_PAIRS, OF_PROMPTS, OF_SIZES, PLAIN_ONLY
+from turbodistill.trainer.groups import (
+    OF_DISTILL,
+    OF_GUIDANCE,
+    OF_IMAGES,
+    OF_PAIRS,
+    OF_PROMPTS,
+    OF_SIZES,
+    OF_VRAM,
+    PLAIN_ONLY,
+)
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 PAGES = Path(turbodistill.__file__).parent / "web" / "docs"
@@ -43,7 +52,7 @@ def test_it_says_defaults_help_and_choices_as_the_trainer_does(listed):
     of_others = {
         "Image Folder": OF_IMAGES,
         "Teacher Pairs": OF_PAIRS + OF_PROMPTS + OF_GUIDANCE + OF_SIZES,
-        "Distill": OF_DISTILL,
+        "Distill": OF_DISTILL + OF_VRAM,
     }
     asked = {name: node for node, names in of_others.items() for name in names}
     for name, field in FIELDS.items():

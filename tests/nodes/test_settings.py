@@ -55,6 +55,7 @@ def test_both_ends_of_a_widget_are_settings_that_can_be(nodes, name):
     ends = i.options if i.io_type == "COMBO" else [i.min, i.max] if i.io_type in ("INT", "FLOAT") else [i.default]
     # Steps are no more than timesteps; some loss must have a weight.
     beside = {"start_timestep": {"student_steps": 1}, "regression_weight": {"feature_weight": 1.0}}.get(name, {})
+    beside |= {"lr": 1.0} if name == "optimizer" else {}  # prodigy's
     for value in ends:
         assert getattr(Config(**{name: value} | beside), name) == value
 

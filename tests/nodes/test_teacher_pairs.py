@@ -6,7 +6,8 @@ import random
 import pytest
 import torch
 from PIL import Image
-from turbodistill.trainer.data.files import read_tensors
+from turbodistill.trainer.config import ConfigError
+from turbodistill.trainer.data.files import DataError, read_tensors
 from turbodistill.trainer.data.pairs import load_pairs
 from turbodistill.trainer.groups import OF_PAIRS
 from turbodistill.trainer.run import session
@@ -114,6 +115,37 @@ def test_a_model_that_cannot_be_distilled_is_told_before_pairs_are_made(nodes, g
     with pytest.raises(ValueError, match="17 x 16 pixels: give multiples of 2"):
         graph.pairs(width=17)
     assert not (places.output / "turbodistill").exists()
+
+
+# --- resolution buckets ---
+
+
+@pytest.fixture
+def images(nodes, places):
+    folder = places.input / "pets"
+    folder.mkdir()
+    for k, size in enumerate([(60, 40), (90, 60), (50, 50), (60, 90)]):
+        Image.effect_noise(size, 60).convert("RGB").save(folder / f"{k}.png")
+        (folder / f"{k}.txt").write_text(f"pet {k}")
+    return nodes.data.ImageFolder.run(folder="pets", broken_pictures="stop")[0]
+
+
+def test_buckets_are_the_sizes_that_the_pictures_fit_and_all_are_taught(graph, images, places, kit):
+    pairs = graph.pairs(sizes="buckets", images=images, width=32, height=32)
+    assert pairs.settings["sizes"] == "24x40, 32x32, 40x24"
+    assert sorted(p.name for p in pairs.folder.iterdir()) == ["24x40", "32x32", "40x24"]
+    assert load_pairs(pairs.folder / "24x40").latents.shape == (4, 4, 20, 12)
+    assert graph.pairs(sizes=pairs.settings["sizes"], width=32, height=32).folder == pairs.folder
+    student = graph.distill(pairs, images=images)[1]
+    assert student.card.sizes == "24x40, 32x32, 40x24"
+    assert {p.name for p in (kit.folder(places) / "images").iterdir()} == {"24x40", "32x32", "40x24"}
+
+
+def test_buckets_need_pictures_and_pairs_enough(graph, images):
+    with pytest.raises(DataError, match=r"sizes is 'buckets', .*: connect an Image Folder to images"):
+        graph.pairs(sizes="buckets")
+    with pytest.raises(ConfigError, match="pairs is 8: 3 sizes need at least 12"):
+        graph.pairs(sizes="buckets", images=images, width=32, height=32, pairs=8)
 
 
 # --- a SAMPLER and SIGMAS of ComfyUI's ---

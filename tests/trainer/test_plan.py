@@ -1,11 +1,17 @@
 """The planner's choices, on sizes that are given: the fastest that fits, what is set by hand kept, and honest words."""
 
+from types import SimpleNamespace
+
 import pytest
 from torch import nn
 from turbodistill.trainer.config import Config, ConfigError
+from turbodistill.trainer.run import plan as plans
+from turbodistill.trainer.run import run
+from turbodistill.trainer.run.estimate import estimate, planned
+from turbodistill.trainer.run.events import Planned
 from turbodistill.trainer.run.kept import Kept
 from turbodistill.trainer.run.memory import GB, Line, Measured
-from turbodistill.trainer.run.plan import CONTEXT, DISPLAY, LOST, check_full, plan, usable
+from turbodistill.trainer.run.plan import CONTEXT, DISPLAY, LOST, check_full, plan, set_by_hand, usable
 
 WAYS = ("offload", "batch_size", "gradient_checkpointing", "optimizer", "base_precision")
 
@@ -90,6 +96,39 @@ def test_eight_bit_moments_are_offered_where_there_is_an_optimizer_for_them():
     assert found.changes["optimizer"] == pytest.approx(20 * GB * (1 - (1 + 4 / 256) / 4), rel=1e-3)
 
 
+def test_what_there_is_none_of_in_a_host_is_neither_chosen_nor_told():
+    config = Config(batch_size=2)
+    found = plan(measured(), config, card(7.8), {"batch_size"}, absent=("base_precision", "offload"))
+    assert changed(found, config) == {"gradient_checkpointing": True} and found.given == ("batch_size",)
+    assert "base_precision" not in found.in_words() and "offload" not in found.in_words()
+
+
+def test_a_page_is_told_in_a_sentence_what_differs_from_what_was_asked():
+    asked = Config(batch_size=2, gradient_checkpointing=True)
+    begun = asked.replace(gradient_checkpointing=False)
+    assert plan(measured(), begun, 16 * GB, {"offload"}).in_a_sentence(asked) == (
+        "for a card of 16.0 GB: batch_size 1 with gradient_accumulation 2, gradient_checkpointing false; "
+        "set by hand, and kept: offload"
+    )
+    assert plan(measured(), begun, 40 * GB).in_a_sentence(begun) == "for a card of 40.0 GB: as it is set"
+    small = plan(measured(), begun, 4 * GB, {"batch_size"}).in_a_sentence(asked)
+    assert "No settings make it fit" in small and small.endswith("set by hand, and kept: batch_size")
+
+
+def test_what_is_set_by_hand_is_not_where_the_form_begins():
+    begins = {"batch_size": 4, "gradient_checkpointing": True}
+    assert set_by_hand(Config(**begins), begins) == set()
+    assert set_by_hand(Config(batch_size=4, lr=1e-3), begins) == {"gradient_checkpointing", "lr"}
+
+
+def test_prodigy_stays_what_it_is():
+    config = Config(rank=0, batch_size=1, optimizer="prodigy", lr=1.0)
+    found = plan(measured(packing=0), config, card(4), eight_bit_moments=True)
+    assert not found.fits and found.config.optimizer == "prodigy"
+    adam = plan(measured(packing=0), config.replace(optimizer="adamw"), card(4))
+    assert found.memory.trained - adam.memory.trained == 2 * GB // 4
+
+
 def test_what_cannot_be_is_not_offered():
     small = measured(packing=0, encoders=0, autoencoder=0, passes=Line(kept(outside=4), kept(outside=8)))
     config = Config(batch_size=2)
@@ -143,3 +182,58 @@ def test_a_full_copy_that_cannot_fit_is_refused_before_it_is_made():
     with pytest.raises(ConfigError, match="rank is 0, and a full copy takes"):
         check_full(network, Config(rank=0), card(5.4), False)
     check_full(network, Config(rank=0), card(5.4), True)
+
+
+# --- in a run ---
+
+
+def room_for(monkeypatch, host, config, prompts, less=1):
+    """A card that leaves `less` bytes less than these settings take, whatever its GB; the measure that says so."""
+    found, _, measure = planned(host, config, prompts)
+    take = measure.memory(found.config).total - less
+    monkeypatch.setattr(plans, "usable", lambda card: take)
+    return measure
+
+
+def test_a_run_chooses_what_fits_and_says_it_before_the_pairs(kit, tmp_path, monkeypatch):
+    config = kit.config(taps="", vram=8.0)
+    measure = room_for(monkeypatch, kit.unet_host(), config, kit.WORDS)
+    events = kit.go(kit.unet_host(), config, tmp_path)
+    first = events[0]
+    assert isinstance(first, Planned) and first.text.startswith("for a card of 8.0 GB: ")
+    chosen = Config(**kit.saved(tmp_path)["config"])
+    assert chosen != config and chosen.batch_size * chosen.gradient_accumulation == config.batch_size
+    assert measure.memory(chosen).total < measure.memory(config).total
+    assert kit.names(events)[-1] == "Finished"
+    monkeypatch.undo()  # on a larger card it goes on as it was set, with the optimizer that it has
+    kit.go(kit.unet_host(), config.replace(updates=3, vram=9.0), tmp_path)
+    assert kit.updates(tmp_path) == [1, 2, 3]
+    later = Config(**kit.saved(tmp_path)["config"])
+    assert later == config.replace(updates=3, vram=9.0, optimizer=chosen.optimizer)
+
+
+def test_a_run_keeps_what_is_set_by_hand_and_ends_where_nothing_fits(kit, tmp_path, monkeypatch):
+    host, config = kit.unet_host(), kit.config(taps="", vram=8.0)
+    room_for(monkeypatch, host, config, kit.WORDS)
+    fixed = {"batch_size", "gradient_checkpointing", "offload", "optimizer"}
+    with pytest.raises(ConfigError, match=r"No settings make it fit: .* set by hand, and kept: .*batch_size"):
+        list(run.run(host, config, tmp_path, kit.WORDS, given=fixed))
+    assert not list(tmp_path.glob("pairs*"))
+    with pytest.raises(ConfigError, match="vram plans for one process"):
+        run._fitted(host, config, kit.WORDS, None, SimpleNamespace(size=2), tmp_path)
+
+
+def test_an_estimate_is_of_what_is_chosen(kit, monkeypatch):
+    host, config = kit.unet_host(), kit.config(taps="", vram=8.0)
+    measure = room_for(monkeypatch, host, config, kit.WORDS)
+    found = estimate(host, config, kit.WORDS)
+    assert found.plan.startswith("for a card of 8.0 GB: ") and found.in_words().startswith(found.plan)
+    assert found.memory.total < measure.memory(config).total
+
+
+def test_a_host_packs_and_places_by_itself(kit, monkeypatch):
+    host, config = kit.unet_host(), kit.config(taps="", vram=8.0, batch_size=1)
+    host.own = False
+    room_for(monkeypatch, host, config, kit.WORDS, less=10**9)
+    found, *_ = planned(host, config, kit.WORDS)
+    assert not found.fits and found.config.base_precision == "as loaded" and not found.config.offload

@@ -28,14 +28,16 @@ def test_a_toml_s_settings_are_set_by_hand_too(capsys, tmp_path):
     assert "set by hand, and kept: batch_size, gradient_checkpointing" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("vram", ["1", "1001", "much"])
-def test_a_card_is_of_2_to_1000_gb(capsys, vram):
+def test_a_card_is_of_1000_gb_at_most_and_one_that_is_too_small_is_told(capsys):
+    assert run("--vram", "1001") == 1
+    assert "vram is 1001.0: the most is 1000" in capsys.readouterr().err
+    assert run("--vram", "0.9", "--estimate") == 1
+    assert "No settings make it fit" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        run("--vram", vram)
-    assert "--vram" in capsys.readouterr().err
+        run("--vram", "much")
 
 
 def test_several_processes_are_planned_for_in_one(capsys, monkeypatch):
     monkeypatch.setattr("turbodistill.app.processes.launched", lambda: 2)
     assert run("--vram", "12") == 1
-    assert "--vram plans for one process" in capsys.readouterr().err
+    assert "vram plans for one process" in capsys.readouterr().err

@@ -47,6 +47,20 @@ def until(true, what):
 # --- to its end ---
 
 
+def test_a_card_s_memory_chooses_what_the_form_does_not_set(toy, backend):
+    backend.settings = backend.settings | {"gradient_checkpointing": True}  # where a WebUI's form begins
+    ticked = {"gradient_checkpointing": True}
+    told = go(toy, backend, settings={"vram": 12.0} | ticked)
+    assert told["state"] == "done"
+    assert told["memory"].startswith("for a card of 12.0 GB: gradient_checkpointing false; training takes about")
+    told = go(toy, backend, name="api", settings={"vram": 12.0})  # which leaves it out
+    assert told["memory"].startswith("for a card of 12.0 GB: gradient_checkpointing false; training")
+    told = go(toy, backend, name="mine", settings={"vram": 12.0, "gradient_checkpointing": False})
+    assert "set by hand, and kept: gradient_checkpointing; training" in told["memory"]
+    told = go(toy, backend, kind="estimate", settings={"vram": 0.9} | ticked)
+    assert told["result"].startswith("for a card of 0.9 GB: ") and "No settings make it fit" in told["result"]
+
+
 def test_a_student_lands_in_the_lora_folder(toy, backend):
     told = go(toy, backend)
     assert (told["state"], told["error"], told["done"], told["total"]) == ("done", "", 4, 4)
@@ -103,6 +117,37 @@ def test_captions_are_the_prompts_where_none_are_given(toy, backend, tmp_path):
     begun = job.start(backend, ask(toy, prompts="", images=str(folder)))
     assert begun.prompts == [f"thing {k}" for k in range(4)] and begun.config.positives == "both"
     assert finish(begun)["state"] == "done"
+
+
+def test_resolution_buckets_are_those_of_the_pictures_and_the_run_goes_on(toy, backend, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for k, size in enumerate([(60, 40), (90, 60), (50, 50), (60, 90)]):
+        Image.effect_noise(size, 60).convert("RGB").save(folder / f"{k}.png")
+        (folder / f"{k}.txt").write_text(f"thing {k}")
+    asked = {"images": str(folder), "settings": {"sizes": "buckets", "pairs": 12}}
+    assert go(toy, backend, **asked, kind="pairs")["state"] == "done"
+    made = sorted(p.name for p in (backend.folder / "outputs" / "pairs").glob("*/*"))
+    assert made == ["24x40", "32x32", "40x24"]
+    told = go(toy, backend, **asked)
+    assert (told["state"], told["error"]) == ("done", "")
+    assert read_card(backend.students_folder() / "my-turbo.safetensors").sizes == "24x40, 32x32, 40x24"
+    further = {**asked, "settings": asked["settings"] | {"updates": 6}}
+    assert go(toy, backend, **further)["done"] == 6  # the same form goes on
+
+
+@pytest.mark.parametrize("name", ["my-turbo", "my-turbo.safetensors", ""])
+def test_a_student_is_gone_on_from_by_its_name_or_path(toy, backend, tmp_path, name):
+    go(toy, backend)
+    first = backend.students_folder() / "my-turbo.safetensors"
+    backend.readable = [tmp_path / "elsewhere"] if name else None  # its name is no path
+    told = go(toy, backend, name="second", settings={"init_student": name or str(first)})
+    assert told["state"] == "done"
+    training = read_card(backend.students_folder() / "second.safetensors").training
+    assert training["init_student"] == first.name and training["updates"] in (6, 8)  # those of both
+    backend.readable = [tmp_path / "elsewhere"]
+    with pytest.raises(DataError, match="outside the folders"):
+        job.start(backend, ask(toy, name="third", settings={"init_student": "../outputs/runs/my-turbo/student"}))
 
 
 def test_pictures_that_cannot_be_used_stop_it_or_are_told_beside_the_run(toy, backend, tmp_path):

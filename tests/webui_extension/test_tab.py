@@ -53,6 +53,9 @@ def test_every_setting_is_asked_for_as_the_trainer_has_it(toy, page, name):
     assert made.info.lower() == about["help"].lower() and made.label.lower() == name.replace("_", " ")
     if about["choices"]:
         assert [c[-1] if isinstance(c, (tuple, list)) else c for c in made.choices] == list(about["choices"])
+    elif "offers" in about:
+        offered = [c[-1] if isinstance(c, (tuple, list)) else c for c in made.choices]
+        assert offered == about["offers"] and made.allow_custom_value
     elif isinstance(default, bool):
         assert isinstance(made, gradio.Checkbox)
     elif isinstance(default, (int, float)):

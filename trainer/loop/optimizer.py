@@ -8,22 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import ADAMW, ADAMW8BIT, ConfigError
+from ..config import ADAMW8BIT, PRODIGY, Config, ConfigError
 
-MISSING = (
-    "optimizer is 'adamw8bit', which needs torchao: pip install torchao (for ComfyUI and WebUIs: into the Python that "
-    "they run in), or use adamw"
-)
+# What an optimizer takes besides torch: the module, and the name that pip knows it by.
+NEEDS = {ADAMW8BIT: ("torchao", "torchao"), PRODIGY: ("pytorch_optimizer", "pytorch-optimizer")}
+BETAS = (0.9, 0.99)  # of what trains the student
 
 
-def adam(module: nn.Module, lr: float, betas: tuple[float, float], kind: str = ADAMW) -> torch.optim.Optimizer:
-    """AdamW without weight decay, as one kernel where torch has that for the device: several times as fast.
+def of_student(module: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """The student's, as the settings ask for it; raises ConfigError where its library is missing.
 
-    With moments of eight bits (arXiv 2110.02861) it is torchao's; raises ConfigError where that is missing.
+    Discriminator and fake score learn by AdamW whatever the student learns by: both follow a student that moves, and
+    Prodigy's estimate of a learning rate only ever rises.
     """
+    check_optimizer(config.optimizer)
     parameters = list(module.parameters())
-    if kind == ADAMW8BIT:
-        return _eight_bits(parameters, lr, betas)
+    if config.optimizer == ADAMW8BIT:
+        return _eight_bits(parameters, config.lr, BETAS)
+    if config.optimizer == PRODIGY:
+        return _prodigy(parameters, config.lr, BETAS)
+    return adam(module, config.lr, BETAS)
+
+
+def adam(module: nn.Module, lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+    """AdamW without weight decay, as one kernel where torch has that for the device: several times as fast."""
+    parameters = list(module.parameters())
     try:
         return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=0.0, fused=True)
     except RuntimeError:  # an older torch, or a device without it
@@ -37,12 +46,18 @@ def has_eight_bits() -> bool:
 
 def check_optimizer(kind: str) -> None:
     """Raise ConfigError for an optimizer that needs what is not installed."""
-    if kind == ADAMW8BIT and not has_eight_bits():
-        raise ConfigError(MISSING)
+    if kind not in NEEDS:
+        return
+    module, name = NEEDS[kind]
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(
+            f"optimizer is {kind!r}, which needs {name}: pip install {name} (for ComfyUI and WebUIs: into the Python "
+            "that they run in), or use adamw"
+        )
 
 
 def _eight_bits(parameters: list[nn.Parameter], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
-    check_optimizer(ADAMW8BIT)
+    """Moments of eight bits (arXiv 2110.02861), by torchao."""
     from torchao.optim import AdamW8bit
 
     class Eager(AdamW8bit):
@@ -53,6 +68,17 @@ def _eight_bits(parameters: list[nn.Parameter], lr: float, betas: tuple[float, f
                 return super().step(closure)
 
     return Eager(parameters, lr=lr, betas=betas, weight_decay=0.0)
+
+
+def _prodigy(parameters: list[nn.Parameter], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+    """Prodigy (arXiv 2306.06101, algorithm 4); its estimate, which `lr` multiplies, is saved with its groups.
+
+    With Adam's bias correction, as its authors advise for diffusion models; their safeguard is for a warm-up of `lr`,
+    which there is none of here, and with a small `lr` the estimate would never rise.
+    """
+    from pytorch_optimizer import Prodigy
+
+    return Prodigy(parameters, lr=lr, betas=betas, bias_correction=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -23,7 +23,7 @@ from ..data.samples import Samples
 from ..world import ALONE, World
 from .fake_score import FakeScore
 from .feature_cache import FeatureCache
-from .optimizer import adam, load_state, saved_state
+from .optimizer import adam, load_state, of_student, saved_state
 from .precision import grad_scaler
 
 
@@ -88,7 +88,7 @@ class State:
             config,
             student,
             None if alone else Critic.create(student, config, sample, features),
-            adam(trained, config.lr, (0.9, 0.99), config.optimizer),
+            of_student(trained, config),
             average,
             grad_scaler(config, student.device, student.backbone),
             FakeScore(student, config) if matches else None,

@@ -31,6 +31,8 @@ class PipelineHost:
     `encoders` are the text encoders' networks.
     """
 
+    own = True
+
     def __init__(
         self,
         denoiser: NetworkDenoiser,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -18,12 +18,17 @@ from ..data.pictures import read_pictures
 from ..data.prompts import draw_prompts
 from ..data.samples import Samples
 from ..data.sizes import OfSize, by_size, with_buckets
+from ..groups import OF_OWN
 from ..host import Host
 from ..loop.distill import distill
+from ..loop.optimizer import has_eight_bits
 from ..loop.start import begin
-from .memory import Measured, Memory, measure, size_in_words
+from .memory import GB, Measured, Memory, measure, size_in_words
 from .placed import placed
+from .plan import WHY, Plan, check_full, plan, set_by_hand
 from .words import duration
+
+FIELDS = {f.name: f for f in fields(Config)}
 
 
 @dataclass(frozen=True)
@@ -36,11 +41,13 @@ class Estimate:
     seconds: float
     state: int = 0  # bytes on disk of the saved state and the student; 0 where it was not measured
     training: float = 0.0  # seconds
+    plan: str = ""  # what was chosen for a card, in words
 
     def in_words(self, free: int | None = None) -> str:
         """As `Memory.in_words`, with the pairs."""
         making = f"about {duration(self.seconds)} to make and {size_in_words(self.on_disk)} on disk"
-        return f"{self.pairs} teacher pairs take {making}; {self.memory.in_words(free)}{self._of_training()}"
+        told = f"{self.pairs} teacher pairs take {making}; {self.memory.in_words(free)}{self._of_training()}"
+        return f"{self.plan}; {told}" if self.plan else told
 
     def without_memory(self) -> str:
         """Time and disk alone."""
@@ -73,12 +80,22 @@ class Prepared:
         return max((share.host for share in self.shares), key=lambda host: math.prod(host.resolution))
 
 
-def estimate(host: Host, config: Config, prompts: Sequence[str], images: str | Path | None = None) -> Estimate:
+def estimate(
+    host: Host,
+    config: Config,
+    prompts: Sequence[str],
+    images: str | Path | None = None,
+    given: Collection[str] | None = None,
+) -> Estimate:
     """Measure on two samples what making pairs of the prompts and training on them will take.
 
-    `images`, as `run` takes them, count where the sizes are theirs. Raises ConfigError for settings that do not fit
-    this model, DataError as `draw_prompts` and `read_pictures`.
+    `images`, as `run` takes them, count where the sizes are theirs; with `vram` it is of the settings as they are
+    chosen, but for the `given` ones. Raises ConfigError for settings that do not fit this model, DataError as
+    `draw_prompts` and `read_pictures`.
     """
+    if config.vram:
+        found, prepared, _ = planned(host, config, prompts, images, given)
+        return replace(timed(prepared, found.config, found.memory), plan=found.in_a_sentence(config))
     prepared = Prepared.of(host, config, prompts, images)
     return timed(prepared, prepared.config, needs(prepared).memory(prepared.config))
 
@@ -92,6 +109,33 @@ def needs(prepared: Prepared) -> Measured:
         return measure(state, sample, host.resolution, host.beside)
     finally:
         state.release()
+
+
+def planned(
+    host: Host,
+    config: Config,
+    prompts: Sequence[str],
+    images: str | Path | None = None,
+    given: Collection[str] | None = None,
+    settled: Collection[str] = (),
+) -> tuple[Plan, Prepared, Measured]:
+    """Settings with which the training fits a card of `config.vram` GB, and what they were found by.
+
+    Those that are `given` stay (None: those that are not at their defaults), and those that are `settled` already; of
+    the others, those that cost speed or precision are chosen whatever they are. Raises ConfigError for a full copy that
+    no settings make fit, DataError as `estimate`.
+    """
+    given = set_by_hand(config, {}) if given is None else given
+    free = [name for name in WHY if name not in (*given, *settled, "batch_size")]
+    config = config.replace(**{name: FIELDS[name].default for name in free})
+    card, eight_bits = int(config.vram * GB), has_eight_bits()
+    if config.rank == 0:
+        check_full(host.denoiser.backbone, config, card, eight_bits and "optimizer" in free)
+    prepared = Prepared.of(host, config, prompts, images)
+    measured = needs(prepared)
+    absent = (*settled, *(() if host.own else OF_OWN))
+    found = plan(measured, prepared.config, card, given, eight_bit_moments=eight_bits, absent=absent)
+    return found, prepared, measured
 
 
 def timed(prepared: Prepared, config: Config, memory: Memory, measured: Measured | None = None) -> Estimate:

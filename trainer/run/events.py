@@ -71,6 +71,13 @@ class Warned:
 
 
 @dataclass(frozen=True)
+class Planned:
+    """What was chosen for a card's memory (the setting `vram`), in words."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Begun:
     """Training begins, or goes on, at `update`; what memory it will take."""
 
@@ -87,4 +94,4 @@ class Finished:
     score: float | None
 
 
-Event = PairsMade | Begun | Step | Preview | Selected | Warned | Finished
+Event = PairsMade | Planned | Begun | Step | Preview | Selected | Warned | Finished

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...core.denoiser import Cond, Denoiser
 from ...core.eight_bits import bytes_saved
 from ...core.sharded import own_part
-from ..config import ADAMW8BIT, INT8, Config
+from ..config import ADAMW, ADAMW8BIT, INT8, PRODIGY, Config
 from ..data.samples import Samples
 from ..host import decoded_at_once
 from ..loop.precision import autocast, cast_frozen, low_precision
@@ -25,8 +25,10 @@ GB = 1024**3
 PREVIEWS = 8  # pictures
 # Bytes a pixel that the decoder of Stable Diffusion's autoencoders takes, in float32: a few maps of 256 channels.
 DECODING = 3200
-# Adam's two moments in eight bits, with a scale for each 256 numbers, over the size of the parameter in float32.
+# What an optimizer keeps over the size of the parameters in float32: Adam its two moments, of eight bits with a scale
+# for each 256 numbers; Prodigy the weights as they began, too, and a sum of gradients.
 EIGHT_BITS = 2 * (1 + 4 / 256) / 4
+STATE_SIZES = {ADAMW: 2.0, ADAMW8BIT: EIGHT_BITS, PRODIGY: 4.0}
 # What is alive of the feature maps of pictures, real and the student's, over the size of the latter's.
 MAPS = 2
 # What to change when memory does not suffice, in the order in which it costs least.
@@ -142,12 +144,12 @@ class Measured:
     def memory(self, config: Config, processes: int = 1) -> Memory:
         """What a training with these settings takes, each of so many processes."""
         packed = config.base_precision == INT8
-        moments = EIGHT_BITS if config.optimizer == ADAMW8BIT else 2.0
+        moments = STATE_SIZES[config.optimizer]
         stays = (self.encoders + self.autoencoder) if not config.offload else 0
         stays = self.autoencoder if config.offload and config.pixel_backbone else stays
         return Memory(
             self.weights - (self.packing if packed else 0),
-            # A parameter beside Adam's two moments and the running average.
+            # A parameter beside the running average and what the optimizer keeps, which is Adam's but for the student.
             round((2 + moments) * self.student) + 4 * self.score + (3 if _judges(config) else 1) * self.heads,
             self._update(config, config.batch_size // processes),
             self.decoding + (self.autoencoder if config.offload and not config.pixel_backbone else 0),
@@ -156,8 +158,7 @@ class Measured:
 
     def saved(self, config: Config) -> int:
         """Bytes on disk of a saved state, and of the student's file in half precision."""
-        moments = EIGHT_BITS if config.optimizer == ADAMW8BIT else 2.0
-        return round((2.5 + moments) * self.student) + 4 * self.score + 3 * self.heads
+        return round((2.5 + STATE_SIZES[config.optimizer]) * self.student) + 4 * self.score + 3 * self.heads
 
     def _update(self, config: Config, batch_size: int) -> int:
         """The most that an update has besides, at any of the moments at which that can be.
@@ -170,11 +171,12 @@ class Measured:
         maps = MAPS * self.maps * batch_size
         before = self.student + maps if config.gradient_accumulation > 1 else 0  # of the batch before
         through = student.throughout(again) + features.throughout(again)
+        stepped = 2 if config.optimizer == PRODIGY else 1  # gradients, and the way from the beginning
         moments = [
             before + through + maps + (self.casts if again else 0),  # the passes are done
             before + through + maps + features.backward(again),
             max(before + student.throughout(again), self.student) + maps + student.backward(again),
-            self.student + self.score + (self.heads if _judges(config) else 0),  # the optimizers step
+            stepped * self.student + self.score + (self.heads if _judges(config) else 0),  # the optimizers step
         ]
         if self.scoring:
             score = self.scoring.of(batch_size)

@@ -19,7 +19,7 @@ from ..config import Config
 from ..loop.distill import Step
 from ..loop.health import RANGES, Health
 from . import words
-from .events import Begun, Control, Event, Finished, PairsMade, Preview, Selected, Warned
+from .events import Begun, Control, Event, Finished, PairsMade, Planned, Preview, Selected, Warned
 
 ROWS = 1000  # that are kept of a history; when twice as many have come, every second one goes
 POINTS = 150  # of a curve that a page draws, at most
@@ -66,8 +66,10 @@ class Monitor:
         with self._lock:
             if isinstance(event, PairsMade):
                 self._progress(event.what, event.done, event.total, event.what.split()[-1], seconds)
+            elif isinstance(event, Planned):
+                self._memory = event.text
             elif isinstance(event, Begun):
-                self._memory = event.memory.in_words(self.free)
+                self._memory = "; ".join(filter(None, (self._memory, event.memory.in_words(self.free))))
                 self._progress("training", event.update, self.config.updates, "updates", 0.0)
             elif isinstance(event, Step):
                 self._progress("training", event.update, self.config.updates, "updates", event.seconds)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from ..config import ADAMW8BIT, INT8, Config, ConfigError
-from .memory import EIGHT_BITS, GB, Measured, Memory, size_in_words
+from ..config import ADAMW, ADAMW8BIT, INT8, Config, ConfigError
+from .memory import EIGHT_BITS, GB, STATE_SIZES, Measured, Memory, size_in_words
 
 # What is not a training's of a card's memory. CUDA's own: its context, the code of its kernels, and the workspaces of
 # cuBLAS and cuDNN. A desktop's, on the same card. And of the rest what torch's allocator cannot use: it rounds sizes
@@ -67,16 +67,29 @@ class Plan:
             f"  {size_in_words(total):>16}  together, " + ("which fits" if self.trains else "which does not fit"),
         ]
         lines += [f"{self._change(name)}: {WHY[name]}; it saves {size_in_words(n)}" for name, n in self.changes.items()]
+        return "\n".join([*lines, *self._troubles(), *self._kept()])
+
+    def in_a_sentence(self, asked: Config) -> str:
+        """What differs from the settings that were asked for, for a page; where it cannot be, that."""
+        own = [name for name in WHY if getattr(self.config, name) != getattr(asked, name)]
+        chosen = ", ".join(map(self._change, own)) or "as it is set"
+        return "; ".join([f"for a card of {size_in_words(self.card)}: {chosen}", *self._troubles(), *self._kept()])
+
+    def _troubles(self) -> list[str]:
+        """Why it does not fit, and what to do."""
+        found, room = [], usable(self.card)
         if self.loaded > room:
-            lines.append(
+            found.append(
                 f"The model is loaded whole to make the teacher pairs, and takes {size_in_words(self.loaded)} then "
                 "with its text encoders: that does not fit. Use a card with more memory, or a smaller model"
             )
         if not self.trains:
-            lines.append(f"No settings make it fit: {size_in_words(total - room)} are missing. {self._remedies()}")
-        if self.given:
-            lines.append(f"set by hand, and kept: {', '.join(self.given)}")
-        return "\n".join(lines)
+            missing = size_in_words(self.memory.total - room)
+            found.append(f"No settings make it fit: {missing} are missing. {self._remedies()}")
+        return found
+
+    def _kept(self) -> list[str]:
+        return [f"set by hand, and kept: {', '.join(self.given)}"] if self.given else []
 
     def _change(self, name: str) -> str:
         value = getattr(self.config, name)
@@ -101,14 +114,17 @@ def plan(
     given: Collection[str] = (),
     processes: int = 1,
     eight_bit_moments: bool = False,
+    absent: Collection[str] = (),
 ) -> Plan:
     """The settings nearest to `config` in speed that fit a card of so many bytes; if none do, those that need least.
 
-    Settings that are `given` stay. `eight_bit_moments` says whether there is an optimizer for them.
+    Settings that are `given` stay, those that are `absent` there are none of here. `eight_bit_moments` says whether
+    there is an optimizer for them.
     """
+    fixed = {*given, *absent}
     choices = [
         (slower, changed, measured.memory(config.replace(**changed), processes))
-        for slower, changed in _choices(measured, config, given, processes, eight_bit_moments)
+        for slower, changed in _choices(measured, config, fixed, processes, eight_bit_moments)
     ]
     fitting = [choice for choice in choices if choice[2].total <= usable(card)]
     if fitting:
@@ -120,7 +136,7 @@ def plan(
         own = {name, ACCUMULATION} if name == "batch_size" else {name}
         without = config.replace(**{k: v for k, v in changed.items() if k not in own})
         saved[name] = measured.memory(without, processes).total - memory.total
-    offered = {name for _, each in _choices(measured, config, (), processes, eight_bit_moments) for name in each}
+    offered = {name for _, each in _choices(measured, config, absent, processes, eight_bit_moments) for name in each}
     kept = tuple(name for name in WHY if name in offered and _is_given(name, given))
     loaded = measured.weights + measured.encoders + measured.autoencoder
     return Plan(config.replace(**changed), memory, card, saved, kept, slower, loaded)
@@ -132,13 +148,19 @@ def check_full(backbone: nn.Module, config: Config, card: int, eight_bit_moments
     The model in half precision, and of the copy in float32 weights, gradients, average and moments.
     """
     count = sum(p.numel() for p in backbone.parameters())
-    moments = EIGHT_BITS if eight_bit_moments or config.optimizer == ADAMW8BIT else 2.0
+    moments = EIGHT_BITS if eight_bit_moments and config.optimizer == ADAMW else STATE_SIZES[config.optimizer]
     least = round(count * (2 + 4 * (3 + moments)))
     if least > usable(card):
         raise ConfigError(
             f"rank is 0, and a full copy takes {size_in_words(least)} at least, of which a card of "
             f"{size_in_words(card)} has {size_in_words(usable(card))}: give a rank, which trains a LoRA"
         )
+
+
+def set_by_hand(config: Config, begins: Mapping[str, Any]) -> set[str]:
+    """The settings that differ from where a form `begins`: for those it leaves out, at the trainer's defaults."""
+    begun = Config().to_dict() | dict(begins)
+    return {name for name, value in config.to_dict().items() if value != begun[name]}
 
 
 def _is_given(name: str, given: Collection[str]) -> bool:
@@ -160,7 +182,7 @@ def _choices(
             kinds["batch_size"].append((HALVED ** math.log2(parts), batch))
     if not config.gradient_checkpointing and measured.passes.one.has_blocks:
         kinds["gradient_checkpointing"].append((CHECKPOINTED, {"gradient_checkpointing": True}))
-    if eight_bit_moments and config.optimizer != ADAMW8BIT:
+    if eight_bit_moments and config.optimizer == ADAMW:
         kinds["optimizer"].append((EIGHT_BIT_MOMENTS, {"optimizer": ADAMW8BIT}))
     if config.rank and config.base_precision != INT8 and measured.packing > 0:
         kinds["base_precision"].append((EIGHT_BIT_WEIGHTS, {"base_precision": INT8}))

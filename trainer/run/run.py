@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,13 +31,16 @@ from ..host import Host
 from ..loop.start import begin, check, features
 from ..prediction_check import check_prediction
 from ..world import ALONE, World
-from .events import Control, Event, PairsMade, Warned
+from .estimate import planned
+from .events import Control, Event, PairsMade, Planned, Warned
 from .memory import PREVIEWS, OutOfMemory, advice, is_out_of_memory
 from .placed import placed
+from .plan import set_by_hand
 from .scores import Score, latent_score
-from .training import Part, Training, check_saved, pictures_recipe
+from .training import Part, Training, check_saved, going_on, pictures_recipe
 
 HELD_OUT = 96  # pairs, at most, that are kept from training to choose the best student by
+ALONE_PLANNED = "vram plans for one process: run it there with --estimate first, and give its settings to them all"
 FEWEST = 4  # of them, with which every score works
 IMAGES = "images"  # the folder of encoded pictures, in that of a run
 
@@ -83,6 +86,7 @@ def run(
     pairs_folder: str | Path | None = None,
     control: Control | None = None,
     world: World = ALONE,
+    given: Collection[str] | None = None,
 ) -> Generator[Event, None, None]:
     """Distil `host`'s model into a one-step student, in `folder`; an earlier run there goes on.
 
@@ -90,7 +94,8 @@ def run(
     trains; yields events as it goes. Closing the generator, or an error in a host's pass, saves the
     state and stops; `control` asks for a preview, or for an early end. `images` are captioned
     pictures for the discriminator, as `read_pictures` takes them. The processes of a `world` each run this with the
-    same arguments. Ends with Finished. Raises DataError, ConfigError, OutOfMemory, Diverged (after writing the last
+    same arguments. Of the settings that `vram` would choose those that are `given` stay (None: those that are not at
+    their defaults). Ends with Finished. Raises DataError, ConfigError, OutOfMemory, Diverged (after writing the last
     good student), InUse (while another run has the folder), or Apart (another process has ended).
     """
     out_of_memory = ""
@@ -98,7 +103,7 @@ def run(
     texts = prompts if isinstance(prompts, str) else list(prompts)
     try:
         yield from _run(
-            host, config, Path(folder), texts, images, score, pairs_folder, control or Control(), doing, world
+            host, config, Path(folder), texts, images, score, pairs_folder, control or Control(), doing, world, given
         )
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -149,6 +154,22 @@ def _with_pictures(
     return with_them
 
 
+def _fitted(
+    host: Host, config: Config, prompts: Sequence[str], given: Collection[str] | None, world: World, folder: Path
+) -> tuple[Config, str]:
+    """The settings chosen for a card of `vram` GB, and what to say of them; raises ConfigError where none fit."""
+    if world.size > 1:
+        raise ConfigError(ALONE_PLANNED)
+    given = set_by_hand(config, {}) if given is None else given
+    config, settled = going_on(config, folder, given)
+    with exclusive(host.denoiser.backbone):
+        found, *_ = planned(host, config, prompts, given=given, settled=settled)
+    words = found.in_a_sentence(config)
+    if not found.fits:
+        raise ConfigError(words)
+    return found.config, words
+
+
 @dataclass
 class _Doing:
     """What a run is at, for its errors."""
@@ -167,6 +188,7 @@ def _run(
     control: Control,
     doing: _Doing,
     world: World,
+    given: Collection[str] | None,
 ) -> Generator[Event, None, None]:
     check_inputs(config, images)
     check_texts(prompts)
@@ -184,6 +206,9 @@ def _run(
         config = with_buckets(config, found, host.resolution)
         seen = features(host, config)  # a setting that does not fit this model is reported before hours of pairs
         check(host, config)
+        if config.vram:
+            config, words = _fitted(host, config, prompts, given, world, folder)
+            yield Planned(words)
         recipe = pairs_recipe(host, config, prompts)
         check_saved(folder, config, recipe, found)
         if found:

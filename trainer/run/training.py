@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from ...core.exclusive import exclusive
 from ...core.rights import denied
 from ...core.sampling import TEACHER_SAMPLERS
 from ...core.student import load_weights
-from ..config import Config, ConfigError, check_resumable
+from ..config import ADAMW, Config, ConfigError, check_resumable
 from ..data.files import reason
 from ..data.found import Found
 from ..data.pairs import changes, digest
@@ -100,6 +100,14 @@ def pictures_recipe(found: Found | None) -> dict[str, str]:
         return {}
     listed = sorted(f"{picture.stamp} {picture.text}" for picture in found.pictures)
     return {"pictures": digest(json.dumps(listed)), "their number": str(len(listed))}
+
+
+def going_on(config: Config, folder: Path, given: Collection[str]) -> tuple[Config, tuple[str, ...]]:
+    """The settings, and which of them no plan may change: the optimizer of the training in a folder, unless `given`."""
+    saved = _saved(folder, read_values)
+    if saved is None or "optimizer" in given:
+        return config, ()
+    return config.replace(optimizer=saved["config"].get("optimizer", ADAMW)), ("optimizer",)
 
 
 def check_saved(folder: Path, config: Config, recipe: Mapping[str, str], found: Found | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Full-size Stable Diffusion 1.5 and XL in a real ComfyUI, by how it is started: a short training, a picture, memory."""
+"""Full-size Stable Diffusion 1.5 and XL in a real ComfyUI, by how it is started: a training, a picture, memory."""
 
 import importlib.util
 import json
