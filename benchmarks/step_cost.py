@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from turbodistill.core.denoiser import Cond, Denoiser
 from turbodistill.core.student import Student
 from turbodistill.trainer.config import Config
@@ -93,6 +94,52 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
+def heads(state: State, config: Config, x: Tensor, sigma: Tensor, cond: Cond) -> Callable[[], None]:
+    """The passes of the discriminator's heads that its losses need: one for the student, three to be trained with R1."""
+    critic = state.critic
+    assert critic
+    with torch.no_grad(), autocast(config, state.student.teacher):
+        maps = critic.discriminator.standardise(state.features(x, sigma, cond))
+
+    def scores(given: list[Tensor]) -> Tensor:
+        return torch.stack([out.float().mean() for out in critic.discriminator(given, sigma, cond.summary, None)]).sum()
+
+    def work() -> None:
+        given = [m.clone().requires_grad_(True) for m in maps]
+        with autocast(config, state.student.teacher):
+            critic.discriminator.requires_grad_(False)
+            loss = scores(given)
+            critic.discriminator.requires_grad_(True)
+        loss.backward()
+        with autocast(config, state.student.teacher):
+            loss = torch.stack([scores(maps) for _ in range(3)]).sum()
+        loss.backward()
+        critic.discriminator.zero_grad(set_to_none=True)
+
+    return work
+
+
+def steps(state: State) -> Callable[[], None]:
+    """Clipping, torch's own AdamW and a running average, on copies of what is trained."""
+    assert state.critic
+    groups = []
+    for module in (state.student.trained, state.critic.discriminator):
+        copies = [p.detach().clone().requires_grad_(True) for p in module.parameters()]
+        for copied in copies:
+            copied.grad = torch.randn_like(copied)
+        groups.append((copies, torch.optim.AdamW(copies, lr=1e-6, fused=True)))
+    average = [p.detach().clone() for p in groups[0][0]]
+
+    def work() -> None:
+        for copies, optimizer in groups:
+            torch.nn.utils.clip_grad_norm_(copies, 1.0)
+            optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(average, [p.detach() for p in groups[0][0]], 0.01)
+
+    return work
+
+
 def measure(
     denoiser: Denoiser, config: Config, pairs: Samples, uncond: Cond, resolution: tuple[int, int], repeats: int = 5
 ) -> Cost:
@@ -135,6 +182,8 @@ def measure(
         "student, forward and backward": learn,
         "features of the student's picture, forward and backward": judge,
         "features of the positive, forward": look,
+        "heads: the student's pass and their own three": heads(state, config, x, sigma, cond),
+        "optimizers' steps, clipping and average": steps(state),
     }
     times: dict[str, list[float]] = {name: [] for name in works}
     whole: list[float] = []

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ...core.denoiser import Cond
 from ...core.exclusive import exclusive
@@ -241,8 +242,8 @@ def update_average(state: State) -> None:
     The second keeps it young at first, as TensorFlow's ExponentialMovingAverage with `num_updates` does.
     """
     keep = min(state.config.ema_decay, (1 + state.update) / (10 + state.update))
-    for slow, fast in zip(state.average.parameters(), state.student.trained.parameters(), strict=True):
-        slow.lerp_(fast, 1 - keep)
+    slow, fast = list(state.average.parameters()), list(state.student.trained.parameters())
+    get_ema_multi_avg_fn(keep)(slow, fast, None)
 
 
 def learning_rate_scale(state: State) -> float:
