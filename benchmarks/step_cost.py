@@ -95,7 +95,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def heads(state: State, config: Config, x: Tensor, sigma: Tensor, cond: Cond) -> Callable[[], None]:
-    """The passes of the discriminator's heads that its losses need: one for the student, three to be trained with R1."""
+    """The passes of the heads that the losses need: one for the student, three of their own, with R1."""
     critic = state.critic
     assert critic
     with torch.no_grad(), autocast(config, state.student.teacher):

@@ -5,11 +5,15 @@ Written tensor by tensor from one pool of noise, so that making them takes neith
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from turbodistill.core.naming import to_single_file
 from turbodistill.generate.export import layout
@@ -130,8 +134,13 @@ def write(path: Path, kind: str) -> Path:
     return path
 
 
-def distil(place: Path, kind: str, tokenizer: Path) -> Path:
-    """A student of the file base.safetensors in `place`, on all layers, by one update of each phase; the base stays."""
+def apart(function: Callable[..., None], place: Path, kind: str, tokenizer: Path) -> None:
+    """One of the functions below in a process of its own, whose memory is free again when it ends."""
+    subprocess.run([sys.executable, __file__, function.__name__, *map(str, (place, kind, tokenizer))], check=True)
+
+
+def distil(place: Path, kind: str, tokenizer: Path) -> None:
+    """student.safetensors beside it: a student of the file base.safetensors in `place`, on all layers, by one update of each phase; the base stays."""
     import turbodistill as td
 
     config = td.Config(
@@ -143,11 +152,14 @@ def distil(place: Path, kind: str, tokenizer: Path) -> Path:
     assert (model.architecture, model.denoiser.prediction) == (KINDS[kind].architecture, KINDS[kind].prediction)
     steps = [e for e in td.distill(model, config, place / "run", prompts=["a b", "c"]) if isinstance(e, td.Step)]
     assert ["regression" in step.losses for step in steps] == [True, False] and "adversarial" in steps[1].losses
-    return (place / "run" / "student.safetensors").rename(place / "student.safetensors")
+    (place / "run" / "student.safetensors").rename(place / "student.safetensors")
 
 
-def one_step(place: Path, kind: str, tokenizer: Path) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Noisy latents and conditions, as ComfyUI's networks take them, and x0 that student and teacher make of them."""
+def one_step(place: Path, kind: str, tokenizer: Path) -> None:
+    """inputs.safetensors: noisy latents and conditions, as ComfyUI's networks take them; and x0 made of them.
+
+    That is in expected.safetensors, of student and teacher.
+    """
     import turbodistill as td
     from diffusers.models.embeddings import Timesteps
     from turbodistill.core.denoiser import Cond
@@ -164,8 +176,9 @@ def one_step(place: Path, kind: str, tokenizer: Path) -> tuple[dict[str, Tensor]
         cond = Cond(given["states"], pooled, {"time_ids": sizes})
     student, _ = td.load_student(place / "student.safetensors", model)
     with torch.no_grad():
-        made = [denoiser(given["x"], sigma, cond) for denoiser in (student, model.denoiser)]
-    return given, made
+        made = {"student": student(given["x"], sigma, cond), "teacher": model.denoiser(given["x"], sigma, cond)}
+    save_file(given, place / "inputs.safetensors")
+    save_file(made, place / "expected.safetensors")
 
 
 def skip_without_memory(kind: str) -> None:
@@ -176,3 +189,8 @@ def skip_without_memory(kind: str) -> None:
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     if free < (needed := BYTES[kind]):
         pytest.skip(f"needs {needed / 1e9:.0f} GB of free memory: there are {free / 1e9:.0f} GB")
+
+
+if __name__ == "__main__":
+    asked, where, of, letters = sys.argv[1:]
+    {"distil": distil, "one_step": one_step}[asked](Path(where), of, Path(letters))

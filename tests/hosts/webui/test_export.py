@@ -56,7 +56,8 @@ def pictures(kind, installation, model, tmp_path_factory):
         folder.mkdir(parents=True)
     (data / "extensions" / "turbodistill").symlink_to(HERE.parents[2], target_is_directory=True)
     base = full.write(models / "base.safetensors", model)
-    student = full.distil(models, model, kit.write_tokenizer(data / "letters")).rename(loras / "own.safetensors")
+    full.apart(full.distil, models, model, kit.write_tokenizer(data / "letters"))
+    student = (models / "student.safetensors").rename(loras / "own.safetensors")
     shutil.rmtree(models / "run")
     for to, out in (("kohya", loras / "kohya.safetensors"), ("merged", models / "merged.safetensors")):
         for _ in Export(student, to, out, base).run():
