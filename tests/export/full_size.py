@@ -140,7 +140,7 @@ def apart(function: Callable[..., None], place: Path, kind: str, tokenizer: Path
 
 
 def distil(place: Path, kind: str, tokenizer: Path) -> None:
-    """student.safetensors beside it: a student of the file base.safetensors in `place`, on all layers, by one update of each phase; the base stays."""
+    """student.safetensors in `place`: of base.safetensors there, on all layers, by one update of each phase."""
     import turbodistill as td
 
     config = td.Config(
