@@ -68,6 +68,11 @@ def test_it_grows_with_the_batch_alone_where_only_that_does(made):
     assert (four.weights, four.trained) == (one.weights, one.trained)
 
 
+def test_weights_that_are_cast_wait_beside_on_a_cpu(made):
+    full, low = (estimate(made, precision=p).weights for p in ("float32", "bfloat16"))
+    assert 1.45 * full < low < 1.6 * full  # half of them again, but for norms and the last layer
+
+
 def test_checkpointing_takes_less(made):
     plain, again = estimate(made), estimate(made, gradient_checkpointing=True)
     assert 0 < again.activations < plain.activations / 2

@@ -211,7 +211,7 @@ def measure(state: State, pairs: Samples, resolution: tuple[int, int], beside: t
     sample: Cond = pairs.cond.rows(slice(1)).to(student.device)
     latents = pairs.latents[:1].to(student.device)
     sees = state.critic and (config.adversarial_weight > 0 or config.feature_weight > 0)
-    sizes = []
+    sizes, plain = [], _bytes(student.teacher.backbone.parameters())
 
     def kept(denoiser: Denoiser, run: Callable[[Tensor, Tensor, Cond], Any]) -> Line:
         """What a pass keeps of one sample, and of two."""
@@ -234,6 +234,8 @@ def measure(state: State, pairs: Samples, resolution: tuple[int, int], beside: t
     ):
         low = low_precision(config, student.device)
         weights = _bytes(student.teacher.backbone.parameters())
+        if student.device.type == "cpu" and weights != plain:  # those that are cast wait in the same memory
+            weights += plain
         packing = bytes_saved(student.teacher.backbone, low)
         passes = kept(student, student)
         features = kept(student.teacher, see) if sees else None
