@@ -313,12 +313,9 @@ def test_buckets_blocks_a_card_s_memory_and_a_student_to_begin_from(comfyui, gra
         Image.new("RGB", (80, 80), (80 * k, 0, 0)).save(folder / f"{k}.png")
         (folder / f"{k}.txt").write_text("a square")
     images = graph.add("TurboDistillImageFolder", folder="squares", broken_pictures="stop")
-    asked = {
-        "images": images,
-        "pairs": {"sizes": "buckets", "images": images},
-        "advanced": {"targets": "attention, not output_blocks"},
-    }
-    nodes = distilling("first", **asked, vram=24.0)
+    targets = "attention, not output_blocks"
+    pairs = {"sizes": "buckets", "images": images}
+    nodes = distilling("first", images=images, pairs=pairs, advanced={"targets": targets}, vram=24.0)
     graph.add("TurboDistillSaveStudent", student=nodes["distill"][1], name="first", save_as="the student (LoRA)")
     comfyui.run(graph)
     told = snapshot(comfyui, nodes["distill"])
