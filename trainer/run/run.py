@@ -205,10 +205,10 @@ def _run(
         found = None if images is None else read_pictures(images, config.broken_pictures)
         config = with_buckets(config, found, host.resolution)
         seen = features(host, config)  # a setting that does not fit this model is reported before hours of pairs
-        check(host, config)
         if config.vram:
             config, words = _fitted(host, config, prompts, given, world, folder)
             yield Planned(words)
+        check(host, config)
         recipe = pairs_recipe(host, config, prompts)
         check_saved(folder, config, recipe, found)
         if found:

@@ -309,6 +309,32 @@ def test_a_folder_with_a_broken_picture(comfyui, graph, distilling, node_error):
     assert "positives both" in nodes_card(comfyui, graph, nodes)
 
 
+@pytest.mark.newest
+def test_buckets_blocks_a_card_s_memory_and_a_student_to_begin_from(comfyui, graph, distilling, new_graph, node_error):
+    folder = comfyui.base / "input" / "squares"
+    folder.mkdir()
+    for k in range(3):
+        Image.new("RGB", (80, 80), (80 * k, 0, 0)).save(folder / f"{k}.png")
+        (folder / f"{k}.txt").write_text("a square")
+    images = graph.add("TurboDistillImageFolder", folder="squares", broken_pictures="stop")
+    targets = "attention, not output_blocks"
+    pairs = {"sizes": "buckets", "images": images}
+    nodes = distilling("first", images=images, pairs=pairs, advanced={"targets": targets}, vram=24.0)
+    graph.add("TurboDistillSaveStudent", student=nodes["distill"][1], name="first", save_as="the student (LoRA)")
+    comfyui.run(graph)
+    told = snapshot(comfyui, nodes["distill"])
+    assert told["memory"].startswith("for a card of 24.0 GB: as it is set; set by hand, and kept: batch_size")
+    saved = read_values(runs(comfyui, "first") / "state.safetensors")["config"]
+    assert (saved["sizes"], saved["targets"], saved["vram"]) == ("64x64", targets, 24.0)
+    second = new_graph()
+    nodes = distilling("second", second, advanced={"targets": targets, "init_student": "first"})
+    assert "init_student first.safetensors" in nodes_card(comfyui, second, nodes)
+    third = new_graph()
+    distilling("third", third, advanced={"optimizer": "prodigy", "lr": 1.0}, vram=0.9)
+    with pytest.raises(node_error, match=r"needs pytorch-optimizer|No settings make it fit"):
+        comfyui.run(third)
+
+
 def nodes_card(comfyui, graph, nodes):
     return comfyui.run(graph).outputs[nodes["card"].name]["text"][0]
 

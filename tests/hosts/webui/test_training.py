@@ -256,6 +256,26 @@ def test_settings_that_cannot_be_used_here_are_not_offered(webui, trainer):
             trainer.start("bad", wrong)
 
 
+@pytest.mark.kin
+def test_buckets_blocks_a_card_s_memory_and_a_student_to_begin_from(webui, trainer, first, tmp_path):
+    for k in range(3):
+        Image.new("RGB", (80, 80), (80 * k, 0, 0)).save(tmp_path / f"{k}.png")
+        (tmp_path / f"{k}.txt").write_text("a square")
+    settings = {"sizes": "buckets", "targets": "all, not middle_block", "vram": 24.0, "evaluate_every": 0}
+    with trainer.unchanged():
+        trainer.start("card", settings, images=str(tmp_path))
+        told = trainer.ended()
+    assert (told["state"], told["error"]) == ("done", "")
+    assert told["memory"].startswith("for a card of 24.0 GB: ")
+    assert "gradient_checkpointing false; set by hand, and kept: batch_size; training takes" in told["memory"]
+    tensors, card = read_student(webui.data / "models" / "Lora" / "card.safetensors")
+    assert card.sizes == "64x64" and tensors and not any("middle_block" in name for name in tensors)
+    trainer.start("further", {"targets": "all, not middle_block", "init_student": "card", "evaluate_every": 0})
+    assert trainer.ended()["state"] == "done"
+    card = read_student(webui.data / "models" / "Lora" / "further.safetensors")[1]
+    assert card.training["init_student"] == "card.safetensors"
+
+
 def test_stop_keeps_the_best(webui, trainer, first):
     trainer.start("stopped", LONG | {"evaluate_every": 1})
     trainer.until(trainer.trains)
