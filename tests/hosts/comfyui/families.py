@@ -124,6 +124,13 @@ FAMILIES = {
         {"width": 24, "pooled": 16, "llama": (2, 12)},
         "double_stream_blocks.0 double_stream_blocks.1",
     ),
+    "OmniGen 2": Family(
+        "Omnigen2",
+        {"image_model": "omnigen2", "hidden_size": 48, "num_layers": 2, "num_refiner_layers": 1, "multiple_of": 16}
+        | {"num_attention_heads": 2, "num_kv_heads": 1, "axes_dim_rope": (8, 8, 8), "text_feat_dim": 24},
+        {"width": 24},
+        "layers.0 layers.1",
+    ),
     "Anima": Family("Anima", {"image_model": "anima"} | ANIMA, {"width": 24, "t5": 128}, "blocks.0 blocks.1"),
 }
 
