@@ -74,6 +74,7 @@ LAYOUTS = {
         texts=("encoder_hidden_states_llama3",),
     ),
     "OmniGen2Transformer2DModel": Layout({"layers": Place()}, count="num_tokens", idle=("ref_image_",)),
+    "SingleStreamDiT": Layout({"blocks": Place()}, patch="patch", frame=True),  # Krea 2
     # Its text adapter has run before a training begins.
     "Anima": Layout({"blocks": Place()}, patch="patch_spatial", frame=True, idle=("llm_adapter.",)),
 }

@@ -131,6 +131,13 @@ FAMILIES = {
         {"width": 24},
         "layers.0 layers.1",
     ),
+    "Krea 2": Family(
+        "Krea2",
+        {"image_model": "krea2", "features": 64, "heads": 2, "kvheads": 1, "layers": 2, "tdim": 32}
+        | {"txtdim": 16, "txtlayers": 2, "txtheads": 2, "txtkvheads": 2},
+        {"width": 32},
+        "blocks.0 blocks.1",
+    ),
     "Anima": Family("Anima", {"image_model": "anima"} | ANIMA, {"width": 24, "t5": 128}, "blocks.0 blocks.1"),
 }
 
