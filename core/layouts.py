@@ -73,6 +73,8 @@ LAYOUTS = {
         {"double_stream_blocks": Place(), "single_stream_blocks": Place(first=True)},
         texts=("encoder_hidden_states_llama3",),
     ),
+    "OmniGen2Transformer2DModel": Layout({"layers": Place()}, count="num_tokens", idle=("ref_image_",)),
+    "SingleStreamDiT": Layout({"blocks": Place()}, patch="patch", frame=True),  # Krea 2
     # Its text adapter has run before a training begins.
     "Anima": Layout({"blocks": Place()}, patch="patch_spatial", frame=True, idle=("llm_adapter.",)),
 }

@@ -78,7 +78,7 @@ FAMILIES = {
     "Lumina 2": Family(
         "Lumina2",
         LUMINA | {"dim": 96, "n_kv_heads": 2, "axes_dims": [8, 8, 8], "ffn_dim_multiplier": 1.0},
-        {"width": 24},
+        {"width": 24, "mask": True},
         "layers.0 layers.1",
     ),
     "Z-Image": Family(
@@ -86,7 +86,7 @@ FAMILIES = {
         LUMINA
         | {"dim": 256, "n_kv_heads": 4, "axes_dims": [16, 24, 24], "ffn_dim_multiplier": 1.0, "rope_theta": 256.0}
         | {"z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32},
-        {"width": 24},
+        {"width": 24, "mask": True},
         "layers.0 layers.1",
     ),
     "Qwen-Image": Family(
@@ -123,6 +123,20 @@ FAMILIES = {
         },
         {"width": 24, "pooled": 16, "llama": (2, 12)},
         "double_stream_blocks.0 double_stream_blocks.1",
+    ),
+    "OmniGen 2": Family(
+        "Omnigen2",
+        {"image_model": "omnigen2", "hidden_size": 48, "num_layers": 2, "num_refiner_layers": 1, "multiple_of": 16}
+        | {"num_attention_heads": 2, "num_kv_heads": 1, "axes_dim_rope": (8, 8, 8), "text_feat_dim": 24},
+        {"width": 24, "mask": True},
+        "layers.0 layers.1",
+    ),
+    "Krea 2": Family(
+        "Krea2",
+        {"image_model": "krea2", "features": 64, "heads": 2, "kvheads": 1, "layers": 2, "tdim": 32}
+        | {"txtdim": 16, "txtlayers": 2, "txtheads": 2, "txtkvheads": 2},
+        {"width": 32},
+        "blocks.0 blocks.1",
     ),
     "Anima": Family("Anima", {"image_model": "anima"} | ANIMA, {"width": 24, "t5": 128}, "blocks.0 blocks.1"),
 }
@@ -202,6 +216,8 @@ class Text:
         if "llama" in self.sizes:
             layers, width = self.sizes["llama"]
             found["conditioning_llama3"] = torch.randn(1, layers, count + 3, width, generator=generator)
+        if self.sizes.get("mask"):
+            found["attention_mask"] = torch.ones(1, count, dtype=torch.long)
         if words := self.sizes.get("t5"):
             found["t5xxl_ids"] = torch.randint(words, (count + 2,), generator=generator)
             found["t5xxl_weights"] = torch.ones(count + 2)
