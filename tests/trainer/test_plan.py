@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 from turbodistill.trainer.config import Config, ConfigError
+from turbodistill.trainer.run import memory, run
 from turbodistill.trainer.run import plan as plans
-from turbodistill.trainer.run import run
 from turbodistill.trainer.run.estimate import estimate, planned
 from turbodistill.trainer.run.events import Planned
 from turbodistill.trainer.run.kept import Kept
@@ -188,7 +188,11 @@ def test_a_full_copy_that_cannot_fit_is_refused_before_it_is_made():
 
 
 def room_for(monkeypatch, host, config, prompts, less=1):
-    """A card that leaves `less` bytes less than these settings take, whatever its GB; the measure that says so."""
+    """A card that leaves `less` bytes less than these settings take, whatever its GB; the measure that says so.
+
+    Previews take nothing: of such small pictures they would be most of it, and no setting makes them less.
+    """
+    monkeypatch.setattr(memory, "DECODING", 0)
     found, _, measure = planned(host, config, prompts)
     take = measure.memory(found.config).total - less
     monkeypatch.setattr(plans, "usable", lambda card: take)
