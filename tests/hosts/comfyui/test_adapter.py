@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from turbodistill.core.denoiser import Cond
 from turbodistill.core.schedule import DiscreteSchedule
 
-pytestmark = [pytest.mark.host, pytest.mark.newest]
+pytestmark = [pytest.mark.host, pytest.mark.newest, pytest.mark.timeout(900)]  # one script tells all
 
 HERE = Path(__file__).parent
 HEIGHT, WIDTH, TOKENS = 8, 12, 77  # of the latents and the text

@@ -16,6 +16,8 @@ TEMPLATES = sorted((ROOT / "workflows").glob("*.json"))
 PAGES = sorted((ROOT / "web" / "docs").glob("*.md"))
 PATIENCE = 120_000  # milliseconds
 DEMOS = [template for template in TEMPLATES if " demo " in template.stem.lower()]
+# Newer pages mark a loader whose file is not there, as soon as they know.
+LOADERS = {"CheckpointLoaderSimple", "TurboDistillLoadStudent"}
 # What is changed before Run is pressed, so that it takes seconds.
 SHORT = {
     "EmptyLatentImage": {"width": 128, "height": 128},
@@ -142,7 +144,9 @@ def test_a_template_opens_with_every_node(page, browse, template):
     shown = page.evaluate(
         "() => app.graph.nodes.map(n => [n.type, n.type in LiteGraph.registered_node_types, !!n.has_errors])"
     )
-    assert sorted(shown) == sorted([node["type"], True, False] for node in workflow["nodes"])
+    assert sorted(kind for kind, *_ in shown) == sorted(node["type"] for node in workflow["nodes"])
+    assert all(registered for _, registered, _ in shown)
+    assert {kind for kind, _, faulty in shown if faulty} <= LOADERS
     # Boxes that the front end would have to enlarge would cover their neighbours.
     small = page.evaluate(
         "() => app.graph.nodes.filter(n => n.size.some((s, i) => s < n.computeSize()[i])).map(n => n.type)"
