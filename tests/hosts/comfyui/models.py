@@ -15,9 +15,11 @@ from inside import arguments  # noqa: F401 - it brings ComfyUI and the clone
 import comfy.model_management
 import comfy.sampler_helpers
 import comfy.samplers
+import comfy.sd
 import families
 import looks
 import torch
+from comfy.ldm.wan.vae import WanVAE
 from turbodistill.core.features import TeacherFeatures
 from turbodistill.core.layouts import layout_of
 from turbodistill.core.rotary import ROTATIONS, give_gradients
@@ -162,5 +164,24 @@ def look_at_rotations():
     return found
 
 
+def look_at_video_vae():
+    """How far pictures and latents of a batch are from those that the real autoencoder of videos makes one by one."""
+    if not hasattr(comfy.model_management, "in_training"):
+        return None  # older ones take its width for granted
+    torch.manual_seed(6)
+    network = WanVAE(dim=8, z_dim=16, temperal_downsample=[False, True, True])
+    weights = {k: torch.randn(v.shape) * max(v[0].numel(), 1) ** -0.5 for k, v in network.state_dict().items()}
+    family = families.FAMILIES["Qwen-Image"]
+    with torch.inference_mode():
+        vae = comfy.sd.VAE(sd=weights)
+        host = ComfyUIHost(families.model_of(family), families.Text(family), vae, "Qwen-Image", 8 * WIDTH, 8 * HEIGHT)
+        x = torch.randn(2, *host.latent_shape)
+        pictures, latents = host.decode(x), host.denoiser.latent_out(x)
+        alone = torch.cat([vae.decode(z[None, :, None])[:, 0] for z in latents]).movedim(-1, 1)
+        back = host.encode_images(pictures)
+        own = torch.cat([vae.encode(p[None].movedim(1, -1))[:, :, 0] for p in pictures])
+        return [looks.far(pictures, alone), looks.far(back, host.denoiser.latent_in(own)), list(back.shape)]
+
+
 told = {name: look(name, family) if families.settings(family) else None for name, family in families.FAMILIES.items()}
-print(json.dumps({"families": told, "rotations": look_at_rotations()}))
+print(json.dumps({"families": told, "rotations": look_at_rotations(), "video_vae": look_at_video_vae()}))

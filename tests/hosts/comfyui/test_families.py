@@ -131,6 +131,13 @@ def test_fused_rotary_embedding_has_right_gradients(found, version):
     assert len(found["rotations"]) == 8 and max(found["rotations"].values()) < 1e-5
 
 
+def test_a_picture_is_a_frame_to_an_autoencoder_of_videos(found, version):
+    if found["video_vae"] is None:
+        pytest.skip(f"ComfyUI {version} knows no narrow one")
+    decoded, encoded, shape = found["video_vae"]
+    assert max(decoded, encoded) < 1e-4 and shape == [2, 16, 8, 12]
+
+
 # --- In the server ---
 
 
