@@ -82,7 +82,9 @@ def gguf_nodes():
     if found is None or importlib.util.find_spec("gguf") is None:
         raise Missing("GGUF")
     if "comfyui_gguf" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("comfyui_gguf", found, submodule_search_locations=[found.parent])
+        spec = importlib.util.spec_from_file_location(
+            "comfyui_gguf", found, submodule_search_locations=[str(found.parent)]
+        )
         sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[spec.name])
     return sys.modules["comfyui_gguf"].NODE_CLASS_MAPPINGS
@@ -119,8 +121,6 @@ KINDS = {
     "mxfp8": quantised("mxfp8"),
     "nvfp4": quantised("nvfp4"),
     "int8_tensorwise": quantised("int8_tensorwise"),
-    "convrot_w4a4": quantised("convrot_w4a4"),
-    "asym_w4a8_int8": quantised("asym_w4a8_int8"),
     "GGUF Q8_0": gguf("Q8_0"),
     "GGUF Q4_0": gguf("Q4_0"),
 }

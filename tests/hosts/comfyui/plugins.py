@@ -45,7 +45,7 @@ sd15, controlnet, flux = arguments
 OneStepSample.hidden = SimpleNamespace(prompt={}, unique_id="1")
 PROMPTS = ["a red fox", "a blue owl"]
 CONFIG = Config(
-    **{"pairs": 4, "pair_steps": 1, "pair_sampler": "euler", "guidance": 3.0, "batch_size": 2, "rank": 2, "updates": 2},
+    **{"pairs": 4, "pair_steps": 2, "pair_sampler": "euler", "guidance": 3.0, "batch_size": 2, "rank": 2, "updates": 2},
     **{"regression_updates": 1, "adversarial_ramp": 1, "gradient_checkpointing": False, "targets": "attention"},
 )
 CFG = 3.0
@@ -174,7 +174,7 @@ def distilled(base, model, place):
     torch.manual_seed(0)
     for _ in make_pairs(host, CONFIG, PROMPTS, place / "pairs"):
         pass
-    pairs = load_pairs(place / "pairs").latents
+    pairs = load_pairs(place / "pairs").latents[torch.arange(CONFIG.pairs)]
     with trainable(model) as trained:
         host = hosted(base, model, trained)
         assert pairs_key(host, CONFIG, PROMPTS) == key, "Distill would take the pairs for another model's"

@@ -15,7 +15,7 @@ PAGE = Path(__file__).parents[3] / "docs/comfyui.md"
 SEEN = 1e-3  # standard deviations by which a picture differs
 # What ComfyUI 0.3.64 does not have; and what needs a node pack.
 NEWER = {"LoraLoaderBypass", "NAGuidance", "TemporalScoreRescaling"}
-NEWER_KINDS = {"float8_e4m3fn", "mxfp8", "nvfp4", "int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8"}
+NEWER_KINDS = {"float8_e4m3fn", "mxfp8", "nvfp4", "int8_tensorwise"}
 PACK = {"GGUF Q8_0", "GGUF Q4_0"}
 # Issue 26 asks for these.
 ACT = {
@@ -41,8 +41,7 @@ def newest(installation):
 
 def sentence(words):
     """A refusal's words, without the names that differ from row to row."""
-    words = re.sub(r"comes through .+?, which", "comes through ..., which", words)
-    return re.sub(r"quantised as .+?, through", "quantised as ..., through", words)
+    return re.sub(r"comes through .+?, which", "comes through ..., which", words)
 
 
 def of_sampling(row):
