@@ -7,7 +7,7 @@ backward, where it is made again, and convolutions are packed too, of which half
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,6 +63,27 @@ def packed(weight: Tensor) -> tuple[Tensor, Tensor]:
 def unpacked(numbers: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The inverse of `packed`, to half a step of the scale."""
     return numbers.to(dtype).mul_(scale.to(dtype))
+
+
+SCALE = ".scale"  # behind a weight's name
+
+
+def packed_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A network's state with its large weights packed, each beside its scales; the rest in float16."""
+    large = {name for name, value in state.items() if value.ndim in (2, 4) and value.numel() >= LEAST}
+    small = {name: value.half() for name, value in state.items() if name not in large}
+    parts = {name: packed(state[name]) for name in large}
+    numbers = {name: part[0] for name, part in parts.items()}
+    return numbers | {name + SCALE: part[1] for name, part in parts.items()} | small
+
+
+def unpacked_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `packed_state`, in float32."""
+    return {
+        name: unpacked(value, tensors[name + SCALE], torch.float32) if name + SCALE in tensors else value.float()
+        for name, value in tensors.items()
+        if not name.endswith(SCALE)
+    }
 
 
 class _Layer(torch.autograd.Function):

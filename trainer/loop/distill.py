@@ -242,7 +242,8 @@ def update_average(state: State) -> None:
     The second keeps it young at first, as TensorFlow's ExponentialMovingAverage with `num_updates` does.
     """
     keep = min(state.config.ema_decay, (1 + state.update) / (10 + state.update))
-    slow, fast = list(state.average.parameters()), list(state.student.trained.parameters())
+    slow: list[Tensor] = [*state.average.parameters()]
+    fast: list[Tensor] = [*state.student.trained.parameters()]
     get_ema_multi_avg_fn(keep)(slow, fast, None)
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from safetensors.torch import load_file
 from torch import nn
 
-from ...demo.files import VISION
+from ...core.eight_bits import unpacked_state
+from ...demo.files import PACKED, VISION
 
 EMBEDDED = "embedded"
 
@@ -22,9 +25,10 @@ def load_vision(name: str) -> tuple[nn.Module, int]:
         from transformers import AutoModel
 
         with _without_progress():
-            network, info = AutoModel.from_pretrained(
-                str(VISION) if name == EMBEDDED else name, output_loading_info=True, use_safetensors=True
-            )
+            if name == EMBEDDED:
+                network, info = _embedded()
+            else:
+                network, info = AutoModel.from_pretrained(name, output_loading_info=True, use_safetensors=True)
     except (ImportError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"pixel_backbone is {name!r}, which cannot be loaded: {error}") from None
     if info["missing_keys"]:
@@ -38,6 +42,15 @@ def load_vision(name: str) -> tuple[nn.Module, int]:
             f"pixel_backbone is {name!r}, a {type(network).__name__} without patches: use a vision transformer"
         )
     return network.float(), patch
+
+
+def _embedded() -> tuple[nn.Module, dict[str, Any]]:
+    """The one that comes with the clone, and what transformers says of its weights."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    state = unpacked_state(load_file(VISION / PACKED))
+    config = Dinov2Config.from_pretrained(str(VISION))
+    return Dinov2Model.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
 
 
 @contextmanager
