@@ -50,7 +50,8 @@ def _embedded() -> tuple[nn.Module, dict[str, Any]]:
 
     state = unpacked_state(load_file(VISION / PACKED))
     config = Dinov2Config.from_pretrained(str(VISION))
-    return Dinov2Model.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
+    made: Any = Dinov2Model.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
+    return made
 
 
 @contextmanager
