@@ -256,6 +256,7 @@ def test_settings_that_cannot_be_used_here_are_not_offered(webui, trainer):
             trainer.start("bad", wrong)
 
 
+@pytest.mark.share
 def test_stop_keeps_the_best(webui, trainer, first):
     trainer.start("stopped", LONG | {"evaluate_every": 1})
     trainer.until(trainer.trains)
