@@ -236,10 +236,10 @@ def test_what_would_wait_for_the_model_is_told_why(webui, trainer, first, other,
             r"A distillation runs \(long-too, training \d+ of 100000, .* left\): wait, or", told["textinfo"]
         )
         asked = time.monotonic()
-        if webui.kind.name == "a1111":
+        if not webui.kind.backend:
             with pytest.raises(refused, match=r"409.*sd_model_checkpoint stays as it is. A distillation runs"):
                 webui.set(sd_model_checkpoint=other)
-        else:  # which loads it for the next picture
+        else:  # Forge and Neo load it for the next picture
             webui.set(sd_model_checkpoint=other)
             webui.set(sd_model_checkpoint=own)
         assert time.monotonic() - asked < 30
