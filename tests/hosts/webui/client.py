@@ -71,7 +71,7 @@ KINDS = {
             ("--cpu", "--force-fp32"),
             backend=True,
             kin=True,
-            upscaler="Nearest",  # it enlarges pictures alone
+            upscaler="None",  # it ships no other, and none for latents
         ),
     )
 }
