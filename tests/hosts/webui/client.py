@@ -30,7 +30,7 @@ DEFAULTS = {
     "prompt": "a fox", "seed": 1, "width": 64, "height": 64, "steps": 1, "cfg_scale": 1, "sampler_name": "ADD 1-step",
 }  # fmt: skip
 # The API of Forge and Neo has no defaults for these of its hires fix.
-FORGE_HIRES = {"hr_additional_modules": ["Use same choices"], "hr_cfg": 1, "hr_upscaler": "Latent"}
+FORGE_HIRES = {"hr_additional_modules": ["Use same choices"], "hr_cfg": 1}
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Kind:
     flags: tuple[str, ...]
     backend: bool = False  # its networks are Forge's own, of the package `backend`
     kin: bool = False  # of Forge
+    upscaler: str = "Latent"  # of the hires fix
 
 
 KINDS = {
@@ -63,7 +64,15 @@ KINDS = {
             (*OLD_FLAGS, "--always-cpu", "--all-in-fp32"),
             kin=True,
         ),
-        Kind("neo", "NEO", "sd-webui-forge-neo", ("--cpu", "--force-fp32"), backend=True, kin=True),
+        Kind(
+            "neo",
+            "NEO",
+            "sd-webui-forge-neo",
+            ("--cpu", "--force-fp32"),
+            backend=True,
+            kin=True,
+            upscaler="None",  # it ships no other, and none for latents
+        ),
     )
 }
 
@@ -155,7 +164,8 @@ class WebUI:
         return self._made("txt2img", given)
 
     def _make(self, where: str, given: dict[str, Any]) -> Made:
-        hires = FORGE_HIRES if self.kind.backend and given.get("enable_hr") else {}
+        hires = {"hr_upscaler": self.kind.upscaler} | (FORGE_HIRES if self.kind.backend else {})
+        hires = hires if given.get("enable_hr") else {}
         return self._made(where, DEFAULTS | hires | given)
 
     def _made(self, where: str, told: dict[str, Any]) -> Made:

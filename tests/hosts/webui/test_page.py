@@ -43,7 +43,7 @@ class Page:
                 if "interrupted by another navigation" not in error.message:
                     raise
         self.page.wait_for_selector("#txt2img_prompt textarea", timeout=60_000)
-        self.page.wait_for_function("window.opts && Object.keys(opts).length > 0", timeout=60_000)
+        self.page.wait_for_function("typeof opts === 'object' && Object.keys(opts).length > 0", timeout=60_000)
 
     def turn_to(self, tab):
         named = re.compile(rf"^\s*{tab}\s*$", re.IGNORECASE)  # Forge's are capitalised

@@ -40,6 +40,7 @@ def test_no_scheduler_changes_the_levels(webui, gap, scheduler):
     assert gap(webui.txt2img(scheduler=scheduler).picture, webui.txt2img().picture) == 0
 
 
+@pytest.mark.share
 @pytest.mark.parametrize(
     ("steps", "made", "timesteps"),
     [(1, 1, "999"), (2, 2, "999 499"), (4, 4, "999 749 499 249"), (20, 8, "999 874 749 624 499 374 249 124")],
@@ -64,6 +65,7 @@ def test_strength_leads_away_from_the_picture(webui, drawing, distance, sampler,
     assert 5 < near < middle - 1 < far - 2
 
 
+@pytest.mark.share
 def test_strength_sets_the_first_level(webui, drawing):
     made = webui.img2img(drawing, denoising_strength=0.6, sampler_name=FEW, steps=2)
     assert "ADD timesteps: 599 299" in made.infotext
@@ -85,7 +87,7 @@ def test_a_batch_in_image_to_image_equals_its_single_seeds(webui, drawing, gap):
 
 
 def test_hires_fix_takes_the_same_path(webui, distance):
-    told = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "steps": 20}
+    told = {"enable_hr": True, "hr_scale": 2, "steps": 20}
     near, far = (webui.txt2img(denoising_strength=strength, **told) for strength in (0.3, 0.9))
     assert near.picture.shape == (128, 128, 3)
     assert "ADD timesteps: 999" in near.infotext and "Hires ADD timesteps: 299" in near.infotext
@@ -94,7 +96,7 @@ def test_hires_fix_takes_the_same_path(webui, distance):
 
 
 def test_hires_fix_after_another_sampler(webui):
-    told = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.5}
+    told = {"enable_hr": True, "hr_scale": 2, "denoising_strength": 0.5}
     made = webui.txt2img(sampler_name="Euler", hr_sampler_name=ONE, steps=3, **told)
     assert "Steps: 3," in made.infotext and "Hires steps: 1" in made.infotext
     assert "Hires ADD timesteps: 499" in made.infotext
@@ -112,12 +114,13 @@ def test_inpainting_changes_what_is_masked(webui, drawing, distance, encoded, sa
     assert distance(made[:, 32:], drawing[:, 32:]) > 20
 
 
+@pytest.mark.share
 @pytest.mark.parametrize(
     "told",
     [
         {},
         {"sampler_name": FEW, "steps": 4, "seed": 7},
-        {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.5},
+        {"enable_hr": True, "hr_scale": 2, "denoising_strength": 0.5},
         chosen("DMD2"),
     ],
     ids=["one step", "few steps", "hires fix", "a chosen family"],
@@ -177,6 +180,7 @@ def student(put):
     return put("fox-turbo")
 
 
+@pytest.mark.share
 def test_what_does_not_fit_is_told_to_programs_too(webui, student, put):
     second = put("second-turbo", "tiny.safetensors" if webui.kind.name == "a1111" else "small.ckpt")
     said = webui.txt2img(prompt=f"a fox <lora:{student}:0.7> <lora:{second}:-1>", cfg_scale=7).remarks

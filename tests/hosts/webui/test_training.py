@@ -236,10 +236,10 @@ def test_what_would_wait_for_the_model_is_told_why(webui, trainer, first, other,
             r"A distillation runs \(long-too, training \d+ of 100000, .* left\): wait, or", told["textinfo"]
         )
         asked = time.monotonic()
-        if webui.kind.name == "a1111":
+        if not webui.kind.backend:
             with pytest.raises(refused, match=r"409.*sd_model_checkpoint stays as it is. A distillation runs"):
                 webui.set(sd_model_checkpoint=other)
-        else:  # which loads it for the next picture
+        else:  # Forge and Neo load it for the next picture
             webui.set(sd_model_checkpoint=other)
             webui.set(sd_model_checkpoint=own)
         assert time.monotonic() - asked < 30
@@ -256,7 +256,6 @@ def test_settings_that_cannot_be_used_here_are_not_offered(webui, trainer):
             trainer.start("bad", wrong)
 
 
-@pytest.mark.kin
 def test_buckets_blocks_a_card_s_memory_and_a_student_to_begin_from(webui, trainer, first, tmp_path):
     for k in range(3):
         Image.new("RGB", (80, 80), (80 * k, 0, 0)).save(tmp_path / f"{k}.png")
@@ -276,6 +275,7 @@ def test_buckets_blocks_a_card_s_memory_and_a_student_to_begin_from(webui, train
     assert card.training["init_student"] == "card.safetensors"
 
 
+@pytest.mark.share
 def test_stop_keeps_the_best(webui, trainer, first):
     trainer.start("stopped", LONG | {"evaluate_every": 1})
     trainer.until(trainer.trains)
