@@ -131,3 +131,11 @@ def test_words_to_search_by_are_given_where_the_host_takes_them(nodes, monkeypat
     newer = make_dataclass("Schema", [*about, "search_aliases"])
     monkeypatch.setattr(nodes.schema.io, "Schema", newer)
     assert nodes.schema.schema(("turbo", "fast"), **about).search_aliases == ["turbo", "fast"]
+
+
+@pytest.mark.parametrize(
+    ("name", "warned"), [("turbodistill", 0), ("ComfyUI_turbo-distill.2", 0), ("turbo distill", 1), ("é", 1)]
+)
+def test_a_folder_from_which_the_page_gets_no_file_is_told(nodes, caplog, name, warned):
+    nodes.extension.check_folder(name)
+    assert caplog.text.count(f"folder {name!r}") == warned
