@@ -152,8 +152,7 @@ def test_an_older_comfyui_does_the_same(told, newest):
     expected = {line[0]: line[1:] for line in lines if not line[0].endswith("(newer)")}
     rows = plug_rows(told) + kind_rows(told)
     for label, *found in rows:
-        if label != "negative of One-Step Sample":
-            assert found == expected[label], label
+        assert found == expected[label], label
 
 
 # --- What they are made of ---
@@ -194,8 +193,11 @@ def test_a_compiled_model_makes_the_same_picture(told):
 
 
 def test_a_negative_acts_or_names_the_version(told, newest):
-    row = told["plugs"]["negative of One-Step Sample"]
-    assert of_sampling(row) == "acts" if newest else "update ComfyUI to 0.15 or later" in row["sample"]["refused"]
+    """One-Step Sample's own, on a MODEL without a NAG node: as that node with its defaults."""
+    if newest:
+        assert told["negative"] == told["plugs"]["NAGuidance"]["sample"] and min(told["negative"]) > SEEN
+    else:
+        assert "update ComfyUI to 0.15 or later" in told["negative"]["refused"]
 
 
 def test_quantised_weights_stay_what_they_are(told, newest):
