@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.host, pytest.mark.newest]
+# All rows are seen in one go, in one to two minutes of a core's time.
+pytestmark = [pytest.mark.host, pytest.mark.newest, pytest.mark.timeout(900)]
 
 PAGE = Path(__file__).parents[3] / "docs/comfyui.md"
 SEEN = 1e-3  # standard deviations by which a picture differs
