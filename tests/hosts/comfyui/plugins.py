@@ -3,7 +3,8 @@
     python plugins.py COMFYUI CLONE SD15 CONTROLNET FLUX
 
 The last three are narrow checkpoints and a ControlNet. Prints a line of JSON, {"plugs": {row: {"sample": ...,
-"distil": ...}}, "quantised": the same}, of the rows that this ComfyUI has: what was found, or in "refused" the words.
+"distil": ...}}, "quantised": the same, "negative": what One-Step Sample's own does}, of the rows that this ComfyUI has:
+what was found, or in "refused" the words.
 """
 
 import hashlib
@@ -238,12 +239,6 @@ def look_at_controlnet(base):
     }
 
 
-def look_at_negative(base):
-    """One-Step Sample's own negative."""
-    told = attempt(sampled, base, base.model, negative=base.text("a green cat"))
-    return {"sample": told, "distil": {"refused": "Distill has a setting of its own, negative_prompt"}, "calls": 0}
-
-
 def bits(model):
     """A hash of the weights' numbers as they are kept, packed or not."""
     digest = hashlib.sha256()
@@ -293,7 +288,8 @@ with torch.inference_mode():
         except Missing:
             continue
     told["plugs"]["ControlNet"] = look_at_controlnet(bases["sd15"])
-    told["plugs"]["negative of One-Step Sample"] = look_at_negative(bases["demo"])
+    base = bases["demo"]
+    told["negative"] = attempt(sampled, base, base.model, negative=base.text("a green cat"))
     for label, make in packed.KINDS.items():
         try:
             told["quantised"][label] = look_at_quantised(bases["flux"], make)
