@@ -22,7 +22,11 @@ def widgets(names: Iterable[str], optional: bool = False, **defaults: Any) -> li
 
     `optional` ones may be missing, as they are in workflows from before they were there.
     """
-    return [widget(name, defaults.get(name), optional) for name in names]
+    made = [widget(name, defaults.get(name), optional) for name in names]
+    for each in made:
+        if each.id in FOLDED:  # newer ComfyUIs take `advanced=True`, which older ones refuse; both send what is here
+            each.extra_dict = {"advanced": True}
+    return made
 
 
 def widget(name: str, default: Any = None, optional: bool = False):
@@ -30,8 +34,6 @@ def widget(name: str, default: Any = None, optional: bool = False):
     about = FIELDS[name].metadata
     default = FIELDS[name].default if default is None else default
     options = {"default": default, "tooltip": about["help"], "optional": optional}
-    if name in FOLDED:
-        options["extra_dict"] = {"advanced": True}  # `advanced=True` of newer ComfyUIs, which older ones refuse
     if about["choices"]:
         return io.Combo.Input(name, options=list(about["choices"]), **options)
     if isinstance(default, bool):

@@ -23,7 +23,7 @@ class Socket:
 
 
 def kind(io_type, *widget):
-    inputs = ("display_name", "optional", "tooltip", "lazy", "extra_dict", *widget)
+    inputs = ("display_name", "optional", "tooltip", "lazy", *widget)
     return SimpleNamespace(
         Input=type("Input", (Socket,), {"io_type": io_type, "settings": inputs}),
         Output=type(
