@@ -156,6 +156,17 @@ class Denoiser(abc.ABC):
         return next(self.backbone.parameters()).device
 
 
+def with_lengths(conds: Sequence[Cond], usual: Cond, names: Iterable[str] = ("context",)) -> list[Cond]:
+    """Conditions whose text is one sequence with the picture, with the lengths of their texts of these names.
+
+    Where all are as long as the `usual` one there is nothing to fill up: they stay as they are.
+    """
+    names = tuple(names)
+    if all(cond.text(name).shape == usual.text(name).shape for cond in conds for name in names):
+        return list(conds)
+    return [cond.measured(names) for cond in conds]
+
+
 def by_length(
     run: Callable[[Tensor, Tensor, Cond], list[Tensor]], x: Tensor, sigma: Tensor, cond: Cond
 ) -> list[Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.architecture import architecture_of
 from ..core.borrowed import watched
 from ..core.card import fingerprint
-from ..core.denoiser import Cond, Denoiser
+from ..core.denoiser import Cond, Denoiser, with_lengths
 from .host import clip_skip
 from .host_denoiser import architecture
 
@@ -103,20 +103,17 @@ class WebUIHost:
     def encode_text(self, prompts: Sequence[str]) -> Cond:
         """Prompts -> a batch of conditions, on the CPU, as the host makes them; the empty one as its negative prompt.
 
-        Raises ValueError for a prompt that names LoRAs, or joins several with AND; and where repeated text
-        tokens would change pictures, for one longer than the empty prompt.
+        Texts of different lengths are repeated to the same; where that would change pictures, they go through the
+        network as long as they are. Raises ValueError for a prompt that names LoRAs, or joins several with AND.
         """
         with self._others():
             found = [self._condition(prompt) for prompt in ["", *prompts]]
-        most = found.pop(0).context.shape[1]
+        usual = found.pop(0)
         for prompt, cond in zip(prompts, found, strict=True):
             if not cond.context.isfinite().all():
                 raise ValueError(f"the text encoder makes no numbers of prompt {prompt[:80]!r}: leave it out")
-            if self.joint and cond.context.shape[1] != most:
-                raise ValueError(
-                    f"prompt {prompt[:80]!r} has {cond.context.shape[1]} text tokens; distilled, this model takes "
-                    f"{most} at most: shorten it"
-                )
+        if self.joint:
+            found = with_lengths(found, usual)
         return Cond.cat([cond.map(torch.clone) for cond in found])
 
     def _condition(self, prompt: str) -> Cond:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...core.borrowed import leave_inference_mode, watched
-from ...core.denoiser import Cond, Guidance
+from ...core.denoiser import Cond, Guidance, with_lengths
 from ...trainer.config import Config
 from .denoiser import ModelDenoiser, attends_jointly, conditions, differentiable
 from .patcher import KEY, architecture, clip_hash, clip_skip, load, model_hash
@@ -188,10 +188,10 @@ class ComfyUIHost:
         joint = attends_jointly(self.model, texts[0], empty)
         while texts:  # none is kept on the device longer than it takes
             found.append(conditions(self.model, texts.pop(0), empty).map(torch.Tensor.cpu))
-        names = ("context", *(self.denoiser.layout.texts if self.denoiser.layout else ()))
         usual = found.pop(0)
-        if joint and any(cond.text(name).shape != usual.text(name).shape for cond in found for name in names):
-            found = [cond.measured(names) for cond in found]
+        if joint:
+            texts = self.denoiser.layout.texts if self.denoiser.layout else ()
+            found = with_lengths(found, usual, ("context", *texts))
         return Cond.cat(found)
 
     def decode(self, latents: Tensor) -> Tensor:

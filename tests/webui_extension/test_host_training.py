@@ -376,12 +376,13 @@ def test_a_forge_inpainting_model_is_refused(forge):
         pass
 
 
-def test_a_longer_prompt_is_refused_where_its_tokens_stand_beside_the_picture_s(forge):
+def test_a_longer_prompt_goes_by_itself_where_its_tokens_stand_beside_the_picture_s(forge):
     del forge.network.input_blocks
     with forge.open() as host:
         assert host.joint
-        with pytest.raises(ValueError, match=r"prompt 'a very long prompt' has 6 text tokens; .* takes 3 at most"):
-            host.encode_text(["a very long prompt"])
+        both = host.encode_text(["a fox", "a very long prompt"])
+        assert both.lengths["context"].tolist() == [3, 6] and both.context.shape[1] == 6
+        assert not both.context[0, 3:].any() and not host.encode_text(["a fox"]).lengths
 
 
 @pytest.mark.slow
