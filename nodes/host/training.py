@@ -190,8 +190,8 @@ class ComfyUIHost:
             found.append(conditions(self.model, texts.pop(0), empty).map(torch.Tensor.cpu))
         usual = found.pop(0)
         if joint:
-            texts = self.denoiser.layout.texts if self.denoiser.layout else ()
-            found = with_lengths(found, usual, ("context", *texts))
+            beside = self.denoiser.layout.texts if self.denoiser.layout else ()
+            found = with_lengths(found, usual, ("context", *beside))
         return Cond.cat(found)
 
     def decode(self, latents: Tensor) -> Tensor:
