@@ -201,6 +201,9 @@ def stand_in(source: Path) -> nn.Module:
         at.register_parameter(leaf, nn.Parameter(value, False))
         at.stride = at.padding = at.dilation = 1  # of convolutions
         at.groups = 1 if value.ndim < 4 or value.shape[1] > 1 else value.shape[0]
+    for module in root.modules():
+        if hasattr(module, "weight") and not hasattr(module, "bias"):
+            module.bias = None
     return root
 
 

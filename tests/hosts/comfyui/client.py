@@ -237,8 +237,8 @@ def installations() -> list[Installation]:
 
 def installation() -> tuple[Path, str]:
     """Folder and Python of the oldest; raises as `installations`."""
-    folder, python = installations()[0]
-    return folder, python
+    found = installations()[0]
+    return found.folder, found.python
 
 
 def _python(folder: Path, first: bool) -> str:

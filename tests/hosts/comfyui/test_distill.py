@@ -319,16 +319,16 @@ def test_buckets_blocks_a_card_s_memory_and_a_student_to_begin_from(comfyui, gra
     images = graph.add("TurboDistillImageFolder", folder="squares", broken_pictures="stop")
     targets = "attention, not output_blocks"
     pairs = {"sizes": "buckets", "images": images}
-    nodes = distilling("first", images=images, pairs=pairs, advanced={"targets": targets}, vram=24.0)
-    graph.add("TurboDistillSaveStudent", student=nodes["distill"][1], name="first", save_as="the student (LoRA)")
+    nodes = distilling("in-buckets", images=images, pairs=pairs, advanced={"targets": targets}, vram=24.0)
+    graph.add("TurboDistillSaveStudent", student=nodes["distill"][1], name="in-buckets", save_as="the student (LoRA)")
     comfyui.run(graph)
     told = snapshot(comfyui, nodes["distill"])
     assert told["memory"].startswith("for a card of 24.0 GB: as it is set; set by hand, and kept: batch_size")
-    saved = read_values(runs(comfyui, "first") / "state.safetensors")["config"]
+    saved = read_values(runs(comfyui, "in-buckets") / "state.safetensors")["config"]
     assert (saved["sizes"], saved["targets"], saved["vram"]) == ("64x64", targets, 24.0)
     second = new_graph()
-    nodes = distilling("second", second, advanced={"targets": targets, "init_student": "first"})
-    assert "init_student first.safetensors" in nodes_card(comfyui, second, nodes)
+    nodes = distilling("second", second, advanced={"targets": targets, "init_student": "in-buckets"})
+    assert "init_student in-buckets.safetensors" in nodes_card(comfyui, second, nodes)
     third = new_graph()
     distilling("third", third, advanced={"optimizer": "prodigy", "lr": 1.0}, vram=0.9)
     with pytest.raises(node_error, match=r"needs pytorch-optimizer|No settings make it fit"):
