@@ -93,7 +93,7 @@ def test_a_run_is_not_gone_on_with_by_another_model_or_other_prompts(kit, host, 
         ),
         (
             {"targets": "("},
-            r"targets '\(' are no regular expression \(missing .*\): use attention, transformer, all, the name of a block, or",
+            r"targets .\(. are no regular expression \(missing .*\): use attention, transformer, all, the name",
         ),
         ({"taps": "blocks.0, blocks.7"}, r"taps \['blocks.7'\] are no modules"),
     ],
