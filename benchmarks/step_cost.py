@@ -112,7 +112,8 @@ def heads(state: State, config: Config, x: Tensor, sigma: Tensor, cond: Cond) ->
             critic.discriminator.requires_grad_(True)
         loss.backward()
         with autocast(config, state.student.teacher):
-            loss = torch.stack([scores(maps) for _ in range(3)]).sum()
+            moved = [m + config.r1_noise * torch.randn_like(m) for m in maps]
+            loss = torch.stack([scores(given) for given in (maps, maps, moved)]).sum()
         loss.backward()
         critic.discriminator.zero_grad(set_to_none=True)
 
@@ -182,7 +183,7 @@ def measure(
         "student, forward and backward": learn,
         "features of the student's picture, forward and backward": judge,
         "features of the positive, forward": look,
-        "heads: the student's pass and their own three": heads(state, config, x, sigma, cond),
+        "heads: the student's pass, their own three, R1's noise": heads(state, config, x, sigma, cond),
         "optimizers' steps, clipping and average": steps(state),
     }
     times: dict[str, list[float]] = {name: [] for name in works}
