@@ -13,12 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROTATIONS = (
-    "apply_rope",
-    "apply_rope_split_half",
-    "rms_rope",
-    "rms_rope_split_half",
-)  # each of two tensors; "1" of one
+# Operations on two tensors; those with a "1" behind the name are on one.
+ROTATIONS = ("apply_rope", "apply_rope_split_half", "rms_rope", "rms_rope_split_half")
 
 
 def rotated(x: Tensor, table: Tensor, halves: bool = False) -> Tensor:
@@ -32,7 +28,9 @@ def rotated(x: Tensor, table: Tensor, halves: bool = False) -> Tensor:
     return (turned.mT if halves else turned).flatten(-2).type_as(x)
 
 
-def normed_and_rotated(x: Tensor, table: Tensor, halves: bool, scale: Tensor | None, epsilon: float, first: int):
+def normed_and_rotated(
+    x: Tensor, table: Tensor, halves: bool, scale: Tensor | None, epsilon: float, first: int
+) -> Tensor:
     """The same of x's RMS norm, if there is a `scale` (D,) of it; of its `first` numbers alone, if that is not 0."""
     if scale is not None:
         x = F.rms_norm(x, x.shape[-1:], scale, epsilon)

@@ -25,7 +25,7 @@ from .graph import file_names
 from .host import page, patcher, save
 from .host.training import ComfyUIHost, cancellable, trainable
 from .load import CATEGORY
-from .panel import stopped_early, watched
+from .panel import keep, stopped_early, watched
 from .schema import schema
 from .settings import widgets
 
@@ -234,7 +234,7 @@ class SaveStudent(io.ComfyNode):
         path, gone = _saved.get((name, save_as), (None, 0))
         if path and not path.exists():
             gone += 1
-            _saved[name, save_as] = None, gone
+            keep(_saved, (name, save_as), (None, gone))
         return gone
 
     @classmethod
@@ -248,7 +248,7 @@ class SaveStudent(io.ComfyNode):
             path, listed = page.save_path(folder, name)
             save.save_merged(path, student.model, clip, vae, student.card)
         page.refresh(folder)
-        _saved[name, save_as] = path, _saved.get((name, save_as), (None, 0))[1]
+        keep(_saved, (name, save_as), (path, _saved.get((name, save_as), (None, 0))[1]))
         card = read_card(path)
         return io.NodeOutput(f"{folder}/{listed}", ui=ui.PreviewText(f"saved {path}\n{card.in_words()}"))
 

@@ -24,8 +24,8 @@ _stopped: dict[str, float] = {}  # by a run's name: when it was ended early
 _lock = threading.Lock()
 
 
-def _keep(known: dict[str, Any], key: str, value: Any) -> None:
-    """Put a value in as the newest, and let the oldest go."""
+def keep(known: dict[Any, Any], key: Any, value: Any) -> None:
+    """Put a value in as the newest of KEPT, and let the oldest go: a server runs for long."""
     known.pop(key, None)
     known[key] = value
     while len(known) > KEPT:
@@ -71,7 +71,7 @@ class Panel:
         self._told = 0.0
         self._progress = page.Progress()
         with _lock:
-            _keep(_panels, node, self)
+            keep(_panels, node, self)
         self.tell()
 
     def follow(self, event: Event) -> None:
@@ -121,5 +121,5 @@ def watched(hidden, monitor: Monitor, folder: Path | None = None) -> Iterator[Pa
         page.empty_cache()
         raise OutOfMemory(full)
     if monitor.control.stop:
-        _keep(_stopped, monitor.name, time.time())
+        keep(_stopped, monitor.name, time.time())
     panel.tell()

@@ -49,17 +49,17 @@ def check_inside(path: str | Path, folders: Sequence[Path] | None) -> Path:
     )
 
 
-def find_student(text: str, listed: Sequence[Path], folders: Sequence[Path] | None) -> str:
-    """The file that an `init_student` names: as lists show it, in a folder whose files are `listed`, or by its path.
+def find_student(text: str, students: Sequence[Path], readable: Sequence[Path] | None) -> str:
+    """The file that an `init_student` names: in one of the folders of `students`, without its ending too, or a path.
 
-    Raises DataError for a path that lies below none of the `folders`.
+    Raises DataError for a path that lies below none of the `readable` folders (None: any may be named).
     """
-    for folder in map(os.path.abspath, () if os.path.isabs(text) else listed):
+    for folder in map(os.path.abspath, () if os.path.isabs(text) else students):
         for name in (text, f"{text}.safetensors"):
             path = os.path.abspath(os.path.join(folder, name))
             if is_inside(Path(path), [Path(folder)]) and os.path.isfile(path):
                 return path
-    check_inside(text, folders)
+    check_inside(text, readable)
     return text
 
 

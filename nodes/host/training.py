@@ -186,7 +186,7 @@ class ComfyUIHost:
         # The MODEL is back: some prepare the text in their network.
         empty, found = torch.zeros(1, *self.latent_shape, device=self.denoiser.device), []
         joint = attends_jointly(self.model, texts[0], empty)
-        while texts:  # none is kept on the device longer than it takes
+        while texts:  # each is let go of as soon as it is prepared
             found.append(conditions(self.model, texts.pop(0), empty).map(torch.Tensor.cpu))
         usual = found.pop(0)
         if joint:

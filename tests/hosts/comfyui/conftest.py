@@ -117,6 +117,16 @@ def other_vae(comfyui):
 
 
 @pytest.fixture(scope="session")
+def full():
+    """The module `full_size.py` of the exports' tests."""
+    file = HERE.parents[1] / "export" / "full_size.py"
+    spec = importlib.util.spec_from_file_location("turbodistill_full_size", file)
+    sys.modules[spec.name] = made = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(made)
+    return made
+
+
+@pytest.fixture(scope="session")
 def script(installation, tmp_path_factory):
     """A script beside this file and checkpoints' short names -> what ComfyUI's own Python, without a server, tells."""
     folder, python = installation

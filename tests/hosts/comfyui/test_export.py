@@ -1,10 +1,8 @@
 """Exported files in a real ComfyUI: full-size Stable Diffusion 1.5, 2.1, XL, every format, no key missing or left."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,15 +12,6 @@ from turbodistill.generate.export.export import Export
 pytestmark = [pytest.mark.host, pytest.mark.full_size, pytest.mark.timeout(1800)]
 HERE = Path(__file__).parent
 STYLES = ("kohya", "comfy")
-
-
-@pytest.fixture(scope="module")
-def full():
-    file = HERE.parents[1] / "export" / "full_size.py"
-    spec = importlib.util.spec_from_file_location("turbodistill_full_size", file)
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module", params=["sd15", "sd21", "sdxl", "sdxl-v"])

@@ -1,9 +1,7 @@
 """Full-size Stable Diffusion 1.5 and XL in a real ComfyUI, by how it is started: a training, a picture, memory."""
 
-import importlib.util
 import json
 import re
-import sys
 import threading
 import time
 from pathlib import Path
@@ -23,15 +21,6 @@ STARTS = {
 }
 SHORT = {"rank": 4, "updates": 2, "batch_size": 1, "gradient_checkpointing": True}
 PAIRS = {"pairs": 4, "pair_steps": 2, "pair_sampler": "dpmpp_2m", "guidance": 3.0, "seed": 0, "at_once": 1}
-
-
-@pytest.fixture(scope="session")
-def full():
-    file = HERE.parents[1] / "export" / "full_size.py"
-    spec = importlib.util.spec_from_file_location("turbodistill_full_size", file)
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session", params=["sd15", "sdxl"])
