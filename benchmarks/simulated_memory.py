@@ -113,8 +113,8 @@ def trained(kind: str, size: int, config: td.Config) -> Iterator[tuple[State, Sa
         with mock.patch.object(torch, "randint", lambda *_: 0):  # the seed of its beginning
             student = Student(denoiser, config.rank)
         state = State.create(student, config, sample)
-        if state.critic:
-            state.discriminator._calibrated = True
+        if state.critics:
+            state.critics[0].discriminator._calibrated = True
         updates = distill.distill_groups(state, [batch.Group(pairs, uncond)])
         try:
             yield state, sample, updates
@@ -130,7 +130,7 @@ def peak(kind: str, size: int, config: td.Config) -> tuple[int, Measured]:
         measured = measure(state, sample, (size, size), tuple(round(2 * n) for n in BESIDE.get(kind, (0, 0))))
         network = state.student.teacher.backbone
         with packs(network):
-            modules = (network, state.student.trained, state.average, state.discriminator)
+            modules = (network, state.student.trained, state.average, state.critics[0].discriminator)
             live = Live(t for module in modules for t in (*module.parameters(), *module.buffers()))
             with live:
                 for _ in range(2):

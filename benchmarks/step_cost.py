@@ -96,10 +96,10 @@ def seconds(work: Callable[[], object]) -> float:
 
 def heads(state: State, config: Config, x: Tensor, sigma: Tensor, cond: Cond) -> Callable[[], None]:
     """The passes of the heads that the losses need: one for the student, three of their own, with R1."""
-    critic = state.critic
+    (critic,) = state.critics
     assert critic
     with torch.no_grad(), autocast(config, state.student.teacher):
-        maps = critic.discriminator.standardise(state.features(x, sigma, cond))
+        maps = critic.discriminator.standardise(state.critics[0].features(x, sigma, cond))
 
     def scores(given: list[Tensor]) -> Tensor:
         return torch.stack([out.float().mean() for out in critic.discriminator(given, sigma, cond.summary, None)]).sum()
@@ -122,9 +122,9 @@ def heads(state: State, config: Config, x: Tensor, sigma: Tensor, cond: Cond) ->
 
 def steps(state: State) -> Callable[[], None]:
     """Clipping, torch's own AdamW and a running average, on copies of what is trained."""
-    assert state.critic
+    assert state.critics
     groups = []
-    for module in (state.student.trained, state.critic.discriminator):
+    for module in (state.student.trained, state.critics[0].discriminator):
         copies = [p.detach().clone().requires_grad_(True) for p in module.parameters()]
         for copied in copies:
             copied.grad = torch.randn_like(copied)
@@ -171,13 +171,13 @@ def measure(
     def judge() -> None:
         given = x.clone().requires_grad_(True)
         with state.checkpointed(), autocast(config, denoiser):
-            loss = torch.stack([f.square().mean() for f in state.features(given, sigma, cond)]).sum()
+            loss = torch.stack([f.square().mean() for f in state.critics[0].features(given, sigma, cond)]).sum()
         loss.backward()
 
     @torch.no_grad()
     def look() -> None:
         with autocast(config, denoiser):
-            state.features(x, sigma, cond)
+            state.critics[0].features(x, sigma, cond)
 
     works = {
         "student, forward and backward": learn,

@@ -1,8 +1,4 @@
-"""Frozen features for the discriminator, with gradients to what they are of.
-
-The teacher's own blocks, of noisy latents (LADD, arXiv 2403.12015), or a vision transformer's, of the
-decoded picture (ADD, arXiv 2311.17042).
-"""
+"""Frozen features of noisy latents for the discriminator, from the teacher's own blocks (LADD, arXiv 2403.12015)."""
 
 from __future__ import annotations
 
@@ -11,8 +7,6 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .denoiser import Cond, Denoiser, by_length
@@ -23,7 +17,6 @@ from .naming import suggestion
 DIFFUSERS_BLOCK = re.compile(r"^(down_blocks\.\d+|mid_block)\.resnets\.\d+$")
 HOSTS_BLOCK = re.compile(r"^(input_blocks|middle_block)\.\d*[1-9]\d*(?:\.0)?$")
 TRANSFORMER_TAPS = re.compile(r"^(?:joint_blocks|double_blocks|transformer_blocks|blocks|layers)\.\d+$")
-VISION_BLOCK = re.compile(r"(?:^|\.)(?:layer|layers|blocks)\.\d+$")
 COUNT = 5
 
 
@@ -120,7 +113,10 @@ class TeacherFeatures:
     same block, are left out.
     """
 
+    name = "latents"
     conditional = True  # it is told the noise level, at which it looks, and the text
+    varies = False
+    networks: Sequence[nn.Module] = ()  # besides the teacher's
 
     def __init__(self, teacher: Denoiser, taps: Sequence[str] | None = None):
         """Raises ValueError for taps that the teacher's backbone lacks, or where none are known."""
@@ -128,7 +124,7 @@ class TeacherFeatures:
         self.taps = list(taps or default_taps(teacher.backbone))
         self.modules = tapped(teacher.backbone, self.taps)
 
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> list[Tensor]:
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Cond, view: Tensor | None = None) -> list[Tensor]:
         """Latents x (B, C, H, W), already noised to sigma (B,) -> K feature maps, float32.
 
         Raises ValueError if a tap never fires.
@@ -141,66 +137,6 @@ class TeacherFeatures:
 
         maps = outputs(self.modules, take, lambda: self.teacher(x, sigma, cond))
         return [as_picture(m, x).float() for m in maps]
-
-
-def vision_taps(network: nn.Module) -> list[str]:
-    """Names of the blocks to tap of a vision transformer.
-
-    Four evenly in its second and third quarter: the last blocks forget textures. Of one with fewer than
-    eight blocks, every second, from its last. Raises ValueError for a network that has no known blocks.
-    """
-    names = [n for n, _ in network.named_modules() if VISION_BLOCK.search(n)]
-    if not names:
-        raise ValueError(f"no known blocks in {type(network).__name__}: give a vision transformer such as DINOv2's")
-    count = len(names)
-    if count < 8:
-        return names[::-2][::-1]
-    return [names[count // 4 - 1 + k * count // 6] for k in range(4)]
-
-
-class VisionFeatures:
-    """Features (B, C_k, H', W') of the decoded picture at K blocks of a frozen vision transformer.
-
-    `network` takes pictures (B, 3, H, W) normalised as ImageNet's, both sides multiples of `patch`, and
-    its last tokens are the picture's, by rows. `decode` makes pictures (B, 3, H, W) about [0, 1] of
-    latents, with gradients. Pictures are scaled to `size` pixels on their longer side; 0 leaves them.
-    """
-
-    conditional = False
-    MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-    def __init__(
-        self,
-        network: nn.Module,
-        patch: int,
-        decode: Callable[[Tensor], Tensor],
-        size: int = 0,
-        taps: Sequence[str] | None = None,
-    ):
-        """Raises ValueError for taps that the network lacks, or where none are known."""
-        self.network = network.eval().requires_grad_(False)
-        self.patch, self.decode, self.size = patch, decode, size
-        self.taps = list(taps or vision_taps(network))
-        self.modules = tapped(network, self.taps)
-        self._normal = torch.tensor(self.MEAN)[:, None, None], torch.tensor(self.STD)[:, None, None]
-
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> list[Tensor]:
-        """Clean latents x (B, C, H, W) -> K feature maps, float32; level and condition tell it nothing."""
-        pictures = self.decode(x).float()
-        scale = self.size / max(pictures.shape[-2:]) if self.size else 1.0
-        rows, columns = (math.ceil(side * scale / self.patch) for side in pictures.shape[-2:])
-        sides = (rows * self.patch, columns * self.patch)
-        pictures = F.interpolate(pictures, sides, mode="bicubic", antialias=True)
-        mean, std = self._normal = self._normal[0].to(pictures.device), self._normal[1].to(pictures.device)
-
-        def take(_tap: str, output: Any) -> Tensor:
-            tokens = output[0] if isinstance(output, tuple) else output
-            return tokens[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
-
-        return [m.float() for m in outputs(self.modules, take, lambda: self.network((pictures - mean) / std))]
-
-
-Features = TeacherFeatures | VisionFeatures
 
 
 def as_picture(features: Tensor, x: Tensor) -> Tensor:

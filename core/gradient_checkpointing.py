@@ -20,9 +20,9 @@ BLOCKS = re.compile(
 )
 
 
-def blocks(backbone: nn.Module) -> dict[str, nn.Module]:
-    """The innermost blocks by name; raises ValueError for an architecture without any that is known."""
-    found = {n: m for n, m in backbone.named_modules() if BLOCKS.search(n) and next(m.children(), None) is not None}
+def blocks(backbone: nn.Module, known: re.Pattern[str] = BLOCKS) -> dict[str, nn.Module]:
+    """The innermost blocks by name, those `known`; raises ValueError for an architecture without any."""
+    found = {n: m for n, m in backbone.named_modules() if known.search(n) and next(m.children(), None) is not None}
     inner = {n: m for n, m in found.items() if not any(other.startswith(n + ".") for other in found)}
     if not inner:
         raise ValueError(
@@ -32,22 +32,24 @@ def blocks(backbone: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def checkpointed(backbone: nn.Module, loras: Sequence[LoRA] = ()) -> Iterator[None]:
+def checkpointed(backbone: nn.Module, loras: Sequence[LoRA] = (), known: re.Pattern[str] = BLOCKS) -> Iterator[None]:
     """Within, passes with gradients keep the inputs of each block alone; the very same `forward`s are put back.
 
     `loras` are those whose hooks sit in the backbone: a block is computed again as they were switched then.
     """
-    with blocks_run_by(backbone, lambda forward: _again(forward, loras)):
+    with blocks_run_by(backbone, lambda forward: _again(forward, loras), known):
         yield
 
 
 @contextmanager
-def blocks_run_by(backbone: nn.Module, way: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+def blocks_run_by(
+    backbone: nn.Module, way: Callable[[Callable[..., Any]], Callable[..., Any]], known: re.Pattern[str] = BLOCKS
+) -> Iterator[None]:
     """Within, each block runs what `way` makes of its `forward`; the very same `forward`s are put back.
 
     Raises ValueError as `blocks`.
     """
-    changed = list(blocks(backbone).values())
+    changed = list(blocks(backbone, known).values())
     own = [module.__dict__.get("forward") for module in changed]
     try:
         for module in changed:

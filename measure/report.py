@@ -86,7 +86,7 @@ def curves(history: Path) -> str:
     axes[0, 0].set_title("losses (weighted)")
     axes[0, 0].legend(fontsize=8)
     has_discriminator = [bool(float(r["accuracy"])) for r in rows]
-    for axis, name in zip(list(axes.flat)[1:], RANGES, strict=True):
+    for axis, name in zip(list(axes.flat)[1:], (n for n in RANGES if not n.startswith("pixel_")), strict=True):
         values = np.array([float(r[name]) for r in rows])
         if name in ("accuracy", "logit_gap"):
             values = np.where(has_discriminator, values, np.nan)

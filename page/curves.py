@@ -11,7 +11,7 @@ from typing import Any
 WIDTH, HEIGHT = 460, 190
 LEFT, RIGHT, TOP, BOTTOM = 42, 8, 8, 30  # margins about the curves
 COLOURS = ("#3d94e0", "#e0803a", "#35a86b", "#b865cc", "#b08d12", "#d6546c")  # seen on dark and on light ground
-HEALTH = ("accuracy", "saturation", "sharpness", "diversity")
+HEALTH = ("accuracy", "pixel_accuracy", "saturation", "sharpness", "diversity")
 GOOD = "#35a86b"
 
 Values = Sequence[float | None]

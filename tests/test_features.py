@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn import Linear
 from turbodistill.core.denoiser import picture_part
-from turbodistill.core.features import TeacherFeatures, as_picture, vision_taps
+from turbodistill.core.features import TeacherFeatures, as_picture
+from turbodistill.core.vision import vision_taps
 
 TEXT, CHANNELS = 3, 4  # tokens of toys.cond, channels of toys.picture
 

@@ -28,6 +28,9 @@ MOST_SEED = 2**63 - 1  # of a picture's noise
 LEAST_LR = 1e-9  # with less, or nothing, a training only takes time
 MOST_LETTERS = 4000  # of a prompt
 FEWEST_OF_SIZE = 4  # pairs
+VAE, TINY = DECODERS = ("vae", "tiny")
+# What a pixel backbone may be, beside a folder: all that come with transformers, which loads them.
+BACKBONES = ("embedded", "facebook/dinov2-small", "facebook/dinov2-base", "facebook/dinov3-vits16-pretrain-lvd1689m")
 AS_LOADED, INT8 = BASE_PRECISIONS = ("as loaded", "int8")
 ADAMW, ADAMW8BIT, PRODIGY = OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
 LEAST_FACTOR = 0.1  # of what prodigy finds: with a learning rate of other optimizers it would learn next to nothing
@@ -379,6 +382,7 @@ class Config:
         "Vision transformer that judges decoded pictures, as in ADD: 'embedded', a folder, or a hub name such as "
         "facebook/dinov2-small. Empty judges latents with the teacher's own features, as in LADD.",
         "discriminator",
+        offers=BACKBONES,
     )
     pixel_size: int = option(
         0,
@@ -460,6 +464,48 @@ class Config:
         low=0,
         high=1000,
     )
+    # Pictures, of the groups of the discriminator and the losses
+    pixel_share: float = option(
+        1.0,
+        "Share of the discriminator's losses that the pixel backbone has: 1 judges pictures alone (ADD), 0.5 pictures "
+        "and latents alike. Only used with a pixel backbone.",
+        "discriminator",
+        low=0.01,
+        high=1,
+    )
+    pixel_crop: int = option(
+        0,
+        "Side in pixels of the square of a picture that is decoded and judged, at a random place. 256 to 512 saves "
+        "most of the memory at 1024; 0 takes whole pictures.",
+        "discriminator",
+        low=0,
+        high=LARGEST,
+    )
+    pixel_decoder: str = option(
+        "vae",
+        "What decodes pictures for the pixel backbone: the model's own autoencoder, or a tiny one (TAESD), several "
+        "times as fast and small, with softer textures.",
+        "discriminator",
+        DECODERS,
+    )
+    augment: bool = option(
+        False,
+        "Show the pixel backbone pictures with other colours, moved, and with a part left out. It then does not learn "
+        "a few hundred pictures of yours by heart.",
+        "discriminator",
+    )
+    raw_pictures: bool = option(
+        False,
+        "Show the pixel backbone your own pictures as their files have them, not as the autoencoder gives them back.",
+        "discriminator",
+    )
+    distillation_space: str = option(
+        "latent",
+        "Where ADD's distillation loss compares the two pictures: latents, or decoded pixels as in the paper, which "
+        "takes more time and memory.",
+        "losses",
+        ("latent", "pixel"),
+    )
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -495,8 +541,21 @@ class Config:
         elif not any(getattr(self, name) for name in weights):
             raise ConfigError("every loss has weight 0: give at least one of " + ", ".join(weights))
 
+    @property
+    def decodes(self) -> bool:
+        """Whether an update decodes pictures."""
+        if self.guidance_only:
+            return False
+        judges = self.pixel_backbone and (self.adversarial_weight > 0 or self.feature_weight > 0)
+        return bool(judges) or (self.distillation_space == "pixel" and self.distillation_weight > 0)
+
     def _check_training(self) -> None:
-        """Raise ConfigError for a base or an optimizer that does not go with other settings."""
+        """Raise ConfigError for a base, an optimizer or a loss that does not go with other settings."""
+        if self.distillation_space == "pixel" and self.distillation in ("matching", "nfsd"):
+            raise ConfigError(
+                f"distillation_space is 'pixel' and distillation {self.distillation!r}, whose direction is one of "
+                "latents: leave it at latent, or use exponential or sds"
+            )
         if self.base_precision == INT8 and not self.rank:
             raise ConfigError(
                 "base_precision is 'int8' and rank 0, which trains the model itself: give a rank, or leave it"

@@ -14,10 +14,8 @@ OF_PROMPTS = ("negative_prompt", "prompt_prefix", "prompt_suffix", "bake_affixes
 OF_IMAGES = ("broken_pictures",)
 OF_DISTILL = ("rank", "updates", "batch_size", "gradient_checkpointing")
 OF_VRAM = ("vram",)
-# What hosts cannot do yet, which have no gradients through their autoencoder: their forms leave it out.
-OF_PIXELS = ("pixel_backbone", "pixel_size")
-# And what it takes a model that is ours alone for; hosts place and pack their models themselves.
+# What it takes a model that is ours alone for; hosts place and pack their models themselves.
 OF_OWN = ("base_precision", "offload", "compile")
-PLAIN_ONLY = OF_PIXELS + OF_OWN
+PLAIN_ONLY = OF_OWN
 ASKED = OF_PAIRS + OF_SIZES + OF_GUIDANCE + OF_PROMPTS + OF_IMAGES + OF_DISTILL + OF_VRAM + PLAIN_ONLY
 ADVANCED = tuple(f.name for f in dataclasses.fields(Config) if f.name not in ASKED)

@@ -8,15 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ..core.decoder import Decoder
 from ..core.denoiser import Cond, Denoiser
-
-MOST_PIXELS = 2**18  # that are decoded at once: one picture of 512 x 512, 64 of 64 x 64
-
-
-def decoded_at_once(resolution: tuple[int, int]) -> int:
-    """Pictures of this size (width, height) that are decoded together: large ones one by one, since each takes GB."""
-    width, height = resolution
-    return max(1, min(16, MOST_PIXELS // (width * height)))
 
 
 class HostSampling(Protocol):
@@ -77,8 +70,13 @@ class Host(Protocol):
         ...
 
     @property
-    def decoder(self) -> Callable[[Tensor], Tensor] | None:
-        """As `decode`, but with gradients, and colours beyond [0, 1] as they are; None where that cannot be had."""
+    def decoder(self) -> Decoder:
+        """As `decode`, but with gradients. Raises ValueError, in words, where that cannot be had."""
+        ...
+
+    @property
+    def tiny_decoder(self) -> Decoder:
+        """A small one that comes near it (TAESD's kind); raises ValueError where none is at hand."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from modules import devices, lowvram, sd_hijack, sd_models, sd_unet, shared
 from torch import Tensor, amp
 
 from ..core.schedule import prediction_of_name
+from .host_decoder import own_decoder
 from .host_denoiser import CompvisDenoiser, frozen, in_float32
 from .host_training import BESIDE, WebUIHost, emptied, held
 
@@ -63,6 +64,7 @@ def trainable(model: Any, width: int, height: int) -> Iterator[WebUIHost]:
             (width, height),
             channels,
             model.cond_stage_model,
+            own_decoder(model.first_stage_model, denoiser.device, lambda z: z / model.scale_factor),
         )
 
 

@@ -14,6 +14,7 @@ from modules import processing, shared
 from torch import Tensor
 
 from ..core.borrowed import cloned_inputs, leave_inference_mode
+from .host_decoder import own_decoder
 from .host_denoiser import ADDED_TO, ForgeDenoiser, computing_type, frozen, space_of
 from .host_kind import NO_GRADIENT, has_fused_rope, memory_management
 from .host_training import BESIDE, WebUIHost, held
@@ -64,7 +65,7 @@ def trainable(model: Any, width: int, height: int) -> Iterator[WebUIHost]:
         if hasattr(model, "set_clip_skip"):  # else the text encoder asks for the setting
             model.set_clip_skip(int(shared.opts.CLIP_stop_at_last_layers))
         denoiser = ForgeDenoiser(unet)
-        channels = model.forge_objects.vae.latent_channels
+        channels, first = model.forge_objects.vae.latent_channels, model.forge_objects.vae.first_stage_model
         # Only UNets of the first Stable Diffusions look at the text across; the others join it to the picture.
         yield WebUIHost(
             model,
@@ -74,6 +75,7 @@ def trainable(model: Any, width: int, height: int) -> Iterator[WebUIHost]:
             (width, height),
             channels,
             clip.cond_stage_model,
+            own_decoder(first, denoiser.device, getattr(first, "process_out", None) or unet.model.process_latent_out),
             joint=not hasattr(network, "input_blocks"),
         )
 

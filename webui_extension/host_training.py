@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from ..core.architecture import architecture_of
 from ..core.borrowed import watched
 from ..core.card import fingerprint
+from ..core.decoder import Decoder
 from ..core.denoiser import Cond, Denoiser, with_lengths
 from .host import clip_skip
+from .host_decoder import FACTOR, tiny_decoder
 from .host_denoiser import architecture
 
-FACTOR = 8  # pixels a side of a latent, in all that these hosts load
 TEXT_SETTINGS = ("CLIP_stop_at_last_layers", "sdxl_clip_l_skip", "emphasis", "use_old_emphasis_implementation")
 BESIDE = (
     "{} takes a picture or a mask beside the latent, as those for inpainting and editing do, and its student would "
@@ -53,14 +54,14 @@ class WebUIHost:
     """`trainer.host.Host` over a loaded model; `width` and `height` are the pictures' pixels.
 
     `encode` is the host's way of pictures in [-1, 1] to latents. `others` is a context in which its
-    text encoder and autoencoder compute, after which the network is back where it computes. `joint`
+    text encoder and autoencoder compute, after which the network is back where it computes. `decoder` makes pictures
+    with gradients. `joint`
     says that text and picture are one sequence to the network. Raises ValueError for sizes that it cannot make.
     """
 
     text_hash: str
     own = False
     beside = (0, 0)  # bytes: what is not trained is away meanwhile
-    decoder = None  # the autoencoder is off the GPU while the model trains
 
     def __init__(
         self,
@@ -71,10 +72,11 @@ class WebUIHost:
         size: tuple[int, int],
         channels: int,
         text_encoder: nn.Module,
+        decoder: Decoder,
         joint: bool = False,
     ):
         self._resize(channels, *size)
-        self.model, self.denoiser, self.joint = model, denoiser, joint
+        self.model, self.denoiser, self.decoder, self.joint = model, denoiser, decoder, joint
         self._encode, self._others = encode, others
         self.name = Path(model.sd_checkpoint_info.filename).name
         shapes = {name: parameter.shape for name, parameter in denoiser.backbone.named_parameters()}
@@ -83,6 +85,10 @@ class WebUIHost:
         self.clip_skip, self.sampling = clip_skip(model, self.architecture), None
         settings = {name: getattr(shared.opts, name, None) for name in TEXT_SETTINGS}
         self.text_hash = fingerprint(text_encoder) + hashlib.sha256(str(settings).encode()).hexdigest()[:8]
+
+    @property
+    def tiny_decoder(self) -> Decoder:
+        return tiny_decoder(self.denoiser.device)
 
     def _resize(self, channels: int, width: int, height: int) -> None:
         if width % FACTOR or height % FACTOR:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ...core.borrowed import leave_inference_mode, watched
+from ...core.decoder import Decoder
 from ...core.denoiser import Cond, Guidance, with_lengths
 from ...trainer.config import Config
+from .decoder import own_decoder, tiny_decoder
 from .denoiser import ModelDenoiser, attends_jointly, conditions, differentiable
 from .patcher import KEY, architecture, clip_hash, clip_skip, load, model_hash
 from .patches import check_guidance, check_patches
@@ -115,7 +117,6 @@ class ComfyUIHost:
 
     own = False
     beside = (0, 0)  # bytes: what is not trained is away meanwhile
-    decoder = None  # the VAE is off the GPU while the model trains
 
     def __init__(self, model, clip, vae, name: str, width: int, height: int, trained=None):
         if KEY in model.attachments:
@@ -137,7 +138,12 @@ class ComfyUIHost:
                 f"the VAE makes latents of {vae.latent_channels} channels, the model wants {channels}: connect the VAE "
                 "that belongs to it"
             )
+        self.decoder = own_decoder(self.denoiser, vae)
         self._resize(channels, width, height)
+
+    @property
+    def tiny_decoder(self) -> Decoder:
+        return tiny_decoder(self.denoiser, self.decoder.factor)
 
     def _resize(self, channels: int, width: int, height: int) -> None:
         factor = self.vae.spacial_compression_encode()

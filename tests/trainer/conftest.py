@@ -6,6 +6,7 @@ import copy
 import csv
 import importlib.util
 import zlib
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +17,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from turbodistill.core.card import fingerprint
+from turbodistill.core.decoder import Decoder
 from turbodistill.core.denoiser import Cond, Denoiser
-from turbodistill.core.features import Features
 from turbodistill.core.schedule import DiscreteSchedule
 from turbodistill.core.student import Student
+from turbodistill.core.vision import Features
 from turbodistill.trainer.config import Config
 from turbodistill.trainer.data.pairs import load_pairs, make_pairs
 from turbodistill.trainer.data.samples import Samples
@@ -68,8 +70,13 @@ class ToyHost:
         seeds = [zlib.crc32(p.encode()) for p in prompts]
         return Cond(torch.stack([torch.randn(TOKENS, STATES, generator=_seeded(s)) for s in seeds]))
 
-    def decoder(self, latents: Tensor) -> Tensor:
-        return F.interpolate(latents[:, :3] / 4 + 0.5, scale_factor=4.0)
+    @property
+    def decoder(self) -> Decoder:
+        return Decoder(4, nn.Identity, lambda _, z: F.interpolate(z[:, :3] / 4 + 0.5, scale_factor=4.0), own=True)
+
+    @property
+    def tiny_decoder(self) -> Decoder:
+        raise ValueError("pixel_decoder is 'tiny', and this toy has none")
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.decoder(latents).clamp(0, 1)
@@ -114,7 +121,7 @@ def pairs(host: ToyHost, settings: Config, folder, prompts=WORDS) -> Samples:
     return load_pairs(folder, settings.pairs)
 
 
-def state(host: ToyHost, settings: Config, samples: Samples, seeing: Features | None = None) -> State:
+def state(host: ToyHost, settings: Config, samples: Samples, seeing: Sequence[Features] | None = None) -> State:
     torch.manual_seed(settings.seed)
     student = Student(host.denoiser, settings.rank, settings.alpha or None, settings.targets, settings.prediction)
     return State.create(student, settings, samples, seeing or features(host, settings))

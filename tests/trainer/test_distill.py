@@ -88,18 +88,18 @@ def check_updates(kit, host, state, samples):
     teacher = host.denoiser.backbone
     before, flags = kit.weights(teacher), [p.requires_grad for p in teacher.parameters()]
     student = kit.weights(state.student.trained)
-    heads = [p.detach().clone() for p in state.discriminator.parameters()]
+    heads = [p.detach().clone() for p in state.critics[0].discriminator.parameters()]
     steps = list(distill(state, samples, host.encode_text([""]), reals(host)))
 
     assert [s.update for s in steps] == list(range(1, state.config.updates + 1))
     assert all(s.losses and all(math.isfinite(v) for v in s.losses.values()) for s in steps)
-    assert all(math.isfinite(v) for s in steps for v in vars(s.health).values())
+    assert all(math.isfinite(v) for s in steps for v in s.health.numbers.values())
     assert not kit.same(kit.weights(state.student.trained), student)
     assert not kit.same(kit.weights(state.average), student)
     assert kit.same(kit.weights(teacher), before)
     assert [p.requires_grad for p in teacher.parameters()] == flags
     assert all(p.grad is None for p in teacher.parameters())
-    still = all(torch.equal(a, b) for a, b in zip(state.discriminator.parameters(), heads, strict=True))
+    still = all(torch.equal(a, b) for a, b in zip(state.critics[0].discriminator.parameters(), heads, strict=True))
     assert still == (state.config.adversarial_weight == 0)
     state.release()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
@@ -117,7 +117,7 @@ def test_a_diffusers_unet_is_distilled_with_the_taps_found_in_it(kit, tmp_path, 
     host = kit.unet_host()
     host.denoiser.backbone.requires_grad_(False)
     state, samples = start(kit, host, tmp_path, taps="", **changes)
-    assert any(t.startswith("mid_block") for t in state.features.taps)
+    assert any(t.startswith("mid_block") for t in state.critics[0].features.taps)
     check_updates(kit, host, state, samples)
 
 
@@ -148,11 +148,11 @@ def test_the_discriminator_learns_first_on_the_pairs_own_noise(kit, host, tmp_pa
         "discriminator_updates": 2,
     }
     state, samples = start(kit, host, tmp_path, **settings)
-    heads = [[p.detach().clone() for p in state.discriminator.parameters()]]
+    heads = [[p.detach().clone() for p in state.critics[0].discriminator.parameters()]]
     names = []
     for step in distill(state, samples, host.encode_text([""])):
         names.append(set(step.losses))
-        heads.append([p.detach().clone() for p in state.discriminator.parameters()])
+        heads.append([p.detach().clone() for p in state.critics[0].discriminator.parameters()])
     learnt = {"discriminator", "r1"}
     assert names == [{"regression"}, {"regression"} | learnt, {"regression"} | learnt, {"adversarial"} | names[1]]
     moved = [any(not torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(heads)]
@@ -239,7 +239,7 @@ def test_the_gradient_reaches_the_student_and_stops_at_teacher_and_discriminator
             part.backward(retain_graph=True)
             gradients = [b.up.grad for b in state.student.lora.branches]
             assert any(g is not None and g.abs().max() > 0 for g in gradients), name
-        assert all(p.grad is None for p in state.discriminator.parameters())
+        assert all(p.grad is None for p in state.critics[0].discriminator.parameters())
         assert all(p.grad is None for p in host.denoiser.backbone.parameters())
 
 
@@ -375,7 +375,7 @@ def test_a_state_goes_on_bit_for_bit(kit, host, tmp_path):
     list(distill(other, samples, host.encode_text([""])))
     assert kit.same(kit.weights(other.student.trained), kit.weights(whole.student.trained))
     assert kit.same(kit.weights(other.average), kit.weights(whole.average))
-    assert kit.same(kit.weights(other.discriminator), kit.weights(whole.discriminator))
+    assert kit.same(kit.weights(other.critics[0].discriminator), kit.weights(whole.critics[0].discriminator))
 
 
 @pytest.mark.parametrize("what", ["regression", "hinge"])
@@ -397,11 +397,11 @@ def test_a_loss_that_is_no_number_is_told_and_never_applied(kit, host, tmp_path,
         monkeypatch.setitem(losses.ADVERSARIAL, "hinge", (broken(judge), student))
     steps = distill(state, samples, host.encode_text([""]))
     next(steps), next(steps)
-    before = kit.weights(state.student.trained), kit.weights(state.discriminator)
+    before = kit.weights(state.student.trained), kit.weights(state.critics[0].discriminator)
     with pytest.raises(Diverged, match=r"update 3: .* is not finite. Lower lr"):
         next(steps)
     assert kit.same(kit.weights(state.student.trained), before[0])
-    learned = {k: v for k, v in kit.weights(state.discriminator).items() if v.is_floating_point()}
+    learned = {k: v for k, v in kit.weights(state.critics[0].discriminator).items() if v.is_floating_point()}
     assert all(v.isfinite().all() for v in learned.values())
     assert state.update == 2
 
@@ -434,4 +434,4 @@ def test_the_learning_rates_fall_to_zero_at_the_end(host, kit, tmp_path, setting
     with contextlib.closing(distill(state, samples, host.encode_text([""]))) as steps:
         next(steps)
     assert state.optimizer.param_groups[0]["lr"] == pytest.approx(factor * state.config.lr)
-    assert state.critic.optimizer.param_groups[0]["lr"] == pytest.approx(factor * state.config.lr_discriminator)
+    assert state.critics[0].optimizer.param_groups[0]["lr"] == pytest.approx(factor * state.config.lr_discriminator)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from turbodistill.core.decoder import decoded_at_once
 from turbodistill.core.schedule import DiscreteSchedule, expand
 from turbodistill.trainer.config import Config
-from turbodistill.trainer.host import decoded_at_once
 from turbodistill.trainer.loop.distill import distill
 from turbodistill.trainer.loop.precision import autocast, cast_frozen
 from turbodistill.trainer.run import estimate as estimating
@@ -91,7 +91,7 @@ def test_the_student_is_counted_with_all_that_its_optimizer_keeps(made, unet):
     of_weights = sum(p.numel() * 4 for p in unet.denoiser.backbone.parameters())
     assert found.weights == of_weights
     lora = sum(p.numel() * 4 for p in state.student.trained.parameters())
-    heads = sum(p.numel() * 4 for p in state.discriminator.parameters())
+    heads = sum(p.numel() * 4 for p in state.critics[0].discriminator.parameters())
     assert found.trained == 4 * lora + 3 * heads  # gradients are of an update
     assert found.total == found.weights + found.trained + max(found.activations, found.decoding)
     state.release()
@@ -112,7 +112,7 @@ def kept_by_autograd(state, samples):
         return tensor
 
     student = state.student
-    modules = (student.teacher.backbone, student.trained, state.discriminator)
+    modules = (student.teacher.backbone, student.trained, state.critics[0].discriminator)
     sigma = student.schedule.sigma(torch.full((size,), 500.0))
     x, cond = samples.latents[:1].repeat(size, 1, 1, 1), samples.cond.rows(torch.zeros(size, dtype=torch.long))
     with (
@@ -123,7 +123,7 @@ def kept_by_autograd(state, samples):
     ):
         known = {p.untyped_storage().data_ptr() for m in modules for p in m.parameters()}
         output = student(x * expand(sigma, x), sigma, cond)
-        maps = state.features(output, sigma, cond)
+        maps = state.critics[0].features(output, sigma, cond)
         total = sum(size for place, size in storages.items() if place not in known)
     assert maps
     return total
@@ -174,7 +174,7 @@ def test_it_is_the_peak_of_real_updates(kit, toys, tmp_path, rank, checkpointing
     samples = kit.pairs(host, kit.config(), tmp_path)
     state = kit.state(host, config, samples)
     memory = measure_memory(state, samples, RESOLUTION)
-    modules = [host.denoiser.backbone, state.student.trained, state.average, state.discriminator]
+    modules = [host.denoiser.backbone, state.student.trained, state.average, state.critics[0].discriminator]
     modules += [state.fake_score.denoiser.trained] if state.fake_score else []
     with Live(t for module in modules for t in (*module.parameters(), *module.buffers())) as live:
         assert len(list(distill(state, samples, host.encode_text([""])))) == 2
@@ -212,7 +212,7 @@ def test_a_decoder_takes_what_is_told():
 def test_nothing_is_kept_or_changed(kit, made, unet):
     state, samples = made()
     backbone = unet.denoiser.backbone
-    parts = (backbone, state.student.trained, state.discriminator, state.average)
+    parts = (backbone, state.student.trained, state.critics[0].discriminator, state.average)
     before, flags = [kit.weights(m) for m in parts], [p.requires_grad for p in backbone.parameters()]
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in backbone.modules()]
     torch.manual_seed(3)

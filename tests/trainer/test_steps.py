@@ -22,16 +22,17 @@ class Watched:
     """Features that note pictures and levels."""
 
     def __init__(self, features, calls, conditional):
-        self.features, self.calls, self.conditional = features, calls, conditional
+        self.features, self.calls, self.conditional, self.varies = features, calls, conditional, False
 
-    def __call__(self, x, sigma, cond):
+    def __call__(self, x, sigma, cond, view=None):
         self.calls.append((x, sigma))
         return self.features(x, sigma, cond)
 
 
 def seen(state, output, batch):
     """The positives and the student's pictures as the discriminator sees them."""
-    return steps.real_inputs(state, batch), steps.head_inputs(state, output, batch.cond, batch)
+    (critic,) = state.critics
+    return steps.real_inputs(state, critic, batch), steps.head_inputs(state, critic, output, batch.cond, batch)
 
 
 def toy_state(toys, teacher=None, rank=0, **settings):
@@ -86,7 +87,7 @@ def test_every_term_reaches_the_student_and_nothing_else(toys, term, rank):
         sum(made.losses.values()).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in state.student.trained.parameters())
     assert all(p.grad is None for p in state.student.teacher.backbone.parameters())
-    assert all(p.grad is None for p in state.discriminator.parameters())
+    assert all(p.grad is None for p in state.critics[0].discriminator.parameters())
 
 
 @pytest.mark.parametrize("penalty", ["none", "exact", "approximate"])
@@ -96,10 +97,11 @@ def test_the_discriminator_s_loss_trains_it_alone(toys, name, penalty):
     batch = draw_batch(state.config, state.student, pairs, None, torch.Generator().manual_seed(0))
     with state.student.training():
         made = steps.student_losses(state, batch, toys.cond(1, 0.0), FULL)
-        parts = steps.discriminator_losses(state, made.real, made.fake, batch).losses
+        (found,) = made.seen
+        parts, _ = steps.discriminator_losses(state, state.critics[0], found.real, found.fake, batch)
         assert ("r1" in parts) == (penalty != "none") and all(v > 0 for v in parts.values())
         sum(parts.values()).backward()
-    assert any(p.grad.abs().sum() > 0 for p in state.discriminator.parameters() if p.grad is not None)
+    assert any(p.grad.abs().sum() > 0 for p in state.critics[0].discriminator.parameters() if p.grad is not None)
     assert all(p.grad is None for p in state.student.trained.parameters())
     assert all(p.grad is None for p in state.student.teacher.backbone.parameters())
 
@@ -108,30 +110,29 @@ def test_the_discriminator_s_loss_trains_it_alone(toys, name, penalty):
 def test_a_real_picture_with_another_s_text_counts_as_wrong(toys, conditional):
     state, pairs = toy_state(toys, mismatch_weight=0.5, adversarial="nonsaturating", r1="none")
     batch = draw_batch(state.config, state.student, pairs, None, torch.Generator().manual_seed(0))
-    state.features.conditional = conditional
+    state.critics[0].features.conditional = conditional
     real, fake = seen(state, toys.picture(4), batch)
     turned = batch.positive_cond.rows(torch.tensor([3, 0, 1, 2]))
     # Features of noisy latents are of the text as well: they are taken with the other's.
     wrong = replace(real, text=turned.summary)
     if conditional:
-        wrong = steps.head_inputs(state, batch.positive, turned, batch)
-    made = steps.discriminator_losses(state, real, fake, batch)
-    parts, on_real = made.losses, made.on_real
-    logits = steps.logits(state, wrong)
+        wrong = steps.head_inputs(state, state.critics[0], batch.positive, turned, batch)
+    parts, (on_real, _) = steps.discriminator_losses(state, state.critics[0], real, fake, batch)
+    logits = steps.logits(state.critics[0], wrong)
     # Each judgement moves the heads' spectral norms a little.
     expected = 0.5 * losses.nonsaturating_discriminator(on_real, logits)
     assert parts["mismatch"].item() == pytest.approx(expected.item(), rel=1e-3)
     parts["mismatch"].backward()
-    assert all(p.grad is not None for p in state.discriminator.condition.parameters())
+    assert all(p.grad is not None for p in state.critics[0].discriminator.condition.parameters())
 
 
 @pytest.mark.parametrize("conditional", [True, False])
 def test_the_image_condition_is_as_noisy_as_the_teacher_is_told(toys, conditional):
     state, pairs = toy_state(toys, condition_image=True, student_steps=2)
     batch = draw_batch(state.config, state.student, pairs, None, torch.Generator().manual_seed(3))
-    calls, features = [], state.critic.features
-    state.critic.features = Watched(features, calls, conditional)
-    told = steps.image_condition(state, batch)
+    calls, features = [], state.critics[0].features
+    state.critics[0].features = Watched(features, calls, conditional)
+    told = steps.image_condition(state, state.critics[0], batch)
     ((picture, sigma),) = calls
     assert torch.equal(sigma, state.student.schedule.sigma(torch.full((4,), 20.0)))
     noise = expand(sigma, batch.target) * batch.noise if conditional else torch.zeros_like(batch.target)
@@ -145,18 +146,19 @@ def test_an_error_leaves_no_frozen_discriminator(toys, monkeypatch):
     real, fake = seen(state, batch.target, batch)
 
     def broken(*_):
-        assert not any(p.requires_grad for p in state.discriminator.parameters())
+        assert not any(p.requires_grad for p in state.critics[0].discriminator.parameters())
         raise KeyError("cancelled")
 
     monkeypatch.setattr(steps, "logits", broken)
     with pytest.raises(KeyError, match="cancelled"):
-        steps.adversarial_loss(state, real, fake)
-    assert all(p.requires_grad for p in state.discriminator.parameters())
+        steps.adversarial_loss(state, state.critics[0], real, fake)
+    assert all(p.requires_grad for p in state.critics[0].discriminator.parameters())
 
 
 def test_a_batch_of_one_text_has_no_other(toys):
     state, _ = toy_state(toys, mismatch_weight=0.5)
     alike = Samples(toys.picture(8), toys.cond(1).repeat(8), [""] * 8, torch.arange(8))
     batch = draw_batch(state.config, state.student, alike, None, torch.Generator().manual_seed(0))
-    parts = steps.discriminator_losses(state, *seen(state, toys.picture(4), batch), batch).losses
+    judged = seen(state, toys.picture(4), batch)
+    parts, _ = steps.discriminator_losses(state, state.critics[0], *judged, batch)
     assert "mismatch" not in parts

@@ -2,21 +2,29 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
-from turbodistill.core.features import VisionFeatures
+from turbodistill.core.decoder import Decoder
+from turbodistill.core.vision import VisionFeatures
 from turbodistill.trainer.config import ConfigError
+from turbodistill.trainer.data import images
 from turbodistill.trainer.loop import start, steps
 from turbodistill.trainer.loop.batch import Reals, draw_batch, generator
-from turbodistill.trainer.loop.distill import Step
+from turbodistill.trainer.loop.distill import Step, distill
 from turbodistill.trainer.loop.feature_cache import FeatureCache
 from turbodistill.trainer.loop.pixel_backbone import load_vision
 from turbodistill.trainer.run.estimate import estimate
 
 PATCH, BLOCKS, WIDTH = 8, 4, 16
+FULL = steps.Phase(discriminator=True, adversarial=True, ramp=1.0, fresh_noise_share=0.0)
+AS_IT_IS = Decoder(1, nn.Identity, lambda _network, x: x)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +46,8 @@ def settings(kit, folder):
 
 def seen(state, output, batch):
     """The positives and the student's pictures as the discriminator sees them."""
-    return steps.real_inputs(state, batch), steps.head_inputs(state, output, batch.cond, batch)
+    (critic,) = state.critics
+    return steps.real_inputs(state, critic, batch), steps.head_inputs(state, critic, output, batch.cond, batch)
 
 
 def made(kit, host, settings, folder):
@@ -48,9 +57,9 @@ def made(kit, host, settings, folder):
 
 
 def test_the_one_that_comes_with_the_clone():
-    network, patch = load_vision("embedded")
-    assert (patch, network.config.num_hidden_layers, network.config.hidden_size) == (14, 4, 384)
-    features = VisionFeatures(network, patch, lambda x: x, 70)
+    eye = load_vision("embedded")
+    assert (eye.patch, eye.network.config.num_hidden_layers, eye.network.config.hidden_size) == (14, 4, 384)
+    features = VisionFeatures(eye.network, eye.patch, AS_IT_IS, 70)
     assert features.taps == ["encoder.layer.1", "encoder.layer.3"]
     with torch.no_grad():
         maps = features(torch.rand(2, 3, 64, 64), torch.zeros(2), ...)
@@ -59,12 +68,12 @@ def test_the_one_that_comes_with_the_clone():
 
 
 def test_its_maps_are_the_blocks_outputs_by_rows_and_columns(folder):
-    network, patch = load_vision(str(folder))
-    features = VisionFeatures(network, patch, lambda x: x)
+    eye = load_vision(str(folder))
+    features = VisionFeatures(eye.network, eye.patch, AS_IT_IS)
     pictures = torch.rand(2, 3, 16, 32)
     normal = (pictures - torch.tensor(features.MEAN)[:, None, None]) / torch.tensor(features.STD)[:, None, None]
     with torch.no_grad():
-        states = network(normal, output_hidden_states=True).hidden_states
+        states = eye.network(normal, output_hidden_states=True).hidden_states
         maps = features(pictures, torch.zeros(2), ...)
     for found, expected in zip(maps, (states[2], states[4]), strict=True):
         assert torch.allclose(found, expected[:, 1:].reshape(2, 2, 4, WIDTH).permute(0, 3, 1, 2), atol=1e-5)
@@ -72,38 +81,38 @@ def test_its_maps_are_the_blocks_outputs_by_rows_and_columns(folder):
 
 @pytest.mark.parametrize(("size", "shape"), [(0, (2, 4)), (64, (4, 8)), (8, (1, 1)), (20, (2, 3))])
 def test_pictures_are_scaled_to_the_size_asked_for_in_whole_patches(folder, size, shape):
-    network, patch = load_vision(str(folder))
-    features = VisionFeatures(network, patch, lambda x: x, size)
+    eye = load_vision(str(folder))
+    features = VisionFeatures(eye.network, eye.patch, AS_IT_IS, size)
     assert features(torch.rand(1, 3, 16, 32), torch.zeros(1), ...)[0].shape == (1, WIDTH, *shape)
 
 
 def test_the_pass_ends_at_the_last_tap(folder):
-    network, patch = load_vision(str(folder))
-    features = VisionFeatures(network, patch, lambda x: x, taps=["encoder.layer.1"])
-    network.encoder.layer[2].register_forward_hook(lambda *_: pytest.fail("a block that nobody taps has run"))
+    eye = load_vision(str(folder))
+    features = VisionFeatures(eye.network, eye.patch, AS_IT_IS, taps=["encoder.layer.1"])
+    eye.network.encoder.layer[2].register_forward_hook(lambda *_: pytest.fail("a block that nobody taps has run"))
     assert len(features(torch.rand(1, 3, 16, 16), torch.zeros(1), ...)) == 1
 
 
 def test_it_sees_the_clean_picture_and_the_gradient_reaches_the_student(kit, host, settings, tmp_path):
     state, _, batch = made(kit, host, settings(), tmp_path)
-    before = kit.weights(state.features.network)
+    before = kit.weights(state.critics[0].features.network)
     with state.student.training():
         real, fake = seen(state, state.student(batch.x, batch.sigma, batch.cond), batch)
         sum(x.square().mean() for x in fake.maps).backward()
-    clean = state.features(batch.target, torch.zeros(4), batch.cond)
-    expected = state.discriminator.standardise(clean)
+    clean = state.critics[0].features(batch.target, torch.zeros(4), batch.cond)
+    expected = state.critics[0].discriminator.standardise(clean)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(real.maps, expected, strict=True))
     assert (real.sigma == 0).all()
     assert all(p.grad is not None for p in state.student.trained.parameters())
-    assert all(p.grad is None for p in state.features.network.parameters())
+    assert all(p.grad is None for p in state.critics[0].features.network.parameters())
     assert all(p.grad is None for p in host.denoiser.backbone.parameters())
-    assert kit.same(kit.weights(state.features.network), before)
+    assert kit.same(kit.weights(state.critics[0].features.network), before)
 
 
 def test_a_real_picture_is_seen_once_and_its_maps_are_kept(kit, host, settings, tmp_path):
     state, _, batch = made(kit, host, settings(), tmp_path)
     passes = []
-    state.features.network.encoder.layer[-1].register_forward_hook(lambda *_: passes.append(1))
+    state.critics[0].features.network.encoder.layer[-1].register_forward_hook(lambda *_: passes.append(1))
     with torch.no_grad():
         first, _ = seen(state, batch.x, batch)
         once = len(passes)
@@ -145,16 +154,146 @@ def test_a_training_with_it_goes_on_bit_for_bit(kit, host, settings, tmp_path):
     assert kit.same(kit.tensors(whole.path), kit.tensors(parts.path))
 
 
+def gradients(state, batch):
+    """Of the latents of a batch, by what its one discriminator sees of them."""
+    x = batch.target.clone().requires_grad_()
+    maps = steps.head_inputs(state, state.critics[0], x, batch.cond, batch).maps
+    sum(m.square().mean() for m in maps).backward()
+    return x.grad
+
+
+@pytest.mark.parametrize("changes", [{}, {"pixel_crop": 16}, {"augment": True}, {"pixel_crop": 16, "augment": True}])
+def test_decoding_again_in_backward_gives_the_same_gradients(kit, host, settings, tmp_path, changes):
+    found = []
+    for again in (False, True):
+        state, _, batch = made(kit, host, settings(gradient_checkpointing=again, **changes), tmp_path)
+        found.append(gradients(state, batch))
+    assert found[0].abs().sum() > 0 and torch.allclose(*found, atol=1e-7)
+
+
+def test_decoding_again_keeps_next_to_nothing(kit, host, settings, tmp_path):
+    kept = []
+    for again in (False, True):
+        state, _, batch = made(kit, host, settings(gradient_checkpointing=again), tmp_path)
+        sizes, x = [], batch.target.clone().requires_grad_()
+        with saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            state.critics[0].features(x, batch.sigma, batch.cond)
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0] / 10
+
+
+def test_a_crop_is_all_that_is_decoded_and_lies_elsewhere_each_time(kit, host, settings, tmp_path):
+    state, samples, batch = made(kit, host, settings(pixel_crop=16), tmp_path)
+    reached = (gradients(state, batch) != 0).any(1)
+    assert [int(r.any(1).sum()) for r in reached] == [4] * 4  # latents: 16 pixels
+    assert len({tuple(r.flatten().tolist()) for r in reached}) > 1
+    other = draw_batch(state.config, state.student, samples, None, generator(0, 1))
+    assert not torch.equal((gradients(state, other) != 0).any(1), reached)
+
+
+@pytest.mark.parametrize("changes", [{"augment": True}, {"pixel_crop": 16}])
+def test_what_is_seen_in_another_way_each_time_is_not_kept(kit, host, settings, tmp_path, changes):
+    state, _, batch = made(kit, host, settings(**changes), tmp_path)
+    with torch.no_grad():
+        first, again = (seen(state, batch.target, batch) for _ in range(2))
+    assert not state.feature_cache.maps
+    assert all(torch.equal(a, b) for a, b in zip(first[0].maps, again[0].maps, strict=True))  # by the batch's seed
+    assert not torch.allclose(first[0].maps[0], first[1].maps[0], atol=1e-3)  # real and fake are seen apart
+
+
+def test_two_discriminators_share_the_student_s_loss(kit, host, settings, tmp_path):
+    config = settings(pixel_share=0.25, feature_weight=0.5, discriminator_updates=2, mismatch_weight=0.5, rank=2)
+    samples = kit.pairs(host, config, tmp_path)
+    state = kit.state(host, config, samples)
+    assert [(c.features.name, c.share) for c in state.critics] == [("latents", 0.75), ("pixels", 0.25)]
+    found = list(distill(state, samples, host.encode_text([""])))
+    of_both = {f"{name} ({seen})" for seen in ("latents", "pixels") for name in ("adversarial", "discriminator", "r1")}
+    assert of_both <= found[-1].losses.keys()
+    assert {"features (latents)", "mismatch (pixels)"} <= found[-1].losses.keys()
+    health = found[-1].health.numbers
+    assert 0 <= health["pixel_accuracy"] <= 1 and "pixel_logit_gap" in health
+
+
+def test_the_share_is_that_of_the_student_s_losses(kit, host, settings, tmp_path):
+    parts = []
+    for share in (0.25, 0.5):
+        state, _, batch = made(kit, host, settings(pixel_share=share), tmp_path)
+        with state.student.training():
+            parts.append(steps.student_losses(state, batch, host.encode_text([""]), FULL).losses)
+    ratios = {name: float(parts[1][name] / parts[0][name]) for name in parts[0]}
+    assert ratios["adversarial (pixels)"] == pytest.approx(2, rel=1e-4)
+    assert ratios["adversarial (latents)"] == pytest.approx(0.5 / 0.75, rel=1e-4)
+
+
+def test_a_training_with_two_goes_on_bit_for_bit(kit, host, settings, tmp_path):
+    both = {"pixel_share": 0.5, "pixel_crop": 16, "augment": True}
+    whole = kit.go(host, settings(updates=4, **both), tmp_path / "whole")[-1]
+    for updates in (2, 4):
+        parts = kit.go(host, settings(updates=updates, **both), tmp_path / "parts")[-1]
+    assert kit.same(kit.tensors(whole.path), kit.tensors(parts.path))
+    assert parts.card.method == "ADD, LADD"
+
+
+def test_distillation_compares_pixels_where_it_is_told_to(kit, host, settings, tmp_path):
+    asked = {"distillation_weight": 1.0, "distillation_space": "pixel", "pixel_backbone": "", "taps": "blocks.0"}
+    config = settings(**asked)
+    samples = kit.pairs(host, config, tmp_path)
+    state = start.begin(host, config, samples)
+    batch = draw_batch(config, state.student, samples, None, generator(0, 0))
+    output = batch.target.clone().requires_grad_()
+    loss = steps.distillation_loss(state, output, batch, host.encode_text([""]))
+    loss.backward()
+    assert (output.grad[:, :3] != 0).any() and (output.grad[:, 3] == 0).all()  # of which the toy makes no picture
+    state.release()
+
+
+@pytest.mark.parametrize("kind", ["matching", "nfsd"])
+def test_a_direction_of_latents_is_not_compared_in_pixels(settings, kind):
+    with pytest.raises(ConfigError, match=f"distillation_space is 'pixel' and distillation '{kind}'"):
+        settings(distillation=kind, distillation_space="pixel")
+
+
+def test_raw_pictures_are_those_of_the_files(kit, host, settings, tmp_path):
+    config = settings(positives="real", raw_pictures=True)
+    samples = kit.pairs(host, config, tmp_path)
+    state = kit.state(host, config, samples)
+    raw = torch.rand(len(samples), 3, *host.resolution)
+    reals = Reals.beside(samples, replace(samples, pictures=lambda row: raw[row]))
+    batch = draw_batch(config, state.student, samples, reals, generator(0, 0))
+    rows = [-1 - key for key in batch.positive_key.tolist()]
+    with torch.no_grad():
+        found = steps.real_inputs(state, state.critics[0], batch).maps
+        wanted = state.critics[0].discriminator.standardise(state.critics[0].features.of_pictures(raw[rows]))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, wanted, strict=True))
+
+
+def test_raw_pictures_are_read_from_a_folder(kit, host, settings, tmp_path):
+    place = tmp_path / "pictures"
+    place.mkdir()
+    for i, shade in enumerate((0, 128, 255)):
+        Image.new("RGB", (40, 40), (shade, 0, 0)).save(place / f"{i}.png")
+        (place / f"{i}.txt").write_text(f"number {i}")
+    (place / "1.png").write_bytes(b"broken")
+    config = settings(positives="real", raw_pictures=True, broken_pictures="skip")
+    read, inner = [], images.load_picture
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            images, "load_picture", lambda picture, size: read.append(Path(picture.name).name) or inner(picture, size)
+        )
+        kit.go(host, config, tmp_path / "run", images=place)
+    trained = read[read.index("2.png") + 1 :]  # encoding comes first
+    assert set(trained) == {"0.png", "2.png"}
+
+
+@pytest.mark.parametrize("name", ["embedded", "nowhere"])
+def test_a_tiny_decoder_that_is_not_there_is_told(kit, host, settings, name):
+    with pytest.raises(ConfigError, match="pixel_decoder is 'tiny', and this toy has none"):
+        start.features(host, settings(pixel_backbone=name, pixel_decoder="tiny"))
+
+
 def test_memory_counts_what_it_keeps(kit, host, settings):
     small, large = (estimate(host, settings(pixel_size=size), kit.WORDS).memory.activations for size in (16, 64))
     assert 0 < small < large
-
-
-def test_a_host_without_gradients_through_its_autoencoder_says_so(kit, host, settings, tmp_path):
-    host.decoder = None
-    with pytest.raises(ConfigError, match="in this host the discriminator sees latents only: leave it empty"):
-        kit.go(host, settings(), tmp_path)
-    assert not list(tmp_path.glob("pairs/*.safetensors"))  # told before the hours of pairs
 
 
 def test_a_folder_that_is_missing_is_named(kit, host, settings, tmp_path, monkeypatch):

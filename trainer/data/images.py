@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +29,7 @@ from .found import BROKEN, Found, Picture, shown
 from .samples import SHARD, Samples, Shard, load_samples, read_shard, write_shard
 
 WRONG = "wrong"  # what a file says of pictures that could not be read
+KEPT = "kept"  # and which of its pictures could be
 # What Pillow's decoders raise; DataError is among them.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, Image.DecompressionBombError)
 # By these alone: Pillow's others run programs (EPS), or read what no picture of this name is.
@@ -176,9 +178,11 @@ def cache_images(
         with world.first():  # what one has encoded the others read
             latents, texts, wrong = _stored(path, key)
             if len(texts) + len(wrong) < len(part) or (wrong and broken == "stop"):
-                latents, texts, wrong = _encoded(host, part, broken)
+                latents, kept, wrong = _encoded(host, part, broken)
+                texts = [part[i].text for i in kept]
                 if texts:
-                    write_shard(path, Shard(latents, texts), key, {WRONG: json.dumps(wrong)} | affixes.in_recipe())
+                    said = {WRONG: json.dumps(wrong), KEPT: json.dumps(kept)}
+                    write_shard(path, Shard(latents, texts), key, said | affixes.in_recipe())
                 else:
                     path.unlink(missing_ok=True)
             if texts:
@@ -204,24 +208,40 @@ def _stored(path: Path, key: str) -> tuple[Tensor, list[str], list[str]]:
     return torch.empty(0), [], []
 
 
-def _encoded(host: Host, part: Sequence[Picture], broken: str) -> tuple[Tensor, list[str], list[str]]:
-    """Pictures as latents (n, C, H, W), their captions, and what is wrong with those that are left out."""
-    latents, texts, wrong = [], [], []
+def _encoded(host: Host, part: Sequence[Picture], broken: str) -> tuple[Tensor, list[int], list[str]]:
+    """Pictures as latents (n, C, H, W), which of them these are, and what is wrong with those that are left out."""
+    latents, kept, wrong = [], [], []
     for first in range(0, len(part), AT_ONCE):
         loaded = []
-        for picture in part[first : first + AT_ONCE]:
+        for i, picture in enumerate(part[first : first + AT_ONCE], first):
             try:
                 loaded.append(load_picture(picture, host.resolution))
-                texts.append(picture.text)
+                kept.append(i)
             except DataError as error:
                 if broken == "stop":
                     raise
                 wrong.append(str(error))
         if loaded:
             latents.append(host.encode_images(torch.stack(loaded).to(host.denoiser.device)).float().cpu())
-    return torch.cat(latents) if latents else torch.empty(0), texts, wrong
+    return torch.cat(latents) if latents else torch.empty(0), kept, wrong
 
 
 def load_images(folder: str | Path, count: int) -> Samples:
     """What `cache_images` has encoded of `count` pictures; raises DataError if it is broken."""
     return load_samples(folder, "images", count)
+
+
+def with_pictures(samples: Samples, folder: str | Path, found: Found, size: tuple[int, int]) -> Samples:
+    """What `load_images` gives of the pictures that are found, whose `pictures` read one again, at (width, height)."""
+    folder, rows = Path(folder), []
+    for first in range(0, len(found.pictures), SHARD):
+        path = folder / f"images-{first:07d}.safetensors"
+        if path.exists():
+            about = read_tensors(path)[1]
+            with said_of(path):
+                part = range(min(SHARD, len(found.pictures) - first))
+                kept = json.loads(about[KEPT]) if KEPT in about else [*part]
+                rows += [first + part[i] for i in kept]
+    if len(rows) != len(samples):  # of files from before they said which
+        return samples
+    return replace(samples, pictures=lambda row: load_picture(found.pictures[rows[row]], size))

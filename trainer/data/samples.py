@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,8 @@ KINDS = {"pairs": "teacher pairs", "images": "encoded pictures"}
 class Samples:
     """Latents (N, C, H, W) with their prompts and conditioning; pairs also have the seed (N,) of their noise.
 
-    `cond` is what the student is given, `teacher_cond` what the teacher was where that is another text.
+    `cond` is what the student is given, `teacher_cond` what the teacher was where that is another text. Of real
+    pictures `pictures(row)` reads one as its file has it, (3, height, width) in [0, 1].
     """
 
     latents: Tensor | StoredLatents
@@ -33,6 +34,7 @@ class Samples:
     prompts: list[str]
     seeds: Tensor | None = None
     teacher_cond: Cond | StoredCond | None = None
+    pictures: Callable[[int], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.latents)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ...core.augment import NUMBERS
 from ...core.denoiser import Cond, Guidance
 from ...core.sampling import trailing_timesteps
 from ...core.schedule import expand
@@ -66,9 +67,16 @@ class Batch:
     noise: Tensor  # (B, C, H, W) the noise of that
     distill_sigma: Tensor  # (B,) sigma of the distillation term
     distill_noise: Tensor
-    seed: int  # of what is drawn on the device
+    seed: int  # of what is drawn later
     whole: int  # rows of the whole batch
     own: slice  # which of them these are
+
+    raw: Callable[[int], Tensor | None]  # the positive of a row as its file has it, (3, height, width), if it is real
+
+    def view(self, purpose: int) -> Tensor:
+        """Numbers (B, NUMBERS) in [0, 1), on the CPU, by which pictures are cropped and augmented for a purpose."""
+        draws = torch.Generator().manual_seed(self.seed * 16 + purpose)
+        return torch.rand(self.whole, NUMBERS, generator=draws)[self.own]
 
     def drawn(self, draw: Callable[[tuple[int, ...]], Tensor], shape: Sequence[int]) -> Tensor:
         """These rows of what `draw` gives for as many rows as the whole batch has, (B, ...) in this `shape`."""
@@ -141,6 +149,12 @@ class Positives:
         if self.reals is None:
             return own
         return torch.where(expand(self.take[index], own).bool(), self.reals.latents[self.other[index]], own)
+
+    def raw(self, row: int) -> Tensor | None:
+        """The picture (3, height, width) in [0, 1] of one row of the batch, if it is a real one, as its file has it."""
+        if not self.take[row] or self.reals is None or self.reals.pictures is None:
+            return None
+        return self.reals.pictures(int(self.other[row]))
 
     def cond(self, index: Tensor) -> Cond:
         """The conditioning of the given rows (n,) of the batch."""
@@ -241,6 +255,7 @@ def draw_batch(
         int(torch.randint(2**31, (1,), generator=draws)),
         size,
         own,
+        lambda i: positives.raw(int(index[own][i])),
     )
 
 

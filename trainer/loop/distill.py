@@ -24,7 +24,7 @@ from .health import Health, HealthParts, health_parts
 from .measures import OTHER_DEVICES, Measured, Measures
 from .optimizer import can_skip, set_lr
 from .precision import autocast, cast_frozen
-from .state import State
+from .state import Critic, State
 from .steps import (
     DiscriminatorStep,
     Phase,
@@ -73,7 +73,7 @@ def distill_groups(state: State, groups: Sequence[Group]) -> Generator[Step, Non
     with student.training(), scoring, precise, state.compiled(), state.checkpointed():
         while not state.finished:
             # Spectral norms advance with every pass of the heads: an update that is broken off must not leave its own.
-            spectral = list(state.critic.discriminator.buffers()) if state.critic else []
+            spectral = [buffer for critic in state.critics for buffer in critic.discriminator.buffers()]
             norms = [buffer.clone() for buffer in spectral]
             try:
                 with exclusive(student.teacher.backbone):
@@ -94,7 +94,7 @@ def _update(state: State, groups: Sequence[Group], measures: Measures) -> Step:
     norms = []
     if phase.discriminator:
         for extra in range(1, config.discriminator_updates):
-            norms.append(_discriminator_update(state, groups, generator(config.seed, state.update, extra), phase))
+            norms.extend(_discriminator_update(state, groups, generator(config.seed, state.update, extra), phase))
     draws, share = generator(config.seed, state.update), 1 / config.gradient_accumulation
     drawn = [draw_group(groups, draws) for _ in range(config.gradient_accumulation)]
     learn = _learn_guidance if config.guidance_only else _learn_steps
@@ -129,7 +129,7 @@ def _learn_steps(state: State, drawn: Sequence[Group], draws: torch.Generator, p
             parts.append(fake_score_step(state, batch, made, share))
     relative = config.adversarial == "relativistic"
     output, real = (world.gather(x.detach(), config.batch_size) for x in (made.output, batches[-1].positive))
-    return parts, health_parts(critic.on_real, critic.on_fake, output, real, relative)
+    return parts, health_parts(critic.judged, output, real, relative)
 
 
 def _learn_guidance(
@@ -141,7 +141,7 @@ def _learn_guidance(
     made = [guidance_step(state, batch, group.uncond, share) for group, batch in zip(drawn, batches, strict=True)]
     student, target = made[-1]
     output, wanted = (world.gather(x.detach(), config.batch_size) for x in (student.output, target))
-    return [step.losses for step, _ in made], health_parts([], [], output, wanted, False)
+    return [step.losses for step, _ in made], health_parts([], output, wanted, False)
 
 
 def _apply(
@@ -201,17 +201,22 @@ def _optimizers(state: State, phase: Phase) -> dict[str, tuple[nn.Module, torch.
     found: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {}
     if state.fake_score and phase.adversarial:
         found["fake score"] = (state.fake_score.denoiser.trained, state.fake_score.optimizer)
-    if state.critic and phase.discriminator:
-        found["discriminator"] = (state.critic.discriminator, state.critic.optimizer)
+    for name, critic in critic_names(state) if phase.discriminator else ():
+        found[name] = (critic.discriminator, critic.optimizer)
     return found | {"student": (state.student.trained, state.optimizer)}
+
+
+def critic_names(state: State) -> list[tuple[str, Critic]]:
+    """The discriminators by what they are called."""
+    several = len(state.critics) > 1
+    return [(f"discriminator of {c.features.name}" if several else "discriminator", c) for c in state.critics]
 
 
 def _discriminator_update(
     state: State, groups: Sequence[Group], draws: torch.Generator, phase: Phase
-) -> tuple[str, Tensor]:
+) -> list[tuple[str, Tensor]]:
     """One more discriminator update, on batches of its own, as many as the student's; its gradient's norm."""
-    config, student, critic = state.config, state.student, state.critic
-    assert critic
+    config, student = state.config, state.student
     fresh = config.fresh_noise_share if phase.adversarial else 0.0
     state.whole = False
     for _ in range(config.gradient_accumulation):
@@ -219,14 +224,17 @@ def _discriminator_update(
         with torch.no_grad(), autocast(config, student):
             made = StudentStep(student(batch.x, batch.sigma, batch.cond).float(), {})
         discriminator_step(state, batch, made, 1 / config.gradient_accumulation)
-    average_gradients(state.world, critic.discriminator)
-    state.scaler.unscale_(critic.optimizer)
-    name, norm = "discriminator's gradient", clip_gradients(critic.discriminator, config.max_grad_norm)
-    if not can_skip(critic.optimizer):
-        _check_gradients(state, {name: norm.item()})
-    step_unless(state, critic.optimizer, norm.reshape(1))
+    norms = []
+    for name, critic in critic_names(state):
+        average_gradients(state.world, critic.discriminator)
+        state.scaler.unscale_(critic.optimizer)
+        norms.append((f"{name}'s gradient", clip_gradients(critic.discriminator, config.max_grad_norm)))
+    for (name, norm), critic in zip(norms, state.critics, strict=True):
+        if not can_skip(critic.optimizer):
+            _check_gradients(state, {name: norm.item()})
+        step_unless(state, critic.optimizer, norm.reshape(1))
     state.scaler.update()
-    return name, norm
+    return norms
 
 
 def clip_gradients(module: nn.Module, largest: float) -> Tensor:
@@ -260,8 +268,7 @@ def set_learning_rates(state: State) -> None:
     """Every learning rate as it is at this update."""
     config, scale = state.config, learning_rate_scale(state)
     rates: list[tuple[torch.optim.Optimizer, float]] = [(state.optimizer, config.lr)]
-    if state.critic:
-        rates.append((state.critic.optimizer, config.lr_discriminator))
+    rates += [(critic.optimizer, config.lr_discriminator) for critic in state.critics]
     if state.fake_score:
         rates.append((state.fake_score.optimizer, config.lr_fake_score))
     for optimizer, lr in rates:

@@ -29,7 +29,7 @@ class Layout:
 
     losses: tuple[str, ...]
     norms: tuple[str, ...]
-    heads: int
+    heads: tuple[int, ...]
     relative: bool
     share: float
 
@@ -79,7 +79,7 @@ class Measures:
         if len(found) == 1:
             return found[0][0]
         losses, norms = (_means([(getattr(m, name), n) for m, n in found]) for name in ("losses", "norms"))
-        return Measured(losses, norms, Health(**_means([(vars(m.health), n) for m, n in found])))
+        return Measured(losses, norms, Health(**_means([(m.health.numbers, n) for m, n in found])))
 
 
 def _means(found: Sequence[tuple[dict[str, float], int]]) -> dict[str, float]:

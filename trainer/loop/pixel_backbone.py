@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from ...core.eight_bits import unpacked_state
 from ...demo.files import PACKED, VISION
@@ -15,11 +19,25 @@ from ...demo.files import PACKED, VISION
 EMBEDDED = "embedded"
 
 
-def load_vision(name: str) -> tuple[nn.Module, int]:
-    """A vision transformer in float32, and the side of its patches in pixels.
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)
 
-    `name` is "embedded", a folder in transformers' layout, or a hub's name. Raises ValueError for one
-    that cannot be had whole, that has no patches, or whose weights are a pickle.
+
+@dataclass(frozen=True)
+class Eye:
+    """A vision transformer in float32, and what pictures (B, 3, H, W) in [0, 1] must be for it."""
+
+    network: nn.Module
+    patch: int  # side of a patch in pixels, of which both sides are multiples
+    mean: tuple[float, ...] = IMAGENET[0]  # that is taken from each colour,
+    std: tuple[float, ...] = IMAGENET[1]  # and that it is divided by
+    side: int = 0  # longest side in pixels, where it was trained at one alone
+
+
+def load_vision(name: str) -> Eye:
+    """The network `name`: "embedded", a folder in transformers' layout, or a hub's name.
+
+    Raises ValueError for one that cannot be had whole, that has no patches, or whose weights are a pickle.
     """
     try:
         from transformers import AutoModel
@@ -36,12 +54,42 @@ def load_vision(name: str) -> tuple[nn.Module, int]:
         raise ValueError(
             f"pixel_backbone is {name!r}, whose file lacks {len(missing)} weights ({missing[0]}, ...): get it anew"
         )
+    network: Any = getattr(network, "vision_model", network)  # CLIP's and SigLIP's have one of texts beside it
     patch = getattr(network.config, "patch_size", None)
     if not isinstance(patch, int):
         raise ValueError(
             f"pixel_backbone is {name!r}, a {type(network).__name__} without patches: use a vision transformer"
         )
-    return network.float(), patch
+    mean, std = IMAGENET if name == EMBEDDED else _colours(name, network)
+    if "interpolate_pos_encoding" in inspect.signature(network.forward).parameters:
+        # Its places are those of one size of pictures, at which it sees best.
+        return Eye(_AnySize(network.float()), patch, mean, std, network.config.image_size)
+    return Eye(network.float(), patch, mean, std)
+
+
+class _AnySize(nn.Module):
+    """A network of pictures of one size, that takes others."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network, self.config = network, network.config
+
+    def forward(self, pictures: Tensor) -> Any:
+        return self.network(pictures, interpolate_pos_encoding=True)
+
+
+def _colours(name: str, network: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and spread of colours as the network's own settings have them; ImageNet's where they have none."""
+    from transformers.utils import cached_file
+
+    usual = (HALF, HALF) if "siglip" in type(network).__name__.lower() else IMAGENET
+    try:
+        path = cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+        said = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+        found = [tuple(float(x) for x in said[f"image_{what}"]) for what in ("mean", "std")]
+    except (OSError, ValueError, KeyError, TypeError):
+        return usual
+    return (found[0], found[1]) if all(len(each) == 3 for each in found) and min(found[1]) > 0 else usual
 
 
 def _embedded() -> tuple[nn.Module, dict[str, Any]]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ...core.card import StudentCard, read_card, read_student
+from ...core.decoder import Decoder
 from ...core.eight_bits import can_pack
-from ...core.features import Features, TeacherFeatures, VisionFeatures
+from ...core.features import TeacherFeatures
 from ...core.gradient_checkpointing import blocks
 from ...core.lora import matching_layers
 from ...core.student import Student, check_copyable, load_weights
-from ..config import INT8, Config, ConfigError
+from ...core.vision import Features, VisionFeatures
+from ..config import INT8, TINY, Config, ConfigError
 from ..data.samples import Samples
 from ..host import Host
 from ..world import ALONE, World
@@ -109,35 +113,54 @@ def init(student: Student, host: Host, config: Config) -> dict[str, float]:
         raise ConfigError(f"init_student: {error}") from None
 
 
-def features(host: Host, config: Config) -> Features | None:
-    """What the discriminator sees, if there is one; raises ConfigError for taps or a network that cannot be had."""
+def features(host: Host, config: Config) -> list[Features]:
+    """What the discriminators see, none of guidance alone.
+
+    Raises ConfigError for taps, a network or a decoder that cannot be had.
+    """
     if config.guidance_only:
-        return None
+        return []
     taps = tap_names(config)
     try:
         if not config.pixel_backbone:
-            return TeacherFeatures(host.denoiser, taps)
-        if host.decoder is None:
-            raise ValueError(
-                f"pixel_backbone is {config.pixel_backbone!r}, but in this host the discriminator sees latents only: "
-                "leave it empty, or distil on the command line"
-            )
-        network, patch = load_vision(config.pixel_backbone)
-        return VisionFeatures(network.to(host.denoiser.device), patch, host.decoder, config.pixel_size, taps)
+            return [TeacherFeatures(host.denoiser, taps)]
+        own = decoder(host, config)
+        eye = load_vision(config.pixel_backbone)
+        pixels = VisionFeatures(
+            eye.network.to(host.denoiser.device),
+            eye.patch,
+            own,
+            config.pixel_size or eye.side,
+            taps if config.pixel_share == 1 else None,
+            crop=config.pixel_crop,
+            augment=config.augment,
+            again=config.gradient_checkpointing,
+            mean=eye.mean,
+            std=eye.std,
+        )
+        return [pixels] if config.pixel_share == 1 else [TeacherFeatures(host.denoiser, taps), pixels]
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
-def begin(host: Host, config: Config, sample: Samples, seen: Features | None = None, world: World = ALONE) -> State:
+def decoder(host: Host, config: Config) -> Decoder:
+    """What makes pictures in an update; raises ValueError, in words, where this host has none."""
+    return host.tiny_decoder if config.pixel_decoder == TINY else host.decoder
+
+
+def begin(
+    host: Host, config: Config, sample: Samples, seen: Sequence[Features] | None = None, world: World = ALONE
+) -> State:
     """A fresh state of a student as it begins, judged by `seen` (by the settings' own features, if None).
 
     Whoever asks for it releases it.
     """
-    seen = seen or features(host, config)
+    seen = features(host, config) if seen is None else seen
     student = create(host, config)
     try:
         earlier = init(student, host, config) if config.init_student else {}
-        state = State.create(student, config, sample, seen, world)
+        in_pixels = config.distillation_space == "pixel" and config.distillation_weight > 0
+        state = State.create(student, config, sample, seen, world, decoder(host, config) if in_pixels else None)
         if config.init_student:
             state.extra["earlier"] = earlier
         return state

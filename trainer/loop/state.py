@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, amp, nn
 
+from ...core import decoder as decoders
 from ...core.compiled import compiled
+from ...core.decoder import Decoder
 from ...core.discriminator import Discriminator
-from ...core.features import Features, TeacherFeatures
+from ...core.features import TeacherFeatures
 from ...core.gradient_checkpointing import checkpointed
 from ...core.sharded import sharded_like
 from ...core.student import Student
+from ...core.vision import Features, VisionFeatures
 from ..config import Config, check_resumable
 from ..data.samples import Samples
 from ..world import ALONE, World
@@ -25,6 +28,12 @@ from .fake_score import FakeScore
 from .feature_cache import FeatureCache
 from .optimizer import adam, load_state, of_student, saved_state
 from .precision import grad_scaler
+
+# The names of discriminators and their optimizers in a saved state.
+SAVED_CRITICS = (
+    ("discriminator", "discriminator_optimizer"),
+    ("second_discriminator", "second_discriminator_optimizer"),
+)
 
 
 @dataclass
@@ -34,12 +43,12 @@ class Critic:
     features: Features
     discriminator: Discriminator
     optimizer: torch.optim.Optimizer
+    share: float = 1.0  # of the losses that it gives the student
 
     @classmethod
-    def create(cls, student: Student, config: Config, sample: Samples, features: Features | None) -> Critic:
+    def create(cls, student: Student, config: Config, sample: Samples, features: Features, share: float) -> Critic:
         """A fresh one for features and text of the shapes that one `sample` row has."""
         device = student.device
-        features = features or TeacherFeatures(student.teacher, tap_names(config))
         x, cond = sample.latents[:1].to(device), sample.cond.rows(slice(1)).to(device)
         with torch.no_grad():
             maps = features(x, student.schedule.sigma(torch.tensor([500])).to(device), cond)
@@ -50,7 +59,7 @@ class Critic:
                 [m.shape[1] for m in maps], cond.summary.shape[1], image, config.head_channels
             )
         discriminator.to(device)
-        return cls(features, discriminator, adam(discriminator, config.lr_discriminator, (0.0, 0.99)))
+        return cls(features, discriminator, adam(discriminator, config.lr_discriminator, (0.0, 0.99)), share)
 
 
 @dataclass
@@ -59,7 +68,7 @@ class State:
 
     config: Config
     student: Student
-    critic: Critic | None  # None where guidance alone is distilled
+    critics: list[Critic]  # none where guidance alone is distilled, two that see latents and pictures
     optimizer: torch.optim.Optimizer
     average: nn.Module  # the running average of student.trained
     scaler: amp.GradScaler  # of the losses; it does something in float16 alone
@@ -70,6 +79,7 @@ class State:
     feature_cache: FeatureCache = field(default_factory=FeatureCache)  # of the positives; not saved
     whole: bool = True  # False while an update is being applied: not a state to go on from
     world: World = ALONE  # the processes that train together
+    decoder: Decoder | None = None  # where a loss is of pictures
 
     @classmethod
     def create(
@@ -77,34 +87,28 @@ class State:
         student: Student,
         config: Config,
         sample: Samples,
-        features: Features | None = None,
+        features: Sequence[Features] = (),
         world: World = ALONE,
+        decoder: Decoder | None = None,
     ) -> State:
         """A fresh state; one `sample` row tells the shapes of features (by default the teacher's) and text."""
         alone, trained = config.guidance_only, student.trained
         matches = config.distillation_weight > 0 and config.distillation == "matching" and not alone
         average = _average(trained, world)
+        seen = [] if alone else [*features] or [TeacherFeatures(student.teacher, tap_names(config))]
+        shares = [1.0] if len(seen) < 2 else [1 - config.pixel_share, config.pixel_share]
+        critics = [Critic.create(student, config, sample, *each) for each in zip(seen, shares, strict=False)]
         return cls(
             config,
             student,
-            None if alone else Critic.create(student, config, sample, features),
+            critics,
             of_student(trained, config),
             average,
             grad_scaler(config, student.device, student.backbone),
             FakeScore(student, config) if matches else None,
             world=world,
+            decoder=decoder,
         )
-
-    @property
-    def features(self) -> Features:
-        """What the discriminator sees."""
-        assert self.critic
-        return self.critic.features
-
-    @property
-    def discriminator(self) -> Discriminator:
-        assert self.critic
-        return self.critic.discriminator
 
     @property
     def finished(self) -> bool:
@@ -144,6 +148,12 @@ class State:
         teacher, student = self.student.teacher.backbone, self.student.backbone
         return [teacher] if teacher is student else [teacher, student]
 
+    def _decoders(self) -> list[nn.Module]:
+        """The decoder's network, where it is used, once; none where its blocks are not known."""
+        found = [critic.features.decoder for critic in self.critics if isinstance(critic.features, VisionFeatures)]
+        found += [self.decoder] if self.decoder else []
+        return list({id(d.network): d.network for d in found if decoders.has_blocks(d.network)}.values())
+
     @contextmanager
     def compiled(self) -> Iterator[None]:
         """Within, the blocks are compiled, if the settings ask for it."""
@@ -161,6 +171,8 @@ class State:
             if self.config.gradient_checkpointing:
                 for backbone in self._backbones():
                     stack.enter_context(checkpointed(backbone, loras))
+                for network in self._decoders():
+                    stack.enter_context(checkpointed(network, known=decoders.BLOCKS))
             yield
 
     def state_dict(self) -> dict[str, Any]:
@@ -168,15 +180,21 @@ class State:
             "config": self.config.to_dict(),
             "student": self.student.trained.state_dict(),
             "average": self.average.state_dict(),
-            "discriminator": self.critic and self.critic.discriminator.state_dict(),
+            **self._critics_dict(),
             "optimizer": saved_state(self.optimizer),
-            "discriminator_optimizer": self.critic and self.critic.optimizer.state_dict(),
             "update": self.update,
             "spent": self.spent,
             "extra": self.extra,
             "scaler": self.scaler.state_dict(),
             "fake_score": self.fake_score and self.fake_score.state_dict(),
         }
+
+    def _critics_dict(self) -> dict[str, Any]:
+        """Each discriminator and its optimizer; None in place of the first where there is none."""
+        found: dict[str, Any] = dict.fromkeys(SAVED_CRITICS[0])
+        for critic, names in zip(self.critics, SAVED_CRITICS, strict=False):
+            found |= zip(names, (critic.discriminator.state_dict(), critic.optimizer.state_dict()), strict=True)
+        return found
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Raises ConfigError if the saved run had other settings, ValueError or RuntimeError for other shapes."""
@@ -189,10 +207,10 @@ class State:
         for parameter, moments in self.optimizer.state.items():
             moments |= {k: sharded_like(v, parameter) for k, v in moments.items() if v.shape == parameter.shape}
         optimizers = [self.optimizer]
-        if self.critic:
-            self.critic.discriminator.load_state_dict(saved["discriminator"])
-            self.critic.optimizer.load_state_dict(saved["discriminator_optimizer"])
-            optimizers.append(self.critic.optimizer)
+        for critic, (name, of_optimizer) in zip(self.critics, SAVED_CRITICS, strict=False):
+            critic.discriminator.load_state_dict(saved[name])
+            critic.optimizer.load_state_dict(saved[of_optimizer])
+            optimizers.append(critic.optimizer)
         if saved.get("scaler"):  # empty in another precision
             self.scaler.load_state_dict(saved["scaler"])
         if self.fake_score:

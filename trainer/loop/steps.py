@@ -6,18 +6,24 @@ make one update. Everything stays on the device.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ...core import losses
+from ...core.augment import cropped
 from ...core.denoiser import Cond, Guidance, guided
 from ...core.schedule import expand
+from ...core.transfer import to_device
 from .batch import Batch, GuidanceBatch
+from .health import Judged
 from .precision import autocast
-from .state import State
+from .state import Critic, State
 
 CLEAN = 20.0  # timestep at which the teacher's features of a clean picture are taken
 
@@ -61,92 +67,116 @@ class HeadInputs:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """The positives and the student's pictures as one discriminator sees them."""
+
+    real: HeadInputs
+    fake: HeadInputs
+
+
+@dataclass(frozen=True)
 class StudentStep:
     """What a student's step made."""
 
     output: Tensor  # x0 (B, C, H, W), with its graph until the gradient is taken
     losses: dict[str, Tensor]  # by name, weighted
-    real: HeadInputs | None = None  # of the positives and the output, where the student's losses needed them
-    fake: HeadInputs | None = None
+    seen: list[Seen] = field(default_factory=list)  # by each discriminator, where the student's losses needed it
 
 
 @dataclass(frozen=True)
 class DiscriminatorStep:
-    """What a discriminator's step made."""
+    """What the discriminators' step made."""
 
     losses: dict[str, Tensor]
-    on_real: list[Tensor] = field(default_factory=list)  # K logits (B, N_k)
-    on_fake: list[Tensor] = field(default_factory=list)
+    judged: list[Judged] = field(default_factory=list)  # by each discriminator
 
 
-# --- What the discriminator sees ---
+# --- What a discriminator sees ---
+
+# What views are drawn for: a picture is cropped and augmented anew for each.
+OF_FAKE, OF_REAL, OF_DISTILLATION = range(3)
 
 
-def head_inputs(state: State, x0: Tensor, cond: Cond, batch: Batch) -> HeadInputs:
+def head_inputs(state: State, critic: Critic, x0: Tensor, cond: Cond, batch: Batch) -> HeadInputs:
     """Features of x0 (B, C, H, W) at the batch's noise level (LADD, section 3.2), with gradients to x0.
 
     A pixel backbone sees clean pictures: its level is 0.
     """
-    sigma = batch.renoise if state.features.conditional else torch.zeros_like(batch.renoise)
-    maps = state.features(state.student.schedule.add_noise(x0, batch.noise, sigma), sigma, cond)
-    return HeadInputs(state.discriminator.standardise(maps), sigma, cond.summary, image_condition(state, batch))
+    features = critic.features
+    sigma = batch.renoise if features.conditional else torch.zeros_like(batch.renoise)
+    noisy = state.student.schedule.add_noise(x0, batch.noise, sigma)
+    maps = features(noisy, sigma, cond, batch.view(OF_FAKE) if features.varies else None)
+    image = image_condition(state, critic, batch)
+    return HeadInputs(critic.discriminator.standardise(maps), sigma, cond.summary, image)
 
 
 @torch.no_grad()
-def real_inputs(state: State, batch: Batch) -> HeadInputs:
-    """Features of the batch's positives; the first ones calibrate the discriminator.
-
-    A pixel backbone sees the same clean picture again and again: its maps are cached.
-    """
-    discriminator = state.discriminator
-    if state.features.conditional:
-        sigma = batch.renoise
+def real_inputs(state: State, critic: Critic, batch: Batch) -> HeadInputs:
+    """Features of the batch's positives; the first ones calibrate the discriminator."""
+    discriminator, sigma = critic.discriminator, batch.renoise
+    if critic.features.conditional:
         noisy = state.student.schedule.add_noise(batch.positive, batch.noise, sigma)
-        maps = state.features(noisy, sigma, batch.positive_cond)
+        maps = critic.features(noisy, sigma, batch.positive_cond)
     else:
-        sigma = torch.zeros_like(batch.renoise)
-
-        def alone(i: int) -> list[Tensor]:
-            one = slice(i, i + 1)
-            return state.features(batch.positive[one], sigma[one], batch.positive_cond.rows(one))
-
-        maps = state.feature_cache.of(batch.positive_key, alone, sigma.device)
+        sigma = torch.zeros_like(sigma)
+        maps = _real_pictures(state, critic.features, batch)
     discriminator.calibrate(maps, lambda rows: state.world.gather(rows, batch.whole))
-    text, image = batch.positive_cond.summary, image_condition(state, batch)
+    text, image = batch.positive_cond.summary, image_condition(state, critic, batch)
     return HeadInputs(discriminator.standardise(maps), sigma, text, image)
 
 
+def _real_pictures(state: State, features: Any, batch: Batch) -> list[Tensor]:
+    """What a pixel backbone sees of the positives, each alone.
+
+    It sees the same clean picture again and again: its maps are cached, unless it is seen in another way each time.
+    """
+    view, device = batch.view(OF_REAL) if features.varies else None, batch.positive.device
+    sigma = torch.zeros_like(batch.renoise)
+
+    def alone(i: int) -> list[Tensor]:
+        one = slice(i, i + 1)
+        how = None if view is None else view[one]
+        raw = batch.raw(i) if state.config.raw_pictures else None
+        if raw is not None:
+            return features.of_pictures(to_device(raw[None], device), how)
+        return features(batch.positive[one], sigma[one], batch.positive_cond.rows(one), how)
+
+    if not features.varies:
+        return state.feature_cache.of(batch.positive_key, alone, device)
+    return [torch.cat(maps) for maps in zip(*map(alone, range(len(batch.positive))), strict=True)]
+
+
 @torch.no_grad()
-def image_condition(state: State, batch: Batch) -> Tensor | None:
+def image_condition(state: State, critic: Critic, batch: Batch) -> Tensor | None:
     """ADD's c_img (B, I): features of the clean picture, where the student was given a part of it.
 
     The teacher knows noisy pictures alone: it sees this one with the little noise of its level.
     """
-    if not state.discriminator.image:
+    if not critic.discriminator.image:
         return None
     picture, schedule = batch.target, state.student.schedule
     sigma = schedule.sigma(picture.new_full((len(picture),), CLEAN))
-    if state.features.conditional:
+    if critic.features.conditional:
         picture = schedule.add_noise(picture, batch.noise, sigma)
-    features = state.features(picture, sigma, batch.cond)[-1].mean((2, 3))
+    features = critic.features(picture, sigma, batch.cond)[-1].mean((2, 3))
     return features * expand(~batch.first, batch.target)[:, :, 0, 0]
 
 
-def logits(state: State, inputs: HeadInputs) -> list[Tensor]:
+def logits(critic: Critic, inputs: HeadInputs) -> list[Tensor]:
     """K logits (B, N_k)."""
-    return state.discriminator(inputs.maps, inputs.sigma, inputs.text, inputs.image)
+    return critic.discriminator(inputs.maps, inputs.sigma, inputs.text, inputs.image)
 
 
-def mismatched(state: State, real: HeadInputs, batch: Batch) -> HeadInputs:
+def mismatched(state: State, critic: Critic, real: HeadInputs, batch: Batch) -> HeadInputs:
     """The positives with the texts of their neighbours in the batch, for a matching-aware discriminator.
 
     (arXiv 1605.05396, section 4.2.)
     """
     assert batch.stranger_cond
-    if not state.features.conditional:
+    if not critic.features.conditional:
         return replace(real, text=batch.stranger_cond.summary)
     with torch.no_grad():
-        return head_inputs(state, batch.positive, batch.stranger_cond, batch)
+        return head_inputs(state, critic, batch.positive, batch.stranger_cond, batch)
 
 
 # --- Losses ---
@@ -165,32 +195,53 @@ def student_losses(state: State, batch: Batch, uncond: Cond, phase: Phase) -> St
     if config.distillation_weight > 0:
         weight = config.distillation_weight * (phase.ramp if state.fake_score else 1.0)
         parts["distillation"] = weight * distillation_loss(state, output, batch, uncond)
-    matches = config.feature_weight > 0 and paired.whole > 0
-    if not (matches or config.adversarial_weight > 0):
+    if not ((config.feature_weight > 0 and paired.whole > 0) or config.adversarial_weight > 0):
         return StudentStep(output, parts)
-    real, fake = real_inputs(state, batch), head_inputs(state, output, batch.cond, batch)
-    if matches:
+    seen = []
+    for critic in state.critics:
+        found = Seen(real_inputs(state, critic, batch), head_inputs(state, critic, output, batch.cond, batch))
+        seen.append(found)
+        for name, loss in _judged_losses(state, critic, found, batch, phase):
+            parts[_named(state, critic, name)] = loss
+    return StudentStep(output, parts, seen)
+
+
+def _named(state: State, critic: Critic, name: str) -> str:
+    """A loss's name; where two discriminators judge, with what this one sees."""
+    return name if len(state.critics) == 1 else f"{name} ({critic.features.name})"
+
+
+def _judged_losses(
+    state: State, critic: Critic, seen: Seen, batch: Batch, phase: Phase
+) -> Iterator[tuple[str, Tensor]]:
+    """The student's losses by what one discriminator sees: matching its features, and adversarial."""
+    config, paired, real, fake = state.config, batch.paired, seen.real, seen.fake
+    if config.feature_weight > 0 and paired.whole > 0:
         with torch.no_grad():
-            target = real if config.positives == "teacher" else head_inputs(state, batch.target, batch.cond, batch)
+            same = config.positives == "teacher" and not critic.features.varies
+            # Where pictures are cropped and augmented, these are as the student's.
+            target = real if same else head_inputs(state, critic, batch.target, batch.cond, batch)
         both = (fake.maps, target.maps)
-        matching = paired.mean(lambda rows: losses.feature_matching(*([x[rows] for x in m] for m in both)), output)
-        parts["features"] = config.feature_weight * matching
+        matching = paired.mean(
+            lambda rows: losses.feature_matching(*([x[rows] for x in m] for m in both)), fake.maps[0]
+        )
+        yield "features", critic.share * config.feature_weight * matching
     if config.adversarial_weight > 0:
-        parts["adversarial"] = config.adversarial_weight * phase.ramp * adversarial_loss(state, real, fake)
-    return StudentStep(output, parts, real, fake)
+        weight = critic.share * config.adversarial_weight * phase.ramp
+        yield "adversarial", weight * adversarial_loss(state, critic, real, fake)
 
 
-def adversarial_loss(state: State, real: HeadInputs, fake: HeadInputs) -> Tensor:
+def adversarial_loss(state: State, critic: Critic, real: HeadInputs, fake: HeadInputs) -> Tensor:
     """The student's side of the adversarial loss; the discriminator takes no gradient."""
     name, on_real = state.config.adversarial, None
     try:
-        state.discriminator.requires_grad_(False)
-        on_fake = logits(state, fake)
+        critic.discriminator.requires_grad_(False)
+        on_fake = logits(critic, fake)
         if name == "relativistic":
             with torch.no_grad():
-                on_real = logits(state, real)
+                on_real = logits(critic, real)
     finally:
-        state.discriminator.requires_grad_(True)
+        critic.discriminator.requires_grad_(True)
     return losses.ADVERSARIAL[name][1](on_fake, on_real)
 
 
@@ -209,22 +260,40 @@ def distillation_loss(state: State, output: Tensor, batch: Batch, uncond: Cond) 
         ).float()
     else:
         target = losses.teacher_target(teacher, noisy, sigma, cond, uncond, scale, config.teacher_steps)
-    return losses.distillation(output, target, losses.WEIGHTS[config.distillation](schedule, sigma))
+    weight = losses.WEIGHTS[config.distillation](schedule, sigma)
+    if state.decoder:
+        with torch.no_grad():
+            target = _pictures(state, target, batch)
+        output = _pictures(state, output, batch)
+    return losses.distillation(output, target, weight)
 
 
-def discriminator_losses(state: State, real: HeadInputs, fake: HeadInputs, batch: Batch) -> DiscriminatorStep:
-    """The discriminator's weighted losses: adversarial, mismatched text, R1."""
+def _pictures(state: State, latents: Tensor, batch: Batch) -> Tensor:
+    """Latents as pictures, in [-1, 1] as ADD compares them; the part of them that `pixel_crop` leaves."""
+    assert state.decoder
+    side = math.ceil(state.config.pixel_crop / state.decoder.factor)
+    parts = cropped(latents, side, batch.view(OF_DISTILLATION)).split(state.decoder.at_once(latents))
+    again = state.config.gradient_checkpointing and torch.is_grad_enabled()
+    options: Any = {"use_reentrant": False, "preserve_rng_state": False}
+    found = [checkpoint(state.decoder, x, **options) if again else state.decoder(x) for x in parts]
+    return 2 * torch.cat(found) - 1
+
+
+def discriminator_losses(
+    state: State, critic: Critic, real: HeadInputs, fake: HeadInputs, batch: Batch
+) -> tuple[dict[str, Tensor], Judged]:
+    """A discriminator's weighted losses, adversarial, mismatched text and R1, and its logits of real and fake."""
     config = state.config
     real, fake = real.detached(), fake.detached()
     penalty = config.r1 if config.r1_weight > 0 else "none"
     if penalty == "exact":
         for x in real.maps:
             x.requires_grad_(True)
-    on_real, on_fake = logits(state, real), logits(state, fake)
+    on_real, on_fake = logits(critic, real), logits(critic, fake)
     loss = losses.ADVERSARIAL[config.adversarial][0]
     parts = {"discriminator": loss(on_real, on_fake)}
     if config.mismatch_weight > 0 and batch.strangers.whole:
-        both = (on_real, logits(state, mismatched(state, real, batch)))
+        both = (on_real, logits(critic, mismatched(state, critic, real, batch)))
         wrong = batch.strangers.mean(lambda rows: loss(*([x[rows] for x in side] for side in both)), both[1][0])
         parts["mismatch"] = config.mismatch_weight * wrong
     device = real.sigma.device
@@ -236,9 +305,9 @@ def discriminator_losses(state: State, real: HeadInputs, fake: HeadInputs, batch
     elif penalty == "approximate":
         noise = [batch.drawn(lambda shape: torch.randn(shape, **like), x.shape) for x in real.maps]
         moved = replace(real, maps=[x + config.r1_noise * e for x, e in zip(real.maps, noise, strict=True)])
-        difference = losses.approximate_r1(on_real, logits(state, moved))
+        difference = losses.approximate_r1(on_real, logits(critic, moved))
         parts["r1"] = config.r1_weight / config.r1_noise**2 * difference
-    return DiscriminatorStep(parts, on_real, on_fake)
+    return {_named(state, critic, name): loss for name, loss in parts.items()}, (on_real, on_fake)
 
 
 # --- Steps ---
@@ -255,15 +324,21 @@ def student_step(state: State, batch: Batch, uncond: Cond, phase: Phase, share: 
 
 
 def discriminator_step(state: State, batch: Batch, student: StudentStep, share: float) -> DiscriminatorStep:
-    """Losses of the discriminator on the student's pictures, a `share` of the update's, and their gradient."""
+    """Losses of each discriminator on the student's pictures, a `share` of the update's, and their gradient."""
     with autocast(state.config, state.student, state.student.teacher):
-        real, fake = student.real, student.fake
-        if real is None or fake is None:
-            with torch.no_grad():
-                real, fake = real_inputs(state, batch), head_inputs(state, student.output, batch.cond, batch)
-        step = discriminator_losses(state, real, fake, batch)
-    _backward(state, step.losses, share)
-    return step
+        seen = student.seen or [_seen_alone(state, critic, student.output, batch) for critic in state.critics]
+        parts, judged = {}, []
+        for critic, each in zip(state.critics, seen, strict=True):
+            found, of_both = discriminator_losses(state, critic, each.real, each.fake, batch)
+            parts |= found
+            judged.append(of_both)
+    _backward(state, parts, share)
+    return DiscriminatorStep(parts, judged)
+
+
+@torch.no_grad()
+def _seen_alone(state: State, critic: Critic, output: Tensor, batch: Batch) -> Seen:
+    return Seen(real_inputs(state, critic, batch), head_inputs(state, critic, output, batch.cond, batch))
 
 
 def fake_score_step(state: State, batch: Batch, student: StudentStep, share: float) -> dict[str, Tensor]:

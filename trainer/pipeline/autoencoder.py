@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..host import decoded_at_once
+from ...core.decoder import decoded_at_once
 
 
 class Autoencoder:
@@ -28,7 +28,8 @@ class Autoencoder:
         return [self.vae] if self._copy is None else [self.vae, self._copy]
 
     @property
-    def _network(self) -> Any:
+    def network(self) -> Any:
+        """What computes."""
         if self.vae.dtype != torch.float16 or not getattr(self.vae.config, "force_upcast", False):
             return self.vae
         if self._copy is None:
@@ -37,7 +38,7 @@ class Autoencoder:
 
     def decode(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
         """Latents (B, C, H, W) -> pictures (B, 3, height, width) about [0, 1], float32, with gradients."""
-        vae = self._network
+        vae = self.network
         mean, spread, scale = _statistics(vae)
         z = latents.to(vae.device, vae.dtype) * spread / scale + mean
         with _frozen(vae):
@@ -51,7 +52,7 @@ class Autoencoder:
 
     def encode(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, height, width) in [0, 1] -> latents (B, C, H, W), each the mean."""
-        vae = self._network
+        vae = self.network
         x = images.to(vae.device, vae.dtype) * 2 - 1
         with _frozen(vae):
             found = vae.encode(x.unsqueeze(2) if _has_frames(vae) else x, return_dict=False)[0]

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ...core.card import StudentCard, fingerprint
+from ...core.decoder import Decoder
 from ...core.denoiser import Cond
 from ...core.schedule import Schedule
 from ..checkpoint.errors import ModelError
 from .aside import Aside
 from .autoencoder import Autoencoder
 from .denoisers import NetworkDenoiser
+from .tiny_decoder import decoded, load_tiny
 
 Size = tuple[int, int]  # width, height in pixels
 
@@ -94,13 +96,21 @@ class PipelineHost:
         with self._encoders.at_work():
             return self._encode(prompts, self.resolution)
 
-    def decoder(self, latents: Tensor) -> Tensor:
+    @property
+    def decoder(self) -> Decoder:
+        return Decoder(self._factor, lambda: self._autoencoder.network, lambda _network, z: self._pictures(z), own=True)
+
+    def _pictures(self, latents: Tensor) -> Tensor:
         with self._decoders.at_work():
             return self._autoencoder.decode(latents, self.resolution)
 
+    @property
+    def tiny_decoder(self) -> Decoder:
+        return Decoder(self._factor, lambda: load_tiny(self.architecture, self.denoiser.device), decoded)
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        return self.decoder(latents).clamp(0, 1)
+        return self._pictures(latents).clamp(0, 1)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:

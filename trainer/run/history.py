@@ -6,7 +6,6 @@ import csv
 import io
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,7 @@ class History:
             path.unlink()
 
     def add(self, step: Step, measured: Health) -> None:
-        row = {"update": step.update, "seconds": round(step.seconds, 4), **asdict(measured), **step.losses}
+        row = {"update": step.update, "seconds": round(step.seconds, 4), **measured.numbers, **step.losses}
         if not set(row) <= set(self.columns) or not self.path.exists():  # its folder may have been deleted
             old = []
             if self.path.exists():

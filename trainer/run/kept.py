@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ...core.gradient_checkpointing import blocks
+from ...core.gradient_checkpointing import BLOCKS, blocks
 
 # What backward has of gradients of activations at a time, over the largest tensor of a pass: those of a layer's output
 # and of its input, while the output itself is gone.
@@ -60,9 +61,9 @@ class Kept:
 class SavedTensors:
     """Counts what autograd would keep of a pass, by block, and keeps nothing of it."""
 
-    def __init__(self, backbone: nn.Module, parameters: Iterable[Tensor]):
-        """`parameters` are what is there anyway."""
-        self.backbone = backbone
+    def __init__(self, backbone: nn.Module, parameters: Iterable[Tensor], known: re.Pattern[str] = BLOCKS):
+        """`parameters` are what is there anyway; blocks are those `known`."""
+        self.backbone, self.known = backbone, known
         self._inside: dict[str, int] = defaultdict(int)
         self._inputs = self._largest = 0
         # A weak reference holds no memory, but no other storage takes its address either: each is counted once.
@@ -76,7 +77,7 @@ class SavedTensors:
 
     def __enter__(self) -> SavedTensors:
         try:
-            found = blocks(self.backbone)
+            found = blocks(self.backbone, self.known)
         except ValueError:
             found = {}
         self._handles = [m.register_forward_pre_hook(self._enter(n), with_kwargs=True) for n, m in found.items()]

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...core.denoiser import Cond, Denoiser
+from ...core import decoder as decoders
+from ...core.augment import cropped
+from ...core.decoder import Decoder, decoded_at_once
+from ...core.denoiser import Cond
 from ...core.eight_bits import bytes_saved
+from ...core.features import TeacherFeatures
+from ...core.gradient_checkpointing import BLOCKS
 from ...core.sharded import own_part
+from ...core.vision import Features, VisionFeatures
 from ..config import ADAMW, ADAMW8BIT, INT8, PRODIGY, Config
 from ..data.samples import Samples
-from ..host import decoded_at_once
 from ..loop.precision import autocast, cast_frozen, low_precision
 from ..loop.state import State
 from .kept import Kept, SavedTensors
@@ -71,15 +77,17 @@ class Memory:
     activations: int  # the most that one update has besides: kept for backward, of the whole batch, and gradients
     decoding: int = 0  # of a preview, between two updates
     beside: int = 0  # text encoders and autoencoder, where they stay on the device
+    seeing: int = 0  # what decodes and judges pictures, besides
 
     @property
     def total(self) -> int:
-        return self.weights + self.beside + self.trained + max(self.activations, self.decoding)
+        return self.weights + self.beside + self.seeing + self.trained + max(self.activations, self.decoding)
 
     @property
     def parts(self) -> list[tuple[int, str]]:
         """What the total is the sum of, each with its name."""
         beside = [(self.beside, "text encoders and autoencoder")] if self.beside else []
+        beside += [(self.seeing, "vision transformer and decoder")] if self.seeing else []
         largest = max((self.activations, "activations"), (self.decoding, "a preview"))
         return [(self.weights, "weights"), *beside, (self.trained, "student"), largest]
 
@@ -124,6 +132,25 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Pictures:
+    """What is kept of decoding pictures and seeing them, so many of them `at_once`."""
+
+    line: Line
+    at_once: int
+
+    def throughout(self, batch_size: int, checkpointing: bool) -> int:
+        """What stays from the pass to its backward: with checkpointing next to nothing, as all is done again."""
+        return 0 if checkpointing else self.line.of(batch_size).throughout(False)
+
+    def backward(self, batch_size: int, checkpointing: bool) -> int:
+        """What backward has besides: with checkpointing the passes of those that are decoded at once, too."""
+        if not checkpointing:
+            return self.line.of(batch_size).backward(False)
+        kept = self.line.of(min(batch_size, self.at_once))
+        return kept.throughout(True) + kept.backward(True)
+
+
+@dataclass(frozen=True)
 class Measured:
     """What was measured of a model and its student: enough to tell the memory of any batch and any of the settings."""
 
@@ -136,24 +163,27 @@ class Measured:
     heads: int  # of the discriminator
     casts: int  # of the trained weights in the precision of the passes
     passes: Line  # the student's
-    features: Line | None  # the discriminator's, of the student's picture
+    features: Line | None  # the latents' discriminator's, of the student's picture
     maps: int  # bytes of one sample's feature maps
     scoring: Line | None  # the fake score's
     decoding: int  # a preview's
+    pictures: Sequence[Pictures] = ()  # of the pixel discriminator and of a loss in pixels
+    seeing: int = 0  # bytes of what decodes and judges pictures, besides the autoencoder
 
     def memory(self, config: Config, processes: int = 1) -> Memory:
         """What a training with these settings takes, each of so many processes."""
         packed = config.base_precision == INT8
         moments = STATE_SIZES[config.optimizer]
         stays = (self.encoders + self.autoencoder) if not config.offload else 0
-        stays = self.autoencoder if config.offload and config.pixel_backbone else stays
+        stays = self.autoencoder if config.offload and config.decodes else stays
         return Memory(
             self.weights - (self.packing if packed else 0),
             # A parameter beside the running average and what the optimizer keeps, which is Adam's but for the student.
             round((2 + moments) * self.student) + 4 * self.score + (3 if _judges(config) else 1) * self.heads,
             self._update(config, config.batch_size // processes),
-            self.decoding + (self.autoencoder if config.offload and not config.pixel_backbone else 0),
+            self.decoding + (self.autoencoder if config.offload and not config.decodes else 0),
             stays,
+            self.seeing,
         )
 
     def saved(self, config: Config) -> int:
@@ -171,10 +201,12 @@ class Measured:
         maps = MAPS * self.maps * batch_size
         before = self.student + maps if config.gradient_accumulation > 1 else 0  # of the batch before
         through = student.throughout(again) + features.throughout(again)
+        through += sum(p.throughout(batch_size, again) for p in self.pictures)
+        backward = max([features.backward(again), *(p.backward(batch_size, again) for p in self.pictures)])
         stepped = 2 if config.optimizer == PRODIGY else 1  # gradients, and the way from the beginning
         moments = [
             before + through + maps + (self.casts if again else 0),  # the passes are done
-            before + through + maps + features.backward(again),
+            before + through + maps + backward,
             max(before + student.throughout(again), self.student) + maps + student.backward(again),
             stepped * self.student + self.score + (self.heads if _judges(config) else 0),  # the optimizers step
         ]
@@ -187,6 +219,12 @@ class Measured:
 def _judges(config: Config) -> bool:
     """Whether the discriminator is trained."""
     return config.adversarial_weight > 0 and not config.guidance_only
+
+
+def _besides(networks: Iterable[nn.Module], seen: Sequence[Features], beside: tuple[int, int]) -> list[nn.Module]:
+    """Those that are not the host's own autoencoder, which is counted among what lies `beside` the model."""
+    own = [f.decoder.network for f in seen if isinstance(f, VisionFeatures) and f.decoder.own and beside[1]]
+    return [n for n in networks if not any(n is other for other in own)]
 
 
 def measure_memory(
@@ -204,27 +242,39 @@ def measure(state: State, pairs: Samples, resolution: tuple[int, int], beside: t
     """
     config, student = state.config, state.student
     score = state.fake_score.denoiser if state.fake_score else None
-    heads = list(state.critic.discriminator.parameters()) if state.critic else []
+    heads = [p for critic in state.critics for p in critic.discriminator.parameters()]
+    sees = bool(state.critics) and (config.adversarial_weight > 0 or config.feature_weight > 0)
+    seen = [critic.features for critic in state.critics] if sees else []
     trained = [student.trained, *([score.trained] if score else ())]
-    parameters = [*(p for m in (student.teacher.backbone, *trained) for p in m.parameters()), *heads]
+    networks = {id(n): n for f in seen for n in f.networks}
+    networks |= {id(d.network): d.network for d in [state.decoder] if d}
+    frozen = (student.teacher.backbone, *trained, *networks.values())
+    parameters = [*(p for m in frozen for p in m.parameters()), *heads]
     sigma = student.schedule.sigma(torch.tensor([500.0])).to(student.device)
     sample: Cond = pairs.cond.rows(slice(1)).to(student.device)
     latents = pairs.latents[:1].to(student.device)
-    sees = state.critic and (config.adversarial_weight > 0 or config.feature_weight > 0)
     sizes, plain = [], _bytes(student.teacher.backbone.parameters())
 
-    def kept(denoiser: Denoiser, run: Callable[[Tensor, Tensor, Cond], Any]) -> Line:
+    def kept(network: nn.Module, run: Callable[[Tensor, Tensor, Cond], Any], known: re.Pattern[str] = BLOCKS) -> Line:
         """What a pass keeps of one sample, and of two."""
         found = []
         for count in (1, 2) if config.batch_size > state.world.size else (1,):
-            with SavedTensors(denoiser.backbone, parameters) as saved:
+            with SavedTensors(network, parameters, known) as saved:
                 run(latents.repeat(count, 1, 1, 1), sigma.expand(count), sample.repeat(count))
             found.append(saved.kept)
         return Line(found[0], found[-1])
 
-    def see(x: Tensor, sigma: Tensor, cond: Cond) -> None:
-        assert state.critic
-        sizes.append(_bytes(state.critic.features(x.requires_grad_(True), sigma, cond)))
+    def see(features: Features) -> Callable[[Tensor, Tensor, Cond], None]:
+        def run(x: Tensor, sigma: Tensor, cond: Cond) -> None:
+            maps = features(x.requires_grad_(True), sigma, cond)
+            if len(x) == 1:
+                sizes.append(_bytes(maps))
+
+        return run
+
+    def decode(decoder: Decoder, run: Callable[[Tensor, Tensor, Cond], Any]) -> Pictures:
+        part = cropped(latents, math.ceil(config.pixel_crop / decoder.factor))
+        return Pictures(kept(decoder.network, run, decoders.BLOCKS), decoder.at_once(part))
 
     with (
         student.training(),
@@ -237,9 +287,13 @@ def measure(state: State, pairs: Samples, resolution: tuple[int, int], beside: t
         if student.device.type == "cpu" and weights != plain:  # those that are cast wait in the same memory
             weights += plain
         packing = bytes_saved(student.teacher.backbone, low)
-        passes = kept(student, student)
-        features = kept(student.teacher, see) if sees else None
-        scoring = kept(score, score) if score else None
+        passes = kept(student.backbone, student)
+        lines = [kept(student.teacher.backbone, see(f)) for f in seen if isinstance(f, TeacherFeatures)]
+        pictures = [decode(f.decoder, see(f.kept())) for f in seen if isinstance(f, VisionFeatures)]
+        if in_pixels := state.decoder:
+            side = math.ceil(config.pixel_crop / in_pixels.factor)
+            pictures.append(decode(in_pixels, lambda x, *_: in_pixels(cropped(x.requires_grad_(True), side))))
+        scoring = kept(score.backbone, score) if score else None
     own = list(student.trained.parameters())
     return Measured(
         weights,
@@ -250,8 +304,10 @@ def measure(state: State, pairs: Samples, resolution: tuple[int, int], beside: t
         heads=_bytes(heads),
         casts=sum(own_part(p).numel() * low.itemsize for p in own if p.dtype != low) if low else 0,
         passes=passes,
-        features=features,
-        maps=sizes[0] if sizes else 0,
+        features=lines[0] if lines else None,
+        maps=sum(sizes),
         scoring=scoring,
         decoding=DECODING * math.prod(resolution) * min(PREVIEWS, decoded_at_once(resolution)),
+        pictures=pictures,
+        seeing=sum(_bytes((*n.parameters(), *n.buffers())) for n in _besides(networks.values(), seen, beside)),
     )

@@ -9,7 +9,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..config import Config
 from ..loop.distill import Step
-from ..loop.health import RANGES, Health
+from ..loop.health import OF_DISCRIMINATORS, RANGES, Health
 from . import words
 from .events import Begun, Control, Event, Finished, PairsMade, Planned, Preview, Selected, Warned
 
@@ -75,7 +75,7 @@ class Monitor:
                 self._progress("training", event.update, self.config.updates, "updates", event.seconds)
                 self._spent = event.spent
                 if event.health:
-                    self._add(event.update, event.losses, asdict(event.health))
+                    self._add(event.update, event.losses, event.health.numbers)
             elif isinstance(event, Selected) and math.isfinite(event.score):  # JSON has no other numbers
                 self._scores.append((event.update, event.score))
                 if event.best:
@@ -137,7 +137,7 @@ class Monitor:
         if update % self._every:
             return
         if "discriminator" not in losses:  # there was none yet: its measures mean nothing
-            health = {k: v for k, v in health.items() if k not in ("accuracy", "logit_gap")}
+            health = {k: v for k, v in health.items() if k not in OF_DISCRIMINATORS}
         self._rows.append({"update": update, "losses": losses, "health": health})
         if len(self._rows) >= 2 * ROWS:
             self._every *= 2

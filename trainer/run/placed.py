@@ -17,7 +17,7 @@ def placed(host: Host, config: Config) -> Iterator[None]:
     backbone = host.denoiser.backbone
     with ExitStack() as stack:
         if config.offload:
-            stack.enter_context(host.aside(decodes=bool(config.pixel_backbone)))
+            stack.enter_context(host.aside(decodes=config.decodes))
         if config.base_precision == INT8:
             packing = in_eight_bits(backbone)
             with exclusive(backbone):

@@ -173,7 +173,7 @@ def _choices(
     """Every set of changes with how many times slower it is; the first changes nothing."""
     none: tuple[float, dict[str, Any]] = (1.0, {})
     kinds = {name: [none] for name in WHY}
-    if not config.offload and (measured.encoders or (measured.autoencoder and not config.pixel_backbone)):
+    if not config.offload and (measured.encoders or (measured.autoencoder and not config.decodes)):
         kinds["offload"].append((OFFLOADED, {"offload": True}))
     own = config.batch_size // processes
     for parts in range(2, own + 1):

@@ -21,7 +21,7 @@ from ..config import Config, ConfigError
 from ..data.affixes import Affixes
 from ..data.choices import check_texts
 from ..data.found import BROKEN, Found
-from ..data.images import cache_images, check_pictures, load_images
+from ..data.images import cache_images, check_pictures, load_images, with_pictures
 from ..data.lock import locked
 from ..data.pairs import load_pairs, make_pairs, pairs_recipe
 from ..data.pictures import check_place, read_pictures
@@ -144,7 +144,8 @@ def _with_pictures(
         if own.pictures:
             for made, newest in cache_images(part.host, own, place, config.broken_pictures, Affixes.of(config), world):
                 yield PairsMade(done + made, len(found.pictures), "pictures", newest)
-            part = replace(part, reals=load_images(place, own.usable))
+            reals = load_images(place, own.usable)
+            part = replace(part, reals=with_pictures(reals, place, own, part.host.resolution))
         done += len(own.pictures)
         if left := own.left.get(BROKEN):
             found.leave(BROKEN, left.first, left.words, left.count)

@@ -53,7 +53,10 @@ def _method(config: Config) -> str:
     """What the student was made by, in the papers' names."""
     if config.guidance_only:
         return "guidance distillation"
-    names = ["ADD" if config.pixel_backbone else "LADD"] if config.adversarial_weight > 0 else []
+    names = []
+    if config.adversarial_weight > 0:
+        names += ["ADD"] if config.pixel_backbone else []
+        names += ["LADD"] if not config.pixel_backbone or config.pixel_share < 1 else []
     if config.distillation_weight > 0:
         names.append(
             {"matching": "distribution matching", "nfsd": "NFSD"}.get(config.distillation, "ADD's distillation")
@@ -73,6 +76,7 @@ def _settings(config: Config) -> dict[str, Any]:
         settings["pixel_backbone"] = (
             Path(config.pixel_backbone).name if Path(config.pixel_backbone).is_dir() else config.pixel_backbone
         )
+        settings |= {"pixel_share": config.pixel_share} if config.pixel_share < 1 else {}
     return settings | ({"init_student": Path(config.init_student).name} if config.init_student else {})
 
 
