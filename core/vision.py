@@ -6,6 +6,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,24 +38,38 @@ def vision_taps(network: nn.Module) -> list[str]:
     return [names[count // 4 - 1 + k * count // 6] for k in range(4)]
 
 
-class VisionFeatures:
-    """Features (B, C_k, H', W') of the decoded picture at K blocks of a frozen vision transformer.
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-    `network` takes pictures (B, 3, H, W) normalised by `mean` and `std` of each colour, both sides multiples of
-    `patch`, and its last tokens are the picture's, by rows. Pictures are scaled to `size` pixels on their longer side;
-    0 leaves them. Of each a square of `crop` pixels alone is decoded and seen, at a random place, if that is not 0.
-    `augment` changes what is seen at random. `again` keeps nothing of the passes but the maps: each picture is decoded
-    and seen again in backward.
+
+@dataclass(frozen=True)
+class Eye:
+    """A vision transformer, and how pictures (B, 3, H, W) in [0, 1] must be for it.
+
+    Its last tokens are the picture's, by rows.
+    """
+
+    network: nn.Module
+    patch: int  # side of a patch in pixels, of which both sides are multiples
+    mean: Sequence[float] = IMAGENET[0]  # that is taken from each colour,
+    std: Sequence[float] = IMAGENET[1]  # and that it is divided by
+    side: int = 0  # in pixels, of the pictures it was trained on, where it sees those best
+    square: bool = False  # whether it takes squares of that side alone
+
+
+class VisionFeatures:
+    """Features (B, C_k, H', W') of the decoded picture at K blocks of a frozen vision transformer, the `eye`'s.
+
+    Pictures are scaled to `size` pixels on their longer side; 0 takes the eye's own side, or leaves them. Of each a
+    square of `crop` pixels alone is decoded and seen, at a random place, if that is not 0. `augment` changes what is
+    seen at random. `again` keeps nothing of the passes but the maps: each picture is decoded and seen again in backward.
     """
 
     name = "pixels"
     conditional = False
-    MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
     def __init__(
         self,
-        network: nn.Module,
-        patch: int,
+        eye: Eye,
         decoder: Decoder,
         size: int = 0,
         taps: Sequence[str] | None = None,
@@ -62,16 +77,16 @@ class VisionFeatures:
         crop: int = 0,
         augment: bool = False,
         again: bool = False,
-        mean: Sequence[float] = MEAN,
-        std: Sequence[float] = STD,
     ):
-        """Raises ValueError for taps that the network lacks, or where none are known."""
-        self.network = network.eval().requires_grad_(False)
-        self.patch, self.decoder, self.size, self.crop = patch, decoder, size, crop
+        """Raises ValueError for taps that the network lacks, where none are known, or a size that cannot be."""
+        if eye.square and size not in (0, eye.side):
+            raise ValueError(f"pixel_size is {size}: this vision transformer takes {eye.side} alone, leave it at 0")
+        self.eye, self.network = eye, eye.network.eval().requires_grad_(False)
+        self.decoder, self.size, self.crop = decoder, size or eye.side, crop
         self.augment, self.again = augment, again
-        self.taps = list(taps or vision_taps(network))
-        self.modules = tapped(network, self.taps)
-        self._normal = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
+        self.taps = list(taps or vision_taps(self.network))
+        self.modules = tapped(self.network, self.taps)
+        self._normal = torch.tensor(eye.mean)[:, None, None], torch.tensor(eye.std)[:, None, None]
 
     def kept(self) -> VisionFeatures:
         """The same, that keeps all of its passes."""
@@ -120,8 +135,9 @@ class VisionFeatures:
         if view is not None:
             pictures = augmented(pictures, view)
         scale = self.size / max(pictures.shape[-2:]) if self.size else 1.0
-        rows, columns = (math.ceil(side * scale / self.patch) for side in pictures.shape[-2:])
-        sides = (rows * self.patch, columns * self.patch)
+        sides = (self.size, self.size) if self.eye.square else [side * scale for side in pictures.shape[-2:]]
+        rows, columns = (math.ceil(side / self.eye.patch) for side in sides)
+        sides = (rows * self.eye.patch, columns * self.eye.patch)
         pictures = F.interpolate(pictures, sides, mode="bicubic", antialias=True)
         mean, std = self._normal = self._normal[0].to(pictures.device), self._normal[1].to(pictures.device)
 

@@ -11,11 +11,11 @@ from comfy_api.latest import io, ui
 
 from ..core.card import StudentCard, read_card, read_student
 from ..core.families import suspect
-from ..trainer.checks import check_name, find_student
+from ..trainer.checks import check_backbone, check_name, find_student
 from ..trainer.config import Config
 from ..trainer.data.files import DataError, write_whole
 from ..trainer.data.pairs import pairs_key
-from ..trainer.groups import ADVANCED, OF_DISTILL, OF_VRAM
+from ..trainer.groups import ADVANCED, LATER, OF_DISTILL, OF_VRAM
 from ..trainer.run import run
 from ..trainer.run.events import Finished, Preview
 from ..trainer.run.monitor import Monitor
@@ -24,6 +24,7 @@ from .data import IMAGES, PAIRS, Images, Pairs, base_name
 from .graph import file_names
 from .host import page, patcher, save
 from .host.training import ComfyUIHost, cancellable, trainable
+from .host.vision import eye_name, eye_of
 from .load import CATEGORY
 from .panel import keep, stopped_early, watched
 from .schema import schema
@@ -59,7 +60,7 @@ class AdvancedSettings(io.ComfyNode):
             category=CATEGORY,
             description="Every setting of a distillation that Distill does not ask for itself. What is good to begin "
             "with is set.",
-            inputs=widgets(ADVANCED),
+            inputs=[*widgets(ADVANCED[: -len(LATER)]), *widgets(LATER, optional=True)],
             outputs=[SETTINGS.Output("SETTINGS", display_name="SETTINGS", tooltip="For Distill.")],
         )
 
@@ -100,6 +101,12 @@ class Distill(io.ComfyNode):
                 IMAGES.Input("images", optional=True, tooltip="Pictures of yours, from Image Folder."),
                 SETTINGS.Input("settings", optional=True, tooltip="From Advanced Settings."),
                 *widgets(OF_VRAM, optional=True),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="From Load CLIP Vision (CLIP, SigLIP or DINO): it judges decoded pictures, in place of the "
+                    "pixel backbone in Advanced Settings.",
+                ),
             ],
             outputs=[
                 io.Model.Output("MODEL", tooltip="With the student on it: for One-Step Sample."),
@@ -131,9 +138,21 @@ class Distill(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, clip, vae, pairs: Pairs, name: str, images: Images | None = None, settings=None, **chosen
+        cls,
+        model,
+        clip,
+        vae,
+        pairs: Pairs,
+        name: str,
+        images: Images | None = None,
+        settings=None,
+        clip_vision=None,
+        **chosen,
     ) -> io.NodeOutput:
         config = Config(**(settings or {}) | pairs.settings | chosen)
+        check_backbone(config.pixel_backbone, page.readable_folders())
+        if clip_vision is not None:
+            config = config.replace(pixel_backbone=eye_name(clip_vision))
         if images is not None:
             positives = "both" if config.positives == "teacher" else config.positives
             config = config.replace(positives=positives, broken_pictures=images.broken_pictures)
@@ -145,6 +164,7 @@ class Distill(io.ComfyNode):
             base = base_name(cls, model)
             loaded = ComfyUIHost(model, clip, vae, base, pairs.width, pairs.height, trained)
             loaded = loaded.sampled_by(pairs.sampler, pairs.sigmas, config)
+            loaded.eye = None if clip_vision is None else eye_of(clip_vision, loaded.denoiser.device)
             if pairs_key(loaded, config, pairs.prompts) != pairs.folder.name:
                 raise DataError("the pairs were made with another model or CLIP: connect the same ones to Distill")
             device = loaded.denoiser.device

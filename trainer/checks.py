@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .config import ConfigError
+from .config import BACKBONES, ConfigError
 from .data.files import DataError, check_file
 from .data.picture_prompts import ENDINGS
 
@@ -61,6 +61,19 @@ def find_student(text: str, students: Sequence[Path], readable: Sequence[Path] |
                 return path
     check_inside(text, readable)
     return text
+
+
+def check_backbone(text: str, readable: Sequence[Path] | None) -> None:
+    """Raise DataError for a `pixel_backbone` that a server must not load: others reach it, and its owner offers others.
+
+    A hub's name is a download, which they must not choose; a folder lies below one of those that are `readable`.
+    """
+    if readable is None or text in ("", *BACKBONES):
+        return
+    try:
+        check_inside(text, readable)
+    except DataError as error:
+        raise DataError(f"pixel_backbone: {error}; or choose one of {', '.join(BACKBONES)}") from None
 
 
 def check_prompt_place(path: str | Path, folders: Sequence[Path] | None) -> Path:

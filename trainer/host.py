@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core.decoder import Decoder
 from ..core.denoiser import Cond, Denoiser
+from ..core.vision import Eye
 
 
 class HostSampling(Protocol):
@@ -73,6 +74,8 @@ class Host(Protocol):
     def decoder(self) -> Decoder:
         """As `decode`, but with gradients. Raises ValueError, in words, where that cannot be had."""
         ...
+
+    eye: Eye | None  # what judges decoded pictures in place of the network that the settings name
 
     @property
     def tiny_decoder(self) -> Decoder:

@@ -60,7 +60,7 @@ class WebUIHost:
     """
 
     text_hash: str
-    own = False
+    own, eye = False, None
     beside = (0, 0)  # bytes: what is not trained is away meanwhile
 
     def __init__(

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...core.borrowed import leave_inference_mode, watched
 from ...core.decoder import Decoder
 from ...core.denoiser import Cond, Guidance, with_lengths
+from ...core.vision import Eye
 from ...trainer.config import Config
 from .decoder import own_decoder, tiny_decoder
 from .denoiser import ModelDenoiser, attends_jointly, conditions, differentiable
@@ -116,6 +117,7 @@ class ComfyUIHost:
     """
 
     own = False
+    eye: Eye | None = None
     beside = (0, 0)  # bytes: what is not trained is away meanwhile
 
     def __init__(self, model, clip, vae, name: str, width: int, height: int, trained=None):

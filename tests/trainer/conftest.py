@@ -51,7 +51,7 @@ class ToyHost:
     """Text states from a hash of the prompt; pictures are a linear map of the latents, four times as large."""
 
     name, architecture, text_hash = "toy", "toy-v1", ""
-    own, clip_skip, sampling, beside = True, 0, None, (0, 0)
+    own, clip_skip, sampling, beside, eye = True, 0, None, (0, 0), None
     latent_shape, resolution = (4, SIDE, SIDE), (4 * SIDE, 4 * SIDE)
 
     def __init__(self, denoiser: Denoiser):

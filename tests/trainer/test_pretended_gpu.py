@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import amp, nn
 from turbodistill.core import losses
-from turbodistill.core.vision import VisionFeatures
+from turbodistill.core.vision import Eye, VisionFeatures
 from turbodistill.trainer.loop import batch, distill, health, steps
 from turbodistill.trainer.loop.optimizer import can_skip
 
@@ -55,7 +55,7 @@ def trained(kit, tmp_path):
             host.denoiser.backbone.to("cuda")
             if pixels:
                 network = Patches().to("cuda")
-                seeing = VisionFeatures(network, 8, host.decoder)
+                seeing = VisionFeatures(Eye(network, 8), host.decoder)
                 state = kit.state(host, settings, samples, [seeing])
             else:
                 state = kit.state(host, settings, samples)

@@ -59,7 +59,7 @@ def made(kit, host, settings, folder):
 def test_the_one_that_comes_with_the_clone():
     eye = load_vision("embedded")
     assert (eye.patch, eye.network.config.num_hidden_layers, eye.network.config.hidden_size) == (14, 4, 384)
-    features = VisionFeatures(eye.network, eye.patch, AS_IT_IS, 70)
+    features = VisionFeatures(eye, AS_IT_IS, 70)
     assert features.taps == ["encoder.layer.1", "encoder.layer.3"]
     with torch.no_grad():
         maps = features(torch.rand(2, 3, 64, 64), torch.zeros(2), ...)
@@ -69,9 +69,9 @@ def test_the_one_that_comes_with_the_clone():
 
 def test_its_maps_are_the_blocks_outputs_by_rows_and_columns(folder):
     eye = load_vision(str(folder))
-    features = VisionFeatures(eye.network, eye.patch, AS_IT_IS)
+    features = VisionFeatures(eye, AS_IT_IS)
     pictures = torch.rand(2, 3, 16, 32)
-    normal = (pictures - torch.tensor(features.MEAN)[:, None, None]) / torch.tensor(features.STD)[:, None, None]
+    normal = (pictures - torch.tensor(eye.mean)[:, None, None]) / torch.tensor(eye.std)[:, None, None]
     with torch.no_grad():
         states = eye.network(normal, output_hidden_states=True).hidden_states
         maps = features(pictures, torch.zeros(2), ...)
@@ -82,13 +82,13 @@ def test_its_maps_are_the_blocks_outputs_by_rows_and_columns(folder):
 @pytest.mark.parametrize(("size", "shape"), [(0, (2, 4)), (64, (4, 8)), (8, (1, 1)), (20, (2, 3))])
 def test_pictures_are_scaled_to_the_size_asked_for_in_whole_patches(folder, size, shape):
     eye = load_vision(str(folder))
-    features = VisionFeatures(eye.network, eye.patch, AS_IT_IS, size)
+    features = VisionFeatures(eye, AS_IT_IS, size)
     assert features(torch.rand(1, 3, 16, 32), torch.zeros(1), ...)[0].shape == (1, WIDTH, *shape)
 
 
 def test_the_pass_ends_at_the_last_tap(folder):
     eye = load_vision(str(folder))
-    features = VisionFeatures(eye.network, eye.patch, AS_IT_IS, taps=["encoder.layer.1"])
+    features = VisionFeatures(eye, AS_IT_IS, taps=["encoder.layer.1"])
     eye.network.encoder.layer[2].register_forward_hook(lambda *_: pytest.fail("a block that nobody taps has run"))
     assert len(features(torch.rand(1, 3, 16, 16), torch.zeros(1), ...)) == 1
 

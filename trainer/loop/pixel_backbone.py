@@ -6,7 +6,6 @@ import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +13,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...core.eight_bits import unpacked_state
+from ...core.vision import IMAGENET, Eye
 from ...demo.files import PACKED, VISION
 
 EMBEDDED = "embedded"
 
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 
 
-@dataclass(frozen=True)
-class Eye:
-    """A vision transformer in float32, and what pictures (B, 3, H, W) in [0, 1] must be for it."""
-
-    network: nn.Module
-    patch: int  # side of a patch in pixels, of which both sides are multiples
-    mean: tuple[float, ...] = IMAGENET[0]  # that is taken from each colour,
-    std: tuple[float, ...] = IMAGENET[1]  # and that it is divided by
-    side: int = 0  # longest side in pixels, where it was trained at one alone
-
-
 def load_vision(name: str) -> Eye:
-    """The network `name`: "embedded", a folder in transformers' layout, or a hub's name.
+    """The network `name`, in float32: "embedded", a folder in transformers' layout, or a hub's name.
 
     Raises ValueError for one that cannot be had whole, that has no patches, or whose weights are a pickle.
     """

@@ -125,18 +125,16 @@ def features(host: Host, config: Config) -> list[Features]:
         if not config.pixel_backbone:
             return [TeacherFeatures(host.denoiser, taps)]
         own = decoder(host, config)
-        eye = load_vision(config.pixel_backbone)
+        eye = host.eye or load_vision(config.pixel_backbone)
+        eye.network.to(host.denoiser.device)
         pixels = VisionFeatures(
-            eye.network.to(host.denoiser.device),
-            eye.patch,
+            eye,
             own,
-            config.pixel_size or eye.side,
+            config.pixel_size,
             taps if config.pixel_share == 1 else None,
             crop=config.pixel_crop,
             augment=config.augment,
             again=config.gradient_checkpointing,
-            mean=eye.mean,
-            std=eye.std,
         )
         return [pixels] if config.pixel_share == 1 else [TeacherFeatures(host.denoiser, taps), pixels]
     except ValueError as error:

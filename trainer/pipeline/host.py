@@ -33,7 +33,7 @@ class PipelineHost:
     `encoders` are the text encoders' networks.
     """
 
-    own = True
+    own, eye = True, None
 
     def __init__(
         self,

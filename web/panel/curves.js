@@ -10,9 +10,9 @@ import { short } from "./run.js";
 
 // Middle tones: they stand out from ComfyUI's dark and light ground alike. One for each loss that a training may have.
 export const COLOURS =
-  "#3d94e0 #e0803a #35a86b #b865cc #b08d12 #d6546c #22a3a8 #8b79e8 #9a6b4a #8c949e".split(" ");
+  "#3d94e0 #e0803a #35a86b #b865cc #b08d12 #d6546c #22a3a8 #8b79e8 #9a6b4a #8c949e #6fae3f #e56fb0 #5f7fb0".split(" ");
 
-const HEALTH = ["accuracy", "saturation", "sharpness", "diversity"];
+const HEALTH = ["accuracy", "pixel_accuracy", "saturation", "sharpness", "diversity"];
 
 /** The losses, and the scores of the selections. @param {Run} run @returns {Curve[]} */
 export function lossCurves({ history: { update, losses, scores } }) {
