@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 MOST_PIXELS = 2**18  # that are decoded at once: one picture of 512 x 512, 64 of 64 x 64
 # What of a decoder is computed again in backward, in diffusers' layout, the hosts' and that of tiny decoders.
 BLOCKS = re.compile(
-    r"(?:^|\.)(?:(?:resnets|block|attentions|attn|upsamplers|upsamples|layers)\.\d+|block_[12]|attn_1|upsample)$"
+    r"(?:^|\.)(?:(?:resnets|block|attentions|attn|upsamplers|upsamples|layers|taesd_decoder)\.\d+|block_[12]|attn_1|upsample)$"
+    r"|^\d+$"
 )
 
 
@@ -24,18 +25,23 @@ def decoded_at_once(resolution: tuple[int, int]) -> int:
     return max(1, min(16, MOST_PIXELS // (width * height)))
 
 
-def frozen_copy(network: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> Any:
-    """A copy to decode by, without an encoder: in float32 where `dtype` (the network's own) has no room for gradients.
+ENCODES = ("encoder", "quant_conv")  # what of an autoencoder no picture is decoded by
+
+
+def frozen_copy(
+    network: nn.Module, device: torch.device, dtype: torch.dtype | None = None, without: Sequence[str] = ()
+) -> Any:
+    """A copy with gradients, `without` some parts: in float32 where `dtype` (its own) has no room for small ones.
 
     A host moves its own network as it likes, and computes with it in inference mode; this one stays, and is ordinary.
     """
     weights = [p for p in network.parameters() if p.is_floating_point()]
     dtype = dtype or (weights[0].dtype if weights else torch.float32)
-    without = {id(m): None for name, m in network.named_children() if name in ("encoder", "quant_conv")}
+    left: dict[int, Any] = {id(m): None for name, m in network.named_children() if name in without}
     with torch.inference_mode(False), torch.no_grad():
         ordinary = {id(p): nn.Parameter(p.detach().clone(), False) for p in weights}
         ordinary |= {id(b): b.detach().clone() for b in network.buffers()}
-        copied = copy.deepcopy(network, without | ordinary)
+        copied = copy.deepcopy(network, left | ordinary)
         copied.to(device, torch.float32 if dtype == torch.float16 else dtype)
     return copied.eval().requires_grad_(False)
 

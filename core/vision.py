@@ -61,7 +61,7 @@ class VisionFeatures:
 
     Pictures are scaled to `size` pixels on their longer side; 0 takes the eye's own side, or leaves them. Of each a
     square of `crop` pixels alone is decoded and seen, at a random place, if that is not 0. `augment` changes what is
-    seen at random. `again` keeps nothing of the passes but the maps: each picture is decoded and seen again in backward.
+    seen at random. `again` keeps nothing of the passes but the maps: pictures are decoded and seen again in backward.
     """
 
     name = "pixels"
@@ -142,7 +142,9 @@ class VisionFeatures:
         mean, std = self._normal = self._normal[0].to(pictures.device), self._normal[1].to(pictures.device)
 
         def take(_tap: str, output: Any) -> Tensor:
-            tokens = output[0] if isinstance(output, tuple) else output
+            tokens = (
+                output[0] if isinstance(output, tuple) else output
+            ).clone()  # the next block may add to it in place
             return tokens[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
 
         return [m.float() for m in outputs(self.modules, take, lambda: self.network((pictures - mean) / std))]

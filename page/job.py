@@ -20,7 +20,7 @@ from torch import nn
 
 from ..core.families import recognise, suspect
 from ..core.gradient_checkpointing import blocks
-from ..trainer.checks import check_inside, check_name, find_student
+from ..trainer.checks import check_backbone, check_inside, check_name, find_student
 from ..trainer.config import ConfigError
 from ..trainer.data.built_in import AUTO
 from ..trainer.data.files import write_whole
@@ -83,6 +83,7 @@ class Job:
         self.size = (request.width or backend.sizes[0], request.height or backend.sizes[1])
         check_size(*self.size)
         folders = backend.readable_folders()
+        check_backbone(self.config.pixel_backbone, folders)
         if self.config.init_student:
             start = find_student(self.config.init_student, [backend.students_folder()], folders)
             self.config = self.config.replace(init_student=start)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from turbodistill.core.decoder import Decoder, decoded_at_once, frozen_copy, has_blocks
+from turbodistill.core.decoder import ENCODES, Decoder, decoded_at_once, frozen_copy, has_blocks
 
 
 class Autoencoder(nn.Module):
@@ -21,7 +21,7 @@ class Autoencoder(nn.Module):
 def test_a_copy_is_ordinary_frozen_and_without_the_encoder():
     with torch.inference_mode():
         theirs = Autoencoder()
-    made = frozen_copy(theirs, torch.device("cpu"))
+    made = frozen_copy(theirs, torch.device("cpu"), without=ENCODES)
     assert made.encoder is None and theirs.encoder is not None
     assert not any(p.requires_grad or p.is_inference() for p in (*made.parameters(), *made.buffers()))
     assert all(p.is_inference() for p in theirs.parameters())
@@ -71,6 +71,8 @@ def test_large_pictures_are_decoded_one_by_one_and_the_network_is_made_once():
         ("decoder.up.2.block.0", True),  # the hosts'
         ("decoder.mid.attn_1", True),
         ("decoder.upsamples.3", True),  # Wan's
+        ("taesd_decoder.3", True),
+        ("3", True),  # TAESD's decoder alone
         ("decoder.conv_in", False),
     ],
 )

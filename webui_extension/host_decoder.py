@@ -9,7 +9,7 @@ import torch
 from modules import sd_vae_taesd
 from torch import Tensor, amp, nn
 
-from ..core.decoder import Decoder, frozen_copy
+from ..core.decoder import ENCODES, Decoder, frozen_copy
 
 FACTOR = 8  # pixels a side of a latent, in all that these hosts load
 
@@ -21,7 +21,7 @@ def own_decoder(autoencoder: nn.Module, device: torch.device, unscaled: Callable
     """
 
     def copied() -> nn.Module:
-        made = frozen_copy(autoencoder, device)
+        made = frozen_copy(autoencoder, device, without=ENCODES)
         made.__dict__.pop("decode", None)  # with --medvram the host has put its own in its place
         return made
 

@@ -18,6 +18,7 @@ from ..core.borrowed import watched
 from ..core.card import fingerprint
 from ..core.decoder import Decoder
 from ..core.denoiser import Cond, Denoiser, with_lengths
+from ..core.vision import Eye
 from .host import clip_skip
 from .host_decoder import FACTOR, tiny_decoder
 from .host_denoiser import architecture
@@ -60,7 +61,8 @@ class WebUIHost:
     """
 
     text_hash: str
-    own, eye = False, None
+    own = False
+    eye: Eye | None = None
     beside = (0, 0)  # bytes: what is not trained is away meanwhile
 
     def __init__(

@@ -7,17 +7,15 @@ from typing import Any
 
 import folder_paths
 import torch
-from comfy.taesd.taesd import TAESD
 from torch import Tensor, nn
 
-from ...core.decoder import Decoder, frozen_copy
+from ...core.decoder import ENCODES, Decoder, frozen_copy
 from .denoiser import ModelDenoiser
 
 
 def own_decoder(denoiser: ModelDenoiser, vae) -> Decoder:
     """A VAE's decoder, copied when it is first used, so that ComfyUI may move and unload the VAE itself."""
-    decode = partial(_decode, denoiser, *_range(vae))
-    return Decoder(vae.spacial_compression_encode(), lambda: _copied(denoiser, vae), decode)
+    return Decoder(vae.spacial_compression_encode(), lambda: _copied(denoiser, vae), partial(_decode, denoiser, vae))
 
 
 def _copied(denoiser: ModelDenoiser, vae) -> nn.Module:
@@ -26,7 +24,7 @@ def _copied(denoiser: ModelDenoiser, vae) -> nn.Module:
         raise ValueError(
             f"this VAE is a {type(network).__name__}, through which no gradient is known: leave pixel_backbone empty"
         )
-    return frozen_copy(network, denoiser.device, vae.vae_dtype)
+    return frozen_copy(network, denoiser.device, vae.vae_dtype, ENCODES)
 
 
 def _range(vae) -> tuple[float, float]:
@@ -35,8 +33,9 @@ def _range(vae) -> tuple[float, float]:
     return high - low, (high + low) / 2
 
 
-def _decode(denoiser: ModelDenoiser, factor: float, offset: float, network: Any, latents: Tensor) -> Tensor:
+def _decode(denoiser: ModelDenoiser, vae, network: Any, latents: Tensor) -> Tensor:
     weight = next(network.parameters())
+    factor, offset = _range(vae)
     z = denoiser.latent_out(latents.float()).to(weight.device, weight.dtype)
     found = network.decode(z.unsqueeze(2))[:, :, 0] if denoiser.frame else network.decode(z)
     return found.float() * factor + offset
@@ -57,6 +56,8 @@ def tiny_decoder(denoiser: ModelDenoiser, factor: int) -> Decoder:
     path = folder_paths.get_full_path("vae_approx", listed[0])
 
     def make() -> nn.Module:
+        from comfy.taesd.taesd import TAESD
+
         with torch.inference_mode(False):
             loaded = TAESD(None, path, latent_channels=latents.latent_channels)
         return frozen_copy(loaded.taesd_decoder, denoiser.device, torch.float32)

@@ -30,4 +30,6 @@ def eye_of(clip_vision, device: torch.device) -> Eye:
             "connect CLIP's, SigLIP's or DINO's"
         )
     network = frozen_copy(clip_vision.model, device)
+    for norm in (m for m in network.modules() if isinstance(m, nn.LayerNorm)):  # blocks add to what these keep
+        norm.register_forward_pre_hook(lambda _norm, args: (args[0].clone(), *args[1:]))
     return Eye(network, patch, clip_vision.image_mean, clip_vision.image_std, side, square=True)

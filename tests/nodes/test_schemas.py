@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import turbodistill
 from turbodistill.trainer.config import Config
-from turbodistill.trainer.groups import OF_GUIDANCE, OF_PROMPTS, OF_SIZES, OF_VRAM
+from turbodistill.trainer.groups import LATER, OF_GUIDANCE, OF_PROMPTS, OF_SIZES, OF_VRAM
 
 # Ids are forever: saved workflows name nodes by them.
 IDS = (
@@ -92,7 +92,7 @@ def test_inputs_are_those_that_execute_takes(node):
         assert own == names
     else:  # the others are settings of a distillation
         assert set(own) <= set(names) and set(names) - set(own) <= set(Config.__dataclass_fields__)
-    optional = {i.id for i in inputs if i.optional} - {*OF_PROMPTS, *OF_GUIDANCE, *OF_SIZES, *OF_VRAM}
+    optional = {i.id for i in inputs if i.optional} - {*OF_PROMPTS, *OF_GUIDANCE, *OF_SIZES, *OF_VRAM, *LATER}
     assert {p.name for p in taken if p.default is not p.empty} == optional
     for other in ("validate_inputs", "fingerprint_inputs"):
         if asks := getattr(node, other, None):

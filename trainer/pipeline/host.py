@@ -14,6 +14,7 @@ from ...core.card import StudentCard, fingerprint
 from ...core.decoder import Decoder
 from ...core.denoiser import Cond
 from ...core.schedule import Schedule
+from ...core.vision import Eye
 from ..checkpoint.errors import ModelError
 from .aside import Aside
 from .autoencoder import Autoencoder
@@ -33,7 +34,8 @@ class PipelineHost:
     `encoders` are the text encoders' networks.
     """
 
-    own, eye = True, None
+    own = True
+    eye: Eye | None = None
 
     def __init__(
         self,

@@ -136,7 +136,9 @@ class Monitor:
     def _add(self, update: int, losses: dict[str, float], health: dict[str, float]) -> None:
         if update % self._every:
             return
-        if "discriminator" not in losses:  # there was none yet: its measures mean nothing
+        if not any(
+            name.startswith("discriminator") for name in losses
+        ):  # there was none yet: its measures mean nothing
             health = {k: v for k, v in health.items() if k not in OF_DISCRIMINATORS}
         self._rows.append({"update": update, "losses": losses, "health": health})
         if len(self._rows) >= 2 * ROWS:

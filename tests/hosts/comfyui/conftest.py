@@ -265,3 +265,26 @@ def saved(comfyui, checkpoints):
 def whole(comfyui, checkpoints):
     """The file of a Stable Diffusion 1 with its text encoder and autoencoder."""
     return module("checkpoints").write_whole(checkpoints["sd15"], comfyui.base / "models")
+
+
+@pytest.fixture
+def distilling(comfyui, graph):
+    """Adds distillations of the demo model to a graph: distilling.Distilling."""
+    return module("distilling").Distilling(comfyui, graph)
+
+
+@pytest.fixture
+def teacher(comfyui, new_graph):
+    """Hash of the cached demo model, and a picture that it makes in four steps."""
+
+    def look(moment):
+        graph = new_graph()
+        demo = graph.add("TurboDistillLoadDemoModel", batch_size=2)
+        told = comfyui.text(graph, graph.add("TestsHash", model=demo, moment=moment)[0])
+        positive = graph.add("CLIPTextEncode", clip=demo[1], text="a red fox, animal, in flat noto style")
+        settings = {"steps": 4, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+        inputs = {"model": demo, "positive": positive, "negative": positive, "latent_image": demo[3]}
+        (latents,) = comfyui.latents(graph, graph.add("KSampler", **inputs, **settings, seed=moment % 1))
+        return told, latents
+
+    return look

@@ -16,85 +16,6 @@ from turbodistill.trainer.run.state_file import read_values
 
 pytestmark = pytest.mark.host
 
-SMALL = {"pairs": 24, "pair_steps": 2, "pair_sampler": "dpmpp_2m", "guidance": 3.0, "seed": 0, "at_once": 8}
-SHORT = {"rank": 4, "updates": 8, "batch_size": 2, "gradient_checkpointing": False}
-BUILT_IN = "the demo model's student (built in)"
-ADVERSARIAL = {"regression_updates": 2, "adversarial_ramp": 1, "save_every": 3, "evaluate_every": 4, "preview_every": 4}
-
-
-@pytest.fixture
-def distilling(graph):
-    """Settings -> a graph that distils the demo model; the nodes by name."""
-
-    def build(name, graph=graph, model=None, pairs=(), images=None, advanced=(), **chosen):
-        nodes = {"demo": graph.add("TurboDistillLoadDemoModel", batch_size=2)}
-        demo = nodes["demo"]
-        model = demo if model is None else model(demo)
-        parts = {"model": model, "clip": demo[1], "vae": demo[2]}
-        lines = "a {red|blue|green|black} {fox|owl|fish|cat}, animal, in flat noto style"
-        nodes["prompts"] = graph.add("TurboDistillPrompts", source="the text below", text=lines, file="")
-        settings = SMALL | dict(pairs)
-        nodes["pairs"] = graph.add(
-            "TurboDistillTeacherPairs", **parts, prompts=nodes["prompts"], width=64, height=64, **settings
-        )
-        more = {"images": images} if images else {}
-        settings = all_settings(ADVERSARIAL | dict(advanced))
-        more["settings"] = graph.add("TurboDistillAdvancedSettings", **settings)
-        nodes["distill"] = graph.add(
-            "TurboDistillDistill", **parts, pairs=nodes["pairs"], name=name, **SHORT | chosen, **more
-        )
-        nodes["card"] = graph.add("PreviewAny", source=nodes["distill"][2])
-        return nodes
-
-    return build
-
-
-def all_settings(changes):
-    """What the page sends for Advanced Settings: every setting."""
-    from turbodistill.trainer.config import Config
-
-    own = set(SMALL) | set(SHORT)
-    return {k: v for k, v in Config().to_dict().items() if k not in own} | changes
-
-
-@pytest.fixture
-def teacher(comfyui, new_graph):
-    """Hash of the cached demo model, and a picture that it makes in four steps."""
-
-    def look(moment):
-        graph = new_graph()
-        demo = graph.add("TurboDistillLoadDemoModel", batch_size=2)
-        told = comfyui.text(graph, graph.add("TestsHash", model=demo, moment=moment)[0])
-        positive = graph.add("CLIPTextEncode", clip=demo[1], text="a red fox, animal, in flat noto style")
-        settings = {"steps": 4, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
-        inputs = {"model": demo, "positive": positive, "negative": positive, "latent_image": demo[3]}
-        (latents,) = comfyui.latents(graph, graph.add("KSampler", **inputs, **settings, seed=moment % 1))
-        return told, latents
-
-    return look
-
-
-def runs(comfyui, name):
-    return comfyui.base / "output" / "turbodistill" / "runs" / name
-
-
-def snapshot(comfyui, node):
-    return json.loads(comfyui.get(f"turbodistill/runs/{node.name}") or b"{}")
-
-
-def wait_for(comfyui, node, update):
-    """Until the node's run has come to an update; the snapshot. What an earlier run left is passed over."""
-    seen = False
-    for _ in range(1200):
-        told = snapshot(comfyui, node)
-        seen = seen or told.get("state") == "working"
-        if seen and told["state"] != "working":
-            raise AssertionError(f"it ended before update {update}: {told['state']} {told['error']}")
-        if seen and told["what"] == "training" and told["done"] >= update:
-            return told
-        time.sleep(0.05)
-    raise TimeoutError(f"no update {update}")
-
 
 @pytest.mark.share
 def test_it_ends_with_a_student_that_the_host_loads_whole(comfyui, graph, distilling, new_graph, teacher):
@@ -106,7 +27,7 @@ def test_it_ends_with_a_student_that_the_host_loads_whole(comfyui, graph, distil
     shown = graph.add("PreviewImage", images=nodes["distill"][3])
     run = comfyui.run(graph)
     assert "saved " in run.outputs[saved.name]["text"][0]
-    told = snapshot(comfyui, nodes["distill"])
+    told = distilling.snapshot(nodes["distill"])
     assert told["state"] == "done" and told["done"] == told["total"] == 8 and told["error"] == ""
     assert told["history"]["update"] == list(range(1, 9))
     assert {"regression", "adversarial", "discriminator"} <= told["history"]["losses"].keys()
@@ -135,22 +56,22 @@ def test_it_ends_with_a_student_that_the_host_loads_whole(comfyui, graph, distil
 
 
 @pytest.mark.newest
-def test_a_flux_is_distilled(comfyui, graph, checkpoints):
+def test_a_flux_is_distilled(comfyui, graph, distilling, checkpoints):
     """Newer cores fuse its rotary embedding into an operation without a gradient, unless told of a training."""
     flux = checkpoints["flux"]
     parts = graph.add("TestsTextAndPictures", width=flux.width, pooled=flux.pooled)
     shared = {"model": graph.add("CheckpointLoaderSimple", ckpt_name=flux.file), "clip": parts, "vae": parts[1]}
     prompts = graph.add("TurboDistillPrompts", source="the text below", text="a {red|blue|green} {fox|owl}", file="")
-    pairs = graph.add("TurboDistillTeacherPairs", **shared, prompts=prompts, width=64, height=64, **SMALL)
-    settings = graph.add("TurboDistillAdvancedSettings", **all_settings(ADVERSARIAL))
-    node = graph.add("TurboDistillDistill", **shared, pairs=pairs, name="flux", settings=settings, **SHORT)
+    pairs = graph.add("TurboDistillTeacherPairs", **shared, prompts=prompts, width=64, height=64, **distilling.SMALL)
+    settings = graph.add("TurboDistillAdvancedSettings", **distilling.settings())
+    node = graph.add("TurboDistillDistill", **shared, pairs=pairs, name="flux", settings=settings, **distilling.SHORT)
     graph.add("PreviewAny", source=node[2])
     comfyui.run(graph)
-    told = snapshot(comfyui, node)
+    told = distilling.snapshot(node)
     assert told["state"] == "done" and told["history"]["update"] == list(range(1, 9))
     bars = [done for name, done, total in json.loads(comfyui.get("tests/progress")) if (name, total) == (node.name, 8)]
     assert min(bars) < max(bars) == 8  # ComfyUI's own bar goes along, after the pairs' 24 of 24
-    student = load_file(runs(comfyui, "flux") / "student.safetensors")
+    student = load_file(distilling.folder("flux") / "student.safetensors")
     learnt = {k: v for k, v in student.items() if k.endswith("lora_up.weight")}
     assert any("double_blocks" in k for k in learnt) and any("single_blocks" in k for k in learnt)
     assert all(v.isfinite().all() and v.any() for v in learnt.values())
@@ -161,23 +82,23 @@ def test_the_page_asks_for_a_preview_and_for_the_end(comfyui, graph, distilling)
     nodes = distilling("early", updates=400, advanced={"preview_every": 0, "evaluate_every": 0})
     queued = comfyui.queue(graph)
     node = nodes["distill"]
-    wait_for(comfyui, node, 2)
+    distilling.wait_for(node, 2)
     assert comfyui.post(f"turbodistill/runs/{node.name}/preview") == 204
     for _ in range(200):
-        if len((told := snapshot(comfyui, node))["previews"]) == 2:
+        if len((told := distilling.snapshot(node))["previews"]) == 2:
             break
         time.sleep(0.05)
     assert 2 <= told["previews"][-1]["update"] < 400
     assert comfyui.post(f"turbodistill/runs/{node.name}/stop") == 204
     comfyui.wait(queued)
-    told = snapshot(comfyui, node)
+    told = distilling.snapshot(node)
     assert told["state"] == "stopped" and 2 <= told["done"] < 400
-    assert (runs(comfyui, "early") / "student.safetensors").exists()
+    assert (distilling.folder("early") / "student.safetensors").exists()
     assert comfyui.post(f"turbodistill/runs/{node.name}/stop") == 409
     assert comfyui.post("turbodistill/runs/none/stop") == 404
     # The same graph goes on from there.
     queued = comfyui.queue(graph)
-    later = wait_for(comfyui, node, told["done"] + 2)
+    later = distilling.wait_for(node, told["done"] + 2)
     assert later["history"]["update"][:2] == [1, 2]
     assert comfyui.post(f"turbodistill/runs/{node.name}/stop") == 204
     comfyui.wait(queued)
@@ -192,14 +113,14 @@ def test_many_cancels_at_random_moments_leave_the_model_as_it_was(comfyui, disti
         nodes = distilling(f"cancelled-{k // 4}", graph, pairs={"seed": 100 + k // 4}, updates=100000)
         queued = comfyui.queue(graph)
         if k % 4:
-            wait_for(comfyui, nodes["distill"], 1)
+            distilling.wait_for(nodes["distill"], 1)
         time.sleep(draws.uniform(0, 0.5))
         begun = time.monotonic()
         comfyui.post("interrupt")
         with pytest.raises(cancelled):
             comfyui.wait(queued)
         assert time.monotonic() - begun < 5  # one pass, not one training
-        told = [t for n in ("pairs", "distill") if (t := snapshot(comfyui, nodes[n]))]
+        told = [t for n in ("pairs", "distill") if (t := distilling.snapshot(nodes[n]))]
         reached |= {t["kind"] for t in told if t["state"] == "cancelled"}
         assert all(t["state"] != "working" for t in told)
     assert reached == {"pairs", "distill"}
@@ -207,36 +128,30 @@ def test_many_cancels_at_random_moments_leave_the_model_as_it_was(comfyui, disti
     assert after[0] == before[0] and torch.equal(after[1], before[1])
     # A second training starts clean, and a cancelled one goes on.
     graph = new_graph()
-    done = read_values(runs(comfyui, "cancelled-4") / "state.safetensors")["update"]
+    done = read_values(distilling.folder("cancelled-4") / "state.safetensors")["update"]
     nodes = distilling("cancelled-4", graph, pairs={"seed": 104}, updates=done + 2)
     comfyui.run(graph)
-    assert snapshot(comfyui, nodes["distill"])["done"] == done + 2
+    assert distilling.snapshot(nodes["distill"])["done"] == done + 2
 
 
 @pytest.mark.newest
 def test_out_of_memory_says_what_to_change_and_the_queue_goes_on(comfyui, distilling, new_graph, teacher, node_error):
     before = teacher(5)
-    comfyui.run(with_pairs(new_graph(), distilling))  # the pairs are there: the fault meets the training
+    comfyui.run(distilling.with_pairs_alone(new_graph()))  # the pairs are there: the fault meets the training
     graph = new_graph()
     nodes = distilling("full", graph, model=lambda demo: graph.add("TestsOutOfMemory", model=demo, after=20))
     with pytest.raises(
         node_error, match=r"out of memory while training .*gradient_checkpointing to true, or lower batch_size"
     ):
         comfyui.run(graph)
-    told = snapshot(comfyui, nodes["distill"])
+    told = distilling.snapshot(nodes["distill"])
     assert told["state"] == "failed" and "out of memory" in told["error"]
     after = teacher(6)
     assert after[0] == before[0] and torch.equal(after[1], before[1])
     graph = new_graph()
     nodes = distilling("full", graph)
     comfyui.run(graph)  # goes on from what was saved
-    assert snapshot(comfyui, nodes["distill"])["state"] == "done"
-
-
-def with_pairs(graph, distilling):
-    nodes = distilling("unused", graph)
-    del graph.prompt[nodes["card"].name], graph.prompt[nodes["distill"].name]
-    return graph
+    assert distilling.snapshot(nodes["distill"])["state"] == "done"
 
 
 @pytest.mark.newest
@@ -244,16 +159,16 @@ def test_a_killed_server_goes_on_to_the_same_bits(comfyui, serve, graph, distill
     nodes = distilling("killed")
     with serve(tmp_path) as server:
         server.queue(graph)
-        wait_for(server, nodes["distill"], 5)
+        distilling.at(server).wait_for(nodes["distill"], 5)
         os.kill(server.process.pid, signal.SIGKILL)
         server.process.wait()
     with serve(tmp_path) as server:
         server.run(graph)
-        told = snapshot(server, nodes["distill"])
+        told = distilling.at(server).snapshot(nodes["distill"])
         assert told["history"]["update"] == list(range(1, 9))  # the curves of before the kill are there
-        resumed = load_file(runs(server, "killed") / "student.safetensors")
+        resumed = load_file(distilling.at(server).folder("killed") / "student.safetensors")
     comfyui.run(graph)
-    whole = load_file(runs(comfyui, "killed") / "student.safetensors")
+    whole = load_file(distilling.folder("killed") / "student.safetensors")
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
@@ -268,11 +183,11 @@ def test_both_front_ends_run_one_trainer(comfyui, graph, distilling, tmp_path):
     comfyui.run(graph)
     lines = tmp_path / "prompts.txt"
     lines.write_text("a {red|blue|green|black} {fox|owl|fish|cat}, animal, in flat noto style\n")
-    settings = all_settings(ADVERSARIAL | advanced) | SMALL | SHORT | {"pairs": 32, "updates": 14}
+    settings = distilling.settings(advanced) | distilling.SMALL | distilling.SHORT | {"pairs": 32, "updates": 14}
     del settings["at_once"]
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in settings.items() if not isinstance(v, bool)]
     assert cli.main(["distill", "--prompts", str(lines), "--out", str(tmp_path / "run"), *flags]) == 0
-    ours = history.read_rows(runs(comfyui, "parity") / "history.csv", 14)
+    ours = history.read_rows(distilling.folder("parity") / "history.csv", 14)
     theirs = history.read_rows(tmp_path / "run" / "history.csv", 14)
     assert len(ours) == len(theirs) == 14
     for name in ("regression", "adversarial", "discriminator", "sharpness", "diversity"):
@@ -305,7 +220,7 @@ def test_a_folder_with_a_broken_picture(comfyui, graph, distilling, node_error):
         comfyui.run(graph)
     (folder / "1.png").write_bytes(whole)
     comfyui.run(graph)
-    assert snapshot(comfyui, nodes["distill"])["state"] == "done"
+    assert distilling.snapshot(nodes["distill"])["state"] == "done"
     assert "positives both" in nodes_card(comfyui, graph, nodes)
 
 
@@ -322,9 +237,9 @@ def test_buckets_blocks_a_card_s_memory_and_a_student_to_begin_from(comfyui, gra
     nodes = distilling("in-buckets", images=images, pairs=pairs, advanced={"targets": targets}, vram=24.0)
     graph.add("TurboDistillSaveStudent", student=nodes["distill"][1], name="in-buckets", save_as="the student (LoRA)")
     comfyui.run(graph)
-    told = snapshot(comfyui, nodes["distill"])
+    told = distilling.snapshot(nodes["distill"])
     assert told["memory"].startswith("for a card of 24.0 GB: as it is set; set by hand, and kept: batch_size")
-    saved = read_values(runs(comfyui, "in-buckets") / "state.safetensors")["config"]
+    saved = read_values(distilling.folder("in-buckets") / "state.safetensors")["config"]
     assert (saved["sizes"], saved["targets"], saved["vram"]) == ("64x64", targets, 24.0)
     second = new_graph()
     nodes = distilling("second", second, advanced={"targets": targets, "init_student": "in-buckets"})
@@ -356,7 +271,7 @@ def test_a_size_that_the_vae_cannot_make(comfyui, graph, distilling, node_error)
 
 def test_a_base_that_is_a_student_already(comfyui, graph, distilling, node_error):
     def student(demo):
-        return graph.add("TurboDistillLoadStudent", model=demo, student=BUILT_IN, strength=1.0)
+        return graph.add("TurboDistillLoadStudent", model=demo, student=distilling.BUILT_IN, strength=1.0)
 
     distilling("again", model=student)
     with pytest.raises(node_error, match="connect the model as it was loaded"):
@@ -428,13 +343,13 @@ def test_other_settings_or_prompts_do_not_go_on(comfyui, graph, distilling, node
 def test_an_output_folder_that_is_deleted_is_made_anew(comfyui, graph, distilling):
     nodes = distilling("deleted", updates=400, advanced={"save_every": 2})
     queued = comfyui.queue(graph)
-    told = wait_for(comfyui, nodes["distill"], 2)
-    shutil.rmtree(runs(comfyui, "deleted"))
-    wait_for(comfyui, nodes["distill"], told["done"] + 2)
+    told = distilling.wait_for(nodes["distill"], 2)
+    shutil.rmtree(distilling.folder("deleted"))
+    distilling.wait_for(nodes["distill"], told["done"] + 2)
     assert comfyui.post(f"turbodistill/runs/{nodes['distill'].name}/stop") == 204
     comfyui.wait(queued)
-    assert snapshot(comfyui, nodes["distill"])["state"] == "stopped"
-    left = {path.name for path in runs(comfyui, "deleted").iterdir()}
+    assert distilling.snapshot(nodes["distill"])["state"] == "stopped"
+    left = {path.name for path in distilling.folder("deleted").iterdir()}
     assert left == {"history.csv", "state.safetensors", "student.safetensors"}
 
 
@@ -448,7 +363,7 @@ def test_a_disk_without_room(comfyui, graph, distilling, node_error):
             comfyui.run(graph)
     finally:
         resource.prlimit(comfyui.process.pid, resource.RLIMIT_FSIZE, before)
-    assert not list(runs(comfyui, "no-room").glob("*.part"))
+    assert not list(distilling.folder("no-room").glob("*.part"))
     comfyui.run(graph)
 
 

@@ -218,14 +218,18 @@ def test_what_a_first_training_needs_not_is_folded_away(visit):
 def add_blueprint(page, name):
     """From the search for nodes, as one node; beside it the demo model, connected."""
     page.evaluate("() => { app.graph.clear(); app.extensionManager.command.execute('Workspace.SearchBox.Toggle') }")
-    page.get_by_role("dialog").get_by_role("combobox").or_(page.get_by_placeholder(re.compile("Search"))).first.fill(
-        name
-    )
-    page.wait_for_timeout(1000)
+    dialog, there = page.get_by_role("dialog"), "name => app.graph.nodes.some(node => node.title === name)"
+    dialog.get_by_role("combobox").or_(page.get_by_placeholder(re.compile("Search"))).first.fill(name)
+    dialog.get_by_text(name, exact=True).first.wait_for()  # it is found
+    page.wait_for_timeout(300)
     page.keyboard.press("Enter")
-    page.wait_for_timeout(500)
-    page.mouse.click(700, 400)  # where it is put down
-    page.wait_for_function("name => app.graph.nodes.some(node => node.title === name)", arg=name)
+    dialog.wait_for(state="hidden")
+    for _ in range(20):  # it hangs on the pointer as soon as its file is read
+        page.mouse.click(700, 400)  # where it is put down
+        page.wait_for_timeout(500)
+        if page.evaluate(there, name):
+            break
+    page.wait_for_function(there, arg=name)
     return page.evaluate(
         """name => {
             const node = app.graph.nodes.find(node => node.title === name)

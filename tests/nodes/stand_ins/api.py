@@ -112,13 +112,17 @@ class PreviewText:
 
 
 WIDGET = ("default", "socketless", "force_input")
-SOCKETS = {
-    "Int": kind("INT", *WIDGET, "min", "max", "step", "control_after_generate", "display_mode"),
-    "Float": kind("FLOAT", *WIDGET, "min", "max", "step", "round", "display_mode"),
-    "String": kind("STRING", *WIDGET, "multiline", "placeholder", "dynamic_prompts"),
-    "Boolean": kind("BOOLEAN", *WIDGET, "label_on", "label_off"),
-    "Combo": kind("COMBO", *WIDGET, "options", "control_after_generate", "upload", "image_folder", "remote"),
-} | {
-    name: kind(name.upper())
-    for name in ("Model", "Clip", "Vae", "Conditioning", "Latent", "Image", "Mask", "Sigmas", "Sampler", "Noise")
-}
+SOCKETS = (
+    {
+        "Int": kind("INT", *WIDGET, "min", "max", "step", "control_after_generate", "display_mode"),
+        "Float": kind("FLOAT", *WIDGET, "min", "max", "step", "round", "display_mode"),
+        "String": kind("STRING", *WIDGET, "multiline", "placeholder", "dynamic_prompts"),
+        "Boolean": kind("BOOLEAN", *WIDGET, "label_on", "label_off"),
+        "Combo": kind("COMBO", *WIDGET, "options", "control_after_generate", "upload", "image_folder", "remote"),
+    }
+    | {
+        name: kind(name.upper())
+        for name in ("Model", "Clip", "Vae", "Conditioning", "Latent", "Image", "Mask", "Sigmas", "Sampler", "Noise")
+    }
+    | {"ClipVision": kind("CLIP_VISION")}
+)
