@@ -6,10 +6,12 @@ import copy
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._contextlib import context_decorator
 
 MOST_PIXELS = 2**18  # that are decoded at once: one picture of 512 x 512, 64 of 64 x 64
 # What of a decoder is computed again in backward, in diffusers' layout, the hosts' and that of tiny decoders.
@@ -28,6 +30,10 @@ def decoded_at_once(resolution: tuple[int, int]) -> int:
 ENCODES = ("encoder", "quant_conv")  # what of an autoencoder no picture is decoded by
 
 
+# Where `torch.no_grad` and `torch.inference_mode` keep what they make of a function.
+WRAPPER = context_decorator.__code__.co_filename
+
+
 def frozen_copy(
     network: nn.Module, device: torch.device, dtype: torch.dtype | None = None, without: Sequence[str] = ()
 ) -> Any:
@@ -43,7 +49,20 @@ def frozen_copy(
         ordinary |= {id(b): b.detach().clone() for b in network.buffers()}
         copied = copy.deepcopy(network, left | ordinary)
         copied.to(device, torch.float32 if dtype == torch.float16 else dtype)
-    return copied.eval().requires_grad_(False)
+    for module in copied.modules():
+        module.training = False  # by hand: some hosts' networks have a `train` that does nothing
+        for name in ("forward", "decode"):
+            if (method := _with_gradient(getattr(type(module), name, None))) is not None:
+                setattr(module, name, MethodType(method, module))
+    return copied
+
+
+def _with_gradient(method: Any) -> Any:
+    """A method without torch's decorators that take its gradient away; None where it has none of them."""
+    inner = method
+    while getattr(getattr(inner, "__code__", None), "co_filename", None) == WRAPPER:
+        inner = inner.__wrapped__
+    return None if inner is method else inner
 
 
 def has_blocks(network: nn.Module) -> bool:
@@ -77,6 +96,17 @@ class Decoder:
         """How many of such latents are decoded together."""
         height, width = latents.shape[-2:]
         return decoded_at_once((width * self.factor, height * self.factor))
+
+    def check(self, channels: int) -> None:
+        """Raise ValueError for a decoder whose pictures have no gradient: it would teach nothing, and say nothing."""
+        device = next((p.device for p in self.network.parameters()), None)
+        with torch.enable_grad():
+            latents = torch.zeros(1, channels, 8, 8, device=device, requires_grad=True)
+            if not self(latents).requires_grad:
+                raise ValueError(
+                    f"no gradient comes through the decoder of this host ({type(self.network).__name__}): leave "
+                    "pixel_backbone empty, or distil on the command line"
+                )
 
     def __call__(self, latents: Tensor) -> Tensor:
         chunks = latents.split(self.at_once(latents))

@@ -40,6 +40,37 @@ def test_half_precision_without_room_for_gradients_becomes_float32(own, found):
     assert {p.dtype for p in made.parameters()} == {found}
 
 
+class Wrapped(nn.Module):
+    """As hosts write them, with a `train` of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder = nn.Conv2d(4, 3, 1)
+        self.train = lambda mode=True: mode
+
+    @torch.no_grad()
+    @torch.inference_mode()
+    def decode(self, z):
+        return self.decoder(z)
+
+
+def test_what_takes_gradients_away_is_taken_away():
+    theirs = Wrapped()
+    made = frozen_copy(theirs, torch.device("cpu"))
+    z = torch.randn(1, 4, 2, 2, requires_grad=True)
+    made.decode(z).sum().backward()
+    assert z.grad.abs().sum() > 0 and not any(m.training for m in made.modules())
+    assert not theirs.decode(z).requires_grad
+    with torch.no_grad():
+        assert torch.equal(made.decode(z), theirs.decode(z))
+
+
+def test_a_decoder_without_a_gradient_is_told():
+    Decoder(8, Wrapped, lambda network, z: network.decoder(z)).check(4)
+    with pytest.raises(ValueError, match=r"no gradient comes through the decoder of this host .Wrapped.: leave"):
+        Decoder(8, Wrapped, lambda network, z: network.decode(z)).check(4)
+
+
 def test_a_copy_leaves_the_original_s_tensors_alone():
     theirs = Autoencoder().half()
     before = {name: p.data_ptr() for name, p in theirs.named_parameters()}

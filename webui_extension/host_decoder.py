@@ -22,7 +22,8 @@ def own_decoder(autoencoder: nn.Module, device: torch.device, unscaled: Callable
 
     def copied() -> nn.Module:
         made = frozen_copy(autoencoder, device, without=ENCODES)
-        made.__dict__.pop("decode", None)  # with --medvram the host has put its own in its place
+        if getattr(made.__dict__.get("decode"), "__self__", None) is not made:  # with --medvram it is the host's own
+            made.__dict__.pop("decode", None)
         return made
 
     def decode(network: Any, latents: Tensor) -> Tensor:

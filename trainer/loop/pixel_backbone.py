@@ -82,12 +82,45 @@ def _colours(name: str, network: nn.Module) -> tuple[tuple[float, ...], tuple[fl
 
 def _embedded() -> tuple[nn.Module, dict[str, Any]]:
     """The one that comes with the clone, and what transformers says of its weights."""
-    from transformers import Dinov2Config, Dinov2Model
-
     state = unpacked_state(load_file(VISION / PACKED))
+    try:
+        from transformers import Dinov2Config, Dinov2Model
+    except ImportError:  # AUTOMATIC1111's transformers is older
+        return _embedded_as_vit(state)
     config = Dinov2Config.from_pretrained(str(VISION))
     made: Any = Dinov2Model.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
     return made
+
+
+# DINOv2's names of a block's parts -> those of transformers' older ViT, which computes the same without layer scales.
+VIT = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+SCALED = {"layer_scale1.lambda1": "attention.output.dense", "layer_scale2.lambda1": "mlp.fc2"}  # what each scale is of
+
+
+def _embedded_as_vit(state: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Any]]:
+    """The same network as a ViT: a layer scale goes into the weights before it."""
+    from transformers import ViTConfig, ViTModel
+
+    about = json.loads((VISION / "config.json").read_text(encoding="utf-8"))
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "layer_norm_eps", "image_size", "patch_size")
+    config = ViTConfig(**{n: about[n] for n in names}, intermediate_size=about["mlp_ratio"] * about["hidden_size"])
+    made = dict(state)
+    made.pop("embeddings.mask_token", None)
+    for name in [n for n in state if "layer_scale" in n]:
+        block, _, scale = name.partition(".layer_scale")
+        lambdas, layer = made.pop(name), f"{block}.{SCALED['layer_scale' + scale]}"
+        made[f"{layer}.weight"] = made[f"{layer}.weight"] * lambdas[:, None]
+        made[f"{layer}.bias"] = made[f"{layer}.bias"] * lambdas
+    for old, new in VIT.items():
+        made = {name.replace(f".{old}.", f".{new}."): tensor for name, tensor in made.items()}
+    network: Any = ViTModel(config, add_pooling_layer=False)
+    missing, _ = network.load_state_dict(made, strict=False)
+    return network, {"missing_keys": missing}
 
 
 @contextmanager

@@ -142,8 +142,10 @@ def features(host: Host, config: Config) -> list[Features]:
 
 
 def decoder(host: Host, config: Config) -> Decoder:
-    """What makes pictures in an update; raises ValueError, in words, where this host has none."""
-    return host.tiny_decoder if config.pixel_decoder == TINY else host.decoder
+    """What makes pictures in an update; raises ValueError, in words, where this host has none with gradients."""
+    found = host.tiny_decoder if config.pixel_decoder == TINY else host.decoder
+    found.check(host.latent_shape[0])
+    return found
 
 
 def begin(

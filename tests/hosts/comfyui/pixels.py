@@ -29,7 +29,7 @@ CLIP = {
     "projection_dim": 16,
 }  # fmt: skip
 DINO = {
-    "model_type": "dinov2", "num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 2, "image_size": 56,
+    "model_type": "dinov2", "num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 2, "image_size": 518,
     "patch_size": 14, "use_swiglu_ffn": False, "layer_norm_eps": 1e-6,
 }  # fmt: skip
 

@@ -102,3 +102,24 @@ def gap():
 def distance():
     """The mean difference of two pictures, of 255."""
     return lambda one, other: float(np.abs(one - other).mean())
+
+
+@pytest.fixture(scope="module")
+def trainer(webui, refused):
+    """Trainings in the host: trainer.Trainer."""
+    made = module("trainer").Trainer(webui, refused)
+    webui.txt2img(**made.PLAIN)  # Forge loads its model with the first picture
+    return made
+
+
+@pytest.fixture(autouse=True)
+def alone(request):
+    """Whatever runs when a test ends is cancelled."""
+    yield
+    if "trainer" in request.fixturenames:
+        trainer = request.getfixturevalue("trainer")
+        try:
+            trainer.ask("cancel")
+        except trainer.refused:
+            return
+        trainer.ended()

@@ -5,7 +5,6 @@ import io
 import re
 import threading
 import time
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -16,85 +15,7 @@ from turbodistill.core.card import fingerprint, read_student
 
 pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.timeout(900)]
 
-PLAIN = {"prompt": "a fox", "sampler_name": "Euler", "steps": 2, "seed": 5}
-# Small enough for seconds on a CPU; so high a rate that four updates are seen.
-SETTINGS = {
-    "pairs": 8, "pair_steps": 2, "updates": 4, "regression_updates": 1, "adversarial_ramp": 0, "rank": 4,
-    "batch_size": 2, "lr": 5e-3, "head_channels": 8, "precision": "float32", "evaluate_every": 2, "preview_every": 0,
-    "ema_decay": 0.0, "lr_decay": 0.0,
-}  # fmt: skip
-ASKED = {"prompts": "a fox\nan owl\na red cat", "width": 64, "height": 64}
 LONG = {"updates": 100000, "save_every": 100000, "evaluate_every": 0, "preview_every": 0}
-
-
-class Trainer:
-    """The routes of our API, and the tests' own inspector, in a running host."""
-
-    def __init__(self, webui, refused):
-        self.webui, self.refused = webui, refused
-
-    def inspect(self, what):
-        return self.webui.call(f"inspector/{what}")
-
-    def state(self):
-        return self.inspect("state")
-
-    def start(self, name, settings=None, **asked):
-        told = ASKED | {"name": name, "settings": SETTINGS | (settings or {})} | asked
-        return self.webui.call("turbodistill/v1/distill", told)
-
-    def run(self, pictures="newest"):
-        return self.webui.call(f"turbodistill/v1/run?pictures={pictures}")
-
-    def ask(self, wish):
-        self.webui.call(f"turbodistill/v1/{wish}", {})
-
-    def until(self, reached, seconds=300):
-        """What the run tells as soon as `reached` is true of it."""
-        ends = time.monotonic() + seconds
-        while not reached(told := self.run("none")):
-            assert told["state"] == "working" and time.monotonic() < ends, told["error"] or told
-            time.sleep(0.1)
-        return told
-
-    def ended(self, seconds=300):
-        ends = time.monotonic() + seconds
-        while (told := self.run())["state"] == "working":
-            assert time.monotonic() < ends, told
-            time.sleep(0.1)
-        return told
-
-    def trains(self, told):
-        return told["what"] == "training" and told["done"] >= 1
-
-    @contextmanager
-    def unchanged(self):
-        """After it the model is as before: the weights to the bit, and a plain picture."""
-        before, picture = self.state(), self.webui.txt2img(**PLAIN).picture
-        yield
-        assert self.state() == before
-        assert np.array_equal(self.webui.txt2img(**PLAIN).picture, picture)
-        assert before["hooks"] == 0 and before["forwards"] == 0
-
-
-@pytest.fixture(scope="module")
-def trainer(webui, refused):
-    trainer = Trainer(webui, refused)
-    webui.txt2img(**PLAIN)  # Forge loads its model with the first picture
-    return trainer
-
-
-@pytest.fixture(autouse=True)
-def alone(request):
-    """Whatever runs when a test ends is cancelled."""
-    yield
-    if "trainer" in request.fixturenames:
-        trainer = request.getfixturevalue("trainer")
-        try:
-            trainer.ask("cancel")
-        except trainer.refused:
-            return
-        trainer.ended()
 
 
 @pytest.fixture(scope="module")
@@ -179,16 +100,16 @@ def test_its_picture_is_the_preview_s_with_all_layers_matched(webui, trainer, fi
 @pytest.mark.share
 def test_a_lora_that_was_applied_before_is_neither_trained_on_nor_lost(webui, trainer, first):
     prompt = "a fox <lora:first:1>"
-    before = webui.txt2img(**PLAIN | {"prompt": prompt}).picture
-    plain = webui.txt2img(**PLAIN).picture
+    before = webui.txt2img(**trainer.PLAIN | {"prompt": prompt}).picture
+    plain = webui.txt2img(**trainer.PLAIN).picture
     assert not np.array_equal(before, plain)
-    webui.txt2img(**PLAIN | {"prompt": prompt})
+    webui.txt2img(**trainer.PLAIN | {"prompt": prompt})
     trainer.start("second", {"gradient_checkpointing": True, "precision": "auto"})
     assert trainer.ended()["state"] == "done"
     _, card = read_student(webui.data / "models" / "Lora" / "second.safetensors")
     assert card.base_hash == fingerprint(checkpoint(webui))
-    assert np.array_equal(webui.txt2img(**PLAIN | {"prompt": prompt}).picture, before)
-    assert np.array_equal(webui.txt2img(**PLAIN).picture, plain)
+    assert np.array_equal(webui.txt2img(**trainer.PLAIN | {"prompt": prompt}).picture, before)
+    assert np.array_equal(webui.txt2img(**trainer.PLAIN).picture, plain)
 
 
 @pytest.mark.share
@@ -201,7 +122,7 @@ def test_generation_waits_the_page_lives_and_cancel_ends_it_within_a_step(webui,
         drawn = threading.Event()
 
         def draw():
-            webui.txt2img(**PLAIN)
+            webui.txt2img(**trainer.PLAIN)
             drawn.set()
 
         waiting = threading.Thread(target=draw)
@@ -226,7 +147,7 @@ def test_what_would_wait_for_the_model_is_told_why(webui, trainer, first, other,
     with trainer.unchanged():
         trainer.start("long-too", LONG)
         trainer.until(trainer.trains)
-        waiting = threading.Thread(target=lambda: webui.txt2img(**PLAIN, force_task_id="task(waits)"))
+        waiting = threading.Thread(target=lambda: webui.txt2img(**trainer.PLAIN, force_task_id="task(waits)"))
         waiting.start()
         ends = time.monotonic() + 60
         while not (told := webui.call("internal/progress", {"id_task": "task(waits)"}))["queued"]:
@@ -250,8 +171,8 @@ def test_what_would_wait_for_the_model_is_told_why(webui, trainer, first, other,
 
 def test_settings_that_cannot_be_used_here_are_not_offered(webui, trainer):
     settings = {row["name"]: row for row in webui.call("turbodistill/v1/settings")["settings"]}
-    assert settings["rank"]["low"] == 1 and not settings.keys() & {"pixel_backbone", "pixel_size"}
-    for wrong in ({"rank": 0}, {"pixel_backbone": "embedded"}):
+    assert settings["rank"]["low"] == 1 and not settings.keys() & {"base_precision", "offload"}
+    for wrong in ({"rank": 0}, {"base_precision": "int8"}):
         with pytest.raises(trainer.refused, match=f"400.*{next(iter(wrong))} is"):
             trainer.start("bad", wrong)
 
@@ -297,7 +218,7 @@ def test_a_failure_is_told_and_leaves_the_model_as_it_was(webui, trainer, first)
     ("asked", "words"),
     [
         ({"prompts": "a fox <lora:first:1>"}, "names lora"),
-        ({"settings": SETTINGS | {"targets": "nothing like it"}}, "match no layer"),
+        ({"settings": {"targets": "nothing like it"}}, "match no layer"),
     ],
 )
 def test_what_cannot_be_is_told_in_words(webui, trainer, first, asked, words):
@@ -324,14 +245,14 @@ def other(webui, trainer):
 
 
 def test_a_checkpoint_switched_meanwhile_is_told(webui, trainer, first, other):
-    own = webui.txt2img(**PLAIN).picture
+    own = webui.txt2img(**trainer.PLAIN).picture
     trainer.start("switched", LONG)
     trainer.until(trainer.trains)
     assert trainer.inspect(f"switch?title={other}") == {"loaded": other}
     told = trainer.ended()
     words = r"another checkpoint was loaded in place of|was unloaded while it was trained"  # reForge unloads it first
     assert told["state"] == "failed" and re.search(words, told["error"])
-    assert np.array_equal(webui.txt2img(**PLAIN).picture, own)  # the host lives, and its model works
+    assert np.array_equal(webui.txt2img(**trainer.PLAIN).picture, own)  # the host lives, and its model works
 
 
 @pytest.mark.share

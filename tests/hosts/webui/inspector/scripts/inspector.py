@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import sys
 from pathlib import Path
 
 import networks  # the Lora extension's
@@ -16,15 +17,28 @@ def network():
     return objects.unet.model.diffusion_model if objects else model.model.diffusion_model
 
 
+def autoencoder():
+    """The autoencoder that is loaded."""
+    model = model_data.sd_model
+    objects = getattr(model, "forge_objects_original", None)
+    return objects.vae.first_stage_model if objects else model.first_stage_model
+
+
+def bits(module) -> str:
+    """A hash of a module's weights."""
+    weights = hashlib.sha256()
+    for _, tensor in sorted(module.state_dict().items()):
+        weights.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return weights.hexdigest()
+
+
 def state() -> dict:
     """What a training must leave as it was: weights, their flags, hooks; and which LoRAs are applied."""
-    weights = hashlib.sha256()
-    for _, tensor in sorted(network().state_dict().items()):
-        weights.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     modules = list(network().modules())
     return {
-        "weights": weights.hexdigest(),
-        "flags": "".join(str(int(p.requires_grad)) for p in network().parameters()),
+        "weights": bits(network()),
+        "autoencoder": bits(autoencoder()),
+        "flags": "".join(str(int(p.requires_grad)) for part in (network(), autoencoder()) for p in part.parameters()),
         "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules),
         "forwards": sum("forward" in vars(m) for m in modules),
     }
@@ -64,6 +78,37 @@ def switch(title: str) -> dict:
     return {"loaded": model_data.sd_model.sd_checkpoint_info.name_for_extra}
 
 
+def decoder() -> dict:
+    """How far our decoder's pictures are from the host's; its gradient's length, and what a step along it gives."""
+    import torch
+
+    (backend,) = [m for name, m in sys.modules.items() if name.endswith("webui_extension.host_backend")]
+    with backend._ours().trainable(model_data.sd_model, 64, 64) as host:
+        torch.manual_seed(0)
+        x = torch.randn(2, *host.latent_shape).mul(0.5).requires_grad_(True)
+        made = host.decoder(x)
+        gap = (made.detach().clamp(0, 1) - host.decode(x.detach())).abs().max()
+        weights = torch.randn_like(made)
+        (slope,) = torch.autograd.grad((made * weights).sum(), x)
+        step = 1e-2 * slope / slope.norm()
+        with torch.no_grad():
+            up, down = (float((host.decoder(y) * weights).double().sum()) for y in (x + step, x - step))
+    return {"gap": float(gap), "slope": float(slope.norm()), "difference": (up - down) / 2e-2}
+
+
+def eye() -> dict:
+    """What the embedded vision transformer sees of a picture of its own size, by the host's own transformers."""
+    import torch
+
+    (loop,) = [m for name, m in sys.modules.items() if name.endswith("trainer.loop.pixel_backbone")]
+    eye = loop.load_vision("embedded")
+    picture = torch.linspace(0, 1, 3 * 224 * 224).reshape(1, 3, 224, 224).square()
+    mean, std = (torch.tensor(x)[:, None, None] for x in (eye.mean, eye.std))
+    with torch.no_grad():
+        seen = eye.network((picture - mean) / std)
+    return {"seen": seen.last_hidden_state.flatten()[::997].tolist()}
+
+
 def spare_what_is_nought() -> None:
     """Forge's autoencoder has full size, but its residual parts add nothing (checkpoint.py): most of its time."""
     for name in ("backend.nn.vae", "ldm_patched.ldm.modules.diffusionmodules.model"):  # of Forge and Neo; of reForge
@@ -86,7 +131,7 @@ def spare(block: type) -> None:
 
 
 def open_routes(_page, app) -> None:
-    for function in (state, matched, fail):
+    for function in (state, matched, fail, decoder, eye):
         app.get(f"/inspector/{function.__name__}")(function)
     app.get("/inspector/switch")(switch)
 
