@@ -2,6 +2,7 @@
 
     python benchmarks/simulated_memory.py                                     # a table
     python benchmarks/simulated_memory.py --model sdxl --size 1024 --rank 0 --checkpointing
+    python benchmarks/simulated_memory.py --pixels                            # judged by pictures: ADD
     python benchmarks/simulated_memory.py --plans                             # what a card's memory is planned to be
     python benchmarks/simulated_memory.py --model sdxl --size 1024 --vram 12
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -23,15 +24,21 @@ from unittest import mock
 import shapes
 import torch
 import turbodistill as td
+from diffusers import AutoencoderKL
 from live import Live
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from turbodistill.core import eight_bits
+from transformers import Dinov2Config, Dinov2Model
+from turbodistill.core import eight_bits, vision
 from turbodistill.core import student as student_of
+from turbodistill.core.decoder import Decoder
+from turbodistill.core.features import TeacherFeatures
 from turbodistill.core.student import Student
 from turbodistill.trainer.data.samples import Samples
 from turbodistill.trainer.loop import batch, distill
+from turbodistill.trainer.loop.feature_cache import FeatureCache
 from turbodistill.trainer.loop.state import State
+from turbodistill.trainer.run import memory as memory_of
 from turbodistill.trainer.run.memory import Measured, Memory, measure
 from turbodistill.trainer.run.plan import plan
 
@@ -43,6 +50,12 @@ TABLE = [
     *((kind, size, 1, rank, again) for kind, most in RANKS.items() for size in (512, 1024) for rank in (most, 0)
       for again in (False, True)),
     ("sd15", 512, 4, 64, False), ("sd15", 512, 4, 64, True), ("sdxl", 1024, 4, 64, False), ("sdxl", 1024, 4, 64, True),
+]  # fmt: skip
+# Kind, pixels of a side, batch, rank, checkpointing, pixels of a crop, share of the pixel discriminator.
+PIXELS = [
+    ("sd15", 256, 1, 64, False, 0, 1.0), ("sd15", 512, 1, 64, False, 0, 1.0), ("sd15", 512, 4, 64, True, 0, 1.0),
+    ("sd15", 512, 1, 64, True, 256, 0.5), ("sdxl", 1024, 1, 64, True, 0, 1.0), ("sdxl", 1024, 4, 64, True, 512, 1.0),
+    ("sdxl", 1024, 1, 64, True, 512, 0.5),
 ]  # fmt: skip
 # Kind, pixels of a side, GB of the card.
 PLANS = [
@@ -71,6 +84,16 @@ def in_float32(module: nn.Module) -> nn.Module:
     return module
 
 
+def each_alone(keys: Tensor, make: Callable[[int], list[Tensor]]) -> list[Tensor]:
+    """What a feature cache gives that keeps nothing."""
+    return [torch.cat(maps) for maps in zip(*map(make, range(len(keys))), strict=True)]
+
+
+def corner(x: Tensor, side: int, _view: Any = None) -> Tensor:
+    """As large a crop as another."""
+    return x[..., :side, :side] if side else x
+
+
 @contextmanager
 def simulated(mode: FakeTensorMode) -> Iterator[None]:
     """Within, batches are drawn with numbers and given without, and nothing asks a tensor for its number."""
@@ -93,6 +116,9 @@ def simulated(mode: FakeTensorMode) -> Iterator[None]:
             (eight_bits, "quantised", lambda weight: not weight.is_floating_point()),
             (nn.Module, "to", lambda module, *_, **__: module),
             (nn.Module, "float", in_float32),
+            # Which picture it is, and where a crop lies, are numbers.
+            (FeatureCache, "of", lambda _cache, keys, make, _device: each_alone(keys, make)),
+            *((place, "cropped", corner) for place in (vision, memory_of)),
         ):
             stack.enter_context(mock.patch.object(target, name, value))
         yield
@@ -112,9 +138,9 @@ def trained(kind: str, size: int, config: td.Config) -> Iterator[tuple[State, Sa
         )
         with mock.patch.object(torch, "randint", lambda *_: 0):  # the seed of its beginning
             student = Student(denoiser, config.rank)
-        state = State.create(student, config, sample)
-        if state.critics:
-            state.critics[0].discriminator._calibrated = True
+        state = State.create(student, config, sample, seen_by(mode, denoiser, config) if config.pixel_backbone else ())
+        for critic in state.critics:
+            critic.discriminator._calibrated = True
         updates = distill.distill_groups(state, [batch.Group(pairs, uncond)])
         try:
             yield state, sample, updates
@@ -130,7 +156,8 @@ def peak(kind: str, size: int, config: td.Config) -> tuple[int, Measured]:
         measured = measure(state, sample, (size, size), tuple(round(2 * n) for n in BESIDE.get(kind, (0, 0))))
         network = state.student.teacher.backbone
         with packs(network):
-            modules = (network, state.student.trained, state.average, state.critics[0].discriminator)
+            modules = [network, state.student.trained, state.average]
+            modules += [m for c in state.critics for m in (c.discriminator, *c.features.networks)]
             live = Live(t for module in modules for t in (*module.parameters(), *module.buffers()))
             with live:
                 for _ in range(2):
@@ -149,19 +176,39 @@ def settings(rank: int, batch_size: int, **changes: Any) -> td.Config:
 
 def update_of(memory: Memory) -> int:
     """What is estimated of an update, with nothing beside it and no preview."""
-    return memory.weights + memory.trained + memory.activations
+    return memory.weights + memory.seeing + memory.trained + memory.activations
 
 
-def compare(kind: str, size: int, count: int, rank: int, checkpointing: bool) -> None:
-    """A row of the table."""
-    config = settings(rank, count, gradient_checkpointing=checkpointing)
+def seen_by(mode: FakeTensorMode, denoiser: Any, config: td.Config) -> list[Any]:
+    """What the discriminators see: a DINOv2 small of 224 pixels, behind Stable Diffusion's autoencoder in bfloat16."""
+    with unset_fake_temporarily():  # their beginning looks at numbers
+        vae = AutoencoderKL(**shapes.VAE).bfloat16()
+        network = Dinov2Model(Dinov2Config(hidden_size=384, num_attention_heads=6))
+    vae.encoder = vae.quant_conv = None
+    for part in (*vae.modules(), *network.modules()):
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = nn.Parameter(mode.from_tensor(parameter.detach()), False)
+    decoder = Decoder(8, lambda: vae, lambda vae, z: vae.decode(z.to(torch.bfloat16), return_dict=False)[0])
+    own = {"crop": config.pixel_crop, "again": config.gradient_checkpointing}
+    pixels = vision.VisionFeatures(vision.Eye(network, 14), decoder, 224, **own)
+    return [pixels] if config.pixel_share == 1 else [TeacherFeatures(denoiser), pixels]
+
+
+def compare(
+    kind: str, size: int, count: int, rank: int, checkpointing: bool, crop: int | None = None, share: float = 1.0
+) -> None:
+    """A row of the table; with a `crop`, which may be 0, of a training that is judged by pictures."""
+    seen = {} if crop is None else {"pixel_backbone": "embedded", "pixel_crop": crop, "pixel_share": share}
+    config = settings(rank, count, gradient_checkpointing=checkpointing, **seen)
     most, measured = peak(kind, size, config)
     memory = measured.memory(config)
     told = update_of(memory)
     form = f"LoRA {rank}" if rank else "full"
     name = f"{kind} {size} px, batch {count}, {form}{', checkpointing' if checkpointing else ''}"
     rest = f"{memory.decoding / GB:.2f} GB"
-    print(f"{name:<48}{most / GB:>7.2f} GB{told / GB:>7.2f} GB{told / most - 1:>+7.1%}    {rest}", flush=True)
+    name += "" if crop is None else f", {'pictures' if share == 1 else 'both'}{f' of {crop} px' if crop else ''}"
+    print(f"{name:<60}{most / GB:>7.2f} GB{told / GB:>7.2f} GB{told / most - 1:>+7.1%}    {rest}", flush=True)
 
 
 def show_plan(kind: str, size: int, card: float, rank: int, batch_size: int) -> None:
@@ -190,6 +237,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64, help="of the LoRA; 0 trains in full")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--vram", type=float, help="GB of a card to plan for, in place of a row")
+    parser.add_argument("--pixels", action="store_true", help="trainings that are judged by pictures")
     parser.add_argument("--plans", action="store_true", help="plans for several cards, in place of the table")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
@@ -200,8 +248,8 @@ def main() -> None:
         show_plan(args.model, args.size, args.vram, args.rank, args.batch_size)
     else:
         one = (args.model, args.size, args.batch_size, args.rank, args.checkpointing)
-        print(f"{'':<48}{'simulated':>10}{'estimated':>10}{'off':>7}    a preview besides")
-        for row in [one] if args.model else TABLE:
+        print(f"{'':<60}{'simulated':>10}{'estimated':>10}{'off':>7}    a preview besides")
+        for row in [one] if args.model else PIXELS if args.pixels else TABLE:
             compare(*row)
 
 
