@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from modules import sd_vae_taesd
 from torch import Tensor, amp, nn
 
 from ..core.decoder import ENCODES, Decoder, frozen_copy
@@ -40,6 +39,8 @@ def tiny_decoder(device: torch.device) -> Decoder:
     """The tiny decoder that the host's previews use; raises ValueError where it cannot be had."""
 
     def make() -> nn.Module:
+        from modules import sd_vae_taesd
+
         try:
             found: Any = sd_vae_taesd.decoder_model()
         except Exception as error:  # the host gets it from the web

@@ -75,7 +75,7 @@ def trainable(model: Any, width: int, height: int) -> Iterator[WebUIHost]:
             (width, height),
             channels,
             clip.cond_stage_model,
-            own_decoder(first, denoiser.device, getattr(first, "process_out", None) or unet.model.process_latent_out),
+            own_decoder(first, denoiser.device, partial(_unscaled, first, unet.model)),
             joint=not hasattr(network, "input_blocks"),
         )
 
@@ -161,6 +161,11 @@ def _bring(unet: Any) -> None:
         load([unet], memory_required=1e20, **whole)
         _merge(unet)
     leave_inference_mode(unet.model)
+
+
+def _unscaled(autoencoder: Any, base: Any, latents: Tensor) -> Tensor:
+    """The network's latents -> the autoencoder's, by whichever of the two knows how."""
+    return autoencoder.process_out(latents) if hasattr(autoencoder, "process_out") else base.process_latent_out(latents)
 
 
 @contextmanager
