@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -84,3 +85,27 @@ def test_it_is_distilled_and_sampled_within_the_estimate(serve, base, new_graph,
         made = server.pictures(run, shown)
         assert made.shape == (1, 128, 128, 3) and made.std() > 0.01
     print(f"\n{kind}, {start}: {empty / GB:.2f} GB before, at most {peak / GB:.2f} GB; {told['memory']}")
+
+
+PIXELS = {
+    "pixel_backbone": "embedded", "pixel_size": 224, "rank": 16, "batch_size": 1, "regression_updates": 0,
+    "discriminator_warmup": 0, "precision": "float32", "updates": 9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointing"])
+def test_an_update_that_is_judged_by_pictures_takes_what_is_told(installation, base, kind, again, tmp_path):
+    if kind != "sd15":
+        pytest.skip("Stable Diffusion 1.5 alone")
+    file = base / "models" / "checkpoints" / "full.safetensors"
+    settings = PIXELS | {"gradient_checkpointing": again}
+    (tmp_path / "job.json").write_text(json.dumps({"file": str(file), "size": 256, "settings": settings}))
+    command = [installation[1], HERE / "pixels_full.py", installation[0], HERE.parents[2], tmp_path]
+    ran = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    told = json.loads((tmp_path / "told.json").read_text())
+    parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in told["parts"].items())
+    taken, estimated = told["taken"] / GB, told["told"] / GB
+    print(f"\n256 px: {taken:.2f} GB taken, {estimated:.2f} told; {told['seconds']:.1f} s: {parts}")
+    assert {"adversarial", "discriminator"} <= set(told["losses"])
+    assert told["taken"] == pytest.approx(told["told"], rel=0.1)

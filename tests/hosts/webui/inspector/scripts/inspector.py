@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -109,6 +110,21 @@ def eye() -> dict:
     return {"seen": seen.last_hidden_state.flatten()[::997].tolist()}
 
 
+def update(again: bool) -> dict:
+    """An update of 256 pixels that is judged by pictures: its memory beside what is told, and seconds of its parts."""
+    import turbodistill
+
+    (backend,) = [m for name, m in sys.modules.items() if name.endswith("webui_extension.host_backend")]
+    file = Path(turbodistill.__file__).parent / "tests" / "hosts" / "one_update.py"
+    spec = importlib.util.spec_from_file_location("one_update", file)
+    one_update = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(one_update)
+    settings = {"pixel_backbone": "embedded", "pixel_size": 224, "rank": 16, "batch_size": 1, "precision": "float32"}
+    settings |= {"regression_updates": 0, "discriminator_warmup": 0, "updates": 9, "gradient_checkpointing": again}
+    with backend._ours().trainable(model_data.sd_model, 256, 256) as host:
+        return one_update.measured(host, turbodistill.Config(**settings))
+
+
 def spare_what_is_nought() -> None:
     """Forge's autoencoder has full size, but its residual parts add nothing (checkpoint.py): most of its time."""
     for name in ("backend.nn.vae", "ldm_patched.ldm.modules.diffusionmodules.model"):  # of Forge and Neo; of reForge
@@ -131,7 +147,7 @@ def spare(block: type) -> None:
 
 
 def open_routes(_page, app) -> None:
-    for function in (state, matched, fail, decoder, eye):
+    for function in (state, matched, fail, decoder, eye, update):
         app.get(f"/inspector/{function.__name__}")(function)
     app.get("/inspector/switch")(switch)
 
