@@ -147,7 +147,8 @@ class Pictures:
         if not checkpointing:
             return self.line.of(batch_size).backward(False)
         kept = self.line.of(min(batch_size, self.at_once))
-        return kept.throughout(True) + kept.backward(True)
+        # What is outside of the decoder's blocks comes after them, and is gone when the first is computed again.
+        return max(kept.throughout(True) + kept.backward(False), kept.inputs + kept.backward(True))
 
 
 @dataclass(frozen=True)
