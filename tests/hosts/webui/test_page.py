@@ -129,7 +129,8 @@ def test_a_pasted_infotext_sets_sampler_and_choice(page, webui):
     page.turn_to("txt2img")
     page.page.locator("#txt2img_prompt textarea").fill(infotext)
     page.page.locator("#paste").first.click()
-    page.shows(sampling="ADD few-step", steps="3", prompt="a fox")
+    # Neo leaves the prompt as it was pasted, also without this extension.
+    page.shows(sampling="ADD few-step", steps="3", **({} if webui.kind.name == "neo" else {"prompt": "a fox"}))
     sync.expect(page.page.locator(f"{page.id('choice')} input").first).to_have_value("LCM", timeout=15_000)
 
 
