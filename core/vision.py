@@ -81,6 +81,10 @@ class VisionFeatures:
         """Raises ValueError for taps that the network lacks, where none are known, or a size that cannot be."""
         if eye.square and size not in (0, eye.side):
             raise ValueError(f"pixel_size is {size}: this vision transformer takes {eye.side} alone, leave it at 0")
+        if 0 < size < eye.patch:
+            raise ValueError(
+                f"pixel_size is {size}: this network looks at patches of {eye.patch} pixels, give more, or 0"
+            )
         self.eye, self.network = eye, eye.network.eval().requires_grad_(False)
         self.decoder, self.size, self.crop = decoder, size or eye.side, crop
         self.augment, self.again = augment, again

@@ -330,3 +330,48 @@ def test_weights_that_are_a_pickle_are_refused(kit, host, settings, folder, tmp_
 def test_taps_are_of_its_own_modules(kit, host, settings):
     with pytest.raises(ConfigError, match=r"taps \['blocks.0'\] are no modules of Dinov2Model"):
         start.features(host, settings(taps="blocks.0"))
+
+
+def test_a_plan_s_checkpointing_reaches_what_sees_pictures(kit, host, settings, tmp_path):
+    config = settings()
+    samples = kit.pairs(kit.unet_host(), settings(taps=""), tmp_path)
+    seen = start.features(host, config)
+    assert not seen[0].again
+    unet = kit.unet_host()
+    state = start.begin(unet, settings(gradient_checkpointing=True), samples, seen)
+    assert state.critics[0].features.again
+    state.release()
+
+
+def test_a_decoder_of_the_distillation_loss_is_asked_for_before_the_pairs(kit, host, settings, tmp_path):
+    asked = {"distillation_weight": 1.0, "distillation_space": "pixel", "pixel_backbone": "", "taps": "blocks.0"}
+    with pytest.raises(ConfigError, match="pixel_decoder is 'tiny', and this toy has none"):
+        kit.go(host, settings(**asked, pixel_decoder="tiny"), tmp_path)
+    assert not list(tmp_path.glob("pairs/*.safetensors"))
+
+
+def test_the_card_says_what_was_judged_and_how(kit, host, settings, tmp_path):
+    changes = {"pixel_crop": 16, "augment": True, "feature_weight": 0.5, "pixel_share": 0.5}
+    card = kit.go(host, settings(**changes), tmp_path / "both")[-1].card
+    assert card.method == "ADD, LADD, feature matching"
+    assert all(card.training[name] == value for name, value in changes.items())
+    card = kit.go(host, settings(adversarial_weight=0.0, feature_weight=1.0), tmp_path / "features")[-1].card
+    assert card.method == "feature matching" and card.training["feature_weight"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"pixel_crop": 8}, "pixel_crop is 8, in which nothing"), ({"pixel_size": 4}, "looks at patches of 8")],
+)
+def test_sizes_in_which_nothing_is_seen_are_refused(host, settings, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        start.features(host, settings(**changes))
+
+
+def test_what_cannot_be_loaded_says_what_can(host, settings, tmp_path):
+    file = tmp_path / "weights.txt"
+    file.write_text("x")
+    with pytest.raises(ConfigError, match=r"it is a file. Give 'embedded', a vision transformer's folder"):
+        start.features(host, settings(pixel_backbone=str(file)))
+    with pytest.raises(ConfigError, match=r"the folder has no config.json. Give 'embedded'"):
+        start.features(host, settings(pixel_backbone=str(tmp_path)))

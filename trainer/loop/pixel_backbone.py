@@ -36,7 +36,7 @@ def load_vision(name: str) -> Eye:
             else:
                 network, info = AutoModel.from_pretrained(name, output_loading_info=True, use_safetensors=True)
     except (ImportError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"pixel_backbone is {name!r}, which cannot be loaded: {error}") from None
+        raise ValueError(f"pixel_backbone is {name!r:.300}, which cannot be loaded: {_why(name, error)}") from None
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(
@@ -53,6 +53,18 @@ def load_vision(name: str) -> Eye:
         # Its places are those of one size of pictures, at which it sees best.
         return Eye(_AnySize(network.float()), patch, mean, std, network.config.image_size)
     return Eye(network.float(), patch, mean, std)
+
+
+def _why(name: str, error: Exception) -> str:
+    """What is wrong with a network's name, and what would do."""
+    place = Path(name)
+    if place.is_file():
+        words = "it is a file"
+    elif place.is_dir() and not (place / "config.json").exists():
+        words = "the folder has no config.json"
+    else:
+        words = str(error).strip().partition("\n")[0].rstrip(".:")
+    return f"{words}. Give {EMBEDDED!r}, a vision transformer's folder as transformers saves it, or its name on the hub"
 
 
 class _AnySize(nn.Module):

@@ -122,6 +122,8 @@ def features(host: Host, config: Config) -> list[Features]:
         return []
     taps = tap_names(config)
     try:
+        if in_pixels(config):
+            decoder(host, config)
         if not config.pixel_backbone:
             return [TeacherFeatures(host.denoiser, taps)]
         own = decoder(host, config)
@@ -141,6 +143,11 @@ def features(host: Host, config: Config) -> list[Features]:
         raise ConfigError(str(error)) from None
 
 
+def in_pixels(config: Config) -> bool:
+    """Whether the distillation loss compares pictures."""
+    return config.distillation_space == "pixel" and config.distillation_weight > 0
+
+
 def decoder(host: Host, config: Config) -> Decoder:
     """What makes pictures in an update; raises ValueError, in words, where this host has none with gradients."""
     found = host.tiny_decoder if config.pixel_decoder == TINY else host.decoder
@@ -156,11 +163,14 @@ def begin(
     Whoever asks for it releases it.
     """
     seen = features(host, config) if seen is None else seen
+    for each in seen:
+        if isinstance(each, VisionFeatures):
+            each.again = config.gradient_checkpointing  # a plan may have chosen it since
     student = create(host, config)
     try:
         earlier = init(student, host, config) if config.init_student else {}
-        in_pixels = config.distillation_space == "pixel" and config.distillation_weight > 0
-        state = State.create(student, config, sample, seen, world, decoder(host, config) if in_pixels else None)
+        own = decoder(host, config) if in_pixels(config) and not config.guidance_only else None
+        state = State.create(student, config, sample, seen, world, own)
         if config.init_student:
             state.extra["earlier"] = earlier
         return state

@@ -145,7 +145,12 @@ def _with_pictures(
             for made, newest in cache_images(part.host, own, place, config.broken_pictures, Affixes.of(config), world):
                 yield PairsMade(done + made, len(found.pictures), "pictures", newest)
             reals = load_images(place, own.usable)
-            part = replace(part, reals=with_pictures(reals, place, own, part.host.resolution))
+            reals = with_pictures(reals, place, own, part.host.resolution)
+            if config.raw_pictures and reals.pictures is None:
+                yield Warned(
+                    0, f"raw_pictures is left out: {place} was encoded before it was known; delete it for that"
+                )
+            part = replace(part, reals=reals)
         done += len(own.pictures)
         if left := own.left.get(BROKEN):
             found.leave(BROKEN, left.first, left.words, left.count)

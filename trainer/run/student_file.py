@@ -10,7 +10,7 @@ from ...core.schedule import trailing_timesteps
 from ...core.student import student_bytes
 from ..config import Config
 from ..data.files import write_whole
-from ..groups import OF_GUIDANCE, OF_PROMPTS, OF_SIZES
+from ..groups import OF_GUIDANCE, OF_PIXELS, OF_PROMPTS, OF_SIZES
 from ..host import Host
 from ..loop.state import State
 
@@ -57,6 +57,8 @@ def _method(config: Config) -> str:
     if config.adversarial_weight > 0:
         names += ["ADD"] if config.pixel_backbone else []
         names += ["LADD"] if not config.pixel_backbone or config.pixel_share < 1 else []
+    if config.feature_weight > 0:
+        names.append("feature matching")
     if config.distillation_weight > 0:
         names.append(
             {"matching": "distribution matching", "nfsd": "NFSD"}.get(config.distillation, "ADD's distillation")
@@ -69,14 +71,18 @@ def _settings(config: Config) -> dict[str, Any]:
     adversarial = ("positives", "adversarial") if config.adversarial_weight > 0 else ()
     distillation = ("distillation",) if config.distillation_weight > 0 else ()
     weights = ("adversarial_weight", "distillation_weight", "regression_weight")
+    weights += ("feature_weight",) if config.feature_weight > 0 else ()
     few_steps = ("student_steps", *adversarial, *distillation, *weights)
     names = ("pairs", "batch_size", *(() if config.guidance_only else few_steps), "seed")
     settings = {n: getattr(config, n) for n in names}
-    if config.pixel_backbone:  # of a folder its name alone: where it lay is nobody's business
+    if config.pixel_backbone and config.decodes:  # of a folder its name alone: where it lay is nobody's business
         settings["pixel_backbone"] = (
             Path(config.pixel_backbone).name if Path(config.pixel_backbone).is_dir() else config.pixel_backbone
         )
-        settings |= {"pixel_share": config.pixel_share} if config.pixel_share < 1 else {}
+    if config.decodes:
+        usual = Config()
+        names = [*OF_PIXELS[1:], "distillation_space"]
+        settings |= {n: getattr(config, n) for n in names if getattr(config, n) != getattr(usual, n)}
     return settings | ({"init_student": Path(config.init_student).name} if config.init_student else {})
 
 
