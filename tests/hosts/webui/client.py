@@ -130,13 +130,13 @@ class WebUI:
     log: Path
     process: subprocess.Popen
 
-    def call(self, path: str, told: Any = None, headers: Mapping[str, str] | None = None) -> Any:
+    def call(self, path: str, told: Any = None, headers: Mapping[str, str] | None = None, patience: float = 0) -> Any:
         """GET, or POST with JSON, and the JSON of the answer; raises Refused."""
         body = None if told is None else json.dumps(told).encode()
         given = {"Content-Type": "application/json"} | dict(headers or {})
         request = urllib.request.Request(f"{self.url}/{path}", body, given)
         try:
-            with urllib.request.urlopen(request, timeout=ANSWER) as answer:
+            with urllib.request.urlopen(request, timeout=patience or ANSWER) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             raise Refused(error.code, error.read().decode()) from None

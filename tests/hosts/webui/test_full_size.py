@@ -42,7 +42,7 @@ def server(kind, installation, tmp_path_factory):
 
 @pytest.mark.parametrize("again", ["false", "true"], ids=["kept", "checkpointing"])
 def test_an_update_that_is_judged_by_pictures_takes_what_is_told(server, again):
-    told = server.call(f"inspector/update?again={again}")
+    told = server.call(f"inspector/update?again={again}", patience=1500)
     parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in told["parts"].items())
     taken, estimated = told["taken"] / GB, told["told"] / GB
     print(f"\n256 px: {taken:.2f} GB taken, {estimated:.2f} told; {told['seconds']:.1f} s: {parts}")
