@@ -116,8 +116,8 @@ def logits(*values):
     return [torch.tensor([v]) for v in values]
 
 
-def measured(*args, **kwargs):
-    parts = health.health_parts(*args, **kwargs)
+def measured(real, fake, output, positives, relative):
+    parts = health.health_parts([(real, fake)] if real else [], output, positives, relative)
     return parts.take(iter([value.item() for value in parts.values]))
 
 
@@ -141,6 +141,16 @@ def test_relative_accuracy_compares_the_two_logits():
     both_high = measured(logits([3.0, 3.0]), logits([2.0, 2.0]), x, x, relative=True)
     assert both_high.accuracy == 1.0
     assert measured(logits([3.0, 3.0]), logits([2.0, 2.0]), x, x, relative=False).accuracy == 0.5
+
+
+def test_of_two_discriminators_each_has_its_own_health():
+    x = torch.randn(4, 4, 8, 8)
+    judged = [(logits([1.0, 1.0]), logits([-1.0, -1.0])), (logits([1.0, -1.0]), logits([-1.0, -1.0]))]
+    parts = health.health_parts(judged, x, x, False)
+    found = parts.take(iter([value.item() for value in parts.values]))
+    assert (found.accuracy, found.logit_gap) == (1.0, 2.0)
+    assert (found.pixel_accuracy, found.pixel_logit_gap) == (0.75, 1.0)
+    assert set(found.numbers) == set(health.RANGES)
 
 
 def test_warnings_name_the_measure_and_the_remedy():

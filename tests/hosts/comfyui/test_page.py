@@ -219,8 +219,14 @@ def add_blueprint(page, name):
     """From the search for nodes, as one node; beside it the demo model, connected."""
     page.evaluate("() => { app.graph.clear(); app.extensionManager.command.execute('Workspace.SearchBox.Toggle') }")
     dialog, there = page.get_by_role("dialog"), "name => app.graph.nodes.some(node => node.title === name)"
-    dialog.get_by_role("combobox").or_(page.get_by_placeholder(re.compile("Search"))).first.fill(name)
-    dialog.get_by_text(name, exact=True).first.wait_for()  # it is found
+    asked, found = dialog.get_by_role("combobox").or_(page.get_by_placeholder(re.compile("Search"))).first, None
+    for _ in range(12):  # what is asked for before the blueprints are read is not looked up again
+        asked.fill("")
+        asked.fill(name)
+        page.wait_for_timeout(5000 if found is False else 1000)
+        if found := dialog.get_by_text(name, exact=True).first.is_visible():
+            break
+    assert found, f"the search does not find {name}"
     page.wait_for_timeout(300)
     page.keyboard.press("Enter")
     dialog.wait_for(state="hidden")
