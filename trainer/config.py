@@ -28,7 +28,6 @@ MOST_SEED = 2**63 - 1  # of a picture's noise
 LEAST_LR = 1e-9  # with less, or nothing, a training only takes time
 MOST_LETTERS = 4000  # of a prompt
 FEWEST_OF_SIZE = 4  # pairs
-LEAST_CROP = 16  # pixels
 VAE, TINY = DECODERS = ("vae", "tiny")
 # What a pixel backbone may be, beside a folder: all that come with transformers, which loads them.
 BACKBONES = ("embedded", "facebook/dinov2-small", "facebook/dinov2-base", "facebook/dinov3-vits16-pretrain-lvd1689m")
@@ -556,11 +555,6 @@ class Config:
 
     def _check_training(self) -> None:
         """Raise ConfigError for a base, an optimizer or a loss that does not go with other settings."""
-        if 0 < self.pixel_crop < LEAST_CROP:
-            raise ConfigError(
-                f"pixel_crop is {self.pixel_crop}, in which nothing is seen: the least is {LEAST_CROP}, and 0 takes "
-                "whole pictures"
-            )
         if self.distillation_space == "pixel" and self.distillation in ("matching", "nfsd"):
             raise ConfigError(
                 f"distillation_space is 'pixel' and distillation {self.distillation!r}, whose direction is one of "

@@ -23,6 +23,8 @@ from .optimizer import check_optimizer
 from .pixel_backbone import load_vision
 from .state import State, tap_names
 
+LEAST_CROP = 16  # pixels
+
 
 def check(host: Host, config: Config) -> None:
     """Raise ConfigError for targets, blocks or an `init_student` that do not fit this model; nothing is made for it."""
@@ -126,6 +128,11 @@ def features(host: Host, config: Config) -> list[Features]:
             decoder(host, config)
         if not config.pixel_backbone:
             return [TeacherFeatures(host.denoiser, taps)]
+        if 0 < config.pixel_crop < LEAST_CROP:
+            raise ValueError(
+                f"pixel_crop is {config.pixel_crop}, in which nothing is seen: the least is {LEAST_CROP}, and 0 takes "
+                "whole pictures"
+            )
         own = decoder(host, config)
         eye = host.eye or load_vision(config.pixel_backbone)
         eye.network.to(host.denoiser.device)
