@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._contextlib import context_decorator
 
 MOST_PIXELS = 2**18  # that are decoded at once: one picture of 512 x 512, 64 of 64 x 64
 # What of a decoder is computed again in backward, in diffusers' layout, the hosts' and that of tiny decoders.
@@ -31,7 +30,7 @@ ENCODES = ("encoder", "quant_conv")  # what of an autoencoder no picture is deco
 
 
 # Where `torch.no_grad` and `torch.inference_mode` keep what they make of a function.
-WRAPPER = context_decorator.__code__.co_filename
+WRAPPER = torch.no_grad()(lambda: None).__code__.co_filename
 
 
 def frozen_copy(

@@ -551,7 +551,12 @@ class Config:
         if self.guidance_only:
             return False
         judges = self.pixel_backbone and (self.adversarial_weight > 0 or self.feature_weight > 0)
-        return bool(judges) or (self.distillation_space == "pixel" and self.distillation_weight > 0)
+        return bool(judges) or self.compares_pixels
+
+    @property
+    def compares_pixels(self) -> bool:
+        """Whether the distillation loss is of decoded pictures."""
+        return self.distillation_space == "pixel" and self.distillation_weight > 0 and not self.guidance_only
 
     def _check_training(self) -> None:
         """Raise ConfigError for a base, an optimizer or a loss that does not go with other settings."""

@@ -232,7 +232,10 @@ def load_images(folder: str | Path, count: int) -> Samples:
 
 
 def with_pictures(samples: Samples, folder: str | Path, found: Found, size: tuple[int, int]) -> Samples:
-    """What `load_images` gives of the pictures that are found, whose `pictures` read one again, at (width, height)."""
+    """What `load_images` gives of the pictures that are found, whose `pictures` read one again, at (width, height).
+
+    Reading raises DataError for a file that has gone. Files from before they said which they hold give none.
+    """
     folder, rows = Path(folder), []
     for first in range(0, len(found.pictures), SHARD):
         path = folder / f"images-{first:07d}.safetensors"

@@ -124,7 +124,7 @@ def features(host: Host, config: Config) -> list[Features]:
         return []
     taps = tap_names(config)
     try:
-        if in_pixels(config):
+        if config.compares_pixels:
             decoder(host, config)
         if not config.pixel_backbone:
             return [TeacherFeatures(host.denoiser, taps)]
@@ -150,11 +150,6 @@ def features(host: Host, config: Config) -> list[Features]:
         raise ConfigError(str(error)) from None
 
 
-def in_pixels(config: Config) -> bool:
-    """Whether the distillation loss compares pictures."""
-    return config.distillation_space == "pixel" and config.distillation_weight > 0
-
-
 def decoder(host: Host, config: Config) -> Decoder:
     """What makes pictures in an update; raises ValueError, in words, where this host has none with gradients."""
     found = host.tiny_decoder if config.pixel_decoder == TINY else host.decoder
@@ -176,7 +171,7 @@ def begin(
     student = create(host, config)
     try:
         earlier = init(student, host, config) if config.init_student else {}
-        own = decoder(host, config) if in_pixels(config) and not config.guidance_only else None
+        own = decoder(host, config) if config.compares_pixels else None
         state = State.create(student, config, sample, seen, world, own)
         if config.init_student:
             state.extra["earlier"] = earlier

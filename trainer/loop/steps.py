@@ -272,7 +272,8 @@ def _pictures(state: State, latents: Tensor, batch: Batch) -> Tensor:
     """Latents as pictures, in [-1, 1] as ADD compares them; the part of them that `pixel_crop` leaves."""
     assert state.decoder
     side = math.ceil(state.config.pixel_crop / state.decoder.factor)
-    parts = cropped(latents, side, batch.view(OF_DISTILLATION)).split(state.decoder.at_once(latents))
+    part = cropped(latents, side, batch.view(OF_DISTILLATION))
+    parts = part.split(state.decoder.at_once(part))
     again = state.config.gradient_checkpointing and torch.is_grad_enabled()
     options: Any = {"use_reentrant": False, "preserve_rng_state": False}
     found = [checkpoint(state.decoder, x, **options) if again else state.decoder(x) for x in parts]

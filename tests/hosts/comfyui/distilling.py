@@ -3,7 +3,9 @@
 import json
 import time
 
+from turbodistill.app import cli
 from turbodistill.trainer.config import Config
+from turbodistill.trainer.run import history
 
 SMALL = {"pairs": 24, "pair_steps": 2, "pair_sampler": "dpmpp_2m", "guidance": 3.0, "seed": 0, "at_once": 8}
 SHORT = {"rank": 4, "updates": 8, "batch_size": 2, "gradient_checkpointing": False}
@@ -49,6 +51,18 @@ class Distilling:
         """What the page sends for Advanced Settings: every setting."""
         own = set(SMALL) | set(SHORT)
         return {k: v for k, v in Config().to_dict().items() if k not in own} | JUDGED | dict(changes)
+
+    def on_both(self, name, advanced, updates, folder):
+        """The histories of a run here and of the same on the command line, in a `folder`."""
+        self(name, advanced=advanced, pairs={"pairs": 32}, updates=updates)
+        self.comfyui.run(self.graph)
+        lines = folder / "prompts.txt"
+        lines.write_text(f"{LINES}\n")
+        settings = self.settings(advanced) | SMALL | SHORT | {"pairs": 32, "updates": updates}
+        del settings["at_once"]
+        flags = [f"--{k.replace('_', '-')}={v}" for k, v in settings.items() if not isinstance(v, bool)]
+        assert cli.main(["distill", "--prompts", str(lines), "--out", str(folder / "run"), *flags]) == 0
+        return [history.read_rows(run / "history.csv", updates) for run in (self.folder(name), folder / "run")]
 
     def folder(self, name):
         """Where a run lies."""

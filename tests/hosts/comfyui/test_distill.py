@@ -173,22 +173,10 @@ def test_a_killed_server_goes_on_to_the_same_bits(comfyui, serve, graph, distill
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 
-def test_both_front_ends_run_one_trainer(comfyui, graph, distilling, tmp_path):
+def test_both_front_ends_run_one_trainer(distilling, tmp_path):
     """The same data, seed and settings on the command line: the same losses, and as good a student."""
-    from turbodistill.app import cli
-    from turbodistill.trainer.run import history
-
     advanced = {"precision": "float32", "head_channels": 16, "evaluate_every": 0, "preview_every": 0}
-    distilling("parity", advanced=advanced, pairs={"pairs": 32}, updates=14)
-    comfyui.run(graph)
-    lines = tmp_path / "prompts.txt"
-    lines.write_text("a {red|blue|green|black} {fox|owl|fish|cat}, animal, in flat noto style\n")
-    settings = distilling.settings(advanced) | distilling.SMALL | distilling.SHORT | {"pairs": 32, "updates": 14}
-    del settings["at_once"]
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in settings.items() if not isinstance(v, bool)]
-    assert cli.main(["distill", "--prompts", str(lines), "--out", str(tmp_path / "run"), *flags]) == 0
-    ours = history.read_rows(distilling.folder("parity") / "history.csv", 14)
-    theirs = history.read_rows(tmp_path / "run" / "history.csv", 14)
+    ours, theirs = distilling.on_both("parity", advanced, 14, tmp_path)
     assert len(ours) == len(theirs) == 14
     for name in ("regression", "adversarial", "discriminator", "sharpness", "diversity"):
         a = torch.tensor([float(row[name] or 0) for row in ours])

@@ -95,22 +95,10 @@ def test_running_out_of_memory_says_what_to_change(comfyui, distilling, new_grap
 
 
 @pytest.mark.newest
-def test_both_front_ends_judge_pictures_alike(comfyui, graph, distilling, tmp_path):
+def test_both_front_ends_judge_pictures_alike(distilling, tmp_path):
     """The same data, seed and settings on the command line: the same losses over fifty updates."""
-    from turbodistill.app import cli
-    from turbodistill.trainer.run import history
-
     advanced = PIXELS | {"evaluate_every": 0, "preview_every": 0, "lr": 1e-4, "lr_discriminator": 1e-4}
-    distilling("pixels parity", advanced=advanced, pairs={"pairs": 32}, updates=50)
-    comfyui.run(graph)
-    lines = tmp_path / "prompts.txt"
-    lines.write_text("a {red|blue|green|black} {fox|owl|fish|cat}, animal, in flat noto style\n")
-    settings = distilling.settings(advanced) | distilling.SMALL | distilling.SHORT | {"pairs": 32, "updates": 50}
-    del settings["at_once"]
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in settings.items() if not isinstance(v, bool)]
-    assert cli.main(["distill", "--prompts", str(lines), "--out", str(tmp_path / "run"), *flags]) == 0
-    ours = history.read_rows(distilling.folder("pixels parity") / "history.csv", 50)
-    theirs = history.read_rows(tmp_path / "run" / "history.csv", 50)
+    ours, theirs = distilling.on_both("pixels parity", advanced, 50, tmp_path)
     assert len(ours) == len(theirs) == 50
     gaps = {}
     for name in ("regression", "adversarial", "discriminator", "r1"):
