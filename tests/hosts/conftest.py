@@ -9,9 +9,15 @@ HERE = Path(__file__).parent
 BESIDE = "beside the share of the hosts' tests that runs unasked: set HOSTS=all"
 
 
+SLOW = {"reforge"}  # it takes as long as the other three together, and is Forge's kin
+
+
 def in_share(item):
     """Whether a test runs unasked in the host that it is for."""
-    place = getattr(item, "callspec", None) and item.callspec.params.get("installation")
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    if item.get_closest_marker("asked") or params.get("kind") in SLOW:
+        return False
+    place = params.get("installation")
     return item.get_closest_marker("share") or (item.get_closest_marker("newest") and getattr(place, "newest", False))
 
 

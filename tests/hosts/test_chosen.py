@@ -94,14 +94,23 @@ def test_newest(installation): pass
 
 @hosts
 def test_beside(installation): pass
+
+@hosts
+@pytest.mark.share
+@pytest.mark.asked
+def test_asked_for(installation): pass
+
+@pytest.mark.share
+@pytest.mark.parametrize("kind", ["forge", "reforge"])
+def test_slow(kind): pass
 """
 
 
-@pytest.mark.parametrize(("asked", "run"), [("", 3), ("all", 6)])
+@pytest.mark.parametrize(("asked", "run"), [("", 4), ("all", 10)])
 def test_a_share_runs_unasked_and_the_rest_is_skipped_in_words(pytester, monkeypatch, asked, run):
     monkeypatch.setenv("HOSTS", asked)
     pytester.makeconftest((HERE / "conftest.py").read_text())
     pytester.makepyfile(TESTS)
     ran = pytester.runpytest("-rs", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestUnknownMarkWarning")
-    ran.assert_outcomes(passed=run, skipped=6 - run)
-    assert ("set HOSTS=all" in ran.stdout.str()) is (run < 6)
+    ran.assert_outcomes(passed=run, skipped=10 - run)
+    assert ("set HOSTS=all" in ran.stdout.str()) is (run < 10)

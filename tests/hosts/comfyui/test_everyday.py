@@ -117,6 +117,7 @@ def test_run_pressed_twice_trains_once_and_what_was_deleted_is_saved_again(comfy
     assert state.stat().st_mtime_ns == trained and told(comfyui, node)["done"] == 6
 
 
+@pytest.mark.asked
 def test_a_prompt_that_is_queued_during_a_training_comes_after_it(comfyui, graph, new_graph, distil, picture):
     before = picture(10)
     _, node, _ = distil(graph, "busy", updates=40)

@@ -186,6 +186,7 @@ def turn_to_app_mode(page, count):
     return asked
 
 
+@pytest.mark.asked
 def test_templates_are_forms_in_app_mode(visit, comfyui):
     page = visit()
     for stem, names in FORMS.items():
@@ -277,6 +278,7 @@ def test_the_blueprint_of_a_training(visit, comfyui):
     assert (comfyui.base / "models" / "loras" / "blueprint.safetensors").exists()
 
 
+@pytest.mark.asked
 def test_a_browser_that_is_closed_and_opened_again_during_a_training(visit, comfyui):
     page = visit()
     open_template(page, "08 Distil the demo model")

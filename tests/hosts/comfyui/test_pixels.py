@@ -94,7 +94,6 @@ def test_running_out_of_memory_says_what_to_change(comfyui, distilling, new_grap
     assert after[0] == before[0] and torch.equal(after[1], before[1])
 
 
-@pytest.mark.newest
 def test_both_front_ends_judge_pictures_alike(distilling, tmp_path):
     """The same data, seed and settings on the command line: the same losses over fifty updates."""
     advanced = PIXELS | {"evaluate_every": 0, "preview_every": 0, "lr": 1e-4, "lr_discriminator": 1e-4}
