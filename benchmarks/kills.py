@@ -46,8 +46,11 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {
     "adversarial": {"discriminator_updates": 2},
-    "matching": {"student_steps": 2, "distillation": "matching", "distillation_weight": 0.5, "fake_score_rank": 4},
-}
+    "matching": {
+        "student_steps": 2, "distillation": "matching", "distillation_weight": 0.5, "fake_score_rank": 4,
+        "fake_score_updates": 2,
+    },
+}  # fmt: skip
 # Where kills are wanted; what trains is named after the recipe.
 WANTED = {"training": 60, "regression": 5, "pairs": 10, "selection": 12, "saving": 13}
 

@@ -349,17 +349,19 @@ class Config:
     )
     feature_weight: float = option(
         0.0,
-        "Weight of matching the discriminator's features of the teacher's picture. Try 0.1 to 1.",
+        "Weight of matching the discriminator's features of the teacher's picture, from the first update on: with a "
+        "pixel backbone a perceptual regression. Try 0.1 to 1.",
         "losses",
         low=0,
         high=1000,
     )
     r1: str = option(
         "approximate",
-        "Gradient penalty (R1) that keeps the discriminator from winning. Both kinds measure the same slope; exact is "
-        "slower and needs no r1_noise.",
+        "Gradient penalty (R1) that keeps the discriminator from winning. exact and approximate measure the same slope "
+        "of its heads; exact is slower and needs no r1_noise. data perturbs the real pictures themselves (APT), at one "
+        "pass more.",
         "losses",
-        ("none", "exact", "approximate"),
+        ("none", "exact", "approximate", "data"),
     )
     r1_weight: float = option(
         1.0,
@@ -371,7 +373,7 @@ class Config:
     )
     r1_noise: float = option(
         0.1,
-        "Size of the perturbation in the approximate penalty, whose features have size 1. 0.03 to 0.3.",
+        "Size of the perturbation in the penalties approximate and data, of what has about size 1. 0.03 to 0.3.",
         "losses",
         low=1e-3,
         high=10,
@@ -509,6 +511,29 @@ class Config:
         "takes more time and memory.",
         "losses",
         ("latent", "pixel"),
+    )
+    # Two time scales, and a split by noise level
+    fake_score_updates: int = option(
+        1,
+        "Updates of the fake score per student update, for matching. DMD2 takes 5 for SDXL and 10 for SD1.5.",
+        "losses",
+        low=1,
+        high=16,
+    )
+    distillation_min_timestep: int = option(
+        0,
+        "Lowest timestep of the distillation loss. 400 leaves detail to the discriminator and composition to the "
+        "teacher (Flash-DMD).",
+        "losses",
+        low=0,
+        high=950,
+    )
+    renoise_max_timestep: int = option(
+        999,
+        "Highest timestep at which the discriminator sees latents. 400 lets it judge detail alone (Flash-DMD).",
+        "discriminator",
+        low=0,
+        high=999,
     )
 
     def __post_init__(self) -> None:

@@ -20,5 +20,5 @@ PLAIN_ONLY = OF_OWN
 ASKED = OF_PAIRS + OF_SIZES + OF_GUIDANCE + OF_PROMPTS + OF_IMAGES + OF_DISTILL + OF_VRAM + PLAIN_ONLY
 # A page stores widgets' values by their places: these came to the forms after those that are before them there.
 OF_PIXELS = ("pixel_backbone", "pixel_size", "pixel_share", "pixel_crop", "pixel_decoder", "augment", "raw_pictures")
-LATER = (*OF_PIXELS, "distillation_space")
+LATER = (*OF_PIXELS, "distillation_space", "fake_score_updates", "distillation_min_timestep", "renoise_max_timestep")
 ADVANCED = (*(f.name for f in dataclasses.fields(Config) if f.name not in (*ASKED, *LATER)), *LATER)

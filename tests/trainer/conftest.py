@@ -127,6 +127,19 @@ def state(host: ToyHost, settings: Config, samples: Samples, seeing: Sequence[Fe
     return State.create(student, settings, samples, seeing or features(host, settings))
 
 
+def started(host: ToyHost, folder, **changes) -> tuple[State, Samples]:
+    """A fresh training of these settings, and its pairs."""
+    settings = config(**changes)
+    samples = pairs(host, settings, folder)
+    return state(host, settings, samples), samples
+
+
+def reals(host: ToyHost) -> Samples:
+    """Pictures that the teacher could not have made."""
+    prompts = ["a photograph"] * 6
+    return Samples(torch.randn(6, *host.latent_shape), host.encode_text(prompts), prompts)
+
+
 def weights(module: nn.Module) -> dict[str, Tensor]:
     return {k: v.clone() for k, v in module.state_dict().items()}
 

@@ -9,11 +9,10 @@ import torch
 from turbodistill.core import losses
 from turbodistill.core.schedule import expand
 from turbodistill.trainer.config import LEAST_LR
-from turbodistill.trainer.data.samples import Samples
 from turbodistill.trainer.loop import batch as drawing
 from turbodistill.trainer.loop import distill as loop
 from turbodistill.trainer.loop import steps
-from turbodistill.trainer.loop.batch import Reals, draw_batch, generator
+from turbodistill.trainer.loop.batch import draw_batch, generator
 from turbodistill.trainer.loop.distill import Diverged, distill
 
 ALONE = {"adversarial_weight": 0.0, "regression_weight": 0.0}
@@ -55,6 +54,19 @@ OPTIONS = {
     "targets": {"targets": r"blocks\."},
     "output x0": {"prediction": "x0"},
     "three discriminator updates": {"discriminator_updates": 3},
+    "three updates of the fake score": {
+        "distillation_weight": 0.5,
+        "distillation": "matching",
+        "fake_score_updates": 3,
+        "discriminator_updates": 2,
+    },
+    "r1 of the data": {"r1": "data"},
+    "split by noise level": {
+        "distillation_weight": 0.5,
+        "distillation_min_timestep": 400,
+        "renoise_max_timestep": 400,
+    },
+    "features from the first update on": {"feature_weight": 1.0, "regression_updates": 2, "updates": 4},
     "gradient_accumulation": {"gradient_accumulation": 2},
     "one tap": {"taps": "blocks.1"},
     "taps found": {"taps": ""},
@@ -71,25 +83,13 @@ OPTIONS = {
 }
 
 
-def reals(host):
-    """Pictures that the teacher could not have made."""
-    prompts = ["a photograph"] * 6
-    return Samples(torch.randn(6, *host.latent_shape), host.encode_text(prompts), prompts)
-
-
-def start(kit, host, folder, **changes):
-    settings = kit.config(**changes)
-    samples = kit.pairs(host, settings, folder)
-    return kit.state(host, settings, samples), samples
-
-
 def check_updates(kit, host, state, samples):
     """Run to the end, and hold what every run must hold."""
     teacher = host.denoiser.backbone
     before, flags = kit.weights(teacher), [p.requires_grad for p in teacher.parameters()]
     student = kit.weights(state.student.trained)
     heads = [p.detach().clone() for p in state.critics[0].discriminator.parameters()]
-    steps = list(distill(state, samples, host.encode_text([""]), reals(host)))
+    steps = list(distill(state, samples, host.encode_text([""]), kit.reals(host)))
 
     assert [s.update for s in steps] == list(range(1, state.config.updates + 1))
     assert all(s.losses and all(math.isfinite(v) for v in s.losses.values()) for s in steps)
@@ -108,7 +108,7 @@ def check_updates(kit, host, state, samples):
 
 @pytest.mark.parametrize("changes", OPTIONS.values(), ids=OPTIONS.keys())
 def test_every_option_makes_updates_and_leaves_the_teacher(kit, host, tmp_path, changes):
-    state, samples = start(kit, host, tmp_path, **changes)
+    state, samples = kit.started(host, tmp_path, **changes)
     check_updates(kit, host, state, samples)
 
 
@@ -116,7 +116,7 @@ def test_every_option_makes_updates_and_leaves_the_teacher(kit, host, tmp_path, 
 def test_a_diffusers_unet_is_distilled_with_the_taps_found_in_it(kit, tmp_path, changes):
     host = kit.unet_host()
     host.denoiser.backbone.requires_grad_(False)
-    state, samples = start(kit, host, tmp_path, taps="", **changes)
+    state, samples = kit.started(host, tmp_path, taps="", **changes)
     assert any(t.startswith("mid_block") for t in state.critics[0].features.taps)
     check_updates(kit, host, state, samples)
 
@@ -128,10 +128,12 @@ def test_a_diffusers_unet_is_distilled_with_the_taps_found_in_it(kit, tmp_path, 
         ({"r1": "none", "distillation_weight": 1.0}, {"regression", "adversarial", "discriminator", "distillation"}),
         ({"adversarial_weight": 0.0, "feature_weight": 1.0}, {"regression", "features"}),
         ({"regression_updates": 9}, {"regression"}),
+        ({"regression_updates": 9, "feature_weight": 1.0}, {"regression", "features"}),
+        ({"r1": "data"}, {"regression", "adversarial", "discriminator", "r1"}),
     ],
 )
 def test_a_step_names_the_losses_that_made_it(kit, host, tmp_path, changes, names):
-    state, samples = start(kit, host, tmp_path, **changes)
+    state, samples = kit.started(host, tmp_path, **changes)
     assert all(set(step.losses) == names for step in distill(state, samples, host.encode_text([""])))
 
 
@@ -147,7 +149,7 @@ def test_the_discriminator_learns_first_on_the_pairs_own_noise(kit, host, tmp_pa
         "fresh_noise_share": 0.5,
         "discriminator_updates": 2,
     }
-    state, samples = start(kit, host, tmp_path, **settings)
+    state, samples = kit.started(host, tmp_path, **settings)
     heads = [[p.detach().clone() for p in state.critics[0].discriminator.parameters()]]
     names = []
     for step in distill(state, samples, host.encode_text([""])):
@@ -164,7 +166,7 @@ def test_the_discriminator_learns_first_on_the_pairs_own_noise(kit, host, tmp_pa
 def test_a_lead_leaves_the_warm_up_s_student_as_it_was(kit, host, tmp_path):
     told = []
     for lead in (0, 3):
-        state, samples = start(kit, host, tmp_path, regression_updates=3, discriminator_warmup=lead, updates=3)
+        state, samples = kit.started(host, tmp_path, regression_updates=3, discriminator_warmup=lead, updates=3)
         list(distill(state, samples, host.encode_text([""])))
         told.append(kit.weights(state.student.trained))
         state.release()
@@ -179,7 +181,7 @@ def test_the_student_s_score_learns_what_it_makes_and_is_off_for_all_else(kit, h
         "lr_fake_score": 0.01,
         "updates": 40,
     }
-    state, samples = start(kit, host, tmp_path, **ALONE, **changes)
+    state, samples = kit.started(host, tmp_path, **ALONE, **changes)
     cond, uncond = samples.cond.rows(slice(4)), host.encode_text([""])
     x, sigma = torch.randn(4, *host.latent_shape), torch.full((4,), 2.0)
     before = host.denoiser(x, sigma, cond)
@@ -201,14 +203,14 @@ def test_matching_rises_after_the_warm_up_as_the_adversarial_term_does(kit, host
         "adversarial_ramp": 2,
         "updates": 5,
     }
-    state, samples = start(kit, host, tmp_path, **changes)
+    state, samples = kit.started(host, tmp_path, **changes)
     told = [s.losses.get("distillation") for s in distill(state, samples, host.encode_text([""]))]
     assert told == [None, None, 0.25, 0.5, 0.5]
 
 
 def test_the_distillation_term_noises_the_students_output(kit, host, tmp_path, monkeypatch):
     """ADD, section 3.3: x_hat is diffused and denoised by the teacher, not the pair's picture."""
-    state, samples = start(kit, host, tmp_path, distillation_weight=1.0)
+    state, samples = kit.started(host, tmp_path, distillation_weight=1.0)
     batch = draw_batch(state.config, state.student, samples, None, generator(0, 0))
     seen = {}
     inner = losses.teacher_target
@@ -230,7 +232,7 @@ def test_the_distillation_term_noises_the_students_output(kit, host, tmp_path, m
 
 
 def test_the_gradient_reaches_the_student_and_stops_at_teacher_and_discriminator(kit, host, tmp_path):
-    state, samples = start(kit, host, tmp_path, distillation_weight=1.0, feature_weight=1.0)
+    state, samples = kit.started(host, tmp_path, distillation_weight=1.0, feature_weight=1.0)
     with state.student.training():
         batch = draw_batch(state.config, state.student, samples, None, generator(0, 0))
         parts = steps.student_losses(state, batch, host.encode_text([""]), steps.Phase.of(state)).losses
@@ -243,65 +245,15 @@ def test_the_gradient_reaches_the_student_and_stops_at_teacher_and_discriminator
         assert all(p.grad is None for p in host.denoiser.backbone.parameters())
 
 
-def test_pure_noise_is_the_pairs_own(kit, host, tmp_path):
-    """Or the regression would ask one answer of another noise."""
-    state, samples = start(kit, host, tmp_path, student_steps=2)
-    batch = draw_batch(state.config, state.student, samples, None, generator(0, 0))
-    assert batch.first.any() and not batch.first.all()
-    by_picture = {latents.numpy().tobytes(): i for i, latents in enumerate(samples.latents[:])}
-    rows = torch.tensor([by_picture[t.numpy().tobytes()] for t in batch.target])
-    noise = batch.x / expand(batch.sigma, batch.x)
-    assert torch.allclose(noise[batch.first], samples.noise(rows)[batch.first], atol=1e-6)
-
-
-def test_a_share_of_pure_noise_is_fresh(kit, host, tmp_path):
-    state, samples = start(kit, host, tmp_path, student_steps=2, batch_size=200)
-    batch = draw_batch(state.config, state.student, samples, None, generator(0, 0), fresh=0.25)
-    paired = torch.zeros(200, dtype=torch.bool).index_fill(0, batch.paired.rows, True)
-    assert not (paired & ~batch.first).any()
-    assert 0.6 < paired.sum() / batch.first.sum() < 0.9
-    noise = batch.x / expand(batch.sigma, batch.x)
-    known = {n.mul(1e3).round().int().numpy().tobytes() for n in samples.noise(torch.arange(len(samples)))}
-    own = torch.tensor([n.mul(1e3).round().int().numpy().tobytes() in known for n in noise])
-    assert own[paired].float().mean() > 0.9 and not own[~paired].any()
-
-
 def test_the_regression_is_of_pairs_alone_and_all_noise_is_theirs_until_the_discriminator_judges(kit, host, tmp_path):
-    state, samples = start(kit, host, tmp_path, updates=4, regression_updates=2, fresh_noise_share=1.0)
+    state, samples = kit.started(host, tmp_path, updates=4, regression_updates=2, fresh_noise_share=1.0)
     names = [set(step.losses) for step in distill(state, samples, host.encode_text([""]))]
     assert names == [{"regression"}] * 2 + [{"adversarial", "discriminator", "r1"}] * 2
 
 
 def test_without_a_discriminator_all_noise_is_the_pairs(kit, host, tmp_path):
-    state, samples = start(kit, host, tmp_path, updates=3, fresh_noise_share=1.0, adversarial_weight=0.0)
+    state, samples = kit.started(host, tmp_path, updates=3, fresh_noise_share=1.0, adversarial_weight=0.0)
     assert [set(step.losses) for step in distill(state, samples, host.encode_text([""]))] == [{"regression"}] * 3
-
-
-def test_positives_are_mixed_by_their_share_with_their_own_text(kit, host, tmp_path):
-    state, samples = start(kit, host, tmp_path, positives="both", real_share=0.25, batch_size=400)
-    pictures = reals(host)
-    beside = Reals.beside(samples, pictures)
-    batch = draw_batch(state.config, state.student, samples, beside, generator(0, 0))
-    of_teacher = (batch.positive == batch.target).flatten(1).all(1)
-    assert 0.15 < 1 - of_teacher.float().mean() < 0.35
-    assert torch.equal(batch.positive_cond.context[of_teacher], batch.cond.context[of_teacher])
-    assert (batch.positive_cond.context[~of_teacher] == pictures.cond.context[0]).all()
-
-
-def test_a_pair_is_judged_beside_the_picture_of_its_own_prompt(kit, host, tmp_path):
-    state, samples = start(kit, host, tmp_path, positives="real", batch_size=400)
-    pictures = reals(host)
-    pictures.prompts[2], pictures.prompts[4] = samples.prompts[0], samples.prompts[7]
-    beside = Reals.beside(samples, pictures)
-    batch = draw_batch(state.config, state.student, samples, beside, generator(0, 0))
-
-    def shown(pair):
-        """The rows of the pictures that were drawn beside a pair."""
-        drawn = batch.positive[(batch.target == samples.latents[:][pair]).flatten(1).all(1)]
-        return {int((pictures.latents == p).flatten(1).all(1).nonzero()) for p in drawn}
-
-    assert shown(0) == {2} and shown(7) == {4}
-    assert len(shown(3)) > 3  # of no picture's prompt: any of them
 
 
 def test_accumulation_has_the_gradient_of_the_mean(kit, host, tmp_path):
@@ -325,15 +277,40 @@ def test_extra_discriminator_updates_accumulate_as_the_student_s_do(kit, host, t
         return inner(state, batch, student, share)
 
     monkeypatch.setattr(loop, "discriminator_step", watched)
-    state, samples = start(kit, host, tmp_path, gradient_accumulation=4, discriminator_updates=3, updates=1)
+    state, samples = kit.started(host, tmp_path, gradient_accumulation=4, discriminator_updates=3, updates=1)
     list(distill(state, samples, host.encode_text([""])))
     assert [share for share, _ in seen] == [0.25] * 12
     assert len({seed for _, seed in seen}) == 12  # each batch is another
     state.release()
 
 
+def test_a_fake_score_has_its_own_number_of_updates(kit, host, tmp_path, monkeypatch):
+    """On the pictures that the discriminator sees, where both have more than the student (DMD2)."""
+    seen = {"discriminator_step": [], "fake_score_step": []}
+
+    def watched(inner, calls):
+        def step(state, batch, student, share):
+            calls.append((batch.seed, state.fake_score.denoiser.lora.branches[0].up.detach().clone()))
+            return inner(state, batch, student, share)
+
+        return step
+
+    for name, calls in seen.items():
+        monkeypatch.setattr(loop, name, watched(getattr(loop, name), calls))
+    changes = {"distillation_weight": 0.5, "distillation": "matching", "fake_score_updates": 4, "lr_fake_score": 0.01}
+    state, samples = kit.started(host, tmp_path, **changes, discriminator_updates=2, gradient_accumulation=2, updates=1)
+    list(distill(state, samples, host.encode_text([""])))
+    discriminator, score = ([seed for seed, _ in calls] for calls in seen.values())
+    assert len(discriminator) == 2 * 2 and len(score) == len(set(score)) == 4 * 2
+    assert discriminator == score[:2] + score[-2:]  # the first extra update is of both, the student's too
+    weights = [up for _, up in seen["fake_score_step"]]
+    moved = [not torch.equal(a, b) for a, b in itertools.pairwise(weights)]
+    assert moved == [False, True, False, True, False, True, False]
+    state.release()
+
+
 def test_closing_between_updates_restores_the_flags(kit, host, tmp_path):
-    state, samples = start(kit, host, tmp_path, updates=5)
+    state, samples = kit.started(host, tmp_path, updates=5)
     teacher = host.denoiser.backbone
     teacher.requires_grad_(True)
     steps = distill(state, samples, host.encode_text([""]))
@@ -344,12 +321,12 @@ def test_closing_between_updates_restores_the_flags(kit, host, tmp_path):
 
 
 def test_minutes_end_the_training(kit, host, tmp_path):
-    state, samples = start(kit, host, tmp_path, updates=1000, minutes=1e-6)
+    state, samples = kit.started(host, tmp_path, updates=1000, minutes=1e-6)
     assert len(list(distill(state, samples, host.encode_text([""])))) == 1
 
 
 def test_nothing_is_printed(kit, host, tmp_path, capfd):
-    state, samples = start(kit, host, tmp_path)
+    state, samples = kit.started(host, tmp_path)
     list(distill(state, samples, host.encode_text([""])))
     assert capfd.readouterr() == ("", "")
 
@@ -362,7 +339,7 @@ def test_a_state_goes_on_bit_for_bit(kit, host, tmp_path):
         "student_steps": 2,
         "regression_updates": 1,
     }
-    whole, samples = start(kit, host, tmp_path, **options)
+    whole, samples = kit.started(host, tmp_path, **options)
     list(distill(whole, samples, host.encode_text([""])))
     half = kit.state(host, whole.config, samples)
     steps = distill(half, samples, host.encode_text([""]))
@@ -380,7 +357,7 @@ def test_a_state_goes_on_bit_for_bit(kit, host, tmp_path):
 
 @pytest.mark.parametrize("what", ["regression", "hinge"])
 def test_a_loss_that_is_no_number_is_told_and_never_applied(kit, host, tmp_path, monkeypatch, what):
-    state, samples = start(kit, host, tmp_path, updates=5)
+    state, samples = kit.started(host, tmp_path, updates=5)
     count = []
 
     def broken(inner):
@@ -408,7 +385,7 @@ def test_a_loss_that_is_no_number_is_told_and_never_applied(kit, host, tmp_path,
 
 def test_a_student_that_must_improve_does(kit, host, tmp_path):
     """The regression falls well below that of the teacher in one step."""
-    state, samples = start(kit, host, tmp_path, rank=0, adversarial_weight=0.0, updates=60, batch_size=12, lr=3e-3)
+    state, samples = kit.started(host, tmp_path, rank=0, adversarial_weight=0.0, updates=60, batch_size=12, lr=3e-3)
     told = [s.losses["regression"] for s in distill(state, samples, host.encode_text([""]))]
     assert sum(told[-5:]) < 0.5 * sum(told[:5])
 

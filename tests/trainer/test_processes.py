@@ -36,6 +36,10 @@ RECIPES = {
     "relativistic, features, image": {"adversarial": "relativistic", "feature_weight": 0.2, "condition_image": True},
     "several steps": {"student_steps": 3, "fresh_noise_share": 0.3},
     "accumulation": {"gradient_accumulation": 2, "discriminator_updates": 2},
+    "two time scales, R1 of the data": {
+        "distillation": "matching", "distillation_weight": 0.5, "fake_score_rank": 2, "fake_score_updates": 3,
+        "discriminator_updates": 2, "r1": "data",
+    },
     "checkpointing": {"gradient_checkpointing": True, "network": "unet", "taps": "down_blocks.0,mid_block"},
     "guidance alone": {"guidance_only": True, "guidance_start": 0.1, "guidance_end": 0.8},
     "several sizes": {"sizes": "32x32, 24x40", "pairs": 16},

@@ -90,7 +90,7 @@ def test_every_term_reaches_the_student_and_nothing_else(toys, term, rank):
     assert all(p.grad is None for p in state.critics[0].discriminator.parameters())
 
 
-@pytest.mark.parametrize("penalty", ["none", "exact", "approximate"])
+@pytest.mark.parametrize("penalty", ["none", "exact", "approximate", "data"])
 @pytest.mark.parametrize("name", ADVERSARIAL)
 def test_the_discriminator_s_loss_trains_it_alone(toys, name, penalty):
     state, pairs = toy_state(toys, adversarial=name, r1=penalty)
@@ -104,6 +104,27 @@ def test_the_discriminator_s_loss_trains_it_alone(toys, name, penalty):
     assert any(p.grad.abs().sum() > 0 for p in state.critics[0].discriminator.parameters() if p.grad is not None)
     assert all(p.grad is None for p in state.student.trained.parameters())
     assert all(p.grad is None for p in state.student.teacher.backbone.parameters())
+
+
+def test_r1_of_the_data_moves_the_picture_and_nothing_else(toys):
+    """APT, arXiv 2501.08316, eq. 4: the same noise and level, of a picture and of one that is moved a little."""
+    state, pairs = toy_state(toys, r1="data", r1_weight=3.0, r1_noise=0.05)
+    batch = draw_batch(state.config, state.student, pairs, None, torch.Generator().manual_seed(0))
+    (critic,), calls = state.critics, []
+    real, fake = seen(state, toys.picture(4), batch)
+    critic.discriminator.eval()  # its spectral norms stay as they are
+    before = steps.logits(critic, real)
+    critic.features = Watched(critic.features, calls, True)
+    parts, _ = steps.discriminator_losses(state, critic, real, fake, batch)
+    ((x, sigma),) = calls
+    clean = state.student.schedule.add_noise(batch.positive, batch.noise, batch.renoise)
+    moved = (x - clean) / 0.05
+    assert torch.equal(sigma, batch.renoise) and 0.8 < moved.std() < 1.2
+    assert torch.allclose(moved, torch.stack([batch.noise_of(i, x.shape[1:]) for i in range(4)]), atol=1e-3)
+    maps = critic.discriminator.standardise(critic.features.features(x, sigma, batch.positive_cond))
+    after = steps.logits(critic, replace(real, maps=maps))
+    expected = torch.stack([(a - b).square().mean() for a, b in zip(before, after, strict=True)]).mean()
+    assert torch.allclose(parts["r1"], 3.0 / 0.05**2 * expected, rtol=1e-2)
 
 
 @pytest.mark.parametrize("conditional", [True, False], ids=["latents", "pictures"])

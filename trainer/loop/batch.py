@@ -19,6 +19,8 @@ from ..data.samples import Samples
 from ..sizes import MOST_SIZES
 from ..world import ALONE, World
 
+LARGEST_BATCH = 2**20  # rows that have noise of their own
+
 
 def generator(seed: int, update: int, purpose: int = 0) -> torch.Generator:
     """Randomness of one update, told by its number alone: a resumed run draws the same."""
@@ -77,6 +79,11 @@ class Batch:
         """Numbers (B, NUMBERS) in [0, 1), on the CPU, by which pictures are cropped and augmented for a purpose."""
         draws = torch.Generator().manual_seed(self.seed * 16 + purpose)
         return torch.rand(self.whole, NUMBERS, generator=draws)[self.own]
+
+    def noise_of(self, row: int, shape: Sequence[int]) -> Tensor:
+        """Unit noise of this shape for one of these rows, on the CPU; another for every row of the whole batch."""
+        draws = torch.Generator().manual_seed(self.seed * LARGEST_BATCH + self.own.start + row)
+        return torch.randn(*shape, generator=draws)
 
     def drawn(self, draw: Callable[[tuple[int, ...]], Tensor], shape: Sequence[int]) -> Tensor:
         """These rows of what `draw` gives for as many rows as the whole batch has, (B, ...) in this `shape`."""
@@ -231,10 +238,10 @@ def draw_batch(
     stranger_cond = positives.cond(index.roll(1)[own]) if config.mismatch_weight > 0 else None
     last = schedule.timesteps - 1
     normal = torch.randn(size, generator=draws)[own]
-    renoise = schedule.sigma(
-        torch.sigmoid(config.renoise_mean + config.renoise_std * normal) * last
-    )  # LADD, section 3.2
+    level = torch.sigmoid(config.renoise_mean + config.renoise_std * normal)  # LADD, section 3.2
+    renoise = schedule.sigma((level * last).clamp(max=config.renoise_max_timestep))
     uniform = torch.rand(size, generator=draws)[own]
+    lowest = max(0.02 * last, min(config.distillation_min_timestep, 0.98 * last))
     return Batch(
         to_device(schedule.add_noise(clean, noise, sigma), device),
         to_device(sigma, device),
@@ -250,7 +257,7 @@ def draw_batch(
         None if stranger_cond is None else stranger_cond.to_device(device),
         to_device(renoise, device),
         to_device(torch.randn(shape, generator=draws)[own], device),
-        to_device(schedule.sigma(last * (0.02 + 0.96 * uniform)), device),
+        to_device(schedule.sigma(lowest + (0.98 * last - lowest) * uniform), device),
         to_device(torch.randn(shape, generator=draws)[own], device),
         int(torch.randint(2**31, (1,), generator=draws)),
         size,

@@ -35,6 +35,8 @@ from .steps import (
     student_step,
 )
 
+FAKE_SCORE = "fake score"
+
 
 class Diverged(RuntimeError):
     """A loss is no number any more. The last good student is kept; the message says what to change."""
@@ -92,9 +94,9 @@ def _update(state: State, groups: Sequence[Group], measures: Measures) -> Step:
     phase = Phase.of(state)
     set_learning_rates(state)
     norms = []
-    if phase.discriminator:
-        for extra in range(1, config.discriminator_updates):
-            norms.extend(_discriminator_update(state, groups, generator(config.seed, state.update, extra), phase))
+    for extra in range(1, max(config.discriminator_updates, config.fake_score_updates)):
+        if beside := _beside(state, phase, extra):
+            norms.extend(_extra_update(state, groups, generator(config.seed, state.update, extra), phase, beside))
     draws, share = generator(config.seed, state.update), 1 / config.gradient_accumulation
     drawn = [draw_group(groups, draws) for _ in range(config.gradient_accumulation)]
     learn = _learn_guidance if config.guidance_only else _learn_steps
@@ -196,14 +198,22 @@ def step_unless(state: State, optimizer: torch.optim.Optimizer, numbers: Tensor)
     optimizer.zero_grad(set_to_none=True)
 
 
-def _optimizers(state: State, phase: Phase) -> dict[str, tuple[nn.Module, torch.optim.Optimizer]]:
+Trained = dict[str, tuple[nn.Module, torch.optim.Optimizer]]  # by what it is called in messages
+
+
+def _optimizers(state: State, phase: Phase) -> Trained:
     """What this update trains, in the order in which it is stepped."""
-    found: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {}
-    if state.fake_score and phase.adversarial:
-        found["fake score"] = (state.fake_score.denoiser.trained, state.fake_score.optimizer)
-    for name, critic in critic_names(state) if phase.discriminator else ():
+    return _beside(state, phase) | {"student": (state.student.trained, state.optimizer)}
+
+
+def _beside(state: State, phase: Phase, extra: int = 0) -> Trained:
+    """What learns beside the student in this update, or in one of its extra ones, which begin with 1."""
+    config, found = state.config, {}
+    if state.fake_score and phase.adversarial and extra < config.fake_score_updates:
+        found[FAKE_SCORE] = (state.fake_score.denoiser.trained, state.fake_score.optimizer)
+    for name, critic in critic_names(state) if phase.discriminator and extra < config.discriminator_updates else ():
         found[name] = (critic.discriminator, critic.optimizer)
-    return found | {"student": (state.student.trained, state.optimizer)}
+    return found
 
 
 def critic_names(state: State) -> list[tuple[str, Critic]]:
@@ -212,27 +222,33 @@ def critic_names(state: State) -> list[tuple[str, Critic]]:
     return [(f"discriminator of {c.features.name}" if several else "discriminator", c) for c in state.critics]
 
 
-def _discriminator_update(
-    state: State, groups: Sequence[Group], draws: torch.Generator, phase: Phase
+def _extra_update(
+    state: State, groups: Sequence[Group], draws: torch.Generator, phase: Phase, beside: Trained
 ) -> list[tuple[str, Tensor]]:
-    """One more discriminator update, on batches of its own, as many as the student's; its gradient's norm."""
+    """One more update of what learns `beside` the student, on batches of its own, as many as the student's.
+
+    Discriminators and fake score see the same pictures (DMD2, arXiv 2405.14867). The norms of their gradients.
+    """
     config, student = state.config, state.student
-    fresh = config.fresh_noise_share if phase.adversarial else 0.0
+    fresh, share = phase.fresh_noise_share, 1 / config.gradient_accumulation
     state.whole = False
     for _ in range(config.gradient_accumulation):
         batch = draw_group(groups, draws).batch(config, student, draws, fresh, state.world)
         with torch.no_grad(), autocast(config, student):
             made = StudentStep(student(batch.x, batch.sigma, batch.cond).float(), {})
-        discriminator_step(state, batch, made, 1 / config.gradient_accumulation)
+        if beside.keys() - {FAKE_SCORE}:
+            discriminator_step(state, batch, made, share)
+        if FAKE_SCORE in beside:
+            fake_score_step(state, batch, made, share)
     norms = []
-    for name, critic in critic_names(state):
-        average_gradients(state.world, critic.discriminator)
-        state.scaler.unscale_(critic.optimizer)
-        norms.append((f"{name}'s gradient", clip_gradients(critic.discriminator, config.max_grad_norm)))
-    for (name, norm), critic in zip(norms, state.critics, strict=True):
-        if not can_skip(critic.optimizer):
+    for name, (module, optimizer) in beside.items():
+        average_gradients(state.world, module)
+        state.scaler.unscale_(optimizer)
+        norms.append((f"{name}'s gradient", clip_gradients(module, config.max_grad_norm)))
+    for (name, norm), (_, optimizer) in zip(norms, beside.values(), strict=True):
+        if not can_skip(optimizer):
             _check_gradients(state, {name: norm.item()})
-        step_unless(state, critic.optimizer, norm.reshape(1))
+        step_unless(state, optimizer, norm.reshape(1))
     state.scaler.update()
     return norms
 

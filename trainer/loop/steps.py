@@ -111,37 +111,51 @@ def head_inputs(state: State, critic: Critic, x0: Tensor, cond: Cond, batch: Bat
 
 
 @torch.no_grad()
-def real_inputs(state: State, critic: Critic, batch: Batch) -> HeadInputs:
-    """Features of the batch's positives; the first ones calibrate the discriminator."""
+def real_inputs(state: State, critic: Critic, batch: Batch, perturbation: float = 0.0) -> HeadInputs:
+    """Features of the batch's positives; the first ones calibrate the discriminator.
+
+    A `perturbation` is the size of noise that is put on the positives themselves; all else is as without.
+    """
     discriminator, sigma = critic.discriminator, batch.renoise
     if critic.features.conditional:
-        noisy = state.student.schedule.add_noise(batch.positive, batch.noise, sigma)
+        noisy = state.student.schedule.add_noise(_perturbed(batch, perturbation), batch.noise, sigma)
         maps = critic.features(noisy, sigma, batch.positive_cond)
     else:
         sigma = torch.zeros_like(sigma)
-        maps = _real_pictures(state, critic.features, batch)
+        maps = _real_pictures(state, critic.features, batch, perturbation)
     discriminator.calibrate(maps, lambda rows: state.world.gather(rows, batch.whole))
     text, image = batch.positive_cond.summary, image_condition(state, critic, batch)
     return HeadInputs(discriminator.standardise(maps), sigma, text, image)
 
 
-def _real_pictures(state: State, features: Any, batch: Batch) -> list[Tensor]:
+def _perturbed(batch: Batch, size: float) -> Tensor:
+    """The batch's positives (B, C, H, W) with noise of this size on them."""
+    if not size:
+        return batch.positive
+    noise = [batch.noise_of(i, x.shape) for i, x in enumerate(batch.positive)]
+    return batch.positive + size * to_device(torch.stack(noise), batch.positive.device)
+
+
+def _real_pictures(state: State, features: Any, batch: Batch, perturbation: float) -> list[Tensor]:
     """What a pixel backbone sees of the positives, each alone.
 
     It sees the same clean picture again and again: its maps are cached, unless it is seen in another way each time.
     """
     view, device = batch.view(OF_REAL) if features.varies else None, batch.positive.device
     sigma = torch.zeros_like(batch.renoise)
+    positive = _perturbed(batch, perturbation)
 
     def alone(i: int) -> list[Tensor]:
         one = slice(i, i + 1)
         how = None if view is None else view[one]
         raw = batch.raw(i) if state.config.raw_pictures else None
         if raw is not None:
+            if perturbation:
+                raw = raw + perturbation * batch.noise_of(i, raw.shape)
             return features.of_pictures(to_device(raw[None], device), how)
-        return features(batch.positive[one], sigma[one], batch.positive_cond.rows(one), how)
+        return features(positive[one], sigma[one], batch.positive_cond.rows(one), how)
 
-    if not features.varies:
+    if not features.varies and not perturbation:
         return state.feature_cache.of(batch.positive_key, alone, device)
     return [torch.cat(maps) for maps in zip(*map(alone, range(len(batch.positive))), strict=True)]
 
@@ -190,12 +204,11 @@ def student_losses(state: State, batch: Batch, uncond: Cond, phase: Phase) -> St
     if config.regression_weight > 0 and paired.whole:
         regression = paired.mean(lambda rows: losses.regression(output[rows], batch.target[rows]), output)
         parts["regression"] = config.regression_weight * regression
-    if not phase.adversarial:
-        return StudentStep(output, parts)
-    if config.distillation_weight > 0:
+    if phase.adversarial and config.distillation_weight > 0:
         weight = config.distillation_weight * (phase.ramp if state.fake_score else 1.0)
         parts["distillation"] = weight * distillation_loss(state, output, batch, uncond)
-    if not ((config.feature_weight > 0 and paired.whole > 0) or config.adversarial_weight > 0):
+    matches = config.feature_weight > 0 and paired.whole > 0
+    if not matches and not (phase.adversarial and config.adversarial_weight > 0):
         return StudentStep(output, parts)
     seen = []
     for critic in state.critics:
@@ -226,7 +239,7 @@ def _judged_losses(
             lambda rows: losses.feature_matching(*([x[rows] for x in m] for m in both)), fake.maps[0]
         )
         yield "features", critic.share * config.feature_weight * matching
-    if config.adversarial_weight > 0:
+    if phase.adversarial and config.adversarial_weight > 0:
         weight = critic.share * config.adversarial_weight * phase.ramp
         yield "adversarial", weight * adversarial_loss(state, critic, real, fake)
 
@@ -303,9 +316,12 @@ def discriminator_losses(
     if penalty == "exact":
         signs = [batch.drawn(lambda shape: torch.randint(2, shape, **like) * 2 - 1, x.shape) for x in on_real]
         parts["r1"] = config.r1_weight * losses.exact_r1(on_real, real.maps, signs)
-    elif penalty == "approximate":
-        noise = [batch.drawn(lambda shape: torch.randn(shape, **like), x.shape) for x in real.maps]
-        moved = replace(real, maps=[x + config.r1_noise * e for x, e in zip(real.maps, noise, strict=True)])
+    elif penalty in ("approximate", "data"):
+        if penalty == "data":
+            moved = real_inputs(state, critic, batch, config.r1_noise)
+        else:
+            noise = [batch.drawn(lambda shape: torch.randn(shape, **like), x.shape) for x in real.maps]
+            moved = replace(real, maps=[x + config.r1_noise * e for x, e in zip(real.maps, noise, strict=True)])
         difference = losses.approximate_r1(on_real, logits(critic, moved))
         parts["r1"] = config.r1_weight / config.r1_noise**2 * difference
     return {_named(state, critic, name): loss for name, loss in parts.items()}, (on_real, on_fake)
