@@ -25,6 +25,7 @@ class EmbeddedBackend:
 
     name = "TurboDistill"
     usage = "choose {name} in the generate page"
+    reached = False  # whether other machines reach its pages
     limits: dict[str, Any] = {}  # noqa: RUF012 - a constant
     page_fields: dict[str, Any] = {}  # noqa: RUF012 - a constant
 
@@ -65,8 +66,8 @@ class EmbeddedBackend:
         with self.generator.bare():
             yield sized
 
-    def readable_folders(self) -> None:
-        return None  # `turbodistill ui` listens to its own machine alone
+    def readable_folders(self) -> list[Path] | None:
+        return [self.folder] if self.reached else None
 
     def refusal(self) -> str:
         return ""

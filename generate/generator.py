@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,9 @@ from ..core.fit import Base, check_fit
 from ..core.student import Student, load_student
 from ..trainer.data.prompts import drawn
 from ..trainer.host import Host
+from .recipe import FewStepModel
 from .sample import sample_latents
+from .stream import Stream
 
 PATIENCE = 10.0  # seconds that a picture waits for the model
 
@@ -46,6 +48,7 @@ class Generator:
         self._card: StudentCard | None = None
         self._warning = ""
         self._merged = ExitStack()
+        self._stream: Stream | None = None
 
     @contextmanager
     def bare(self) -> Iterator[Host]:
@@ -89,6 +92,17 @@ class Generator:
                 return None
             return Made(pictures, seconds, tuple(filter(None, (self._warning, *said))))
 
+    @contextmanager
+    def streaming(self, path: Path) -> Iterator[Stream]:
+        """A student's stream, for whoever makes frames within; raises as `make`."""
+        with self._alone(PATIENCE):
+            student, card = self._load(path)
+            if self._stream is None:
+                self._stream = Stream(
+                    self.host, FewStepModel(student, replace(of_card(card), name=path.name, prediction="inherit"))
+                )
+            yield self._stream
+
     def drop(self) -> None:
         """Give no pictures of the prompts that were asked for so far and are not made yet."""
         self._dropped = self._latest
@@ -106,4 +120,4 @@ class Generator:
         self._merged.close()
         if self._student is not None:
             self._student.release()
-        self._student = self._path = None
+        self._student = self._path = self._stream = None

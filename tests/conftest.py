@@ -1,9 +1,16 @@
-"""Shared by all tests: the toys, one thread, one seed."""
+"""Shared by all tests: the toys, one thread, one seed; a browser, and the pages that it opens."""
 
 import importlib.util
 import os
 import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -103,3 +110,80 @@ def seeded():
     """The same draws whichever tests ran before; one thread, since toys are too small for more."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-sync",
+    "--disable-component-update",
+    "--disable-background-networking",
+    "--use-fake-device-for-media-stream",  # a camera that shows a moving dial
+    "--use-fake-ui-for-media-stream",
+)
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """Where the browser is; asked for before a server is started for nothing."""
+    pytest.importorskip("playwright", reason="needs playwright: pip install playwright")
+    path = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+    if not Path(path).is_file():
+        pytest.skip(f"needs a Chromium: there is none at {path}; say in CHROMIUM where it is")
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser(chromium):
+    from playwright.sync_api import sync_playwright
+
+    # Not longer than a module: its event loop stands in the way of asyncio.run.
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def port():
+    """A number that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextmanager
+def serving(folder, port):
+    """`turbodistill ui`, running: its process."""
+    command = [sys.executable, "-m", "turbodistill.app.cli", "ui", "--port", str(port), "--out", str(folder)]
+    log = (folder / "log.txt").open("a+")
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+    begun = time.monotonic()
+    try:
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=1).close()
+                break
+            except (urllib.error.URLError, TimeoutError):
+                assert process.poll() is None and time.monotonic() - begun < 90, (folder / "log.txt").read_text()
+                time.sleep(0.2)
+        yield process
+    finally:
+        process.terminate()
+        process.wait(30)
+        log.close()
+
+
+@pytest.fixture(scope="session")
+def serve():
+    """The function `serving`: tests are no package, and nothing can import a conftest."""
+    return serving
+
+
+@pytest.fixture(scope="module")
+def served(chromium, port, tmp_path_factory):
+    """`turbodistill ui`, running: where it is, its folder, its process."""
+    folder = tmp_path_factory.mktemp("ui")
+    with serving(folder, port) as process:
+        yield f"http://127.0.0.1:{port}", folder, process

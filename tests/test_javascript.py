@@ -1,4 +1,4 @@
-"""The files that ComfyUI's page loads: their own tests, their types against ComfyUI's, their imports, the library."""
+"""The files that ComfyUI's page and the Live page load: their own tests, their types, their imports, the library."""
 
 import json
 import re
@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 WEB = ROOT / "web"
+LIVE = Path("app/live/static")  # the Live page of `turbodistill ui`
 OURS = sorted([*WEB.glob("*.js"), *WEB.glob("panel/*.js")])
 # `import ... from "x"`, `import "x"` and `new URL("x", import.meta.url)`
 NAMED = re.compile(r"""(?:\bfrom\s*|\bimport\s*|\bnew URL\(\s*)["'](\.{1,2}/[^"']+)["']""")
@@ -36,6 +37,7 @@ def packages(tmp_path_factory):
     for name in ("package.json", "package-lock.json", "tsconfig.json"):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(WEB, folder / "web")
+    shutil.copytree(ROOT / LIVE, folder / LIVE)
     command = [npm, "ci", "--no-audit", "--no-fund", "--fetch-retries=0", "--fetch-timeout=20000"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
     if re.search(r"ENOTFOUND|EAI_AGAIN|ECONN|ETIMEDOUT|ENOTCACHED|network", done.stderr) and done.returncode:

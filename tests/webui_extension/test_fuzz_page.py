@@ -7,7 +7,7 @@ import pytest
 from fastapi.testclient import TestClient
 from safetensors.torch import save_file
 from turbodistill.core.families import FAMILIES
-from turbodistill.page import api, job, live, runs, tab, view
+from turbodistill.page import api, generate, job, runs, tab, view
 from turbodistill.page.request import Request
 from turbodistill.trainer.config import Config, ConfigError
 from turbodistill.trainer.data.files import DataError
@@ -119,7 +119,7 @@ def test_pictures_as_one_types(fuzz, toy):
 
     class Generator:
         def make(self, path, prompt, seeds, steps):
-            assert isinstance(prompt, str) and 1 <= len(seeds) <= live.MOST and 1 <= steps <= live.STEPS
+            assert isinstance(prompt, str) and 1 <= len(seeds) <= generate.MOST and 1 <= steps <= generate.STEPS
             assert seeds[0] >= 0 and seeds[-1] < 2**63
             made.append(path)
 
@@ -130,7 +130,7 @@ def test_pictures_as_one_types(fuzz, toy):
 
     def inputs(draws):
         given = fuzz.values_of(draws, values, odd=0)
-        live.pictures(Generator(), {"ours": "path"}, *(given[name] for name in values))
+        generate.pictures(Generator(), {"ours": "path"}, *(given[name] for name in values))
 
     fuzz.endures(inputs, fuzz.TRIES // 20, ())
     assert made

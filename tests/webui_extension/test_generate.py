@@ -15,7 +15,7 @@ from turbodistill.page.request import Request
 from turbodistill.trainer.data.prompts import drawn
 
 gradio = pytest.importorskip("gradio", reason="needs gradio: pip install 'turbodistill[ui]'")
-from turbodistill.page import live  # noqa: E402 - it needs gradio
+from turbodistill.page import generate  # noqa: E402 - it needs gradio
 
 pytestmark = pytest.mark.gradio
 
@@ -42,7 +42,7 @@ def made(toy, tmp_path):
 
 
 def show(generator, students, prompt="fox", count=2, steps=1, seed=3, student="first"):
-    return live.pictures(generator, students, prompt, count, steps, seed, student)
+    return generate.pictures(generator, students, prompt, count, steps, seed, student)
 
 
 def urls(html):
@@ -117,7 +117,7 @@ def test_of_prompts_that_wait_the_latest_wins(made, students):
     for thread in threads:
         thread.join()
     assert [prompt for prompt, made in answers.items() if made] in (["a", "an owl"], ["an owl", "a"])
-    answers = live.pictures(generator, students, "owl", 1, 1, 0, "first")
+    answers = generate.pictures(generator, students, "owl", 1, 1, 0, "first")
     assert len(urls(answers[1])) == 1
 
 
@@ -205,21 +205,21 @@ def test_the_page_follows_a_distillation_to_its_new_student(toy, backend, made, 
     _, generator = made
     inputs = ("fox", 2, 1, 3, "first")
     known = {"first": students["first"]}
-    before, *_ = live.follow(generator, known, {"students": ["first"], "job": None}, *inputs)
-    now, _, *shown = live.follow(generator, known, before, *inputs)
+    before, *_ = generate.follow(generator, known, {"students": ["first"], "job": None}, *inputs)
+    now, _, *shown = generate.follow(generator, known, before, *inputs)
     assert now == before and shown == [gradio.update()] * 3
     backend.gate.clear()
     job.start(backend, Request(prompts=toy.PROMPTS, settings=toy.QUICK))
-    now, _, listed, pace, _ = live.follow(generator, known, now, *inputs)
+    now, _, listed, pace, _ = generate.follow(generator, known, now, *inputs)
     assert listed == gradio.update() and "A distillation runs" in pace
     job.current().cancel()
     backend.gate.set()
     job.current().wait(60)
-    now, _, listed, _, html = live.follow(generator, known, now, *inputs)
+    now, _, listed, _, html = generate.follow(generator, known, now, *inputs)
     assert listed == gradio.update() and len(urls(html)) == 2  # it was cancelled: the same student draws again
-    _, _, _, _, html = live.follow(generator, known, before, *inputs)
+    _, _, _, _, html = generate.follow(generator, known, before, *inputs)
     assert len(urls(html)) == 2  # so it does where nobody looked while that ran
-    _, _, listed, *drawn = live.follow(generator, {"second": students["second"], **known}, now, *inputs)
+    _, _, listed, *drawn = generate.follow(generator, {"second": students["second"], **known}, now, *inputs)
     assert (listed["choices"], listed["value"]) == (["second", "first"], "second") and drawn == [gradio.update()] * 2
 
 
@@ -231,7 +231,7 @@ def test_nothing_is_typed(made, students):
 def test_the_page_has_its_inputs(made, students):
     _, generator = made
     with gradio.Blocks(analytics_enabled=False) as blocks:
-        live.add_components(generator, lambda: students, "a fox", blocks)
+        generate.add_components(generator, lambda: students, "a fox", blocks)
     made = {getattr(c, "elem_id", None): c for c in blocks.blocks.values()}
     assert {f"turbodistill-{name}" for name in ("prompt", "count", "steps", "seed", "student")} <= made.keys()
     assert made["turbodistill-student"].value == "first"
