@@ -1,4 +1,4 @@
-"""The command line: `turbodistill demo | distill | sample | evaluate | info | export | push | ui`."""
+"""The command line: `turbodistill demo | distill | sample | frames | evaluate | info | export | push | ui`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..core.version import VERSION
 from ..demo import files
 from ..trainer.config import Config, ConfigError, read_toml
 from ..trainer.setting import nearest
-from . import export, info, push, sample, ui
+from . import export, frames, info, push, sample, ui
 from .arguments import add_model, between, folder, model_options, new_file, place, setting
 from .interrupt import interruptible
 from .progress import follow
@@ -131,6 +131,7 @@ def make_parser() -> argparse.ArgumentParser:
     distill.set_defaults(command=run_distill)
 
     sample.command(commands)
+    frames.command(commands)
     evaluate = commands.add_parser("evaluate", help="measure students against their teacher")
     add_model(evaluate)
     evaluate.add_argument(

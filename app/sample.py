@@ -130,7 +130,7 @@ def _make(args: argparse.Namespace, prompts: list[str]) -> int:
     if file:  # before minutes of loading
         check_steps(file.recipe, args.steps)
     if args.image:
-        _picture(args.image, (16, 16))
+        read_picture(args.image, (16, 16))
     how = model_options(args) | ({"with_student": True} if args.model else {})
     if args.model and file and file.card and file.card.clip_skip > 1:  # as it was trained, unless another is asked for
         how = {"clip_skip": file.card.clip_skip} | how
@@ -143,7 +143,7 @@ def _make(args: argparse.Namespace, prompts: list[str]) -> int:
     start: dict[str, Any] = {}
     if args.image:
         start["strength"] = args.strength or 0.6
-        start["picture"] = host.encode_images(_picture(args.image, host.resolution)[None])
+        start["picture"] = host.encode_images(read_picture(args.image, host.resolution)[None])
     base = file.card.base_model if file and file.card else host.name
     timesteps = model.recipe.timesteps(steps, start.get("strength", 1.0))
     settings = {
@@ -189,8 +189,8 @@ def _free(folder: Path, number: int, name: str) -> tuple[int, Path]:
     return number, path
 
 
-def _picture(path: Path, size: tuple[int, int]) -> Any:
-    """The picture to begin from, (3, height, width) in [0, 1]; raises DataError for one that cannot be read."""
+def read_picture(path: Path, size: tuple[int, int]) -> Any:
+    """A picture's file, scaled and cropped to a size, (3, height, width) in [0, 1]; raises DataError."""
     from ..trainer.data.files import check_file
     from ..trainer.data.found import Picture
     from ..trainer.data.images import load_picture

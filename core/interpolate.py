@@ -34,6 +34,18 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     return (turned * torch.lerp(lengths[0], lengths[1], share)).to(a.dtype)
 
 
+def blended(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """Between the latents of two pictures (C, H, W): the line, with each channel's mean and spread interpolated.
+
+    Latents of pictures are no noise: a great circle has no meaning for them, and their mean is flat (AdaIN, as in
+    DiffMorpher, arXiv 2312.07409).
+    """
+    line, dims = lerp(a, b, share), (-2, -1)
+    spread = lerp(a.std(dims, keepdim=True), b.std(dims, keepdim=True), share)
+    mean = line.mean(dims, keepdim=True)
+    return (line - mean) / line.std(dims, keepdim=True).clamp(min=1e-6) * spread + mean
+
+
 def turned(noise: Tensor, other: Tensor, angle: float) -> Tensor:
     """Unit noise (...) turned by an angle towards other unit noise (...): unit noise again, whatever the angle."""
     return math.cos(angle) * noise + math.sin(angle) * other

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ..trainer.data.files import DataError
 
 FORMATS = ("gif", "webp", "mp4")
 CLOCK = 1000  # ticks a second of an MP4's time stamps
@@ -16,7 +22,7 @@ LEAST = 20  # milliseconds that a frame of a GIF stays: browsers take less for 1
 Pixels = np.ndarray[Any, Any]  # (height, width, 3) of uint8
 
 
-class FilmError(ValueError):
+class FilmError(DataError):
     """A film that cannot be written; why, and what to do."""
 
 
@@ -88,3 +94,63 @@ def _write_mp4(target: BinaryIO, frames: Iterator[tuple[Pixels, float]]) -> int:
         if stream is not None:
             file.mux(stream.encode())
     return count
+
+
+@dataclass(frozen=True)
+class Film:
+    """A film that is read: its frames a second, and its pictures (3, height, width) in [0, 1] one by one."""
+
+    rate: float
+    pictures: Iterator[Tensor]
+
+
+def read_film(path: Path, size: tuple[int, int]) -> Film:
+    """A video by PyAV, or a GIF or WebP by Pillow, scaled and cropped to a size (width, height), frame by frame.
+
+    Raises FilmError for a file that is none, at once or where it breaks off.
+    """
+    if path.suffix.lower() in (".gif", ".webp", ".png"):
+        return _read_images(path, size)
+    av = _av()
+    try:
+        file = av.open(str(path))
+        stream = file.streams.video[0]
+        rate = float(stream.average_rate or stream.guessed_rate)
+    except (av.FFmpegError, IndexError, TypeError, OSError) as error:
+        raise FilmError(f"{path} cannot be read as a video ({error!s:.200}): give another file") from None
+
+    def pictures() -> Iterator[Tensor]:
+        count = 0
+        with file:
+            try:
+                for frame in file.decode(stream):
+                    yield _fitted(frame.to_image(), size)
+                    count += 1
+            except av.FFmpegError as error:
+                raise FilmError(f"{path} breaks off after {count} frames ({error!s:.200}): repair or cut it") from None
+
+    return Film(rate, pictures())
+
+
+def _read_images(path: Path, size: tuple[int, int]) -> Film:
+    try:
+        image: Any = Image.open(path, formats=("GIF", "WEBP", "PNG"))
+        stays = float(image.info.get("duration") or 100)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise FilmError(f"{path} cannot be read as a film ({error!s:.200}): give another file") from None
+
+    def pictures() -> Iterator[Tensor]:
+        with image:
+            for number in range(getattr(image, "n_frames", 1)):
+                try:
+                    image.seek(number)
+                    yield _fitted(image, size)
+                except (OSError, ValueError, SyntaxError, EOFError) as error:
+                    raise FilmError(f"{path} breaks off after {number} frames ({error!s:.200})") from None
+
+    return Film(1000 / stays, pictures())
+
+
+def _fitted(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    fitted = ImageOps.fit(image.convert("RGB"), size, Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255

@@ -32,8 +32,9 @@ T = TypeVar("T")
 class Shot:
     """What one picture is made from.
 
-    `mix` is the share of a second prompt, `towards`. Of a `picture` (3, height, width) in [0, 1] as much is made anew
-    as `strength` says: 1 is hardly anything of it. `angle` turns the noise of the seed towards that of the next one.
+    `mix` is the share of a second prompt, `towards`. Of a `picture` (3, height, width) in [0, 1], or of the `latents`
+    (C, H, W) of one, as much is made anew as `strength` says: 1 keeps hardly anything. `angle` turns the noise of the
+    seed towards that of the next one.
     """
 
     prompt: str
@@ -44,6 +45,12 @@ class Shot:
     towards: str = ""
     mix: float = 0.0
     angle: float = 0.0
+    latents: Tensor | None = None
+
+    @property
+    def begins(self) -> bool:
+        """Whether it begins from a picture."""
+        return self.picture is not None or self.latents is not None
 
 
 @dataclass(frozen=True)
@@ -127,11 +134,18 @@ class Stream:
 
     def _start(self, shots: Sequence[Shot]) -> Tensor | None:
         """The latents (N, C, H, W) of their pictures; None where they begin from noise."""
-        if shots[0].picture is None:
+        if not shots[0].begins:
             return None
-        return torch.stack([self._latents(shot.picture) for shot in shots if shot.picture is not None])
+        return torch.stack([self._latents_of(shot) for shot in shots])
 
-    def _latents(self, picture: Tensor) -> Tensor:
+    def _latents_of(self, shot: Shot) -> Tensor:
+        if shot.latents is not None:
+            return shot.latents.to(self.host.denoiser.device)
+        assert shot.picture is not None
+        return self.encode(shot.picture)
+
+    def encode(self, picture: Tensor) -> Tensor:
+        """The latents (C, H, W) of a picture (3, height, width) in [0, 1]."""
         key = (picture.shape, hash(picture.numpy().tobytes()))
         return self.latents.of(key, lambda: self.host.encode_images(picture[None])[0])
 
@@ -153,7 +167,7 @@ def _alike(shots: Sequence[Shot]) -> dict[tuple[int, float], list[int]]:
     """Which shots go through the model together, by steps and strength (2 without a picture)."""
     found: dict[tuple[int, float], list[int]] = {}
     for i, shot in enumerate(shots):
-        key = shot.steps, 2.0 if shot.picture is None else shot.strength
+        key = shot.steps, shot.strength if shot.begins else 2.0
         found.setdefault(key, []).append(i)
     return found
 

@@ -5,29 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from turbodistill.core.card import StudentCard
-from turbodistill.core.families import of_card
 from turbodistill.core.interpolate import mixed, turned
 from turbodistill.core.sampling import seeded_noise
-from turbodistill.core.student import Student
-from turbodistill.generate.recipe import FewStepModel
-from turbodistill.generate.stream import Changes, Kept, Shot, Stream, check_shot, still
+from turbodistill.generate.stream import Changes, Kept, Shot, check_shot, still
 from turbodistill.trainer.checkpoint.errors import ModelError
-
-
-@pytest.fixture
-def made(kit, toys):
-    """A host, and a stream of a student on it that is trained for two steps."""
-    host = kit.conv_host()
-    torch.manual_seed(0)
-    student = Student(host.denoiser, 4)
-    toys.nudge(student.lora, 0.3)
-    of = {"prediction": "eps", "base_prediction": "eps", "timesteps": (999, 499), "guidance": 3.0}
-    card = StudentCard("lora", "toy", "", "", **of, resolution=host.resolution, rank=4)
-    model = FewStepModel(student, replace(of_card(card), prediction="inherit"))
-    with student.merged():
-        yield host, student, Stream(host, model)
-    student.release()
 
 
 class Counted:
