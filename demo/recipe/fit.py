@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +49,12 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             parser.error(f"--{name.replace('_', '-')} is {value}: give at least 1")
     if not 0 < args.lr < 1:
         parser.error(f"--lr is {args.lr}: give a number between 0 and 1")
+    try:
+        torch.zeros(1, device=args.device)
+        if torch.device(args.device).type == "meta":
+            raise ValueError("it computes nothing")
+    except (RuntimeError, ValueError, AssertionError) as error:
+        parser.error(f"--device is {args.device!r:.40}, which is none of this machine's ({str(error).splitlines()[0]})")
 
 
 def low_precision(device: str) -> autocast:
@@ -116,7 +125,9 @@ class Training:
             raise ValueError(f"a state of format {state.get('format')}, not {FORMAT}: begin in another folder")
         other = {k: (v, self.settings.get(k)) for k, v in state["settings"].items() if self.settings.get(k) != v}
         if other or state["settings"].keys() != self.settings.keys():
-            raise ValueError(f"a state of other settings (saved, asked for): {other}: begin in another folder")
+            raise ValueError(
+                f"a state of other settings (saved, asked for): {other}: give the saved ones, or another folder"
+            )
         if state["weights"].keys() != self.trainable.keys():
             raise ValueError("a state of another model: begin in another folder")
         self.step, self.images, self.seconds = (state["progress"][k] for k in ("step", "images", "seconds"))
@@ -141,11 +152,21 @@ class Training:
 
     def load_file(self, path: Path) -> None:
         """Go on from a file that `save` wrote; raises as `load`, and ValueError for a file of another kind."""
-        with path.open("rb") as file:
-            # Before 2.6 torch runs the code in files of its older formats, weights_only or not: CVE-2025-32434.
-            if file.read(len(ARCHIVE)) != ARCHIVE:
-                raise ValueError(f"{path} is no state that was saved here: begin in another folder")
-        self.load(torch.serialization.load(path, weights_only=True))
+        self.load(read_state(path))
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What `Training.save` wrote; raises ValueError for a file of another kind, and OSError."""
+    with path.open("rb") as file:
+        # Before 2.6 torch runs the code in files of its older formats, weights_only or not: CVE-2025-32434.
+        begins = file.read(len(ARCHIVE))
+    try:
+        state = torch.serialization.load(path, weights_only=True) if begins == ARCHIVE else None
+    except Exception:  # a broken archive has many ways to say so
+        state = None
+    if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
+        raise ValueError(f"{path} is no state that was saved here, or is broken: begin in another folder")
+    return state
 
 
 def rate_scale(step: int, updates: int | None, decay: int) -> float:
@@ -177,8 +198,12 @@ def fit(
     progress = path.with_suffix(".jsonl")
     total, began, count = torch.zeros(()), time.monotonic(), 0
     noted = max((step for step, _ in averages.saved_files([kept], training.step)), default=0) if kept else 0
-    with tqdm(total=updates, initial=training.step, desc=path.stem, unit="update") as bar:
+    with _stopping() as asked, tqdm(total=updates, initial=training.step, desc=path.stem, unit="update") as bar:
         while updates is None or training.step < updates:
+            if asked:
+                training.seconds += time.monotonic() - began
+                training.save(path)
+                raise KeyboardInterrupt(f"stopped at update {training.step}, which is saved")
             value = loss(training.model, training.step)
             training.update(value, lr * rate_scale(training.step, updates, decay))
             training.images += batch_size
@@ -194,14 +219,47 @@ def fit(
             line = {"step": training.step, "images": training.images, "hours": training.seconds / 3600}
             line |= {"loss": total.item() / count} | (check(training) if check else {})
             with progress.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(("" if _ends_a_line(progress) else "\n") + json.dumps(line) + "\n")
             training.save(path)
             bar.set_postfix({k: f"{v:.4f}" for k, v in line.items() if k not in ("step", "images")}, refresh=False)
             total, began, count = torch.zeros(()), time.monotonic(), 0
 
 
+@contextmanager
+def _stopping() -> Iterator[list[int]]:
+    """Within, Ctrl-C and SIGTERM are heard after the update that is under way; a second one breaks off at once."""
+    asked: list[int] = []
+
+    def hear(number: int, _frame: object) -> None:
+        asked.append(number)
+        signal.signal(number, signal.default_int_handler)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ends_a_line(path: Path) -> bool:
+    """Whether a text can be appended: a kill may have cut its last line."""
+    return not path.exists() or path.stat().st_size == 0 or path.read_bytes()[-1:] == b"\n"
+
+
 def read_progress(path: Path) -> list[dict[str, float]]:
-    """The lines of progress beside the state `path`, in order; of those made twice (after a kill) the later one."""
-    lines = path.with_suffix(".jsonl")
-    rows = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
-    return [row for _, row in sorted({row["step"]: row for row in rows}.items())]
+    """The lines of progress beside the state `path`, in order; of those made twice (after a kill) the later one.
+
+    Lines that a kill has cut are left out.
+    """
+    lines, rows = path.with_suffix(".jsonl"), {}
+    for line in lines.read_bytes().splitlines() if lines.exists() else ():
+        try:
+            row = json.loads(line)
+            rows[row["step"]] = row
+        except (ValueError, KeyError, TypeError):
+            continue
+    return [row for _, row in sorted(rows.items())]

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..text_encoder import WIDTH, TextEncoder
 from . import averages, dataset, views
-from .fit import Training, arguments, check_arguments, fit, low_precision, read_progress
+from .fit import Training, arguments, check_arguments, fit, low_precision, read_progress, read_state
 
 CONFIG: dict[str, Any] = dict(
     sample_size=16,
@@ -260,18 +260,27 @@ def train(args) -> None:
 
 
 def branch(args) -> None:
-    """Let the rate fall to zero over `--decay` updates from where the training is, and write the best average."""
+    """Let the rate fall to zero over `--decay` updates from where the training is, and write the best average.
+
+    The recipe is the training's. A branch of as many updates that was broken off goes on.
+    """
+    state, kept, copied, kept_too = paths(args.folder)
+    saved = read_state(state)["settings"]
+    args.recipe = Recipe(**{f.name: saved[f.name] for f in fields(Recipe) if f.name in saved})
     teacher = Teacher(args.folder, args.recipe, args.device, args.batch_size)
     training = Training(teacher.learner, teacher.identity())
-    state, kept, copied, kept_too = paths(args.folder)
-    note = copied.with_suffix(".txt")  # at which update the branch began: there while it is under way
-    if not note.exists():
+    note = copied.with_suffix(
+        ".txt"
+    )  # of what length and at which update the branch began: there while it is under way
+    under_way = note.read_text().split() if note.exists() else []
+    if len(under_way) != 2 or under_way[0] != str(args.decay):
+        training.load_file(state)
         for old in (kept_too, copied.with_suffix(".jsonl")):
             shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
         shutil.copyfile(state, copied)
-        training.load_file(copied)
-        note.write_text(str(training.step))
-    begun = int(note.read_text())
+        under_way = [str(args.decay), str(training.step)]
+        note.write_text(" ".join(under_way))
+    begun = int(under_way[1])
     last = begun + args.decay
     run(teacher, training, copied, kept_too, args, last, args.decay)
     files = averages.saved_files([kept], begun) | averages.saved_files([kept_too], last)
@@ -282,12 +291,16 @@ def branch(args) -> None:
     print("held-out loss: " + ", ".join(f"{name} {value:.5f}" for name, value in losses.items()) + f"; kept {best}")
     weights = {k: v.contiguous().cpu() for k, v in teacher.filled(candidates[best]).state_dict().items()}
     about = {"updates": str(last), "average": best, "prediction": args.recipe.prediction}
-    save_file(weights, args.folder / "teacher.safetensors", about)
+    part = args.folder / "teacher.part"
+    save_file(weights, part, about)
+    part.replace(args.folder / "teacher.safetensors")
     note.unlink()
 
 
 def status(folder: Path) -> None:
     """Print how far the training is: a line for each doubling, and the last ones."""
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}")
     rows = read_progress(paths(folder)[0])
     if not rows:
         print(f"no training in {folder} has saved yet")
@@ -295,6 +308,7 @@ def status(folder: Path) -> None:
     shown = {row["step"]: row for i, row in enumerate(rows, 1) if i & (i - 1) == 0 or i > len(rows) - 5}
     print(f"{'updates':>9} {'pictures':>10} {'hours':>7} {'loss':>8} {'held-out loss':>14}")
     for row in shown.values():
+        row = {"images": 0, "hours": 0.0, "loss": float("nan"), "held_out_loss": float("nan")} | row
         counts = f"{row['step']:>9} {row['images']:>10} {row['hours']:>7.2f}"
         print(f"{counts} {row['loss']:>8.4f} {row['held_out_loss']:>14.5f}")
 
@@ -318,16 +332,21 @@ def main() -> None:
     add_recipe(parser)
     args = parser.parse_args()
     check_arguments(parser, args)
+    if not 0 <= args.align < 100:
+        parser.error(f"--align is {args.align}: give 0 to 100")
     args.recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
     try:
         if args.status:
             status(args.folder)
         else:
             branch(args) if args.decay else train(args)
-    except (ValueError, FileNotFoundError) as error:
+    except FileNotFoundError as error:
+        how = "python -m turbodistill.demo.recipe.dataset, and then .unpack, make what it learns from"
+        raise SystemExit(f"teacher: {error} ({how})") from None
+    except (ValueError, OSError) as error:
         raise SystemExit(f"teacher: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command goes on from the last state that was saved") from None
+    except KeyboardInterrupt as stop:
+        raise SystemExit(f"{stop or 'stopped'}; the same command goes on from the last saved state") from None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The recipe's training loop, resumed to the bit, and its averages against their definition."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -155,3 +156,47 @@ def test_what_was_kept_is_put_together_from_files(tmp_path):
         averages.average({}, 200, 0.07)
     with pytest.raises(ValueError, match="relative width"):
         averages.exponent(0.5)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"rubbish", b"PK\3\4 rubbish", "cut", [1, 2], {"format": 1}, {"settings": 3}],
+    ids=["empty", "rubbish", "no archive", "cut", "a list", "without settings", "odd settings"],
+)
+def test_a_file_that_is_no_state_is_named(tmp_path, content):
+    path = tmp_path / "a.pt"
+    if content == "cut":
+        train(path, 10)
+        path.write_bytes(path.read_bytes()[:-200])
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=r"a\.pt is no state that was saved here, or is broken: begin in another"):
+        Training(network(), {"lr": 1e-2}).load_file(path)
+
+
+def test_lines_that_a_kill_has_cut_are_left_out_and_the_next_one_is_whole(tmp_path):
+    lines = tmp_path / "a.jsonl"
+    lines.write_bytes(b'{"step": 5, "loss": 1.0}\n\xff\xfe\n7\n[]\n{"step": 9}\n{"step": 31, "lo')
+    train(tmp_path / "a.pt", 20)
+    found = read_progress(tmp_path / "a.pt")
+    assert found[0] == {"step": 5, "loss": 1.0} and found[1] == {"step": 9} and found[-1]["step"] == 20
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_update_that_it_came_in(tmp_path, number):
+    before = signal.getsignal(number)
+
+    def loss(model, step):
+        if step == 7:
+            os.kill(os.getpid(), number)
+        return model(torch.ones(1, 3)).square().sum()
+
+    training = Training(torch.nn.Linear(3, 1))
+    with pytest.raises(KeyboardInterrupt, match="stopped at update 8, which is saved"):
+        fit(training, loss, tmp_path / "a.pt", 1e-2, 1, None)
+    other = Training(torch.nn.Linear(3, 1))
+    other.load_file(tmp_path / "a.pt")
+    assert other.step == 8 and torch.equal(other.model.weight, training.model.weight)
+    assert signal.getsignal(number) == before

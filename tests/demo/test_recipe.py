@@ -101,6 +101,8 @@ def test_a_teacher_is_trained_branched_and_packed(folder, monkeypatch, capsys):
     assert [line.split()[0] for line in shown.splitlines()[1:]] == ["3", "4"]
     with pytest.raises(SystemExit, match="other settings"):
         call(folder, monkeypatch, "--updates", 5, "--weighting", "min-snr")
+    call(folder, monkeypatch, "--decay", 1, "--weighting", "min-snr")  # the recipe is that of the training
+    capsys.readouterr()
     model = folder / "model.safetensors"
     pack.pack_model(folder, model)
     host = load_model(model, "cpu")
@@ -109,7 +111,18 @@ def test_a_teacher_is_trained_branched_and_packed(folder, monkeypatch, capsys):
     assert all(torch.equal(held[name], value.half().float()) for name, value in trained.items())
 
 
-@pytest.mark.parametrize("options", [("--decay", 0), ("--updates", -1), ("--lr", "nan"), ("--save-every", 0)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--decay", 0),
+        ("--updates", -1),
+        ("--lr", "nan"),
+        ("--save-every", 0),
+        ("--align", "nan"),
+        ("--device", "nonsense"),
+        ("--device", "meta"),
+    ],
+)
 def test_numbers_that_cannot_be_are_told_before_anything_is_loaded(tmp_path, monkeypatch, capsys, options):
     with pytest.raises(SystemExit, match="2"):
         call(tmp_path, monkeypatch, *options)
