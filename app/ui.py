@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # nobody is told that it runs
     try:
         import uvicorn
+        import websockets  # noqa: F401 - uvicorn takes it for the Live page, and says nothing where it is missing
 
         from ..page import job
         from . import server
