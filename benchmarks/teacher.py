@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -114,7 +115,10 @@ HEAD = f"{'':<26} {'recognised first':>22} {'in the first five':>22} {'style':>7
 def packed(folder: Path, denoiser: Path | None, target: Path) -> Path | None:
     if denoiser is None:
         return None
-    pack.pack_model(folder, target, denoiser)
+    try:
+        pack.pack_model(folder, target, denoiser)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise SystemExit(f"--denoiser is {denoiser}, which is no teacher of the recipe ({error!s:.200})") from None
     return target
 
 
