@@ -20,16 +20,17 @@ from ..trainer.pipeline.host import PipelineHost
 class EmbeddedBackend:
     """The model of a generate page, with `folder` for runs, pairs and students.
 
-    `shipped` are students that lie elsewhere, by name; `own` says that the model is the embedded one.
+    `shipped` are students that lie elsewhere, by name; `own` says that the model is the embedded one,
+    `reached` that other machines reach the pages.
     """
 
     name = "TurboDistill"
     usage = "choose {name} in the generate page"
-    reached = False  # whether other machines reach its pages
     limits: dict[str, Any] = {}  # noqa: RUF012 - a constant
     page_fields: dict[str, Any] = {}  # noqa: RUF012 - a constant
 
-    def __init__(self, host: PipelineHost, folder: Path, shipped: dict[str, Path], own: bool):
+    def __init__(self, host: PipelineHost, folder: Path, shipped: dict[str, Path], own: bool, reached: bool = False):
+        self.reached = reached
         self.host, self.folder, self.shipped, self.own = host, folder, shipped, own
         self.generator = Generator(host)
         self.sizes = host.resolution

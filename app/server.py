@@ -51,8 +51,7 @@ def make_app(model: Path | None, student: Path | None, folder: Path, password: s
     With a `password` other machines may reach them. Raises ModelError, or CardError for the student.
     """
     shipped = {student.stem: student} if student else {} if model else {"embedded": STUDENT}
-    backend = EmbeddedBackend(load_model(model, **how), folder.resolve(), shipped, own=model is None)
-    backend.reached = bool(password)
+    backend = EmbeddedBackend(load_model(model, **how), folder.resolve(), shipped, model is None, bool(password))
     for path in shipped.values():
         backend.generator.make(path, "", [0], 1)  # what does not fit is told now
     app = fastapi.FastAPI(title="TurboDistill", docs_url=None, redoc_url=None)  # their pages load what is not ours

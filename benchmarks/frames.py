@@ -15,6 +15,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch import Tensor
 from turbodistill.core.interpolate import lerp
 from turbodistill.demo.files import REFERENCE, STUDENT
 from turbodistill.generate.few_step import few_step_model, open_file
-from turbodistill.generate.frames import Motion, fresh, interpolate, shots_between
+from turbodistill.generate.frames import Motion, interpolate, shots_between
 from turbodistill.generate.stream import Shot, Stream
 from turbodistill.measure.evaluate import Evaluator, load_reference
 from turbodistill.measure.temporal import temporal
@@ -51,8 +52,9 @@ def latent_line(stream: Stream, first: Tensor, second: Tensor, between: int, _pr
 
 
 def independent(stream: Stream, first: Tensor, second: Tensor, between: int, prompts: tuple[str, str]) -> Tensor:
-    shots = fresh(shots_between(stream, first, second, between, prompts, Motion()), seed=1000)
-    return torch.cat([first[None], stream.make(list(shots)).pictures, second[None]])
+    shots = shots_between(stream, first, second, between, prompts, Motion())
+    apart = [replace(shot, seed=1000 + 2 * k, angle=0.0) for k, shot in enumerate(shots)]
+    return torch.cat([first[None], stream.make(apart).pictures, second[None]])
 
 
 METHODS: dict[str, Made] = {

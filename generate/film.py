@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from ..trainer.data.files import DataError
+from ..trainer.data.images import fitted
 
 FORMATS = ("gif", "webp", "mp4")
 CLOCK = 1000  # ticks a second of an MP4's time stamps
@@ -124,7 +124,7 @@ def read_film(path: Path, size: tuple[int, int]) -> Film:
         with file:
             try:
                 for frame in file.decode(stream):
-                    yield _fitted(frame.to_image(), size)
+                    yield fitted(frame.to_image(), size)
                     count += 1
             except av.FFmpegError as error:
                 raise FilmError(f"{path} breaks off after {count} frames ({error!s:.200}): repair or cut it") from None
@@ -144,13 +144,8 @@ def _read_images(path: Path, size: tuple[int, int]) -> Film:
             for number in range(getattr(image, "n_frames", 1)):
                 try:
                     image.seek(number)
-                    yield _fitted(image, size)
+                    yield fitted(image, size)
                 except (OSError, ValueError, SyntaxError, EOFError) as error:
                     raise FilmError(f"{path} breaks off after {number} frames ({error!s:.200})") from None
 
     return Film(1000 / stays, pictures())
-
-
-def _fitted(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    fitted = ImageOps.fit(image.convert("RGB"), size, Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 from torch import Tensor
 
 from ..core.interpolate import blended
-from .stream import LEAST_STRENGTH, Shot, Stream
+from .stream import LEAST_STRENGTH, Shot, Stream, together
 
 MOST_BETWEEN = 1000
 LEVELS = 20  # of strength: frames of one are made in one pass
-TOGETHER = 2**18  # pixels that are made in one pass
 # Added to the seed of the noise between pictures: a picture that was made with that seed has its noise in it already,
 # and would be given it twice.
 ASIDE = 2**40
@@ -124,8 +123,7 @@ def shots_between(
 
 def _made(stream: Stream, shots: Iterable[Shot]) -> Iterator[Tensor]:
     """The pictures of some shots in order, some at once."""
-    width, height = stream.host.resolution
-    most, waiting = max(1, TOGETHER // (width * height)), []
+    most, waiting = together(stream.host.resolution), []
     for shot in shots:
         waiting.append(shot)
         if len(waiting) == most:
@@ -133,9 +131,3 @@ def _made(stream: Stream, shots: Iterable[Shot]) -> Iterator[Tensor]:
             waiting = []
     if waiting:
         yield from stream.make(waiting).pictures
-
-
-def fresh(shots: Iterable[Shot], seed: int) -> Iterator[Shot]:
-    """The same shots, each with noise of its own: frames that do not know of each other, to compare with."""
-    for k, shot in enumerate(shots):
-        yield replace(shot, seed=seed + 2 * k, angle=0.0)

@@ -23,6 +23,8 @@ from .recipe import FewStepModel
 
 KEPT = 64  # prompts, noises and pictures that are kept ready
 LEAST_STRENGTH = 0.01
+BOUNDS = {"strength": (LEAST_STRENGTH, 1.0), "mix": (0.0, 1.0), "angle": (-1e6, 1e6)}  # of a shot's numbers
+TOGETHER = 2**18  # pixels that are made in one pass: one picture of 512 x 512, as many small ones as there are
 STILL = 0.004, 0.02  # differences of two frames below which nothing has moved: of all pixels, and of the busiest tile
 TILES = 8  # by which a frame is compared, in both directions
 T = TypeVar("T")
@@ -99,6 +101,8 @@ class Stream:
     @torch.no_grad()
     def make(self, shots: Sequence[Shot]) -> Frames:
         """A picture of each; those of equal steps and strength in one pass. Raises ValueError for what cannot be."""
+        for shot in shots:
+            check_shot(shot, self.host.resolution)
         stages: dict[str, float] = {"text": 0.0, "encode": 0.0, "denoise": 0.0, "decode": 0.0}
         found: list[Tensor] = [torch.empty(0)] * len(shots)
         for (steps, strength), rows in _alike(shots).items():
@@ -150,14 +154,17 @@ class Stream:
         return self.latents.of(key, lambda: self.host.encode_images(picture[None])[0])
 
 
+def together(resolution: tuple[int, int]) -> int:
+    """How many pictures of this size (width, height) are made in one pass."""
+    return max(1, TOGETHER // (resolution[0] * resolution[1]))
+
+
 def check_shot(shot: Shot, resolution: tuple[int, int]) -> None:
     """Raise ValueError for numbers out of bounds, and for a picture of another size (width, height)."""
-    for name, low, high in (("strength", LEAST_STRENGTH, 1), ("mix", 0, 1)):
+    for name, (low, high) in BOUNDS.items():
         value = getattr(shot, name)
         if not low <= value <= high:
             raise ValueError(f"{name} is {value:g}: give {low:g} to {high:g}")
-    if not abs(shot.angle) <= 1e6:
-        raise ValueError(f"angle is {shot.angle:g}: give it in radians")
     if shot.picture is not None and shot.picture.shape != (3, *resolution[::-1]):
         height, width = shot.picture.shape[-2:]
         raise ValueError(f"a picture is {width} x {height} pixels: give {resolution[0]} x {resolution[1]}")

@@ -365,7 +365,7 @@ class Config:
     )
     r1_weight: float = option(
         1.0,
-        "Weight of the gradient penalty, for both kinds and every resolution. 0.01 to 10; raise it when the "
+        "Weight of the gradient penalty, for every kind and resolution. 0.01 to 10; raise it when the "
         "discriminator's accuracy stays above 0.95.",
         "losses",
         low=0,

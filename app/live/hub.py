@@ -15,12 +15,11 @@ from typing import Any
 
 from ...core.card import CardError
 from ...generate.generator import Generator
-from ...generate.stream import Changes, check_shot
+from ...generate.stream import Changes, together
 from .messages import Asked, file_of, packed
 
 log = logging.getLogger(__name__)
 MOST_VIEWERS = 16
-TOGETHER = 2**18  # pixels that are drawn in one pass: one picture of 512 x 512, as many small ones as there are viewers
 
 
 class Full(RuntimeError):
@@ -89,8 +88,7 @@ class Hub:
             self._waits.notify()
 
     def ask(self, viewer: Viewer, asked: Asked) -> None:
-        """A viewer's newest input; one that waits yet is forgotten. Raises ValueError for what cannot be drawn."""
-        check_shot(asked.shot, self.generator.host.resolution)
+        """A viewer's newest input; one that waits yet is forgotten."""
         with self._waits:
             viewer.dropped += viewer.inbox is not None
             viewer.inbox = asked, time.perf_counter()
@@ -119,8 +117,7 @@ class Hub:
                 changed.append((viewer, asked, came))
             else:  # the same picture again would only cost others their turn
                 viewer.offer(packed({"number": asked.number, "same": True, "dropped": viewer.dropped}))
-        width, height = self.generator.host.resolution
-        most = max(1, TOGETHER // (width * height))
+        most = together(self.generator.host.resolution)
         for first in range(0, len(changed), most):
             self._together(changed[first : first + most], student)
 

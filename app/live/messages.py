@@ -8,14 +8,12 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from ...generate.stream import LEAST_STRENGTH, Shot
+from ...generate.stream import BOUNDS, Shot
 from ...trainer.config import MOST_LETTERS, MOST_SEED
-from ...trainer.data.images import UNREADABLE
+from ...trainer.data.images import UNREADABLE, fitted
 
 LONGEST = 8 << 20  # bytes of a message
 FORMATS = ("PNG", "JPEG", "WEBP")  # of a picture that a page sends
@@ -23,11 +21,8 @@ MOST_SIDE = 4096  # pixels
 MOST_STEPS = 8
 LOSSLESS = 2**16  # pixels up to which a frame is sent as it is
 LENGTH = struct.Struct(">I")
-NUMBERS: dict[str, tuple[float, float, float]] = {  # default, least and most
-    "strength": (1.0, LEAST_STRENGTH, 1.0),
-    "mix": (0.0, 0.0, 1.0),
-    "angle": (0.0, -1e6, 1e6),
-}
+# Default, least and most.
+NUMBERS = {name: (getattr(Shot, name), *bounds) for name, bounds in BOUNDS.items()}
 WHOLE = {"number": (0, 0, 2**53), "seed": (0, 0, MOST_SEED - 1), "steps": (1, 1, MOST_STEPS)}
 FIELDS = {"prompt", "towards", "student", *NUMBERS, *WHOLE}
 
@@ -118,15 +113,11 @@ def picture_of(file: bytes, resolution: tuple[int, int]) -> Tensor:
             raise MessageError(
                 f"the picture is {image.width} x {image.height} pixels: send at most {MOST_SIDE} on a side"
             )
-        image = ImageOps.exif_transpose(image).convert("RGBA")
+        return fitted(image, resolution)
     except MessageError:
         raise
     except UNREADABLE as error:
         raise MessageError(f"the picture cannot be read ({error!s:.100}): send PNG, JPEG or WebP") from None
-    page = Image.new("RGBA", image.size, "white")
-    page.alpha_composite(image)
-    fitted = ImageOps.fit(page.convert("RGB"), resolution, Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255
 
 
 def file_of(picture: Tensor) -> tuple[bytes, str]:

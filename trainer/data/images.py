@@ -85,9 +85,17 @@ def load_picture(picture: Picture, size: tuple[int, int]) -> Tensor:
 
     Raises DataError for a file that cannot be read.
     """
-    width, height = size
     with _said_of(picture), picture.open() as file, opened(file) as image:
-        whole = _on_white(_eight_bits(ImageOps.exif_transpose(image)))
+        return fitted(image, size)
+
+
+def fitted(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """A picture the right way up, on white, scaled and cropped to (width, height) -> (3, height, width) in [0, 1].
+
+    Raises as Pillow does where its pixels are read here.
+    """
+    width, height = size
+    whole = _on_white(_eight_bits(ImageOps.exif_transpose(image)))
     scale = max(width / whole.width, height / whole.height)
     scaled = whole.resize((max(width, round(whole.width * scale)), max(height, round(whole.height * scale))))
     left, top = (scaled.width - width) // 2, (scaled.height - height) // 2

@@ -1,7 +1,6 @@
 """ComfyUI's page in a real browser: our templates open and run, our help pages open, our locale is used."""
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -25,37 +24,8 @@ SHORT = {
     "TurboDistillDistill": {"rank": 4, "updates": 4, "batch_size": 2},
     "TurboDistillAdvancedSettings": {"regression_updates": 2, "adversarial_ramp": 1, "evaluate_every": 2},
 }
-FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-sync",
-    "--disable-component-update",
-    "--disable-background-networking",
-)
 # A page in the user's language is asked for first; that we have none is no fault.
 ASKED_IN_VAIN = re.compile(r"docs/\w+/en\.md")
-
-
-@pytest.fixture(scope="session")
-def chromium():
-    """Where the browser is; asked for before a server is started for nothing."""
-    pytest.importorskip("playwright", reason="needs playwright: pip install playwright")
-    path = os.environ.get("CHROMIUM", "/usr/bin/chromium")
-    if not Path(path).is_file():
-        pytest.skip(f"needs a Chromium: there is none at {path}; say in CHROMIUM where it is")
-    return path
-
-
-@pytest.fixture(scope="module")
-def browser(chromium, comfyui):
-    from playwright.sync_api import sync_playwright
-
-    # Not longer than these tests: its event loop stands in the way of asyncio.run.
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        yield opened
-        opened.close()
 
 
 def visit(page, comfyui):

@@ -1,7 +1,6 @@
 """The newest ComfyUI's page, on the classic canvas and in Nodes 2.0: templates, blueprints, app mode, folded inputs."""
 
 import json
-import os
 import re
 from itertools import combinations
 from pathlib import Path
@@ -14,13 +13,6 @@ pytestmark = [pytest.mark.host, pytest.mark.browser, pytest.mark.newest]
 ROOT = Path(turbodistill.__file__).parent
 PATIENCE = 60_000  # milliseconds
 READY = "() => window.app?.graph && LiteGraph.registered_node_types.TurboDistillSample"
-FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-sync",
-    "--disable-component-update",
-    "--disable-background-networking",
-)
 # What is changed before Run is pressed, so that it takes seconds.
 SHORT = {
     "EmptyLatentImage": {"width": 64, "height": 64},
@@ -29,20 +21,6 @@ SHORT = {
     "TurboDistillAdvancedSettings": {"regression_updates": 2, "adversarial_ramp": 1, "evaluate_every": 2},
 }
 BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
-
-
-@pytest.fixture(scope="module")
-def browser(comfyui):
-    pytest.importorskip("playwright", reason="needs playwright: pip install playwright")
-    from playwright.sync_api import sync_playwright
-
-    path = os.environ.get("CHROMIUM", "/usr/bin/chromium")
-    if not Path(path).is_file():
-        pytest.skip(f"needs a Chromium: there is none at {path}; say in CHROMIUM where it is")
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        yield opened
-        opened.close()
 
 
 @pytest.fixture
