@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 
 from torch import Tensor
 
@@ -64,15 +64,15 @@ def interpolate(
     Raises ValueError for numbers out of bounds, pictures of another size than the model's, and fewer than two pictures.
     """
     check_motion(motion, between)
-    count = 0
-    for count, (first, second) in enumerate(pairwise(_checked(stream, pictures)), 1):
-        yield first
-        shots = list(shots_between(stream, first, second, between, prompts, motion, count - 1))
-        yield from _made(stream, shots)
-        last = second
-    if not count:
+    given = _checked(stream, pictures)
+    begin = list(islice(given, 2))
+    if len(begin) < 2:
         raise ValueError("there are fewer than two pictures: give two or more")
-    yield last  # pyright: ignore[reportPossiblyUnboundVariable] - there were two
+    last = begin[1]
+    for number, (first, last) in enumerate(pairwise(chain(begin, given))):
+        yield first
+        yield from _made(stream, shots_between(stream, first, last, between, prompts, motion, number))
+    yield last
 
 
 def morph(stream: Stream, prompts: Sequence[str], between: int, motion: Motion = Motion()) -> Iterator[Tensor]:
@@ -110,7 +110,7 @@ def _checked(stream: Stream, pictures: Iterable[Tensor]) -> Iterator[Tensor]:
 def shots_between(
     stream: Stream, first: Tensor, second: Tensor, between: int, prompts: Sequence[str], motion: Motion, number: int = 0
 ) -> Iterator[Shot]:
-    """The frames between two pictures, of which the first is that of this number."""
+    """The shots of the frames between two pictures (3, height, width), of which the first is that of this number."""
     ends = stream.encode(first), stream.encode(second)
     texts = [prompts[min(number + i, len(prompts) - 1)] for i in (0, 1)]
     for i in range(1, between + 1):

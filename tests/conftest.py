@@ -175,10 +175,23 @@ def serving(folder, port):
         log.close()
 
 
-@pytest.fixture(scope="session")
-def serve():
-    """The function `serving`: tests are no package, and nothing can import a conftest."""
-    return serving
+@pytest.fixture
+def watched(browser):
+    """Opens pages of ours; in the end nothing was asked for elsewhere, and nothing has complained."""
+    pages, faults = [], []
+
+    def open_page(url, **size):
+        page = browser.new_page(viewport=size)
+        pages.append(page)
+        page.on("request", lambda r: faults.append(r.url) if not r.url.startswith((url, "data:", "blob:")) else None)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda m: faults.append(m.text) if m.type == "error" else None)
+        return page
+
+    yield open_page
+    for page in pages:
+        page.close()
+    assert faults == []
 
 
 @pytest.fixture(scope="module")

@@ -32,20 +32,14 @@ SOURCE = "() => document.querySelector('#frame').src"
 
 
 @pytest.fixture
-def page(browser, served):
+def page(watched, served):
     """The Live page with its first picture; nothing is asked for elsewhere, and nothing complains."""
     url, *_ = served
-    opened = browser.new_page(viewport={"width": 1280, "height": 900})
-    faults = []
-    opened.on("request", lambda r: faults.append(r.url) if not r.url.startswith((url, "data:", "blob:")) else None)
-    opened.on("pageerror", lambda error: faults.append(str(error)))
-    opened.on("console", lambda m: faults.append(m.text) if m.type == "error" else None)
+    opened = watched(url, width=1280, height=900)
     opened.set_default_timeout(PATIENCE)
     opened.goto(f"{url}/live")
     opened.wait_for_selector("#frame:not([hidden])")
-    yield opened
-    opened.close()
-    assert faults == []
+    return opened
 
 
 def shown(page):

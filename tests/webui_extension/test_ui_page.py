@@ -16,20 +16,14 @@ SHORT = {"pairs": 8, "pair_steps": 2, "rank": 4, "updates": 4, "batch_size": 2}
 
 
 @pytest.fixture
-def page(browser, served):
+def page(watched, served):
     """The generate page with its first pictures; nothing is asked for elsewhere, and nothing complains."""
     url, _, _ = served
-    opened = browser.new_page(viewport={"width": 1400, "height": 1000})
-    faults = []
-    opened.on("request", lambda r: faults.append(r.url) if not r.url.startswith((url, "data:", "blob:")) else None)
-    opened.on("pageerror", lambda error: faults.append(str(error)))
-    opened.on("console", lambda m: faults.append(m.text) if m.type == "error" else None)
+    opened = watched(url, width=1400, height=1000)
     opened.set_default_timeout(PATIENCE)
     opened.goto(url, wait_until="domcontentloaded")
     opened.wait_for_selector(".turbodistill-made img")
-    yield opened
-    opened.close()
-    assert faults == []
+    return opened
 
 
 def test_the_button_that_asks_is_never_seen(browser, served):
